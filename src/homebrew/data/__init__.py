@@ -1,0 +1,1 @@
+"""Text to tokens to the batches of a step."""

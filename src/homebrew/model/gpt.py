@@ -1,0 +1,244 @@
+"""GPT-2, named as Hugging Face names it.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm transformer, learned
+positions, tanh GELU, the head tied to the token embedding.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Self, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from homebrew.errors import ConfigError, ModelError
+from homebrew.model.loss import head_loss
+
+VOCAB_MULTIPLE = 128
+"""The head's rows are padded to a multiple of this, so that its matrix product fills whole tiles on a GPU."""
+
+_PRESETS: dict[str, dict[str, int]] = {
+    "baby": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT; the defaults are GPT-2 small's.
+
+    Raises:
+        ConfigError: a size is not positive, `n_embd` is not a multiple of `n_head`, or `dropout` is
+            not in [0, 1).
+    """
+
+    block_size: int = 1024
+    """Longest sequence, in tokens."""
+    vocab_size: int = 50_257
+    """Token ids that exist: 0 to `vocab_size - 1`."""
+    n_layer: int = 12
+    """Blocks."""
+    n_head: int = 12
+    """Attention heads in a block."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    dropout: float = 0.0
+    """Probability, in training, of dropping a value of the embedding, the attention or a residual branch."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: every head needs the same "
+                f"width. The nearest multiples are {self.n_embd // self.n_head * self.n_head} and "
+                f"{(self.n_embd // self.n_head + 1) * self.n_head}."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout={self.dropout!r}: must be at least 0 and less than 1.")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401 - any field of the config
+        """A named shape: GPT-2's four sizes, or "baby", about 7 M parameters for a CPU.
+
+        Args:
+            name: "baby", "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl".
+            changes: fields to set otherwise.
+
+        Raises:
+            ConfigError: no preset has that name.
+        """
+        if name not in _PRESETS:
+            raise ConfigError(f"There is no preset {name!r}. Choose one of: {', '.join(_PRESETS)}.")
+        return replace(cls(**_PRESETS[name]), **changes)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the head in memory; those from `vocab_size` on are never used."""
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and those before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+        )  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two matrix products with a tanh GELU between them, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normalised copy and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the blocks and a last layer norm: everything below the head."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, C)."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x: Tensor = self.wte(input_ids) + self.wpe(positions)
+        x = F.dropout(x, self.dropout, self.training)
+        for block in self.h:
+            x = block(x)
+        normed: Tensor = self.ln_f(x)
+        return normed
+
+
+class GPT(nn.Module):
+    """A GPT-2 language model.
+
+    Args:
+        config: the shape.
+        seed: of the initial weights; they do not depend on, nor move, PyTorch's global random state.
+    """
+
+    def __init__(self, config: GPTConfig, *, seed: int = 42) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self._initialise(seed)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Normal weights of deviation 0.02, GPT-2's; the 2·n_layer branches into the residual stream less."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 2:
+                branch = name.endswith("c_proj.weight")
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if branch else 0.02
+                parameter.normal_(0.0, std, generator=generator)
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
+
+    @overload
+    def forward(self, input_ids: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor: ...
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or with targets the loss.
+
+        Args:
+            input_ids: token ids, (B, T), int64, T at most `block_size`.
+            targets: the ids that follow, (B, T), int64; -100 is not scored.
+
+        Returns:
+            Without targets the logits, (B, T, V); with them the mean cross entropy, a float32 scalar in nats.
+
+        Raises:
+            ModelError: the sequence is longer than `block_size`.
+        """
+        T = input_ids.shape[1]
+        if T > self.config.block_size:
+            raise ModelError(
+                f"The input has {T} tokens, but the model's block_size is {self.config.block_size}. "
+                f"Shorten the input, or build the model with a larger block_size."
+            )
+        hidden = self.transformer(input_ids)  # (B, T, C)
+        if targets is None:
+            return F.linear(hidden, self.lm_head.weight)[..., : self.config.vocab_size]
+        return head_loss(hidden, self.lm_head.weight, targets, self.config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    def num_parameters(self) -> int:
+        """Values in the model, the tied head once and the vocabulary's padding not at all."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(parameter.numel() for parameter in self.parameters()) - padding
+
+    def flops_per_token(self, sequence_length: int | None = None) -> int:
+        """Floating-point operations of one token's forward and backward pass, recomputation not counted.
+
+        6 for each value of a matrix, and 12·L·C·T for attention (Chowdhery et al. 2022, PaLM, appendix B).
+
+        Args:
+            sequence_length: tokens in a sequence; `block_size` if not given.
+        """
+        config = self.config
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
+        matrices -= (config.padded_vocab_size - config.vocab_size) * config.n_embd
+        return 6 * matrices + 12 * config.n_layer * config.n_embd * (sequence_length or config.block_size)
