@@ -5,18 +5,27 @@ positions, tanh GELU, the head tied to the token embedding.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.model.loss import head_loss
+from homebrew.model.loss import compute_dtype, head_loss
 
 VOCAB_MULTIPLE = 128
 """The head's rows are padded to a multiple of this, so that its matrix product fills whole tiles on a GPU."""
+
+_TRAINING_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 _PRESETS: dict[str, dict[str, int]] = {
     "baby": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
@@ -98,13 +107,15 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-        )  # (B, nh, T, hs)
+        # cuDNN's kernels are the fastest, but it plans each new shape anew; only training keeps to one.
+        with sdpa_kernel(_TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=True,
+            )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -156,6 +167,7 @@ class Transformer(nn.Module):
         """(B, T) int64 -> (B, T, C)."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x: Tensor = self.wte(input_ids) + self.wpe(positions)
+        x = x.to(compute_dtype(x))  # half the bytes in every norm and sum of the blocks
         x = F.dropout(x, self.dropout, self.training)
         for block in self.h:
             x = block(x)

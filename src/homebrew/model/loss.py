@@ -1,14 +1,29 @@
-"""The language-model head and its loss."""
+"""The language-model head and its loss, in one pass that never holds all logits.
 
+GPT-2's logits are the largest tensor of a training step: 50,304 for each token. Here the head runs over some
+thousand tokens at a time, the softmax's gradient takes the logits' place in memory, and what leaves is the
+gradient of the head's input and of its weight, ready for the backward pass (the idea of llm.c's fused
+classifier and of Hsu et al. 2024, "Liger Kernel").
+"""
+
+import importlib.util
+
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 """A target with this value is not scored (PyTorch's and Hugging Face's convention)."""
 
+TOKENS_AT_ONCE = 16_384
+"""Tokens whose logits exist at the same time: 1.6 GB of GPT-2's in bfloat16, and large matrix products."""
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Mean cross entropy of the next token, over the targets that are scored.
+
+    Under autocast the matrix products run in its dtype; softmax, sums and the weight's gradient are float32.
 
     Args:
         hidden: the last layer's output, (B, T, C), any float dtype.
@@ -19,6 +34,104 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) 
     Returns:
         The mean in nats, a float32 scalar; 0 where no target is scored.
     """
-    logits = F.linear(hidden.flatten(0, 1), weight)[:, :vocab_size].float()  # (B·T, V)
-    total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    trains = torch.is_grad_enabled()
+    total, _, _ = _head_loss(
+        hidden.flatten(0, 1).to(compute_dtype(hidden)),
+        weight,
+        targets.flatten(),
+        vocab_size,
+        trains and hidden.requires_grad,
+        trains and weight.requires_grad,
+    )
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of `x` run in: autocast's where it is on, else its own."""
+    device = x.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype
+
+
+@torch.library.custom_op("homebrew::head_loss", mutates_args=())
+def _head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, grad_hidden: bool, grad_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed cross entropy with its gradients by `hidden` (N, C) and `weight`; an unwanted one is empty."""
+    total = hidden.new_zeros((), dtype=torch.float32)
+    d_hidden, d_weight = _empty_gradients(hidden, weight, grad_hidden, grad_weight)
+    d_weight.zero_()
+    rows = weight.to(hidden.dtype)  # (padded V, C)
+    for start in range(0, len(hidden), TOKENS_AT_ONCE):
+        chunk = slice(start, start + TOKENS_AT_ONCE)
+        logits = hidden[chunk] @ rows.T  # (n, padded V)
+        total += _score_(logits, targets[chunk], vocab_size, grad_hidden or grad_weight)
+        if grad_hidden:
+            torch.mm(logits, rows, out=d_hidden[chunk])
+        if grad_weight:
+            d_weight += logits.T @ hidden[chunk]
+    return total, d_hidden, d_weight
+
+
+@_head_loss.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, _targets: Tensor, _vocab_size: int, grad_hidden: bool, grad_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = hidden.new_empty((), dtype=torch.float32)
+    return total, *_empty_gradients(hidden, weight, grad_hidden, grad_weight)
+
+
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool
+) -> tuple[Tensor, Tensor]:
+    d_hidden = hidden.new_empty(hidden.shape if grad_hidden else (0,))
+    d_weight = weight.new_empty(weight.shape if grad_weight else (0,))
+    return d_hidden, d_weight
+
+
+def _keep_gradients(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]
+) -> None:
+    del inputs
+    _, d_hidden, d_weight = output
+    ctx.save_for_backward(d_hidden, d_weight)
+    ctx.mark_non_differentiable(d_hidden, d_weight)
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(
+    ctx: torch.autograd.function.BackwardCFunction, grad_total: Tensor, *_: None
+) -> tuple[Tensor | None, ...]:
+    """The gradients at hand, times the loss's own; in float32, for a bfloat16 factor would shift them all."""
+    d_hidden, d_weight = (
+        (saved.float() * grad_total).to(saved.dtype) if needed else None
+        for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    )
+    return d_hidden, d_weight, None, None, None, None
+
+
+_head_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def _score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) -> Tensor:
+    """Summed cross entropy of the rows; with a gradient, it takes the logits' place.
+
+    Args:
+        logits: (n, padded V); overwritten.
+        targets: (n,), int64.
+        vocab_size: V; what lies beyond has no probability, and gradient 0.
+        with_gradient: whether to write it.
+    """
+    if logits.is_cuda and _HAS_TRITON:
+        from homebrew.model.loss_kernel import score_
+
+        return score_(logits, targets, vocab_size, with_gradient, IGNORE_INDEX)
+    ignored = (targets == IGNORE_INDEX)[:, None]  # (n, 1)
+    index = targets[:, None].masked_fill(ignored, 0)
+    log_probs = logits[:, :vocab_size].log_softmax(-1, dtype=torch.float32)
+    total = -log_probs.gather(1, index).masked_fill_(ignored, 0.0).sum()
+    if with_gradient:
+        log_probs.exp_().scatter_add_(1, index, log_probs.new_full((1, 1), -1.0).expand_as(index))
+        logits[:, :vocab_size] = log_probs.masked_fill_(ignored, 0.0)
+        logits[:, vocab_size:] = 0.0
+    return total

@@ -1,0 +1,197 @@
+"""The head's loss against the plain path: all logits, PyTorch's cross entropy, autograd."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from homebrew import GPT, GPTConfig
+from homebrew.model import loss
+from homebrew.model.loss import IGNORE_INDEX, head_loss
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "TOKENS_AT_ONCE", 7)
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    logits = F.linear(hidden.flatten(0, 1), weight)[:, :vocab_size].float()
+    total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def inputs(batch, length, width, vocab_size, padded, dtype=torch.float32, ignored=0.3, device="cpu"):
+    generator = torch.Generator().manual_seed(batch * length + vocab_size)
+    hidden = torch.randn(batch, length, width, generator=generator).to(device, dtype)
+    weight = torch.randn(padded, width, generator=generator).to(device, dtype)
+    targets = torch.randint(0, vocab_size, (batch, length), generator=generator)
+    targets[torch.rand(batch, length, generator=generator) < ignored] = IGNORE_INDEX
+    return hidden.requires_grad_(), weight.requires_grad_(), targets.to(device)
+
+
+def gradients(loss_function, hidden, weight, targets, vocab_size, scale=1.0):
+    value = loss_function(hidden, weight, targets, vocab_size)
+    wanted = [x for x in (hidden, weight) if x.requires_grad]
+    return value, *torch.autograd.grad(value, wanted, torch.tensor(scale, device=value.device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "vocab_size", "padded"),
+    [(2, 7, 16, 128, 128), (3, 5, 8, 65, 128), (1, 1, 4, 2, 128), (4, 9, 12, 300, 384), (1, 3, 8, 1, 128)],
+)
+def test_equals_the_plain_loss(device, batch, length, width, vocab_size, padded):
+    case = *inputs(batch, length, width, vocab_size, padded, device=device), vocab_size
+    for ours, theirs in zip(gradients(head_loss, *case), gradients(plain, *case), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_equals_the_plain_loss(device):
+    case = *inputs(3, 9, 16, 65, 128, device=device), 65
+    compiled = torch.compile(
+        head_loss, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor"
+    )
+    for ours, theirs in zip(gradients(compiled, *case), gradients(plain, *case), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_under_autocast_is_as_near_to_float32_as_the_plain_loss(device):
+    hidden, weight, targets = inputs(4, 33, 64, 300, 384, device=device)
+    exact = gradients(plain, hidden, weight, targets, 300)
+    with torch.autocast(device, torch.bfloat16):
+        ours = gradients(head_loss, hidden, weight, targets, 300)
+        theirs = gradients(plain, hidden, weight, targets, 300)
+    assert ours[0].dtype == ours[2].dtype == torch.float32
+    for a, b, right in zip(ours, theirs, exact, strict=True):
+        assert (a - right).norm() <= 1.5 * (b - right).norm() + 1e-4 * right.norm()
+
+
+def test_the_gradient_of_the_loss_is_honoured_exactly():
+    hidden, weight, targets = inputs(3, 11, 16, 65, 128)
+    scale = 1.00390625 / 3  # no bfloat16 number
+    for one, scaled in zip(
+        gradients(head_loss, hidden, weight, targets, 65)[1:],
+        gradients(head_loss, hidden, weight, targets, 65, scale)[1:],
+        strict=True,
+    ):
+        torch.testing.assert_close(scaled, one * scale)
+
+
+def test_the_mean_is_over_scored_targets_only():
+    hidden, weight, targets = inputs(2, 8, 16, 65, 128, ignored=0.0)
+    first = targets.clone()
+    first[1] = IGNORE_INDEX
+    torch.testing.assert_close(
+        head_loss(hidden, weight, first, 65), head_loss(hidden[:1], weight, targets[:1], 65)
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_scored_is_zero_with_zero_gradients(device):
+    hidden, weight, targets = inputs(2, 5, 16, 65, 128, ignored=1.1, device=device)
+    for value in gradients(head_loss, hidden, weight, targets, 65):
+        assert not value.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_padding_id_never_scores(device):
+    hidden, weight, targets = inputs(2, 5, 16, 65, 128, device=device)
+    value = head_loss(hidden, weight, targets, 65)
+    with torch.no_grad():
+        weight[65:] = 1e4
+    again, d_hidden, d_weight = gradients(head_loss, hidden, weight, targets, 65)
+    assert again == value
+    assert not d_weight[65:].any()
+    torch.testing.assert_close(d_hidden, gradients(plain, hidden, weight, targets, 65)[1])
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_gets_no_gradient(frozen):
+    hidden, weight, targets = inputs(2, 9, 16, 65, 128)
+    {"hidden": hidden, "weight": weight}[frozen].requires_grad = False
+    ours, theirs = (gradients(f, hidden, weight, targets, 65) for f in (head_loss, plain))
+    assert len(ours) == 2
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_evaluation_computes_no_gradients(monkeypatch):
+    hidden, weight, targets = inputs(2, 9, 16, 65, 128)
+    wanted = []
+    score = loss._score_
+    monkeypatch.setattr(loss, "_score_", lambda *args: wanted.append(args[3]) or score(*args))
+    with torch.no_grad():
+        value = head_loss(hidden, weight, targets, 65)
+    assert not any(wanted)
+    torch.testing.assert_close(value, plain(hidden, weight, targets, 65))
+
+
+def test_a_logit_that_is_no_number_shows():
+    hidden, weight, targets = inputs(2, 9, 16, 65, 128)
+    with torch.no_grad():
+        hidden[0, 0, 0] = float("nan")
+    targets[0, 0] = 1
+    assert head_loss(hidden, weight, targets, 65).isnan()
+
+
+def test_the_custom_operator_keeps_pytorchs_rules():
+    hidden, weight, targets = inputs(2, 5, 8, 65, 128)
+    torch.library.opcheck(
+        loss._head_loss, (hidden.detach().flatten(0, 1), weight.detach(), targets.flatten(), 65, True, True)
+    )
+
+
+def test_a_tied_weight_gets_both_gradients():
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=16))
+    ids = torch.randint(0, 65, (2, 16))
+    targets = torch.randint(0, 65, (2, 16))
+    model(ids, targets).backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).backward()
+    for a, b in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(a, b.grad)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests above run the kernel itself")
+def test_the_gpu_kernel_in_tritons_interpreter(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import torch
+from torch.nn import functional as F
+from homebrew.model import loss_kernel
+
+for rows, columns, vocab_size, block in [(5, 128, 65, 8192), (7, 384, 300, 128), (4, 128, 1, 64)]:
+    loss_kernel.BLOCK = block
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(rows)
+        logits = (3 * torch.randn(rows, columns)).to(dtype)
+        targets = torch.randint(0, vocab_size, (rows,))
+        targets[1] = -100
+        plain = logits[:, :vocab_size].float().requires_grad_()
+        right = F.cross_entropy(plain, targets, ignore_index=-100, reduction="sum")
+        right.backward()
+        overwritten = logits.clone()
+        for gradient in (False, True):
+            total = loss_kernel.score_(overwritten, targets, vocab_size, gradient, -100)
+            torch.testing.assert_close(total, right.detach())
+            if not gradient:
+                assert torch.equal(overwritten, logits)
+        assert not overwritten[:, vocab_size:].any()
+        torch.testing.assert_close(overwritten[:, :vocab_size], plain.grad.to(dtype))
+"""
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, script], env=environment, check=True, timeout=120)
