@@ -107,8 +107,7 @@ def test_a_sequence_ends_at_its_end_of_text_id(model):
     free = model.generate(prompts, 12, temperature=0.0)
     eos = free[0][4 + 3]
     first = [
-        ids.index(eos, len(p)) + 1 if eos in ids[len(p) :] else len(ids)
-        for ids, p in zip(free, prompts, strict=True)
+        ids.index(eos, len(p)) + 1 if eos in ids[len(p) :] else len(ids) for ids, p in zip(free, prompts, strict=True)
     ]
     out = model.generate(prompts, 12, temperature=0.0, eos_token_id=eos)
     assert out == [ids[:n] for ids, n in zip(free, first, strict=True)]
@@ -285,9 +284,7 @@ def test_streamed_text_ends_before_the_end_of_text_id(model):
     assert text == Bytes().decode_bytes(ids[: ids.index(eos)]).decode(errors="replace")
 
 
-@given(
-    st.binary() | st.text().map(str.encode), st.lists(st.text(min_size=1, max_size=3), max_size=3), st.data()
-)
+@given(st.binary() | st.text().map(str.encode), st.lists(st.text(min_size=1, max_size=3), max_size=3), st.data())
 def test_pieces_make_the_text_up_to_the_first_stop_string(data, stop, draw):
     cuts = sorted(draw.draw(st.lists(st.integers(0, len(data)), max_size=10)))
     pieces = [data[a:b] for a, b in itertools.pairwise([0, *cuts, len(data)])]

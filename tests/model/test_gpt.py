@@ -213,6 +213,4 @@ def test_an_unknown_preset_names_those_there_are():
 
 
 def test_a_preset_can_be_changed():
-    assert GPTConfig.preset("gpt2-medium", dropout=0.1) == GPTConfig(
-        n_layer=24, n_head=16, n_embd=1024, dropout=0.1
-    )
+    assert GPTConfig.preset("gpt2-medium", dropout=0.1) == GPTConfig(n_layer=24, n_head=16, n_embd=1024, dropout=0.1)

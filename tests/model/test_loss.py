@@ -57,9 +57,7 @@ def test_equals_the_plain_loss(device, batch, length, width, vocab_size, padded)
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_equals_the_plain_loss(device):
     case = *inputs(3, 9, 16, 65, 128, device=device), 65
-    compiled = torch.compile(
-        head_loss, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor"
-    )
+    compiled = torch.compile(head_loss, fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor")
     for ours, theirs in zip(gradients(compiled, *case), gradients(plain, *case), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -91,9 +89,7 @@ def test_the_mean_is_over_scored_targets_only():
     hidden, weight, targets = inputs(2, 8, 16, 65, 128, ignored=0.0)
     first = targets.clone()
     first[1] = IGNORE_INDEX
-    torch.testing.assert_close(
-        head_loss(hidden, weight, first, 65), head_loss(hidden[:1], weight, targets[:1], 65)
-    )
+    torch.testing.assert_close(head_loss(hidden, weight, first, 65), head_loss(hidden[:1], weight, targets[:1], 65))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,9 +19,7 @@ def plan(**changes):
 
 def test_one_error_lists_every_wrong_setting():
     with pytest.raises(ConfigError) as caught:
-        TrainerConfig(
-            output_dir="x", max_steps=0, learning_rate=-1.0, compile="yes", betas=(0.9, 1.0), seed=-1
-        )
+        TrainerConfig(output_dir="x", max_steps=0, learning_rate=-1.0, compile="yes", betas=(0.9, 1.0), seed=-1)
     message = str(caught.value)
     for name in ("max_steps=0", "learning_rate=-1.0", "compile='yes'", "betas=(0.9, 1.0)", "seed=-1"):
         assert name in message

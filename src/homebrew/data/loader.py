@@ -1,8 +1,8 @@
 """A step's micro-batches for one process: which ones is a pure function of (seed, step)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from itertools import count
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,10 +22,6 @@ RESIDENT_BYTES = 2 * 1024**3
 
 IGNORE_INDEX = -100
 """A target that is not scored."""
-
-
-class _Sized(Protocol):
-    def __len__(self) -> int: ...
 
 
 class StepLoader:
@@ -61,7 +57,7 @@ class StepLoader:
         timeout_seconds: float = 0.0,
         vocab_size: int,
     ) -> None:
-        self._num_samples = len(cast("_Sized", dataset))
+        self._num_samples = len(cast("Sized", dataset))
         self._seed = seed
         self._global_batch_size = global_batch_size
         self._shape = (-1, num_ranks, micro_batch_size)
@@ -78,9 +74,7 @@ class StepLoader:
     def steps(self, first_step: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of `first_step` and of every step after it."""
         batches = self._read(
-            ids
-            for step in count(first_step)
-            for ids in self.sample_ids(step).reshape(self._shape)[:, self._rank]
+            ids for step in count(first_step) for ids in self.sample_ids(step).reshape(self._shape)[:, self._rank]
         )
         while True:
             yield [next(batches) for _ in range(self._accumulation)]
@@ -109,7 +103,7 @@ def eval_batches(
         vocab_size: ids must be below it.
         max_batches: on each rank; all if None.
     """
-    samples = len(cast("_Sized", dataset))
+    samples = len(cast("Sized", dataset))
     num_batches = -(-samples // (micro_batch_size * num_ranks))
     positions = np.arange(num_batches * num_ranks * micro_batch_size)
     mine = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
@@ -135,9 +129,7 @@ def reader(
     return lambda rows: _load(dataset, rows, device, num_workers, timeout_seconds, vocab_size)
 
 
-def _gather(
-    dataset: TokenDataset, rows: Iterator[NDArray[np.int64]], device: torch.device
-) -> Iterator[Batch]:
+def _gather(dataset: TokenDataset, rows: Iterator[NDArray[np.int64]], device: torch.device) -> Iterator[Batch]:
     for row in rows:
         indices = _send(torch.from_numpy(row), dataset.tokens.device)
         input_ids, targets = dataset.batch(indices)
@@ -192,9 +184,7 @@ class _Collate:
     def __call__(self, samples: list[Batch]) -> Batch:
         shapes = {tuple(ids.shape) for pair in samples for ids in pair}
         if len(shapes) != 1:
-            raise DataError(
-                f"Samples of one batch have shapes {sorted(shapes)}: all must be equally long; pad them."
-            )
+            raise DataError(f"Samples of one batch have shapes {sorted(shapes)}: all must be equally long; pad them.")
         input_ids, targets = (torch.stack(rows).long() for rows in zip(*samples, strict=True))
         for name, ids in (("input_ids", input_ids), ("targets", targets[targets != IGNORE_INDEX])):
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:

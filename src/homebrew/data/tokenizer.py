@@ -161,9 +161,7 @@ def get_tokenizer(name: str, *, text: str | None = None) -> Tokenizer:
         return ByteTokenizer()
     if name == "char":
         if not text:
-            raise DataError(
-                "The 'char' tokenizer takes its alphabet from a text: give get_tokenizer('char', text=…)."
-            )
+            raise DataError("The 'char' tokenizer takes its alphabet from a text: give get_tokenizer('char', text=…).")
         return CharTokenizer(text)
     raise DataError(f"There is no tokenizer {name!r}: choose 'gpt2', 'bytes' or 'char'.")
 
@@ -232,7 +230,5 @@ def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     numbers = [int(i) for i in ids]
     for i in numbers:
         if not 0 <= i < vocab_size:
-            raise DataError(
-                f"Token id {i} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1})."
-            )
+            raise DataError(f"Token id {i} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}).")
     return numbers

@@ -27,9 +27,7 @@ class LayerCache(NamedTuple):
         """Store the new keys and values, then attend to all that are visible; (B, nh, T, hs) each."""
         self.keys.index_copy_(2, self.slots, k.to(self.keys.dtype))
         self.values.index_copy_(2, self.slots, v.to(self.values.dtype))
-        return F.scaled_dot_product_attention(
-            q.to(self.keys.dtype), self.keys, self.values, attn_mask=self.mask
-        )
+        return F.scaled_dot_product_attention(q.to(self.keys.dtype), self.keys, self.values, attn_mask=self.mask)
 
 
 class KeyValueCache:

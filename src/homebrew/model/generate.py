@@ -64,9 +64,7 @@ class Decoder:
         self.model = model
         self.sampling = sampling
         device, vocab_size = model.device, model.config.vocab_size
-        self.cache = KeyValueCache(
-            model.config, batch_size, length, device=device, dtype=model.lm_head.weight.dtype
-        )
+        self.cache = KeyValueCache(model.config, batch_size, length, device=device, dtype=model.lm_head.weight.dtype)
         self.ids = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)
         self.slot = torch.zeros(1, device=device, dtype=torch.int64)
         self.noise = torch.ones(batch_size, vocab_size, device=device)
@@ -233,9 +231,7 @@ def append_columns(input_ids: Tensor, steps: Iterable[Tensor], eos_token_id: int
 def append_lists(prompts: Sequence[Sequence[int]], steps: Iterable[Tensor]) -> list[list[int]]:
     """Sequences with what `generate_steps` gave for them, new ids, (B,) each; they end where they ended."""
     columns = list(steps)
-    new = (
-        torch.stack(columns, dim=1).tolist() if columns else [[] for _ in prompts]
-    )  # one wait for the device
+    new = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in prompts]  # one wait for the device
     return [[*prompt, *(i for i in ids if i != NO_TOKEN)] for prompt, ids in zip(prompts, new, strict=True)]
 
 

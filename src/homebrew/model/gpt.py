@@ -168,9 +168,7 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, C); with a cache, after the tokens already in it."""
-        positions = (
-            torch.arange(input_ids.shape[1], device=input_ids.device) if cache is None else cache.positions
-        )
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if cache is None else cache.positions
         x: Tensor = self.wte(input_ids) + self.wpe(positions)
         x = x.to(compute_dtype(x))  # half the bytes in every norm and sum of the blocks
         x = F.dropout(x, self.dropout, self.training)

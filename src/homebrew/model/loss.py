@@ -43,7 +43,8 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) 
         trains and hidden.requires_grad,
         trains and weight.requires_grad,
     )
-    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    mean: Tensor = total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return mean
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -81,9 +82,7 @@ def _(
     return total, *_empty_gradients(hidden, weight, grad_hidden, grad_weight)
 
 
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool
-) -> tuple[Tensor, Tensor]:
+def _empty_gradients(hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool) -> tuple[Tensor, Tensor]:
     d_hidden = hidden.new_empty(hidden.shape if grad_hidden else (0,))
     d_weight = weight.new_empty(weight.shape if grad_weight else (0,))
     return d_hidden, d_weight

@@ -20,9 +20,7 @@ WARPS = 16
 """Warps (32 threads each) of a program with a whole block."""
 
 
-def score_(
-    logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, ignore_index: int
-) -> Tensor:
+def score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, ignore_index: int) -> Tensor:
     """Summed cross entropy of the rows; with a gradient, it takes the logits' place.
 
     Args:
@@ -78,9 +76,7 @@ def _score_row(
         total = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, VOCAB_SIZE, BLOCK):
             inside = start + columns < VOCAB_SIZE
-            x = tl.load(logits + start + columns, mask=inside, other=-1e30, eviction_policy="evict_last").to(
-                tl.float32
-            )
+            x = tl.load(logits + start + columns, mask=inside, other=-1e30, eviction_policy="evict_last").to(tl.float32)
             factor = tl.exp(-tl.abs(x - maximum))
             total = tl.where(x > maximum, total * factor + 1.0, total + factor)
             maximum = tl.maximum(maximum, x)

@@ -30,21 +30,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.repetition_penalty > 0:
-            raise ConfigError(
-                f"repetition_penalty={self.repetition_penalty!r}: must be above 0; 1 is no penalty."
-            )
+            raise ConfigError(f"repetition_penalty={self.repetition_penalty!r}: must be above 0; 1 is no penalty.")
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(
-                f"temperature={self.temperature!r}: must be at least 0; 0 takes the likeliest token."
-            )
+            raise ConfigError(f"temperature={self.temperature!r}: must be at least 0; 0 takes the likeliest token.")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k!r}: must be at least 1; leave it out to keep all tokens.")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ConfigError(
-                    f"{name}={value!r}: must be above 0 and at most 1; leave it out to keep all tokens."
-                )
+                raise ConfigError(f"{name}={value!r}: must be above 0 and at most 1; leave it out to keep all tokens.")
 
     def adjust(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Logits whose softmax is the distribution to draw from; tokens that cannot be drawn have -inf.

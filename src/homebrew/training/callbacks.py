@@ -99,9 +99,7 @@ class ProgressDisplay(Callback):
         if self._live is not None:
             self._live.update(_table(figures(metrics, trainer.config.max_steps), self._evaluation))
         else:
-            self._say(
-                " | ".join(f"{name} {value}" for name, value in figures(metrics, trainer.config.max_steps))
-            )
+            self._say(" | ".join(f"{name} {value}" for name, value in figures(metrics, trainer.config.max_steps)))
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
         """Show an evaluation."""

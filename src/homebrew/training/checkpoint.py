@@ -189,7 +189,7 @@ class CheckpointStore:
         Returns:
             It, or None where there is none; and why newer ones were passed over.
         """
-        passed_over = []
+        passed_over: list[str] = []
         for step in reversed(self.steps()):
             try:
                 return self.open(self.path(step)), passed_over
@@ -239,15 +239,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         if hash_regular(path / name, size=entry["size"]) != entry["sha256"]:
-            raise CorruptCheckpoint(
-                f"{path / name} is not the file its manifest describes: its SHA-256 differs."
-            )
+            raise CorruptCheckpoint(f"{path / name} is not the file its manifest describes: its SHA-256 differs.")
     state = _read_json(path / "state.json", _STATE_BYTES)
     if state.get("step") != manifest["step"] or not isinstance(state.get("state"), dict):
         raise CorruptCheckpoint(f"{path / 'state.json'} does not belong to its manifest.")
-    names = tuple(
-        name.removesuffix(".safetensors") for name in manifest["files"] if name.endswith(".safetensors")
-    )
+    names = tuple(name.removesuffix(".safetensors") for name in manifest["files"] if name.endswith(".safetensors"))
     return Checkpoint(path, manifest["step"], state["state"], names)
 
 
@@ -267,10 +263,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         and (score is None or isinstance(score, int | float))
         and isinstance(files, dict)
         and "state.json" in files
-        and all(
-            _FILE.fullmatch(name) and name != "manifest.json" and _is_entry(entry)
-            for name, entry in files.items()
-        )
+        and all(_FILE.fullmatch(name) and name != "manifest.json" and _is_entry(entry) for name, entry in files.items())
     )
     if not good:
         raise CorruptCheckpoint(f"{path / 'manifest.json'} is not a checkpoint's manifest (format {FORMAT}).")

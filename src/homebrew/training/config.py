@@ -66,7 +66,17 @@ class TrainerConfig:
     """How long to wait for such a process."""
 
     def __post_init__(self) -> None:
-        at_least_one = ["max_steps", "global_batch_tokens", "micro_batch_size", "eval_every", "eval_batches", "log_every", "save_every", "keep_last", "keep_every"]
+        at_least_one = [
+            "max_steps",
+            "global_batch_tokens",
+            "micro_batch_size",
+            "eval_every",
+            "eval_batches",
+            "log_every",
+            "save_every",
+            "keep_last",
+            "keep_every",
+        ]
         wrong = [
             f"{name}={getattr(self, name)!r}: must be a whole number of at least 1."
             for name in at_least_one
@@ -94,9 +104,7 @@ class TrainerConfig:
             ("non_finite", ("raise", "skip")),
         ):
             if getattr(self, name) not in values:
-                wrong.append(
-                    f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, values))}."
-                )
+                wrong.append(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, values))}.")
         if wrong:
             raise ConfigError("These settings cannot be used:\n  " + "\n  ".join(wrong))
 
@@ -141,9 +149,7 @@ def plan_batch(
     unit = block_size * num_processes * (micro_batch_size or 1)
     if global_batch_tokens % unit:
         below, above = global_batch_tokens // unit * unit, (global_batch_tokens // unit + 1) * unit
-        nearest = (
-            f"{below} and {above} are the nearest that do" if below else f"the smallest that does is {above}"
-        )
+        nearest = f"{below} and {above} are the nearest that do" if below else f"the smallest that does is {above}"
         raise ConfigError(
             f"global_batch_tokens={global_batch_tokens} does not divide into micro-batches of "
             f"{micro_batch_size or 1} × block_size {block_size} tokens on each of {num_processes} process(es): "

@@ -27,6 +27,7 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
         ),
     )
     check_world(accelerator)
+    _share_cores(accelerator)
     return accelerator
 
 
@@ -36,11 +37,13 @@ def _mixed_precision(wanted: str) -> str | None:
         return wanted
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return None
-    return (
-        "bf16"
-        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        else None
-    )
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def _share_cores(accelerator: Accelerator) -> None:
+    """Use all cores: `accelerate launch` sets one thread a process where nobody asked for a number."""
+    if accelerator.device.type == "cpu" and _accelerate_launched() and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def check_world(accelerator: Accelerator) -> None:
@@ -63,10 +66,7 @@ def check_world(accelerator: Accelerator) -> None:
             "distributed_type MULTI_CPU). Set ACCELERATE_USE_CPU=true and launch with --multi_gpu instead, or ask "
             "for --num_processes 1."
         )
-    if (
-        os.environ.get("ACCELERATE_USE_FSDP") == "true"
-        and accelerator.distributed_type != DistributedType.FSDP
-    ):
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise LaunchError(
             f"The launcher asked for FSDP, but Accelerate runs {accelerator.distributed_type.value} (it does so "
             f"without a GPU). Launch without FSDP, or on GPUs."

@@ -2,9 +2,10 @@
 
 import json
 import platform
+from collections.abc import Sized
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import torch
@@ -48,11 +49,6 @@ class RunRecord(Callback):
         if self._log is not None:
             self._log.write("save", step=trainer.step, path=str(path))
 
-    def on_event(self, trainer: "Trainer", event: dict[str, Any]) -> None:
-        """Record anything else, such as a skipped step."""
-        if self._log is not None:
-            self._log.write(**event)
-
     def on_train_end(self, trainer: "Trainer") -> None:
         """Close the file and the trackers; the process group stays for what the script does next."""
         if self._log is not None:
@@ -94,7 +90,7 @@ def run_facts(trainer: "Trainer") -> dict[str, Any]:
 
 def dataset_facts(dataset: Dataset[Any]) -> dict[str, Any]:
     """What is known of a dataset: its size and, where it says so, its source and fingerprint."""
-    facts: dict[str, Any] = {"num_samples": len(dataset)}  # type: ignore[arg-type]
+    facts: dict[str, Any] = {"num_samples": len(cast("Sized", dataset))}
     for name in ("source", "fingerprint", "num_tokens"):
         if hasattr(dataset, name):
             facts[name] = getattr(dataset, name)

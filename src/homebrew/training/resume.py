@@ -39,9 +39,7 @@ def identity(
     }
 
 
-def check_identity(
-    saved: Mapping[str, Any], ours: Mapping[str, Any], accept_changes: Collection[str]
-) -> None:
+def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_changes: Collection[str]) -> None:
     """Refuse to go on with what another run left.
 
     Args:
@@ -70,9 +68,5 @@ def _difference(saved: object, ours: object) -> str:
         return ", ".join(f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}" for key in keys)
     if isinstance(saved, list) and isinstance(ours, list):
         pairs = [(a, b) for a, b in zip(saved, ours, strict=False) if a != b]
-        return (
-            f"the first value that differs was {pairs[0][0]}, is {pairs[0][1]}"
-            if pairs
-            else "the lengths differ"
-        )
+        return f"the first value that differs was {pairs[0][0]}, is {pairs[0][1]}" if pairs else "the lengths differ"
     return f"was {saved!r}, is {ours!r}"

@@ -10,7 +10,8 @@ from homebrew.errors import ConfigError
 class Schedule(Protocol):
     """A function from the step, counted from 0, to the factor its learning rate is multiplied by."""
 
-    def __call__(self, step: int) -> float: ...
+    def __call__(self, step: int) -> float:
+        """The factor at `step`."""
 
 
 @dataclass(frozen=True)

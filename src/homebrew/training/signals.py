@@ -37,7 +37,7 @@ class SignalWatch:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous = {}
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
         received = signal.Signals(number)
         if received is signal.SIGINT and received in self._received:
             raise KeyboardInterrupt
@@ -77,12 +77,10 @@ class Agreement:
             if event is not None:
                 event.synchronize()
             arrived = sums.tolist()
-        sums = self._accelerator.reduce(
-            torch.tensor(flags).to(self._accelerator.device, non_blocking=True), "sum"
-        )
+        sums = self._accelerator.reduce(torch.tensor(flags).to(self._accelerator.device, non_blocking=True), "sum")
         event = None
         if sums.is_cuda:
-            sums, event = sums.to("cpu", non_blocking=True), torch.cuda.Event()
+            sums, event = sums.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._sent = (sums, event)
         return [value > 0 for value in arrived]

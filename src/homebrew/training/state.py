@@ -79,14 +79,14 @@ def scatter_run(
 
 def gather_model(model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors on the CPU, copies that training will not change; empty on all but the first process."""
-    tensors = get_model_state_dict(model, options=_gathered())
+    tensors: dict[str, Any] = get_model_state_dict(model, options=_gathered())
     tensors.pop(TIED, None)
     return _copied(tensors)
 
 
 def scatter_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put `gather_model`'s tensors, read on the first process, into the model on every process."""
-    named = dict(tensors)
+    named: dict[str, Any] = dict(tensors)
     if EMBEDDING in named:
         named[TIED] = named[EMBEDDING]
     set_model_state_dict(model, named, options=_scattered())
@@ -94,22 +94,20 @@ def scatter_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors as `<parameter>//<state>`, on the CPU; empty on all but the first process."""
-    state = get_optimizer_state_dict(model, optimizer, options=_gathered()).get("state", {})
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_gathered())
     return _copied(
         {
             f"{parameter}{_SEPARATOR}{key}": value
-            for parameter, values in state.items()
+            for parameter, values in whole.get("state", {}).items()
             for key, value in values.items()
             if isinstance(value, Tensor)
         }
     )
 
 
-def scatter_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
+def scatter_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put `gather_optimizer`'s tensors, read on the first process, into the optimizer on every process."""
-    whole = get_optimizer_state_dict(model, optimizer, options=_gathered())
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_gathered())
     state: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         parameter, key = name.split(_SEPARATOR)

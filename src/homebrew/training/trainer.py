@@ -12,8 +12,9 @@ from accelerate.utils import DynamoBackend, set_seed
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from homebrew.data.check import check_dataset
 from homebrew.data.loader import Batch, StepLoader, eval_batches
-from homebrew.errors import CheckpointError, ConfigError, DataError
+from homebrew.errors import CheckpointError, ConfigError
 from homebrew.model.gpt import GPT, GPTConfig
 from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.callbacks import Callback, ProgressDisplay
@@ -71,9 +72,10 @@ class Trainer:
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
-        self.sequence_length = check_dataset(train_dataset, "train_dataset", self.model.config)
+        limits = {"block_size": self.model.config.block_size, "vocab_size": self.model.config.vocab_size}
+        self.sequence_length = check_dataset(train_dataset, "train_dataset", **limits)
         if eval_dataset is not None:
-            check_dataset(eval_dataset, "eval_dataset", self.model.config)
+            check_dataset(eval_dataset, "eval_dataset", **limits)
         self.batch = plan_batch(
             global_batch_tokens=config.global_batch_tokens,
             micro_batch_size=config.micro_batch_size,
@@ -100,9 +102,7 @@ class Trainer:
             global_batch_size=self.batch.global_batch_size,
             seed=config.seed,
         )
-        self._store = CheckpointStore(
-            config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every
-        )
+        self._store = CheckpointStore(config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every)
         self._saved_step: int | None = None
         self._eval_loss: float | None = None
 
@@ -141,9 +141,7 @@ class Trainer:
             tokens_per_step=self.batch.global_batch_size * self.sequence_length,
             flops_per_token=self.model.flops_per_token(self.sequence_length),
             device=accelerator.device,
-            dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(
-                accelerator.mixed_precision, torch.float32
-            ),
+            dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32),
             num_processes=accelerator.num_processes,
         )
 
@@ -297,9 +295,7 @@ class Trainer:
         """
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
-            raise ConfigError(
-                "There is nothing to evaluate on: give Trainer an eval_dataset, or evaluate() a dataset."
-            )
+            raise ConfigError("There is nothing to evaluate on: give Trainer an eval_dataset, or evaluate() a dataset.")
         accelerator = self.accelerator
         exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
         totals = torch.zeros(2, dtype=exact, device=accelerator.device)  # sum of losses, scored targets
@@ -359,9 +355,7 @@ class Trainer:
         """
         tokenizer = getattr(self.train_dataset, "tokenizer", None)
         if tokenizer is None:
-            raise ConfigError(
-                "sample() needs a tokenizer, and train_dataset has none: use model.generate on ids."
-            )
+            raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
         ids = list(tokenizer.encode(text or "\n"))
         written = self.model.generate([ids], max_new_tokens, **sampling)[0]
         return str(tokenizer.decode(written))
@@ -369,7 +363,7 @@ class Trainer:
     @property
     def is_main_process(self) -> bool:
         """Whether this is the process that writes and prints."""
-        return self.accelerator.is_main_process
+        return bool(self.accelerator.is_main_process)
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors: only what is no function of the step."""
@@ -389,46 +383,3 @@ class Trainer:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def check_dataset(dataset: Dataset[Any], name: str, model: GPTConfig) -> int:
-    """Refuse a dataset the model cannot read.
-
-    Args:
-        dataset: map-style.
-        name: how messages call it.
-        model: the shape it must fit.
-
-    Returns:
-        Tokens in a sample's input.
-
-    Raises:
-        DataError: it is empty, a sample is not a pair of equally long rows of ids, or is too long, or its token
-            ids go beyond the vocabulary.
-    """
-    length = len(dataset)  # type: ignore[arg-type] - map-style datasets have one
-    if length == 0:
-        raise DataError(f"{name} is empty: training needs at least one sample.")
-    sample = dataset[0]
-    if not (
-        isinstance(sample, tuple | list)
-        and len(sample) == 2
-        and all(isinstance(ids, Tensor) and ids.dim() == 1 and ids.dtype == torch.int64 for ids in sample)
-        and len(sample[0]) == len(sample[1])
-    ):
-        raise DataError(
-            f"{name}[0] must be (input_ids, targets), two int64 tensors of equal length; got {sample!r}."
-        )
-    sequence_length = len(sample[0])
-    if sequence_length > model.block_size:
-        raise DataError(
-            f"{name} has sequences of {sequence_length} tokens, but the model's block_size is {model.block_size}: "
-            f"make shorter windows, or a model with block_size={sequence_length}."
-        )
-    needed = getattr(dataset, "vocab_size", 0)
-    if needed > model.vocab_size:
-        raise DataError(
-            f"{name} has token ids up to {needed - 1}, but the model's vocab_size is {model.vocab_size}: build the "
-            f"model with vocab_size={needed}."
-        )
-    return sequence_length

@@ -1,0 +1,92 @@
+"""The house's floors, and what importing it does."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import homebrew
+
+ROOT = Path(homebrew.__file__).parent
+ORDER = """
+errors
+data.sources data.tokenizer data.corpora data.order data.dataset data.check data.loader
+model.loss_kernel model.loss model.cache model.sampling model.generate model.gpt
+training.schedule training.optim training.guard training.config training.launch training.metrics training.meter
+training.collective training.files training.checkpoint training.rng training.state training.resume training.signals
+training.callbacks training.record training.trainer
+""".split()
+
+
+def modules():
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+
+
+def imports_of(path):
+    """Modules of ours that are imported when it is, type-checking blocks left out."""
+    found = set()
+    body = list(ast.parse(path.read_text()).body)
+    while body:
+        node = body.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("homebrew."):
+            found.add(node.module.removeprefix("homebrew."))
+        body += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return found
+
+
+def test_each_file_imports_only_what_stands_above_it():
+    for name, path in modules().items():
+        if name.endswith("__init__"):
+            continue
+        above = ORDER[: ORDER.index(name)]
+        floor = name.split(".")[0]
+        for imported in imports_of(path):
+            assert imported in above, f"{name} imports {imported}, which does not stand above it"
+            if floor in ("data", "model"):
+                assert imported.split(".")[0] in ("errors", floor), f"{name} imports {imported} from another floor"
+
+
+def test_the_order_names_every_module():
+    named = {name for name in modules() if not name.endswith("__init__")}
+    assert named == set(ORDER)
+
+
+PROBE = """
+import os, sys, json, logging
+before = dict(os.environ)
+import homebrew, torch
+print(json.dumps({
+    "environment": dict(os.environ) == before,
+    "cuda": torch.cuda.is_initialized(),
+    "handlers": len(logging.getLogger().handlers),
+    "heavy": [name for name in ("transformers", "tensorboard", "matplotlib", "peft") if name in sys.modules],
+    "threads": __import__("threading").active_count(),
+}))
+"""
+
+
+def test_importing_prints_nothing_and_starts_nothing():
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == {"environment": True, "cuda": False, "handlers": 0, "heavy": [], "threads": 1}
+
+
+def test_the_public_face():
+    assert set(homebrew.__all__) == {
+        "GPT",
+        "Callback",
+        "EarlyStopping",
+        "GPTConfig",
+        "HomebrewError",
+        "TokenDataset",
+        "Trainer",
+        "TrainerConfig",
+        "get_tokenizer",
+        "load_corpus",
+        "warmup_cosine",
+    }
+    assert all(hasattr(homebrew, name) for name in homebrew.__all__)
