@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.model.loss import compute_dtype, head_loss
+from homebrew.model.mlp import mlp
 
 VOCAB_MULTIPLE = 128
 """The head's rows are padded to a multiple of this, so that its matrix product fills whole tiles on a GPU."""
@@ -131,8 +132,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        if type(self.c_fc) is type(self.c_proj) is nn.Linear:
+            x = mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        else:  # one of them is adapted
+            x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
