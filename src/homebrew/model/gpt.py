@@ -15,8 +15,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from homebrew.errors import ConfigError, ModelError
+from homebrew.model.cache import KeyValueCache, LayerCache
+from homebrew.model.generate import Overflow, Prompts, append_columns, append_lists, generate_steps
 from homebrew.model.loss import compute_dtype, head_loss
 from homebrew.model.mlp import mlp
+from homebrew.model.sampling import Sampling
 
 VOCAB_MULTIPLE = 128
 """The head's rows are padded to a multiple of this, so that its matrix product fills whole tiles on a GPU."""
@@ -104,19 +107,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, after the tokens already in it."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
-        # cuDNN's kernels are the fastest, but it plans each new shape anew; only training keeps to one.
-        with sdpa_kernel(_TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=True,
-            )  # (B, nh, T, hs)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            y = cache.attend(q, k, v)
+        else:
+            # cuDNN's kernels are the fastest, but it plans each new shape anew; only training keeps to one.
+            with sdpa_kernel(_TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
+                y = F.scaled_dot_product_attention(
+                    q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+                )
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -149,9 +152,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -167,14 +170,16 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, C)."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    def forward(self, input_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, C); with a cache, after the tokens already in it."""
+        positions = (
+            torch.arange(input_ids.shape[1], device=input_ids.device) if cache is None else cache.positions
+        )
         x: Tensor = self.wte(input_ids) + self.wpe(positions)
         x = x.to(compute_dtype(x))  # half the bytes in every norm and sum of the blocks
         x = F.dropout(x, self.dropout, self.training)
-        for block in self.h:
-            x = block(x)
+        for index, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layer(index))
         normed: Tensor = self.ln_f(x)
         return normed
 
@@ -190,8 +195,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, seed: int = 42) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        with torch.random.fork_rng(devices=[]):  # layers draw weights of their own as they are built
+            self.transformer = Transformer(config)
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         self._initialise(seed)
 
@@ -235,6 +241,66 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(hidden, self.lm_head.weight)[..., : self.config.vocab_size]
         return head_loss(hidden, self.lm_head.weight, targets, self.config.vocab_size)
+
+    def generate(
+        self,
+        input_ids: Prompts,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | None = None,
+        seed: int | None = None,
+        overflow: Overflow = "slide",
+        compile: bool = False,  # noqa: A002 - the ecosystem's word
+    ) -> Prompts:
+        """Continue token sequences; `generate.generate_text` does so for text, as it comes.
+
+        Args:
+            input_ids: (B, T), an integer tensor, or a list of B lists of ids, of any lengths.
+            max_new_tokens: tokens to add to each sequence at most.
+            temperature: divides the logits; 0 always takes the likeliest token.
+            top_k: draw from the k likeliest tokens only.
+            top_p: draw from the likeliest tokens that together reach this probability only.
+            min_p: draw from tokens at least this fraction as probable as the likeliest only.
+            repetition_penalty: above 1 makes tokens that already occur less likely.
+            eos_token_id: a sequence ends with this id.
+            seed: of the choice; without one each call differs.
+            overflow: "slide" forgets the older half of a sequence of `block_size` tokens, "stop" ends it.
+            compile: compile the step of one token, on a GPU worth it for many tokens.
+
+        Returns:
+            The sequences with what was added, as given: a tensor, (B, T + added), in which one that ended is
+            filled up with `eos_token_id`, or lists, which end where the sequence did.
+
+        Raises:
+            ModelError: a sequence is empty or too long, or has an id outside the vocabulary.
+            ConfigError: an option is out of its range.
+        """
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        prompts = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
+        steps = generate_steps(
+            self,
+            prompts,
+            max_new_tokens,
+            sampling,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            overflow=overflow,
+            compile=compile,
+        )
+        if isinstance(input_ids, Tensor):
+            return append_columns(input_ids, steps, eos_token_id)
+        return append_lists(input_ids, steps)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,212 @@
+"""A step's micro-batches for one process: which ones is a pure function of (seed, step)."""
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from homebrew.data.dataset import TokenDataset
+from homebrew.data.order import sample_indices
+from homebrew.errors import DataError
+
+Batch = tuple[Tensor, Tensor]
+"""(input_ids, targets), each (B, T), int64."""
+
+RESIDENT_BYTES = 2 * 1024**3
+"""A `TokenDataset` of at most this size lives on the GPU whole."""
+
+IGNORE_INDEX = -100
+"""A target that is not scored."""
+
+
+class _Sized(Protocol):
+    def __len__(self) -> int: ...
+
+
+class StepLoader:
+    """The batches of a run's steps.
+
+    Sample j of step k stands at position k · `global_batch_size` + j of the epochs' permutations, however many
+    processes there are; micro-batch m of rank r takes j from (m · `num_ranks` + r) · `micro_batch_size` on.
+
+    Args:
+        dataset: a `TokenDataset`, or any map-style dataset of (input_ids, targets).
+        seed: of the order.
+        global_batch_size: samples a step, over all ranks.
+        micro_batch_size: samples a rank takes at once.
+        rank: of this process.
+        num_ranks: processes that share a step.
+        device: where batches go.
+        num_workers: processes that read ahead.
+        timeout_seconds: how long to wait for one.
+        vocab_size: ids must be below it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        num_ranks: int,
+        device: torch.device,
+        num_workers: int = 0,
+        timeout_seconds: float = 0.0,
+        vocab_size: int,
+    ) -> None:
+        self._num_samples = len(cast("_Sized", dataset))
+        self._seed = seed
+        self._global_batch_size = global_batch_size
+        self._shape = (-1, num_ranks, micro_batch_size)
+        self._rank = rank
+        self._accumulation = global_batch_size // (num_ranks * micro_batch_size)
+        self._read = reader(dataset, device, num_workers, timeout_seconds, vocab_size)
+
+    def sample_ids(self, step: int) -> NDArray[np.int64]:
+        """The samples of a step, over all ranks, (global_batch_size,)."""
+        first = step * self._global_batch_size
+        positions = np.arange(first, first + self._global_batch_size, dtype=np.int64)
+        return sample_indices(positions, self._num_samples, self._seed)
+
+    def steps(self, first_step: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of `first_step` and of every step after it."""
+        batches = self._read(
+            ids
+            for step in count(first_step)
+            for ids in self.sample_ids(step).reshape(self._shape)[:, self._rank]
+        )
+        while True:
+            yield [next(batches) for _ in range(self._accumulation)]
+
+
+def eval_batches(
+    dataset: Dataset[Any],
+    *,
+    micro_batch_size: int,
+    rank: int,
+    num_ranks: int,
+    device: torch.device,
+    vocab_size: int,
+    max_batches: int | None = None,
+) -> Iterator[Batch]:
+    """Every sample once over all ranks, in batches of one shape, equally many on each rank.
+
+    Where there are no samples left, the batch is filled up with targets that are not scored.
+
+    Args:
+        dataset: as for `StepLoader`.
+        micro_batch_size: samples in a batch.
+        rank: of this process.
+        num_ranks: processes that share the work.
+        device: where batches go.
+        vocab_size: ids must be below it.
+        max_batches: on each rank; all if None.
+    """
+    samples = len(cast("_Sized", dataset))
+    num_batches = -(-samples // (micro_batch_size * num_ranks))
+    positions = np.arange(num_batches * num_ranks * micro_batch_size)
+    mine = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
+    batches = reader(dataset, device, 0, 0.0, vocab_size)(iter(np.minimum(mine, samples - 1)))
+    for row, (input_ids, targets) in zip(mine, batches, strict=True):
+        scored = int((row < samples).sum())
+        if scored < micro_batch_size:
+            targets = targets.clone()
+            targets[scored:] = IGNORE_INDEX
+        yield input_ids, targets
+
+
+Reader = Callable[[Iterator[NDArray[np.int64]]], Iterator[Batch]]
+
+
+def reader(
+    dataset: Dataset[Any], device: torch.device, num_workers: int, timeout_seconds: float, vocab_size: int
+) -> Reader:
+    """How rows of sample ids become batches on the device, one row ahead."""
+    if isinstance(dataset, TokenDataset):
+        resident = device.type == "cuda" and dataset.nbytes <= RESIDENT_BYTES
+        return lambda rows: _gather(dataset.to(device) if resident else dataset, rows, device)
+    return lambda rows: _load(dataset, rows, device, num_workers, timeout_seconds, vocab_size)
+
+
+def _gather(
+    dataset: TokenDataset, rows: Iterator[NDArray[np.int64]], device: torch.device
+) -> Iterator[Batch]:
+    for row in rows:
+        indices = _send(torch.from_numpy(row), dataset.tokens.device)
+        input_ids, targets = dataset.batch(indices)
+        yield _send(input_ids, device), _send(targets, device)
+
+
+def _load(
+    dataset: Dataset[Any],
+    rows: Iterator[NDArray[np.int64]],
+    device: torch.device,
+    num_workers: int,
+    timeout_seconds: float,
+    vocab_size: int,
+) -> Iterator[Batch]:
+    loader = DataLoader(
+        dataset,
+        batch_sampler=cast("Any", _Rows(rows)),
+        collate_fn=_Collate(vocab_size),
+        num_workers=num_workers,
+        timeout=timeout_seconds if num_workers else 0,
+        # Its own generator: a loader without one draws from the global state, and dropout would differ on resume.
+        generator=torch.Generator(),
+    )
+    try:
+        for input_ids, targets in loader:
+            yield _send(input_ids, device), _send(targets, device)
+    except RuntimeError as error:
+        if num_workers and "DataLoader" in str(error):
+            raise DataError(
+                f"A loader worker died or took over {timeout_seconds:g} seconds: {error}. Look at the dataset's "
+                f"__getitem__, or raise loader_timeout_seconds."
+            ) from error
+        raise
+
+
+class _Rows:
+    """Sample ids as the batch sampler a DataLoader takes."""
+
+    def __init__(self, rows: Iterator[NDArray[np.int64]]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (row.tolist() for row in self._rows)
+
+
+class _Collate:
+    """Samples of the user's own dataset as one checked batch."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __call__(self, samples: list[Batch]) -> Batch:
+        shapes = {tuple(ids.shape) for pair in samples for ids in pair}
+        if len(shapes) != 1:
+            raise DataError(
+                f"Samples of one batch have shapes {sorted(shapes)}: all must be equally long; pad them."
+            )
+        input_ids, targets = (torch.stack(rows).long() for rows in zip(*samples, strict=True))
+        for name, ids in (("input_ids", input_ids), ("targets", targets[targets != IGNORE_INDEX])):
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+                raise DataError(
+                    f"{name} hold ids from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary is 0 to "
+                    f"{self._vocab_size - 1} ({IGNORE_INDEX} marks targets that are not scored)."
+                )
+        return input_ids, targets
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting where the device can."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,156 @@
+"""What a training run is told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from homebrew.errors import ConfigError
+from homebrew.training.guard import NonFinitePolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """A run's settings; the defaults are GPT-3's for its smallest model (Brown et al. 2020, appendix B).
+
+    Raises:
+        ConfigError: one or more values are out of range; the message lists all of them.
+    """
+
+    output_dir: str | Path
+    """Folder for checkpoints, `metrics.jsonl` and `run.json`; made if it does not exist."""
+    max_steps: int
+    """Optimizer steps in the run."""
+    global_batch_tokens: int | None = None
+    """Tokens a step, over all processes and micro-batches; one micro-batch a process if not given."""
+    micro_batch_size: int | None = None
+    """Sequences a process runs through the model at once; the largest that fits the device's usual if not given."""
+    learning_rate: float = 6e-4
+    """The schedule's peak."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; a twentieth of `max_steps` if not given."""
+    min_lr_ratio: float = 0.1
+    """The schedule's floor, as a share of `learning_rate`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay of the first and the second moment."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices and embeddings; biases and layer norms have none."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    non_finite: NonFinitePolicy = "raise"
+    """What to do with a step whose loss or gradient norm is not finite; its update is never applied."""
+    non_finite_limit: int = 10
+    """Such steps in a row that `non_finite="skip"` allows."""
+    seed: int = 42
+    """Of the order of samples and of dropout; and of the weights, if the Trainer is given a `GPTConfig`."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """"auto": what the launcher chose, else bf16 on a GPU that has it, else none."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether to compile the model with torch.compile; "auto": on CUDA only."""
+    eval_every: int | None = None
+    """Steps between evaluations; one at the end only if not given."""
+    eval_batches: int | None = None
+    """Micro-batches a process evaluates; the whole dataset if not given."""
+    log_every: int = 10
+    """Steps between two reports; the device is waited for only then."""
+    log_with: str | None = None
+    """An Accelerate tracker besides `metrics.jsonl`: "tensorboard", "wandb", and so on."""
+    save_every: int | None = None
+    """Steps between checkpoints; one at the end only if not given."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step are kept for good."""
+    num_workers: int = 0
+    """Processes that read ahead, for datasets of your own that are slow to read."""
+    loader_timeout_seconds: float = 600.0
+    """How long to wait for such a process."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ["max_steps", "global_batch_tokens", "micro_batch_size", "eval_every", "eval_batches", "log_every", "save_every", "keep_last", "keep_every"]
+        wrong = [
+            f"{name}={getattr(self, name)!r}: must be a whole number of at least 1."
+            for name in at_least_one
+            if getattr(self, name) is not None and not _is_count(getattr(self, name), least=1)
+        ]
+        wrong += [
+            f"{name}={getattr(self, name)!r}: must be a whole number of at least 0."
+            for name in ("seed", "num_workers", "non_finite_limit", "warmup_steps")
+            if getattr(self, name) is not None and not _is_count(getattr(self, name), least=0)
+        ]
+        wrong += [
+            f"{name}={getattr(self, name)!r}: must be more than 0."
+            for name in ("learning_rate", "max_grad_norm", "loader_timeout_seconds")
+            if not getattr(self, name) > 0
+        ]
+        if not self.weight_decay >= 0:
+            wrong.append(f"weight_decay={self.weight_decay!r}: must be at least 0.")
+        if not 0 <= self.min_lr_ratio <= 1:
+            wrong.append(f"min_lr_ratio={self.min_lr_ratio!r}: must be between 0 and 1.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            wrong.append(f"betas={self.betas!r}: must be two numbers of at least 0 and less than 1.")
+        for name, values in (
+            ("mixed_precision", ("auto", "no", "bf16", "fp16")),
+            ("compile", ("auto", True, False)),
+            ("non_finite", ("raise", "skip")),
+        ):
+            if getattr(self, name) not in values:
+                wrong.append(
+                    f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, values))}."
+                )
+        if wrong:
+            raise ConfigError("These settings cannot be used:\n  " + "\n  ".join(wrong))
+
+
+def _is_count(value: object, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step's sequences are shared out: `global_batch_size` = processes · micro-batches · their size."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+
+
+def plan_batch(
+    *,
+    global_batch_tokens: int | None,
+    micro_batch_size: int | None,
+    block_size: int,
+    num_processes: int,
+    micro_batch_tokens: int,
+) -> BatchPlan:
+    """Work out accumulation from what the user states.
+
+    Args:
+        global_batch_tokens: tokens a step; one micro-batch a process if None.
+        micro_batch_size: sequences at once in a process; if None, the largest divisor of a process's share of
+            the step that stays within `micro_batch_tokens`.
+        block_size: tokens in a sequence.
+        num_processes: processes that share the step.
+        micro_batch_tokens: what the device usually takes at once.
+
+    Raises:
+        ConfigError: the numbers do not divide; the message names the nearest that do.
+    """
+    if global_batch_tokens is None:
+        size = micro_batch_size or max(1, micro_batch_tokens // block_size)
+        return BatchPlan(size * num_processes, size, 1)
+    unit = block_size * num_processes * (micro_batch_size or 1)
+    if global_batch_tokens % unit:
+        below, above = global_batch_tokens // unit * unit, (global_batch_tokens // unit + 1) * unit
+        nearest = (
+            f"{below} and {above} are the nearest that do" if below else f"the smallest that does is {above}"
+        )
+        raise ConfigError(
+            f"global_batch_tokens={global_batch_tokens} does not divide into micro-batches of "
+            f"{micro_batch_size or 1} × block_size {block_size} tokens on each of {num_processes} process(es): "
+            f"{nearest}."
+        )
+    share = global_batch_tokens // (block_size * num_processes)
+    if micro_batch_size is None:
+        most = max(1, min(share, micro_batch_tokens // block_size))
+        micro_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
+    return BatchPlan(share * num_processes, micro_batch_size, share // micro_batch_size)

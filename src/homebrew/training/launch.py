@@ -1,0 +1,77 @@
+"""The Accelerator of a run, and the check that the launcher got the processes it asked for."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+
+from homebrew.errors import LaunchError
+from homebrew.training.config import TrainerConfig
+
+
+def build_accelerator(config: TrainerConfig) -> Accelerator:
+    """An Accelerator with the launcher's settings, ours where it has none.
+
+    Raises:
+        LaunchError: the launcher started several processes and Accelerate sees one, or the like.
+    """
+    accelerator = Accelerator(
+        mixed_precision=_mixed_precision(config.mixed_precision),
+        # The window of accumulation is the step's own, not a loader's.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(
+            project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "logs")
+        ),
+    )
+    check_world(accelerator)
+    return accelerator
+
+
+def _mixed_precision(wanted: str) -> str | None:
+    """Accelerate's argument: None leaves the choice to the launcher."""
+    if wanted != "auto":
+        return wanted
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None
+    return (
+        "bf16"
+        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        else None
+    )
+
+
+def check_world(accelerator: Accelerator) -> None:
+    """Refuse a world that is not the one the launcher asked for; Accelerate itself says nothing.
+
+    Raises:
+        LaunchError: the numbers of processes differ, or FSDP was asked for and is not there.
+    """
+    asked, got = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
+    if asked != got:
+        raise LaunchError(
+            f"The launcher started {asked} processes, but Accelerate sees {got}: each would train alone and "
+            f"overwrite the others. To run several processes on CPUs, set ACCELERATE_USE_CPU=true and launch with "
+            f"--multi_gpu --num_processes {asked}; on GPUs, check that PyTorch sees them."
+        )
+    # Accelerate's single-process launcher names a rendezvous, but no world, when it was asked for several.
+    if got == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and _accelerate_launched():
+        raise LaunchError(
+            "`accelerate launch` was asked for several processes but starts one (it does so with --cpu, and with "
+            "distributed_type MULTI_CPU). Set ACCELERATE_USE_CPU=true and launch with --multi_gpu instead, or ask "
+            "for --num_processes 1."
+        )
+    if (
+        os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        and accelerator.distributed_type != DistributedType.FSDP
+    ):
+        raise LaunchError(
+            f"The launcher asked for FSDP, but Accelerate runs {accelerator.distributed_type.value} (it does so "
+            f"without a GPU). Launch without FSDP, or on GPUs."
+        )
+
+
+def _accelerate_launched() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ

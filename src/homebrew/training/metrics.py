@@ -1,0 +1,131 @@
+"""A run's figures, and the file they are kept in."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+_PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    # Dense tensor-core peaks from the vendors' datasheets, the first name found in the device's counts.
+    "B200": {"bfloat16": 2250, "float32": 1125},
+    "H200": {"bfloat16": 989, "float32": 494},
+    "H100 PCIe": {"bfloat16": 756, "float32": 378},
+    "H100": {"bfloat16": 989, "float32": 494},
+    "A100": {"bfloat16": 312, "float32": 156},
+    "L40S": {"bfloat16": 362, "float32": 183},
+    "L4": {"bfloat16": 121, "float32": 60},
+    "A10G": {"bfloat16": 70, "float32": 35},
+    "RTX 5090": {"bfloat16": 209.5, "float32": 104.8},
+    "RTX 4090": {"bfloat16": 165.2, "float32": 82.6},
+    "RTX 3090": {"bfloat16": 71, "float32": 35.6},
+    "T4": {"float16": 65},
+    "V100": {"float16": 125},
+}
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is reported of a step."""
+
+    step: int
+    """Optimizer steps taken."""
+    loss: float
+    """Mean over the step's scored targets, in nats."""
+    learning_rate: float
+    """Of the first parameter group."""
+    grad_norm: float
+    """Global, before clipping."""
+    tokens_per_second: float
+    """Over all processes, since the last report."""
+    mfu: float | None
+    """Model FLOPs as a share of the devices' peak (Chowdhery et al. 2022, PaLM); None where that is not known."""
+    memory_bytes: int | None
+    """The device allocator's peak; None off CUDA."""
+    num_tokens: int
+    """Since the run's start."""
+    elapsed_seconds: float
+    """Since this process began training."""
+
+
+@dataclass(frozen=True)
+class EvalMetrics:
+    """What an evaluation found."""
+
+    step: int
+    """Optimizer steps taken."""
+    loss: float
+    """Mean over all scored targets, in nats."""
+    perplexity: float
+    """exp(loss)."""
+    bits_per_byte: float | None
+    """Comparable between tokenizers; None where the text's bytes are not known."""
+    num_tokens: int
+    """Scored targets."""
+
+    @classmethod
+    def of(cls, *, step: int, loss: float, num_tokens: int, bytes_per_token: float | None) -> Self:
+        """The figures that follow from a loss.
+
+        Args:
+            step: optimizer steps taken.
+            loss: in nats a token.
+            num_tokens: scored targets.
+            bytes_per_token: of the text, where it is known.
+        """
+        bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+        return cls(step, loss, math.exp(loss) if loss < 700 else math.inf, bits, num_tokens)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense matrix-product peak of a device, in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for known, peaks in _PEAK_TFLOPS.items():
+        if known in name:
+            kind = str(dtype).removeprefix("torch.")
+            tflops = peaks.get(kind, peaks.get("bfloat16") if kind == "float16" else None)
+            return None if tflops is None else tflops * 1e12
+    return None
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """The most memory the process has held on a CUDA device; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+class MetricsLog:
+    """A file of JSON lines, one event each, that a kill leaves with at most its last line torn.
+
+    Args:
+        path: appended to; a torn last line of a killed run is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _cut_torn_line(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def write(self, event: str, **values: Any) -> None:  # noqa: ANN401 - any JSON value
+        """Append an event; numbers that are not finite become null, which JSON has."""
+        line = json.dumps({"event": event} | {key: _finite(value) for key, value in values.items()})
+        os.write(self._file, line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)

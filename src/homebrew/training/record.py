@@ -1,0 +1,113 @@
+"""What a run leaves to read: `run.json`, `metrics.jsonl` and the trackers."""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import torch
+from torch.utils.data import Dataset
+
+from homebrew.training.callbacks import Callback
+from homebrew.training.metrics import EvalMetrics, MetricsLog, StepMetrics
+
+if TYPE_CHECKING:
+    from homebrew.training.trainer import Trainer
+
+
+class RunRecord(Callback):
+    """Writes a run's facts and figures, on the first process, and passes the figures to Accelerate's trackers."""
+
+    def __init__(self) -> None:
+        self._log: MetricsLog | None = None
+
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        """Write `run.json`, open `metrics.jsonl`, start the trackers."""
+        facts = run_facts(trainer)
+        if trainer.config.log_with is not None:
+            trainer.accelerator.init_trackers("homebrew", config=_flat(facts))
+        if trainer.is_main_process:
+            folder = Path(trainer.config.output_dir)
+            (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            self._log = MetricsLog(folder / "metrics.jsonl")
+            self._log.write("resume" if trainer.step else "begin", step=trainer.step)
+
+    def on_step_end(self, trainer: "Trainer", metrics: StepMetrics | None) -> None:
+        """Record a step that is reported."""
+        if metrics is not None:
+            self._record("step", trainer, asdict(metrics))
+
+    def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
+        """Record an evaluation."""
+        self._record("evaluate", trainer, asdict(metrics))
+
+    def on_save(self, trainer: "Trainer", path: Path) -> None:
+        """Record a checkpoint."""
+        if self._log is not None:
+            self._log.write("save", step=trainer.step, path=str(path))
+
+    def on_event(self, trainer: "Trainer", event: dict[str, Any]) -> None:
+        """Record anything else, such as a skipped step."""
+        if self._log is not None:
+            self._log.write(**event)
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        """Close the file and the trackers; the process group stays for what the script does next."""
+        if self._log is not None:
+            self._log.write("end", step=trainer.step)
+            self._log.close()
+            self._log = None
+        for tracker in trainer.accelerator.trackers:
+            tracker.finish()
+
+    def _record(self, kind: str, trainer: "Trainer", figures: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(kind, **figures)
+        if trainer.config.log_with is not None:
+            prefix = "eval" if kind == "evaluate" else "train"
+            numbers = {f"{prefix}/{k}": v for k, v in figures.items() if k != "step" and v is not None}
+            trainer.accelerator.log(numbers, step=figures["step"])
+
+
+def run_facts(trainer: "Trainer") -> dict[str, Any]:
+    """What made the run: settings, model, data, processes and versions; all JSON."""
+    accelerator = trainer.accelerator
+    config = asdict(trainer.config)
+    return {
+        "config": config | {"output_dir": str(config["output_dir"])},
+        "model": asdict(trainer.model.config) | {"num_parameters": trainer.model.num_parameters()},
+        "train_dataset": dataset_facts(trainer.train_dataset),
+        "eval_dataset": None if trainer.eval_dataset is None else dataset_facts(trainer.eval_dataset),
+        "batch": asdict(trainer.batch),
+        "device": str(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }
+
+
+def dataset_facts(dataset: Dataset[Any]) -> dict[str, Any]:
+    """What is known of a dataset: its size and, where it says so, its source and fingerprint."""
+    facts: dict[str, Any] = {"num_samples": len(dataset)}  # type: ignore[arg-type]
+    for name in ("source", "fingerprint", "num_tokens"):
+        if hasattr(dataset, name):
+            facts[name] = getattr(dataset, name)
+    tokenizer = getattr(dataset, "tokenizer", None)
+    return facts | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Nested facts as the flat scalars a tracker takes."""
+    flat: dict[str, int | float | str | bool] = {}
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

@@ -1,0 +1,78 @@
+"""Whether a checkpoint belongs to this run: what must be the same for it to go on exactly."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from homebrew.errors import ConfigError, ResumeMismatch
+from homebrew.model.gpt import GPTConfig
+from homebrew.training.schedule import Schedule
+
+ASPECTS = ("dataset", "model", "schedule", "global_batch_size", "seed")
+"""What a checkpoint remembers of its run, and `accept_changes` may name."""
+
+_PROBES = 16
+
+
+def identity(
+    *,
+    dataset: Dataset[Any],
+    model: GPTConfig,
+    schedule: Schedule,
+    max_steps: int,
+    global_batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What decides a run's every step, one JSON value for each of `ASPECTS`.
+
+    The schedule, any function, is told by its values at evenly spaced steps.
+    """
+    probes = sorted({max_steps * i // _PROBES for i in range(_PROBES + 1)})
+    return {
+        "dataset": getattr(dataset, "fingerprint", f"{len(dataset)} samples"),  # type: ignore[arg-type]
+        "model": asdict(model),
+        "schedule": [[step, schedule(step)] for step in probes],
+        "global_batch_size": global_batch_size,
+        "seed": seed,
+    }
+
+
+def check_identity(
+    saved: Mapping[str, Any], ours: Mapping[str, Any], accept_changes: Collection[str]
+) -> None:
+    """Refuse to go on with what another run left.
+
+    Args:
+        saved: `identity` as the checkpoint holds it.
+        ours: `identity` of this run.
+        accept_changes: aspects that may differ.
+
+    Raises:
+        ConfigError: `accept_changes` names something else.
+        ResumeMismatch: an aspect differs; the message names each, and how to go on.
+    """
+    if unknown := sorted(set(accept_changes) - set(ASPECTS)):
+        raise ConfigError(f"accept_changes={unknown!r}: must be among {', '.join(ASPECTS)}.")
+    differing = [name for name in ASPECTS if saved.get(name) != ours[name] and name not in accept_changes]
+    if differing:
+        lines = "\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)
+        raise ResumeMismatch(
+            f"The checkpoint belongs to another run:\n  {lines}\nGive this run the same, use a new output_dir, or "
+            f"go on knowingly with train(resume=True, accept_changes={tuple(differing)!r})."
+        )
+
+
+def _difference(saved: object, ours: object) -> str:
+    if isinstance(saved, dict) and isinstance(ours, dict):
+        keys = [key for key in sorted({*saved, *ours}) if saved.get(key) != ours.get(key)]
+        return ", ".join(f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}" for key in keys)
+    if isinstance(saved, list) and isinstance(ours, list):
+        pairs = [(a, b) for a, b in zip(saved, ours, strict=False) if a != b]
+        return (
+            f"the first value that differs was {pairs[0][0]}, is {pairs[0][1]}"
+            if pairs
+            else "the lengths differ"
+        )
+    return f"was {saved!r}, is {ours!r}"

@@ -1,0 +1,50 @@
+"""The random states a step may draw from, as tensors."""
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from homebrew.errors import CorruptCheckpoint
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The states of Python's, NumPy's and PyTorch's generators in this process."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - what libraries draw from
+    state = {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.append(np.asarray(keys, dtype=np.int64), [position, has_gauss])),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Tensor]) -> None:
+    """Put `rng_state`'s states back; a device's only where this process has it and the state names it.
+
+    Raises:
+        CorruptCheckpoint: a state is missing or not one.
+    """
+    try:
+        version, *words = state["python"].tolist()
+        gauss = state["python_gauss"].item()
+        random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+        *keys, position, has_gauss = state["numpy"].tolist()
+        np.random.set_state(  # noqa: NPY002
+            ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
+        )
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+        if torch.backends.mps.is_available() and "mps" in state:
+            torch.mps.set_rng_state(state["mps"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CorruptCheckpoint(f"The saved random states cannot be restored: {error!r}.") from error

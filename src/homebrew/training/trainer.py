@@ -1,0 +1,434 @@
+"""The Trainer: a step that reads top to bottom, and what happens around it."""
+
+import signal
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend, set_seed
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from homebrew.data.loader import Batch, StepLoader, eval_batches
+from homebrew.errors import CheckpointError, ConfigError, DataError
+from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.model.loss import IGNORE_INDEX
+from homebrew.training.callbacks import Callback, ProgressDisplay
+from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.collective import on_main
+from homebrew.training.config import TrainerConfig, plan_batch
+from homebrew.training.guard import Guard
+from homebrew.training.launch import build_accelerator, check_world
+from homebrew.training.meter import StepMeter
+from homebrew.training.metrics import EvalMetrics
+from homebrew.training.optim import adamw
+from homebrew.training.record import RunRecord
+from homebrew.training.resume import check_identity, identity
+from homebrew.training.schedule import Schedule, warmup_cosine
+from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
+from homebrew.training.state import gather_run, scatter_run
+
+USUAL_MICRO_BATCH_TOKENS = {"cuda": 65_536}
+"""Tokens a device takes at once where the user does not say."""
+_USUAL_ELSEWHERE = 4_096
+
+
+class Trainer:
+    """Trains a GPT on Accelerate: one script for a laptop, a notebook, a GPU or many.
+
+    Args:
+        model: what to train, in place; or its shape, for a new one with weights from the config's seed.
+        train_dataset: a `TokenDataset`, or any map-style dataset of (input_ids, targets), each (T,), int64.
+        eval_dataset: the same, to evaluate on.
+        config: the run's settings.
+        optimizer: used instead of AdamW; built over the model's parameters.
+        schedule: a function step -> factor of the learning rate, used instead of `warmup_cosine`.
+        accelerator: used instead of one with the launcher's settings.
+        callbacks: told of the run's events, after the progress display.
+
+    Raises:
+        HomebrewError: a setting, the data or the launch cannot be used; nothing has been trained or written.
+    """
+
+    def __init__(
+        self,
+        model: GPT | GPTConfig,
+        train_dataset: Dataset[Any],
+        eval_dataset: Dataset[Any] | None = None,
+        *,
+        config: TrainerConfig,
+        optimizer: torch.optim.Optimizer | None = None,
+        schedule: Schedule | None = None,
+        accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator or build_accelerator(config)
+        check_world(self.accelerator)
+        self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.sequence_length = check_dataset(train_dataset, "train_dataset", self.model.config)
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset", self.model.config)
+        self.batch = plan_batch(
+            global_batch_tokens=config.global_batch_tokens,
+            micro_batch_size=config.micro_batch_size,
+            block_size=self.sequence_length,
+            num_processes=self.accelerator.num_processes,
+            micro_batch_tokens=USUAL_MICRO_BATCH_TOKENS.get(self.accelerator.device.type, _USUAL_ELSEWHERE),
+        )
+        self.schedule = schedule or warmup_cosine(
+            warmup_steps=config.max_steps // 20 if config.warmup_steps is None else config.warmup_steps,
+            max_steps=config.max_steps,
+            min_lr_ratio=config.min_lr_ratio,
+        )
+        self.step = 0
+        """Optimizer steps taken."""
+        self.should_stop = False
+        """Set by a callback to end the run after the current step."""
+        self.callbacks = [ProgressDisplay(), RunRecord(), *callbacks]
+        self._prepare(optimizer)
+        self._identity = identity(
+            dataset=train_dataset,
+            model=self.model.config,
+            schedule=self.schedule,
+            max_steps=config.max_steps,
+            global_batch_size=self.batch.global_batch_size,
+            seed=config.seed,
+        )
+        self._store = CheckpointStore(
+            config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every
+        )
+        self._saved_step: int | None = None
+        self._eval_loss: float | None = None
+
+    def _prepare(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Place, compile and wrap the model."""
+        config, accelerator = self.config, self.accelerator
+        on_cuda = accelerator.device.type == "cuda"
+        if on_cuda:
+            torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
+        self.model.to(accelerator.device)
+        wanted = on_cuda if config.compile == "auto" else config.compile
+        if wanted and accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
+            self.model.compile()  # in place: no wrapper, so no prefix in any state dict
+        self._optimizer = optimizer or adamw(
+            self.model,
+            learning_rate=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        self._peak_lrs = [group["lr"] for group in self._optimizer.param_groups]
+        self._wrapped, self._prepared_optimizer = accelerator.prepare(self.model, self._optimizer)
+        self._guard = Guard(self._optimizer, config.non_finite, config.non_finite_limit, accelerator.device)
+        self._loader = StepLoader(
+            self.train_dataset,
+            seed=config.seed,
+            global_batch_size=self.batch.global_batch_size,
+            micro_batch_size=self.batch.micro_batch_size,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            device=accelerator.device,
+            num_workers=config.num_workers,
+            timeout_seconds=config.loader_timeout_seconds,
+            vocab_size=self.model.config.vocab_size,
+        )
+        self._meter = StepMeter(
+            tokens_per_step=self.batch.global_batch_size * self.sequence_length,
+            flops_per_token=self.model.flops_per_token(self.sequence_length),
+            device=accelerator.device,
+            dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+                accelerator.mixed_precision, torch.float32
+            ),
+            num_processes=accelerator.num_processes,
+        )
+
+    def train(self, resume: bool | str | Path = False, *, accept_changes: Collection[str] = ()) -> None:
+        """Train to `max_steps`, evaluating and saving as configured, and at the end.
+
+        Args:
+            resume: True goes on from the newest whole checkpoint in `output_dir`, from the start if there is
+                none; a path goes on from that checkpoint.
+            accept_changes: what may differ from the run that saved: "dataset", "model", "schedule",
+                "global_batch_size", "seed".
+
+        Raises:
+            ConfigError: `output_dir` holds a run and `resume` is False, or cannot be written.
+            CheckpointError: the checkpoint is damaged or belongs to another run.
+            NonFiniteError: a loss or gradient was not finite and the policy does not allow it.
+        """
+        self._begin(resume, accept_changes)
+        try:
+            with SignalWatch() as signals:
+                agreement = Agreement(self.accelerator)
+                for micro_batches in self._loader.steps(self.step):
+                    if self.step >= self.config.max_steps or self.should_stop:
+                        break
+                    loss, grad_norm = self._take_step(micro_batches)
+                    self._after_step(loss, grad_norm)
+                    self._answer(signals, agreement)
+                self._store.wait()
+        finally:
+            self._tell("on_train_end")
+            self._store.close()
+
+    def _begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
+        """Find where to start, and bring weights, optimizer and random states there."""
+        accelerator = self.accelerator
+        start = on_main(accelerator, lambda: self._find_start(resume, accept_changes))
+        set_seed(self.config.seed, device_specific=True)
+        self.step = start["step"]
+        self._saved_step = self.step if start["path"] else None
+        self._eval_loss = start["state"].get("eval_loss")
+        if start["path"]:
+            files = self._store.open(start["path"]).files() if self.is_main_process else {}
+            scatter_run(accelerator, self._wrapped, self._optimizer, files, seed=self.config.seed + self.step)
+        accelerator.gradient_accumulation_steps = self.batch.accumulation_steps
+        accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
+        self._prepared_optimizer.zero_grad(set_to_none=True)
+        self._wrapped.train()
+        self.should_stop = False
+        self._meter.start(self.step)
+        self._tell("on_train_begin")
+
+    def _find_start(self, resume: bool | str | Path, accept_changes: Collection[str]) -> dict[str, Any]:
+        """On the first process: which checkpoint to go on from, if any; all checks that need the disk."""
+        start: dict[str, Any] = {"step": 0, "path": None, "state": {}}
+        self._store.prepare()
+        if not resume:
+            if self._store.steps():
+                raise ConfigError(
+                    f"output_dir={str(self.config.output_dir)!r} already holds a run. Go on with it by "
+                    f"train(resume=True), or choose another folder."
+                )
+            return start
+        if resume is True:
+            checkpoint, passed_over = self._store.latest()
+            for reason in passed_over:
+                warnings.warn(f"Passed over a checkpoint: {reason}", stacklevel=4)
+        else:
+            checkpoint = self._store.open(resume)
+        if checkpoint is None:
+            return start
+        check_identity(checkpoint.state["identity"], self._identity, accept_changes)
+        return {"step": checkpoint.step, "path": str(checkpoint.path), "state": checkpoint.state}
+
+    def _take_step(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """One optimizer step; nothing in it waits for the device.
+
+        Args:
+            micro_batches: this process's (input_ids, targets), each (B, T), int64.
+
+        Returns:
+            The mean loss over the step's scored targets on all processes, and the gradient's norm before
+            clipping: float32 scalars on the device.
+        """
+        accelerator = self.accelerator
+        factor = self.schedule(self.step)
+        for group, peak in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak * factor
+
+        counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in micro_batches])
+        num_targets = accelerator.reduce(counts.sum(), "sum").clamp(min=1)
+        shares = counts / num_targets  # of the step's targets; a mean of means would be wrong
+        scale = accelerator.num_processes * len(micro_batches)  # which Accelerate and DDP divide by
+        losses = []
+        for (input_ids, targets), share in zip(micro_batches, shares, strict=True):
+            with accelerator.accumulate(self._wrapped):
+                loss = self._wrapped(input_ids, targets) * share
+                accelerator.backward(loss * scale)
+            losses.append(loss.detach())
+        loss = accelerator.reduce(torch.stack(losses).sum(), "sum")
+
+        grad_norm = accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm)
+        if self._guard.inspect(self.step, loss, grad_norm):
+            self._prepared_optimizer.step()
+        self._prepared_optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss, grad_norm
+
+    def _after_step(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Report, evaluate and save what is due; only here does the host read from the device."""
+        config = self.config
+        last = self.step >= config.max_steps
+        reported = None
+        if last or self.step % config.log_every == 0 or self.step == 1:
+            self._guard.check()
+            reported = self._meter.measure(
+                self.step,
+                loss=loss.item(),
+                grad_norm=grad_norm.item(),
+                learning_rate=self._optimizer.param_groups[0]["lr"],
+            )
+        self._tell("on_step_end", reported)
+        if self.eval_dataset is not None and (last or _is_due(self.step, config.eval_every)):
+            metrics = self.evaluate()
+            self._eval_loss = metrics.loss
+            self._tell("on_evaluate", metrics)
+        if last or _is_due(self.step, config.save_every):
+            self.save()
+
+    def _answer(self, signals: SignalWatch, agreement: Agreement) -> None:
+        """Do what a signal to any process asks, on all of them at the same step."""
+        *asked, writer_failed = agreement.exchange([*signals.flags(), float(self._store.failed)])
+        if writer_failed:
+            self._store.check()
+            raise CheckpointError("The first process could not write a checkpoint; its own error says why.")
+        for number in (number for number, flag in zip(HANDLED, asked, strict=True) if flag):
+            self.save()
+            signals.take(number)
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._store.wait()
+                leave(number)
+
+    @torch.no_grad()
+    def evaluate(self, dataset: Dataset[Any] | None = None) -> EvalMetrics:
+        """The mean loss over a dataset, every target counted once however many processes share the work.
+
+        Args:
+            dataset: `eval_dataset` if not given.
+
+        Raises:
+            ConfigError: there is no dataset.
+        """
+        dataset = self.eval_dataset if dataset is None else dataset
+        if dataset is None:
+            raise ConfigError(
+                "There is nothing to evaluate on: give Trainer an eval_dataset, or evaluate() a dataset."
+            )
+        accelerator = self.accelerator
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        totals = torch.zeros(2, dtype=exact, device=accelerator.device)  # sum of losses, scored targets
+        was_training = self._wrapped.training
+        self._wrapped.eval()
+        for input_ids, targets in eval_batches(
+            dataset,
+            micro_batch_size=self.batch.micro_batch_size,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            device=accelerator.device,
+            vocab_size=self.model.config.vocab_size,
+            max_batches=self.config.eval_batches,
+        ):
+            count = (targets != IGNORE_INDEX).sum()
+            totals += torch.stack([self._wrapped(input_ids, targets) * count, count])
+        self._wrapped.train(was_training)
+        loss_sum, num_tokens = accelerator.reduce(totals, "sum").tolist()
+        return EvalMetrics.of(
+            step=self.step,
+            loss=loss_sum / max(num_tokens, 1),
+            num_tokens=int(num_tokens),
+            bytes_per_token=getattr(dataset, "bytes_per_token", None),
+        )
+
+    def save(self) -> Path:
+        """Save a checkpoint of this step; every process calls this, the first one writes, in the background.
+
+        Returns:
+            The folder it will be in.
+
+        Raises:
+            CheckpointError: an earlier checkpoint could not be written.
+            NonFiniteError: a bad step is not to be saved.
+        """
+        path = self._store.path(self.step)
+        if self._saved_step == self.step:
+            return path
+        self._guard.check()
+        files = gather_run(self.accelerator, self._wrapped, self._optimizer)
+        if self.is_main_process:
+            self._store.save_in_background(self.step, files, self._state(), score=self._eval_loss)
+        self._saved_step = self.step
+        self._tell("on_save", path)
+        return path
+
+    def sample(self, text: str = "", max_new_tokens: int = 100, **sampling: Any) -> str:  # noqa: ANN401
+        """Text the model writes after `text`, which is included.
+
+        Args:
+            text: what to go on from; the tokenizer's end-of-text mark, or a line's end, if empty.
+            max_new_tokens: tokens to write.
+            sampling: `GPT.generate`'s arguments: temperature, top_k, seed and so on.
+
+        Raises:
+            ConfigError: the training dataset has no tokenizer.
+        """
+        tokenizer = getattr(self.train_dataset, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError(
+                "sample() needs a tokenizer, and train_dataset has none: use model.generate on ids."
+            )
+        ids = list(tokenizer.encode(text or "\n"))
+        written = self.model.generate([ids], max_new_tokens, **sampling)[0]
+        return str(tokenizer.decode(written))
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.accelerator.is_main_process
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors: only what is no function of the step."""
+        tokenizer = getattr(self.train_dataset, "tokenizer", None)
+        return {
+            "identity": self._identity,
+            "tokenizer": None if tokenizer is None else tokenizer.to_json(),
+            "num_processes": self.accelerator.num_processes,
+            "eval_loss": self._eval_loss,
+        }
+
+    def _tell(self, event: str, *facts: object) -> None:
+        """Call every callback's method of that name."""
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *facts)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def check_dataset(dataset: Dataset[Any], name: str, model: GPTConfig) -> int:
+    """Refuse a dataset the model cannot read.
+
+    Args:
+        dataset: map-style.
+        name: how messages call it.
+        model: the shape it must fit.
+
+    Returns:
+        Tokens in a sample's input.
+
+    Raises:
+        DataError: it is empty, a sample is not a pair of equally long rows of ids, or is too long, or its token
+            ids go beyond the vocabulary.
+    """
+    length = len(dataset)  # type: ignore[arg-type] - map-style datasets have one
+    if length == 0:
+        raise DataError(f"{name} is empty: training needs at least one sample.")
+    sample = dataset[0]
+    if not (
+        isinstance(sample, tuple | list)
+        and len(sample) == 2
+        and all(isinstance(ids, Tensor) and ids.dim() == 1 and ids.dtype == torch.int64 for ids in sample)
+        and len(sample[0]) == len(sample[1])
+    ):
+        raise DataError(
+            f"{name}[0] must be (input_ids, targets), two int64 tensors of equal length; got {sample!r}."
+        )
+    sequence_length = len(sample[0])
+    if sequence_length > model.block_size:
+        raise DataError(
+            f"{name} has sequences of {sequence_length} tokens, but the model's block_size is {model.block_size}: "
+            f"make shorter windows, or a model with block_size={sequence_length}."
+        )
+    needed = getattr(dataset, "vocab_size", 0)
+    if needed > model.vocab_size:
+        raise DataError(
+            f"{name} has token ids up to {needed - 1}, but the model's vocab_size is {model.vocab_size}: build the "
+            f"model with vocab_size={needed}."
+        )
+    return sequence_length

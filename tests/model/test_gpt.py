@@ -1,0 +1,218 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from homebrew.errors import ConfigError, ModelError
+from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.model.loss import IGNORE_INDEX
+
+TINY = GPTConfig(block_size=16, vocab_size=100, n_layer=2, n_head=2, n_embd=16)
+
+
+def random_ids(config: GPTConfig, *shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomised(model: GPT, std: float = 0.2) -> GPT:
+    """Every weight random, biases and layer norms too, so that no zero hides a term of the forward pass."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def as_transformers(model: GPT) -> GPT2LMHeadModel:
+    """transformers' model with the same weights, copied by name."""
+    config = model.config
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.block_size,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+        )
+    ).eval()
+    ours = model.state_dict()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            value = ours[name][: config.vocab_size] if name == "transformer.wte.weight" else ours[name]
+            is_conv1d = name.split(".")[-2] in {"c_attn", "c_proj", "c_fc"} and name.endswith("weight")
+            parameter.copy_(value.T if is_conv1d else value)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        GPTConfig(block_size=7, vocab_size=11, n_layer=1, n_head=1, n_embd=5),
+        GPTConfig(block_size=33, vocab_size=257, n_layer=3, n_head=3, n_embd=39),
+        GPTConfig(block_size=1, vocab_size=128, n_layer=1, n_head=4, n_embd=8),
+    ],
+    ids=str,
+)
+def test_logits_are_those_of_transformers(config):
+    model = randomised(GPT(config)).eval()
+    ids = random_ids(config, 3, config.block_size)
+    theirs = as_transformers(model)(ids).logits
+    ours = model(ids)
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_is_that_of_transformers():
+    model = randomised(GPT(TINY)).eval()
+    ids = random_ids(TINY, 2, 17)
+    theirs = as_transformers(model)
+    expected = F.cross_entropy(theirs(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_presets_have_the_published_parameter_counts(name, count):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    assert model.num_parameters() == count
+
+
+def test_gpt2_decays_as_many_values_as_published():
+    model = GPT(GPTConfig.preset("gpt2", n_layer=1))
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    # 12 layers have 50 matrices and 98 vectors: 4 and 8 a layer, 2 embeddings, and ln_f
+    assert (len(matrices), len(vectors)) == (2 + 4, 2 + 8)
+
+
+def test_flops_of_gpt2_are_those_of_the_anchors():
+    model = GPT(GPTConfig.preset("gpt2", n_layer=2, vocab_size=257))
+    matrices = 2 * 12 * 768**2 + (257 + 1024) * 768
+    assert model.flops_per_token() == 6 * matrices + 12 * 2 * 768 * 1024
+    assert model.flops_per_token() - model.flops_per_token(24) == 12 * 2 * 768 * 1000
+
+
+def test_a_position_does_not_see_those_after_it():
+    model = randomised(GPT(TINY)).eval()
+    ids = random_ids(TINY, 1, 16)
+    changed = ids.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % TINY.vocab_size
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.isclose(before[:, 9:], after[:, 9:]).all(-1).any()
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess():
+    model = GPT(GPTConfig(block_size=64, vocab_size=50_257, n_layer=2, n_head=2, n_embd=32))
+    ids = random_ids(model.config, 4, 65)
+    assert model(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(50_257), abs=0.05)
+
+
+def test_padding_ids_never_score():
+    model = randomised(GPT(TINY))
+    with torch.no_grad():
+        model.transformer.wte.weight[TINY.vocab_size :] = 100.0  # would win any softmax it took part in
+    ids = random_ids(TINY, 2, 17)
+    logits = model(ids[:, :-1])
+    assert logits.shape == (2, 16, TINY.vocab_size)
+    loss = model(ids[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    loss.backward()
+    gradient = model.lm_head.weight.grad
+    assert gradient[: TINY.vocab_size].abs().sum(1).min() > 0
+    assert torch.equal(gradient[TINY.vocab_size :], torch.zeros(28, 16))
+
+
+def test_ignored_targets_are_not_scored():
+    model = randomised(GPT(TINY))
+    ids, targets = random_ids(TINY, 2, 16), random_ids(TINY, 2, 16, seed=1)
+    each = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none").view(2, 16)
+    targets[0, :] = IGNORE_INDEX
+    targets[1, 5:] = IGNORE_INDEX
+    torch.testing.assert_close(model(ids, targets), each[1, :5].mean())
+
+
+def test_no_scored_target_is_a_loss_of_zero():
+    ids = random_ids(TINY, 2, 16)
+    assert GPT(TINY)(ids, torch.full_like(ids, IGNORE_INDEX)).item() == 0.0
+
+
+def test_initial_weights_have_gpt2s_deviations():
+    config = GPTConfig(block_size=256, vocab_size=1000, n_layer=8, n_head=4, n_embd=128)
+    state = GPT(config).state_dict()
+    for name, value in state.items():
+        if name.endswith("bias"):
+            assert not value.any(), name
+        elif value.dim() == 1:
+            assert (value == 1).all(), name
+        else:
+            expected = 0.02 / math.sqrt(16) if "c_proj" in name else 0.02
+            assert value[:1000].std().item() == pytest.approx(expected, rel=0.05), name
+    assert not state["transformer.wte.weight"][1000:].any()
+
+
+def test_the_seed_makes_the_weights_and_leaves_the_global_random_state():
+    before = torch.get_rng_state()
+    first, same, other = GPT(TINY, seed=1), GPT(TINY, seed=1), GPT(TINY, seed=2)
+    assert torch.equal(first.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_head_is_the_token_embedding():
+    model = GPT(TINY)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_dropout_acts_in_training_only():
+    model = GPT(GPTConfig(block_size=16, vocab_size=100, n_layer=1, n_head=2, n_embd=16, dropout=0.5))
+    ids = random_ids(TINY, 1, 16)
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_a_sequence_longer_than_the_block_is_refused():
+    with pytest.raises(ModelError, match=r"17 tokens.*block_size is 16"):
+        GPT(TINY)(random_ids(TINY, 1, 17))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layer": 0}, "n_layer=0"),
+        ({"vocab_size": -1}, "vocab_size=-1"),
+        ({"block_size": 2.5}, "block_size=2.5"),
+        ({"n_head": True}, "n_head=True"),
+        ({"n_embd": 100, "n_head": 3}, r"n_embd=100 is not a multiple of n_head=3.*99 and 102"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"dropout": float("nan")}, "dropout=nan"),
+    ],
+)
+def test_a_wrong_shape_says_what_is_wrong(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        GPTConfig(**changes)
+
+
+def test_an_unknown_preset_names_those_there_are():
+    with pytest.raises(ConfigError, match=r"no preset 'gpt3'.*gpt2-xl"):
+        GPTConfig.preset("gpt3")
+
+
+def test_a_preset_can_be_changed():
+    assert GPTConfig.preset("gpt2-medium", dropout=0.1) == GPTConfig(
+        n_layer=24, n_head=16, n_embd=1024, dropout=0.1
+    )

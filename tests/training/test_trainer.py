@@ -1,0 +1,347 @@
+import json
+import math
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
+from homebrew.errors import ConfigError, DataError, LaunchError, NonFiniteError, ResumeMismatch
+from homebrew.training.callbacks import Callback
+
+SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
+
+
+def tokens(count=1200, seed=0):
+    return torch.randint(0, 50, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def dataset(count=1200, seed=0):
+    return TokenDataset.from_tokens(tokens(count, seed), block_size=16, vocab_size=50)
+
+
+class Losses(Callback):
+    """Keeps every step's loss."""
+
+    def __init__(self):
+        self.losses, self.evaluations = {}, {}
+
+    def on_step_end(self, trainer, metrics):
+        self.losses[metrics.step] = metrics.loss
+
+    def on_evaluate(self, trainer, metrics):
+        self.evaluations[metrics.step] = metrics
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, trainer, metrics):
+        trainer.should_stop = trainer.step == self.step
+
+
+def make(
+    folder, *, model=SHAPE, train=None, evaluate=None, callbacks=(), optimizer=None, schedule=None, **settings
+):
+    settings = {
+        "max_steps": 6,
+        "global_batch_tokens": 8 * 16,
+        "micro_batch_size": 8,
+        "learning_rate": 1e-2,
+        "log_every": 1,
+    } | settings
+    return Trainer(
+        model,
+        dataset() if train is None else train,
+        evaluate,
+        config=TrainerConfig(output_dir=folder, **settings),
+        callbacks=callbacks,
+        optimizer=optimizer,
+        schedule=schedule,
+    )
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def optimizer_state(trainer):
+    named = dict(trainer.model.named_parameters())
+    return {
+        f"{name}/{key}": value.clone()
+        for name, parameter in named.items()
+        for key, value in trainer._optimizer.state[parameter].items()
+    }
+
+
+def test_first_loss_is_the_logarithm_of_the_vocabulary_and_falls(tmp_path):
+    losses = Losses()
+    text = torch.arange(50).repeat(30)
+    make(
+        tmp_path, train=TokenDataset.from_tokens(text, 16, vocab_size=50), max_steps=30, callbacks=[losses]
+    ).train()
+    assert losses.losses[1] == pytest.approx(math.log(50), abs=0.1)
+    assert losses.losses[30] < 0.5 * losses.losses[1]
+
+
+def test_micro_batches_make_the_same_step_as_one_batch(tmp_path):
+    runs = []
+    for size in (8, 2, 1):
+        losses = Losses()
+        trainer = make(tmp_path / str(size), micro_batch_size=size, callbacks=[losses])
+        trainer.train()
+        assert trainer.batch.accumulation_steps == 8 // size
+        runs.append((losses.losses, weights(trainer)))
+    for losses, found in runs[1:]:
+        assert losses == pytest.approx(runs[0][0], abs=1e-5)
+        assert all(torch.allclose(found[name], runs[0][1][name], atol=1e-4) for name in found)
+
+
+class Ragged(Dataset):
+    """Samples with very different numbers of scored targets, some with none."""
+
+    def __init__(self):
+        rows = tokens(64 * 17, seed=3).view(64, 17)
+        self.input_ids, self.targets = rows[:, :-1].clone(), rows[:, 1:].clone()
+        for i, row in enumerate(self.targets):
+            row[: (i * 7) % 17] = -100
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def __getitem__(self, i):
+        return self.input_ids[i], self.targets[i]
+
+
+def test_uneven_targets_weigh_by_token(tmp_path):
+    runs = []
+    for size in (8, 1):
+        losses = Losses()
+        make(tmp_path / str(size), train=Ragged(), micro_batch_size=size, callbacks=[losses]).train()
+        runs.append(losses.losses)
+    assert runs[0] == pytest.approx(runs[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7])
+def test_stop_and_resume_is_bitwise_the_unbroken_run(tmp_path, stop):
+    shape = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
+    data = dataset(40 * 16 + 1)  # 40 samples: epochs end in the middle of a step
+    whole = make(
+        tmp_path / "whole", model=shape, train=data, evaluate=dataset(200), max_steps=9, eval_every=2
+    )
+    whole.train()
+    first = make(tmp_path / "parts", model=shape, train=data, max_steps=9, callbacks=[StopAt(stop)])
+    first.train()
+    assert first.step == stop
+    first.save()
+    first._store.wait()
+    torch.manual_seed(999)
+    second = make(tmp_path / "parts", model=shape, train=data, max_steps=9)
+    second.train(resume=True)
+    assert second.step == 9
+    assert same(weights(whole), weights(second))
+    assert same(optimizer_state(whole), optimizer_state(second))
+
+
+def test_evaluation_is_exact_for_any_remainder(tmp_path):
+    data = Ragged()
+    trainer = make(tmp_path, evaluate=data, micro_batch_size=5, global_batch_tokens=5 * 16)
+    with torch.no_grad():
+        logits = trainer.model(data.input_ids)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data.targets.flatten())
+    found = trainer.evaluate()
+    assert found.loss == pytest.approx(loss.item(), abs=1e-5)
+    assert found.num_tokens == int((data.targets != -100).sum())
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    assert trainer.model.training
+
+
+def test_evaluating_changes_nothing_in_training(tmp_path):
+    runs = []
+    for name, every in (("often", 1), ("never", None)):
+        trainer = make(tmp_path / name, evaluate=dataset(300, seed=1), eval_every=every)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert same(*runs)
+
+
+def test_one_seed_sets_model_order_and_dropout(tmp_path):
+    shape = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16, dropout=0.2)
+    runs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.manual_seed(hash(name) % 1000)
+        trainer = make(tmp_path / name, model=shape, seed=seed)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("where", ["weights", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_run_before_the_weights(tmp_path, where):
+    trainer = make(tmp_path, max_steps=6, log_every=3, save_every=1, callbacks=[])
+    bias = trainer.model.transformer.ln_f.bias
+    if where == "gradient":
+        handle = bias.register_hook(lambda grad: grad * float("nan") if trainer.step == 2 else grad)
+    else:
+
+        class Poison(Callback):
+            def on_step_end(self, trainer, metrics):
+                if trainer.step == 2:
+                    bias.data[0] = float("inf")
+
+        trainer.callbacks.append(Poison())
+    with pytest.raises(NonFiniteError, match="step 2 "):
+        trainer.train()
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["step-00000001", "step-00000002"]
+    if where == "gradient":
+        assert all(value.isfinite().all() for value in weights(trainer).values())
+        handle.remove()
+
+
+def test_skip_leaves_the_bad_step_out_and_says_so(tmp_path):
+    trainer = make(tmp_path, non_finite="skip", max_steps=4)
+    trainer.model.transformer.ln_f.bias.register_hook(
+        lambda grad: grad * float("nan") if trainer.step == 2 else grad
+    )
+    trainer.train()
+    assert trainer._guard.check() == 1
+    assert all(value.isfinite().all() for value in weights(trainer).values())
+
+
+def test_metrics_file_and_run_file(tmp_path):
+    trainer = make(tmp_path, evaluate=dataset(300), eval_every=3, save_every=3)
+    trainer.train()
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [event["step"] for event in events if event["event"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [event["step"] for event in events if event["event"] == "evaluate"] == [3, 6]
+    assert [event["step"] for event in events if event["event"] == "save"] == [3, 6]
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["model"]["n_layer"] == 2
+    assert run["train_dataset"]["fingerprint"] == trainer.train_dataset.fingerprint
+
+
+def test_tensorboard(tmp_path):
+    make(tmp_path, log_with="tensorboard", max_steps=2).train()
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_an_optimizer_and_a_schedule_of_your_own(tmp_path):
+    model = GPT(SHAPE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    seen = []
+
+    class Watch(Callback):
+        def on_step_end(self, trainer, metrics):
+            seen.append(metrics.learning_rate)
+
+    before = model.lm_head.weight.detach().clone()
+    make(
+        tmp_path,
+        model=model,
+        optimizer=optimizer,
+        schedule=lambda step: 1.0 / (step + 1),
+        callbacks=[Watch()],
+        max_steps=3,
+    ).train()
+    assert seen == pytest.approx([0.5, 0.25, 0.5 / 3])
+    assert not torch.equal(before, model.lm_head.weight)
+
+
+def test_an_accelerator_of_your_own(tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=7)
+    trainer = Trainer(
+        SHAPE,
+        dataset(),
+        config=TrainerConfig(output_dir=tmp_path, max_steps=2, global_batch_tokens=128, micro_batch_size=4),
+        accelerator=accelerator,
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.accelerator is accelerator
+    assert accelerator.gradient_accumulation_steps == 2
+    assert not same(before, weights(trainer))
+
+
+def test_accumulation_from_the_environment_is_overruled(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "5")
+    trainer = make(tmp_path, micro_batch_size=4)
+    trainer.train()
+    assert trainer.accelerator.gradient_accumulation_steps == 2
+
+
+def test_sample_decodes(tmp_path):
+    text = "To be, or not to be: that is the question.\n" * 40
+    data = TokenDataset.from_text(text, block_size=16, tokenizer="char")
+    trainer = make(
+        tmp_path,
+        model=GPTConfig(block_size=16, vocab_size=data.vocab_size, n_layer=1, n_head=1, n_embd=16),
+        train=data,
+    )
+    trainer.train()
+    said = trainer.sample("To be", max_new_tokens=40, seed=1)
+    assert said.startswith("To be")
+    assert len(said) == 45
+    assert said == trainer.sample("To be", max_new_tokens=40, seed=1)
+
+
+def test_an_output_folder_that_holds_a_run(tmp_path):
+    make(tmp_path, max_steps=1).train()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        make(tmp_path, max_steps=1).train()
+    make(tmp_path, max_steps=1).train(resume=True)
+
+
+def test_an_output_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="output_dir"):
+        make(tmp_path / "file").train()
+
+
+def test_another_datasets_checkpoint_is_named(tmp_path):
+    make(tmp_path, max_steps=2).train()
+    other = make(tmp_path, train=dataset(seed=9), max_steps=2)
+    with pytest.raises(ResumeMismatch, match="dataset"):
+        other.train(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (TokenDataset.from_tokens(tokens(), 32, vocab_size=50), "block_size is 16"),
+        (TokenDataset.from_tokens(tokens() * 2, 16, vocab_size=100), "vocab_size is 50"),
+        (torch.utils.data.TensorDataset(torch.zeros(4, 16)), r"\(input_ids, targets\)"),
+        ([], "is empty"),
+    ],
+)
+def test_data_the_model_cannot_read(tmp_path, data, told):
+    with pytest.raises(DataError, match=told):
+        make(tmp_path, train=data)
+
+
+def test_a_launcher_whose_world_differs(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="started 2 processes, but Accelerate sees 1"):
+        make(tmp_path)
+
+
+def test_a_launcher_that_starts_one_of_several(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(LaunchError, match="asked for several processes"):
+        make(tmp_path)
+
+
+def test_fsdp_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises((LaunchError, ValueError)):
+        make(tmp_path)
