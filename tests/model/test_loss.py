@@ -1,10 +1,5 @@
 """The head's loss against the plain path: all logits, PyTorch's cross entropy, autograd."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -157,37 +152,3 @@ def test_a_tied_weight_gets_both_gradients():
     F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).backward()
     for a, b in zip(ours, model.parameters(), strict=True):
         torch.testing.assert_close(a, b.grad)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests above run the kernel itself")
-def test_the_gpu_kernel_in_tritons_interpreter(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        """
-import torch
-from torch.nn import functional as F
-from homebrew.model import loss_kernel
-
-for rows, columns, vocab_size, block in [(5, 128, 65, 8192), (7, 384, 300, 128), (4, 128, 1, 64)]:
-    loss_kernel.BLOCK = block
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(rows)
-        logits = (3 * torch.randn(rows, columns)).to(dtype)
-        targets = torch.randint(0, vocab_size, (rows,))
-        targets[1] = -100
-        plain = logits[:, :vocab_size].float().requires_grad_()
-        right = F.cross_entropy(plain, targets, ignore_index=-100, reduction="sum")
-        right.backward()
-        overwritten = logits.clone()
-        for gradient in (False, True):
-            total = loss_kernel.score_(overwritten, targets, vocab_size, gradient, -100)
-            torch.testing.assert_close(total, right.detach())
-            if not gradient:
-                assert torch.equal(overwritten, logits)
-        assert not overwritten[:, vocab_size:].any()
-        torch.testing.assert_close(overwritten[:, :vocab_size], plain.grad.to(dtype))
-"""
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, script], env=environment, check=True, timeout=120)

@@ -18,6 +18,7 @@ from homebrew.errors import ConfigError, ModelError
 from homebrew.model.cache import KeyValueCache, LayerCache
 from homebrew.model.generate import Overflow, Prompts, append_columns, append_lists, generate_steps
 from homebrew.model.loss import compute_dtype, head_loss
+from homebrew.model.mlp import mlp
 from homebrew.model.sampling import Sampling
 
 VOCAB_MULTIPLE = 128
@@ -134,8 +135,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        if type(self.c_fc) is type(self.c_proj) is nn.Linear:
+            x = mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        else:  # one of them is adapted
+            x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -43,8 +43,8 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) 
         trains and hidden.requires_grad,
         trains and weight.requires_grad,
     )
-    mean: Tensor = total / (targets != IGNORE_INDEX).sum().clamp(min=1)
-    return mean
+    loss: Tensor = total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    return loss
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -70,7 +70,8 @@ def _head_loss(
         if grad_hidden:
             torch.mm(logits, rows, out=d_hidden[chunk])
         if grad_weight:
-            d_weight += logits.T @ hidden[chunk]
+            _add_product_(d_weight, logits.T, hidden[chunk])
+        del logits  # before the next chunk's
     return total, d_hidden, d_weight
 
 
@@ -80,6 +81,14 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = hidden.new_empty((), dtype=torch.float32)
     return total, *_empty_gradients(hidden, weight, grad_hidden, grad_weight)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, on a GPU summed in `total`'s dtype within the matrix product."""
+    if total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool) -> tuple[Tensor, Tensor]:
@@ -122,7 +131,7 @@ def _score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: boo
         with_gradient: whether to write it.
     """
     if logits.is_cuda and _HAS_TRITON:
-        from homebrew.model.loss_kernel import score_
+        from homebrew.model.kernels import score_
 
         return score_(logits, targets, vocab_size, with_gradient, IGNORE_INDEX)
     ignored = (targets == IGNORE_INDEX)[:, None]  # (n, 1)
