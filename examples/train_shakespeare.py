@@ -28,10 +28,13 @@ class Options:
 
 # The GPU's recipe is GPT-3's batch and the schedule this project grew out of.
 RECIPES: dict[str, tuple[GPTConfig, dict[str, Any]]] = {
-    "gpu": (GPTConfig.preset("gpt2"), {"max_steps": 50, "global_batch_tokens": 524_288, "learning_rate": 3e-4}),
+    "gpu": (
+        GPTConfig.preset("gpt2"),
+        {"max_steps": 50, "global_batch_tokens": 524_288, "learning_rate": 3e-4, "log_every": 1},
+    ),
     "cpu": (
         GPTConfig.preset("baby"),
-        {"max_steps": 100, "global_batch_tokens": 2_048, "learning_rate": 3e-3, "eval_batches": 16},
+        {"max_steps": 100, "global_batch_tokens": 2_048, "learning_rate": 3e-3, "log_every": 5, "eval_batches": 16},
     ),
 }
 
@@ -42,7 +45,7 @@ def main(options: Options) -> None:
     corpus = load_corpus("tinyshakespeare", path=options.text)
     dataset = TokenDataset.from_text(corpus.text, shape.block_size, source=corpus.source)
     train, val = dataset.split(0.8, seed=options.seed)
-    config = TrainerConfig(output_dir=options.output_dir, seed=options.seed, log_every=5, save_every=50, **recipe)
+    config = TrainerConfig(output_dir=options.output_dir, seed=options.seed, save_every=50, **recipe)
     trainer = Trainer(GPT(shape, seed=options.seed), train, eval_dataset=val, config=config)
     if trainer.is_main_process:
         print(f"Text: {corpus.source}; {dataset.num_tokens:,} tokens.")

@@ -6,7 +6,9 @@ positions, tanh GELU, the head tied to the token embedding.
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self, overload
 
 import torch
@@ -16,9 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.model.cache import KeyValueCache, LayerCache
+from homebrew.model.export import ExportableTokenizer, push_folder, write_pretrained
 from homebrew.model.generate import Overflow, Prompts, append_columns, append_lists, generate_steps
+from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.loss import compute_dtype, head_loss
 from homebrew.model.mlp import mlp
+from homebrew.model.pretrained import open_pretrained
 from homebrew.model.sampling import Sampling
 
 VOCAB_MULTIPLE = 128
@@ -239,6 +244,66 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(hidden, self.lm_head.weight)[..., : self.config.vocab_size]
         return head_loss(hidden, self.lm_head.weight, targets, self.config.vocab_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype = torch.float32,
+        lora: LoRAConfig | None = None,
+    ) -> Self:
+        """A model with the weights of a folder or a hub repository in transformers' GPT-2 format.
+
+        Args:
+            name_or_folder: a folder, or a repository, such as "openai-community/gpt2".
+            revision: branch, tag or commit of the repository.
+            local_files_only: take the repository from the local cache only.
+            dtype: of the weights in memory.
+            lora: freeze the weights and train adapters of this shape instead.
+
+        Raises:
+            ModelError: there are no such weights, or they are not of a model we can build.
+        """
+        pretrained = open_pretrained(name_or_folder, revision=revision, local_files_only=local_files_only)
+        with torch.device("meta"):
+            model = cls(GPTConfig(**pretrained.shape))
+        model.load_state_dict(pretrained.read(model.state_dict(), dtype), assign=True)
+        model.lm_head.weight = model.transformer.wte.weight
+        if lora is not None:
+            add_lora(model, lora)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, tokenizer: ExportableTokenizer | None = None) -> None:
+        """Write the model, adapters merged, so that transformers opens it; then read and compare.
+
+        Args:
+            folder: where to; files of the same names are replaced.
+            tokenizer: the one the model was trained with; without one no tokenizer is written.
+
+        Raises:
+            ModelError: the folder cannot be written, or the tokenizer does not fit.
+        """
+        write_pretrained(folder, asdict(self.config), merged_state_dict(self), tokenizer)
+
+    def push_to_hub(
+        self, repository: str, tokenizer: ExportableTokenizer | None = None, *, private: bool | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub.
+
+        Args:
+            repository: its name, "user/name"; it is made if it is not there.
+            tokenizer: the one the model was trained with; without one no tokenizer is uploaded.
+            private: whether a repository that is made can be seen by its owner only.
+
+        Returns:
+            The commit's address.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, tokenizer)
+            return push_folder(folder, repository, private=private)
 
     def generate(
         self,

@@ -1,0 +1,163 @@
+"""Files of a folder or of a repository on the Hugging Face hub: found, read with care, replaced whole."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from homebrew.errors import ModelError
+
+MAX_JSON_BYTES = 16 * 2**20
+"""Longer descriptions are not read; the index of GPT-2 XL has 0.05 MB."""
+
+
+class Source(Protocol):
+    """Where files come from."""
+
+    name: str
+
+    def find(self, filename: str) -> Path | None:
+        """The file's path on this machine, or None where there is no such file."""
+
+    def filenames(self) -> list[str]:
+        """All files there are."""
+
+
+def open_source(name_or_folder: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Source:
+    """A folder where there is one of that name, else a repository of the hub.
+
+    Args:
+        name_or_folder: a folder, or a repository's name, such as "openai-community/gpt2".
+        revision: branch, tag or commit of the repository.
+        local_files_only: take the repository from the local cache only.
+
+    Raises:
+        ModelError: there is no such folder, or it was given a revision. Looking for a file raises it where
+            the repository cannot be had.
+    """
+    name = str(name_or_folder)
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ModelError(f"revision={revision!r} was given, but {name} is a folder, which has none.")
+        return _Folder(name)
+    if isinstance(name_or_folder, Path) or name.startswith((".", "~", "/")):
+        raise ModelError(f"There is no folder {name}. Give one that exists, or a repository's name.")
+    return _Repository(name, revision, local_files_only=local_files_only)
+
+
+class _Folder:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find(self, filename: str) -> Path | None:
+        path = Path(self.name, filename)
+        return path if path.is_file() else None
+
+    def filenames(self) -> list[str]:
+        return sorted(path.name for path in Path(self.name).iterdir())
+
+
+class _Repository:
+    """A repository of the hub; all files are of the commit that the first was of."""
+
+    def __init__(self, name: str, revision: str | None, *, local_files_only: bool) -> None:
+        self.name = name
+        self._revision = revision
+        self._local_files_only = local_files_only
+        self._snapshot: Path | None = None
+
+    def find(self, filename: str) -> Path | None:
+        try:
+            path = Path(
+                huggingface_hub.hf_hub_download(
+                    self.name, filename, revision=self._revision, local_files_only=self._local_files_only
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            if self._snapshot is not None:
+                return None
+            where = "local cache" if self._local_files_only else "local cache, and the hub does not answer"
+            raise ModelError(
+                f"{self.name} is neither a folder nor in the {where}. Check the name and the network."
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except (OSError, ValueError) as error:  # the hub's own errors among them, whatever went wrong there
+            reason = str(error).strip().split("\n")[0]
+            raise ModelError(f"{self.name} cannot be had: {reason} Check the name and the revision.") from error
+        self._snapshot = path.parent
+        self._revision = path.parent.name
+        _check_blob(path)
+        return path
+
+    def filenames(self) -> list[str]:
+        if self._local_files_only:
+            return sorted(path.name for path in self._snapshot.iterdir()) if self._snapshot else []
+        return sorted(huggingface_hub.list_repo_files(self.name, revision=self._revision))
+
+
+def _check_blob(path: Path) -> None:
+    """The cache names a large file by its SHA-256; one damaged on the way or on disk is found out here."""
+    blob = path.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    with blob.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != blob.name:
+        raise ModelError(f"{path} has SHA-256 {found}, not {blob.name}: delete {blob} and download it again.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ModelError: it is too long, or holds something else.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ModelError(f"{path} has {size} bytes: a description has at most {MAX_JSON_BYTES}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, where an object belongs.")
+    return value
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, its tensors not read yet.
+
+    Raises:
+        ModelError: it is not one, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read as safetensors: {error}. Copy or download it again.") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to instead: what is written there takes the place of `path` at the end, whole."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors' writer leaves 0600
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

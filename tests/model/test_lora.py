@@ -1,0 +1,399 @@
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from homebrew.errors import ConfigError, ModelError
+from homebrew.model.adapters import load_adapter, save_adapter
+from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.model.lora import (
+    TARGETS,
+    LoRAConfig,
+    LoRALinear,
+    adapter_state_dict,
+    add_lora,
+    base_fingerprint,
+    load_adapter_state_dict,
+    lora_layers,
+    merge_lora,
+    merged_state_dict,
+    remove_lora,
+    unmerge_lora,
+)
+
+CONFIG = GPTConfig(block_size=12, vocab_size=70, n_layer=2, n_head=2, n_embd=16)
+IDS = torch.randint(70, (4, 13), generator=torch.Generator().manual_seed(0))
+
+
+def base() -> GPT:
+    """A model whose every weight counts."""
+    model = GPT(CONFIG)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        model.lm_head.weight[70:] = 0.0
+    return model.eval()
+
+
+def trained(config: LoRAConfig | None = None, steps: int = 3) -> GPT:
+    """A base with an adapter that a few steps have changed."""
+    model = base()
+    add_lora(model, config or LoRAConfig(rank=4))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        model(IDS[:, :-1], IDS[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        out = model(IDS[:, :-1])
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def test_a_fresh_adapter_changes_nothing():
+    model = base()
+    before = logits(model)
+    add_lora(model, LoRAConfig())
+    assert torch.equal(logits(model), before)
+
+
+def test_a_begins_uniform_and_b_zero():
+    model = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=256))
+    add_lora(model, LoRAConfig(rank=32))
+    for layer in lora_layers(model).values():
+        bound = 1 / layer.in_features**0.5
+        assert layer.lora_A.shape == (32, layer.in_features)
+        assert 0.99 * bound < layer.lora_A.abs().max() <= bound
+        assert layer.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert layer.lora_B.shape == (layer.out_features, 32)
+        assert not layer.lora_B.any()
+
+
+def test_the_seed_makes_the_adapter_and_leaves_the_global_random_state():
+    before = torch.get_rng_state()
+    first, same, other = base(), base(), base()
+    add_lora(first, LoRAConfig(), seed=1)
+    add_lora(same, LoRAConfig(), seed=1)
+    add_lora(other, LoRAConfig(), seed=2)
+    name = "transformer.h.0.attn.c_attn.lora_A"
+    a, b, c = (adapter_state_dict(model)[name] for model in (first, same, other))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (("c_attn", "c_proj"), {"attn.c_attn", "attn.c_proj", "mlp.c_proj"}),
+        (("c_fc",), {"mlp.c_fc"}),
+        (("attn.c_proj",), {"attn.c_proj"}),
+        (TARGETS, {"attn.c_attn", "attn.c_proj", "mlp.c_proj", "mlp.c_fc"}),
+    ],
+)
+def test_the_target_modules_are_adapted(targets, names):
+    model = base()
+    add_lora(model, LoRAConfig(target_modules=targets))
+    assert set(lora_layers(model)) == {f"transformer.h.{i}.{name}" for i in range(2) for name in names}
+
+
+def test_only_the_adapter_trains():
+    before = base().state_dict()
+    fingerprint = base_fingerprint(base())
+    model = trained()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == set(adapter_state_dict(model))
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert num_trainable == 2 * 4 * ((16 + 48) + (16 + 16) + (64 + 16))
+    after = model.state_dict()
+    assert before.keys() == after.keys() - trainable  # the base's weights keep their names
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert base_fingerprint(model) == fingerprint
+    assert all(tensor.any() for tensor in adapter_state_dict(model).values())
+
+
+def test_the_loss_falls():
+    model = trained(steps=0)
+    first = model(IDS[:, :-1], IDS[:, 1:])
+    assert trained(steps=20)(IDS[:, :-1], IDS[:, 1:]) < 0.8 * first
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 2.0), (4, 1.0), (1, 0.25)])
+def test_the_change_is_scaled_by_alpha_over_rank(alpha, scale):
+    linear = torch.nn.Linear(5, 3)
+    layer = LoRALinear(linear, LoRAConfig(rank=4, alpha=alpha), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = torch.randn(2, 7, 5)
+    expected = linear(x) + scale * (x @ layer.lora_A.T @ layer.lora_B.T)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_dropout_acts_on_the_adapter_in_training_only():
+    linear = torch.nn.Linear(5, 3)
+    layer = LoRALinear(linear, LoRAConfig(rank=4, dropout=0.5), torch.Generator().manual_seed(0))
+    x = torch.randn(2, 7, 5)
+    assert torch.equal(layer(x), linear(x))
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_a_base_in_bfloat16_has_an_adapter_in_float32():
+    model = base().to(torch.bfloat16)
+    add_lora(model, LoRAConfig())
+    model(IDS[:, :-1], IDS[:, 1:]).backward()
+    for tensor in adapter_state_dict(model).values():
+        assert tensor.dtype == torch.float32
+    assert lora_layers(model)["transformer.h.0.mlp.c_proj"].lora_B.grad.any()
+
+
+def test_merged_is_unmerged_and_comes_apart_bit_for_bit():
+    model = trained()
+    apart, before = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not torch.allclose(apart, logits(base()), atol=0.1)
+    fingerprint = base_fingerprint(model)
+    merge_lora(model)
+    merge_lora(model)  # once is enough
+    torch.testing.assert_close(logits(model), apart, atol=1e-5, rtol=1e-5)
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert not torch.equal(model.state_dict()[name], before[name])
+    assert model.state_dict().keys() == before.keys()
+    assert base_fingerprint(model) == fingerprint
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    unmerge_lora(model)
+    unmerge_lora(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(adapter_state_dict(model))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_merged_state_dict_is_that_of_a_plain_model(merged):
+    model = trained()
+    expected = logits(model)
+    if merged:
+        merge_lora(model)
+    plain = GPT(CONFIG)
+    plain.load_state_dict(merged_state_dict(model))
+    torch.testing.assert_close(logits(plain.eval()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_goes_on_from_its_state_dict_bitwise():
+    state = {name: tensor.clone() for name, tensor in adapter_state_dict(trained()).items()}
+    model = base()
+    add_lora(model, LoRAConfig(rank=4), seed=9)
+    load_adapter_state_dict(model, state)
+    assert torch.equal(logits(model), logits(trained()))
+    other = base()
+    add_lora(other, LoRAConfig(rank=5))
+    with pytest.raises(ModelError, match="12 tensors"):
+        load_adapter_state_dict(other, state)
+    state.pop("transformer.h.0.attn.c_attn.lora_A")
+    with pytest.raises(ModelError, match=r"1 tensors, such as transformer\.h\.0\.attn\.c_attn\.lora_A"):
+        load_adapter_state_dict(model, state)
+
+
+def test_a_fingerprint_is_that_of_the_weights():
+    first, other = base(), base()
+    assert base_fingerprint(first) == base_fingerprint(other)
+    with torch.no_grad():
+        other.transformer.ln_f.bias[0] += 1e-6
+    assert base_fingerprint(first) != base_fingerprint(other)
+    assert base_fingerprint(base().to(torch.bfloat16)) != base_fingerprint(first)
+
+
+def test_an_adapted_model_generates_and_compiles():
+    model = trained()
+    plain = GPT(CONFIG)
+    plain.load_state_dict(merged_state_dict(model))
+    prompts = [[1, 2, 3], [4]]
+    assert model.generate(prompts, 8, temperature=0.0) == plain.generate(prompts, 8, temperature=0.0)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(IDS[:, :-1], IDS[:, 1:])
+    loss.backward()
+    torch.testing.assert_close(loss, model(IDS[:, :-1], IDS[:, 1:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 2.0}, "rank=2.0"),
+        ({"alpha": 0.0}, "alpha=0.0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"target_modules": ("wte",)}, r"target_modules=\('wte',\)"),
+        ({"target_modules": ()}, r"target_modules=\(\)"),
+    ],
+)
+def test_a_wrong_option_says_what_is_wrong(options, message):
+    with pytest.raises(ConfigError, match=message):
+        LoRAConfig(**options)
+
+
+def test_an_adapter_that_is_taken_off_leaves_the_base():
+    model = trained()
+    merge_lora(model)
+    remove_lora(model)
+    assert torch.equal(logits(model), logits(base()))
+    assert model.state_dict().keys() == base().state_dict().keys()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_adapter_too_many_or_too_few_is_an_error(tmp_path):
+    model = base()
+    for needs_one in (merge_lora, unmerge_lora, remove_lora):
+        with pytest.raises(ModelError, match="no adapter"):
+            needs_one(model)
+    with pytest.raises(ModelError, match="no adapter to save"):
+        save_adapter(model, tmp_path)
+    add_lora(model, LoRAConfig())
+    with pytest.raises(ModelError, match="an adapter already"):
+        add_lora(model, LoRAConfig())
+    with pytest.raises(ModelError, match="No layer"):
+        add_lora(torch.nn.Linear(2, 2), LoRAConfig())
+
+
+# --- PEFT
+
+
+# transformers warns of what PEFT calls
+peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def saved_base(folder: Path) -> Path:
+    base().save_pretrained(folder)
+    return folder
+
+
+@peft_warns
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(),
+        LoRAConfig(rank=3, alpha=5, dropout=0.1, target_modules=("c_fc", "c_attn")),
+        LoRAConfig(target_modules=("attn.c_proj",)),
+    ],
+    ids=str,
+)
+def test_peft_loads_our_adapter(tmp_path, config):
+    ours = trained(config)
+    save_adapter(ours, tmp_path / "adapter", base_model="openai-community/gpt2")
+    theirs = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base"))
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(theirs), logits(base()), atol=0.05)
+    torch.testing.assert_close(logits(theirs.merge_and_unload()), logits(ours), atol=1e-4, rtol=1e-4)
+
+
+def theirs_trained(folder: Path, **options) -> peft.PeftModel:
+    """An adapter that PEFT made, every value random, on the same base."""
+    model = AutoModelForCausalLM.from_pretrained(saved_base(folder / "base"))
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "fan_in_fan_out": True, **options}
+    model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder / "adapter")
+    return model.eval()
+
+
+@peft_warns
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": ["c_attn", "c_proj"]},
+        {"target_modules": ["c_fc", "attn.c_proj"], "lora_dropout": 0.3},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.mlp\.c_(fc|proj)"},
+        {"target_modules": ["c_attn"], "init_lora_weights": "gaussian"},
+    ],
+    ids=str,
+)
+def test_we_load_an_adapter_of_peft(tmp_path, options):
+    theirs = theirs_trained(tmp_path, **options)
+    ours = base()
+    load_adapter(ours, tmp_path / "adapter")
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(ours), logits(base()), atol=0.05)
+    # and back: what we save of it, PEFT reads as it was
+    save_adapter(ours, tmp_path / "back")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "back")
+    torch.testing.assert_close(logits(again), logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+@peft_warns
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_rslora": True}, "use_rslora=True"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"),
+        ({"modules_to_save": ["ln_f"]}, "modules_to_save"),
+        ({"layers_to_transform": [0]}, "tensors, such as"),
+    ],
+)
+def test_an_adapter_that_is_more_than_plain_lora_is_refused(tmp_path, options, message):
+    theirs_trained(tmp_path, **options)
+    with pytest.raises(ModelError, match=message):
+        load_adapter(base(), tmp_path / "adapter")
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(tmp_path):
+    save_adapter(trained(), tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    good, tensors = json.loads(config.read_text()), load_file(weights)
+    for changes, message in [
+        ({"peft_type": "IA3"}, "'IA3'"),
+        ({"r": 5}, "tensors, such as"),
+        ({"r": "4"}, "rank='4'"),
+        ({"lora_alpha": "x"}, "not of an adapter"),
+        ({"target_modules": ["lm_head"]}, "target_modules"),
+        ({"target_modules": ["c_attn"]}, "tensors, such as"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+    ]:
+        config.write_text(json.dumps(good | changes))
+        model = base()
+        with pytest.raises(ModelError, match=message):
+            load_adapter(model, tmp_path)
+        assert not lora_layers(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    config.write_text(json.dumps(good))
+    save_file(tensors | {"base_model.model.transformer.wte.weight": torch.ones(70, 16)}, weights)
+    with pytest.raises(ModelError, match=r"wte\.weight, which is no part"):
+        load_adapter(base(), tmp_path)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        load_adapter(base(), tmp_path)
+
+
+def test_pretrained_weights_come_with_an_adapter_and_go_out_merged(tmp_path):
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(
+        GPT2Config(vocab_size=70, n_positions=12, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
+    )
+    theirs.save_pretrained(tmp_path / "in")
+    model = GPT.from_pretrained(tmp_path / "in", lora=LoRAConfig(rank=2))
+    torch.testing.assert_close(logits(model), logits(theirs.eval()), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        for tensor in adapter_state_dict(model).values():
+            tensor.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=1e-4)
+    assert lora_layers(model)
