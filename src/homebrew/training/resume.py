@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from homebrew.errors import ConfigError, ResumeMismatch
-from homebrew.model.gpt import GPTConfig
+from homebrew.model.config import GPTConfig
 from homebrew.training.schedule import Schedule
 
 ASPECTS = ("dataset", "model", "schedule", "global_batch_size", "seed")

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from homebrew.data.check import check_dataset
 from homebrew.data.loader import Batch, StepLoader, eval_batches
 from homebrew.errors import CheckpointError, ConfigError
-from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.model.config import GPTConfig
+from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.callbacks import Callback, ProgressDisplay
 from homebrew.training.checkpoint import CheckpointStore
