@@ -15,9 +15,10 @@ errors
 data.sources data.tokenizer data.corpora data.order data.dataset data.check data.loader
 model.config model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained model.export
 model.cache model.sampling model.generate model.text model.gpt
-training.schedule training.optim training.guard training.config training.launch training.metrics training.meter
-training.collective training.files training.checkpoint training.rng training.state training.resume training.signals
-training.callbacks training.record training.trainer
+training.schedule training.optim training.guard training.config training.launch training.compilation
+training.metrics training.meter training.collective training.files training.checkpoint training.rng training.state
+training.resume training.saver training.evaluation training.signals training.callbacks training.record
+training.trainer
 """.split()
 
 

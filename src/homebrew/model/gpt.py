@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from homebrew.errors import ModelError
 from homebrew.model.cache import KeyValueCache, LayerCache
@@ -103,6 +104,8 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
+        self.activation_checkpointing = False
+        """Whether the backward pass computes each block's activations anew (Chen et al. 2016)."""
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -115,7 +118,10 @@ class Transformer(nn.Module):
         x = x.to(compute_dtype(x))  # half the bytes in every norm and sum of the blocks
         x = F.dropout(x, self.dropout, self.training)
         for index, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache.layer(index))
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if cache is None else cache.layer(index))
         normed: Tensor = self.ln_f(x)
         return normed
 
