@@ -43,7 +43,7 @@ def _mixed_precision(wanted: str) -> str | None:
 def _multiplies_bf16() -> bool:
     """Whether the device has instructions for products of bfloat16, and does not emulate them."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return not torch.backends.mps.is_available() and bool(torch.cpu._is_avx512_bf16_supported())
 
 
