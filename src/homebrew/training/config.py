@@ -46,6 +46,10 @@ class TrainerConfig:
     """"auto": what the launcher chose, else bf16 on a GPU that has it, else none."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to compile the model with torch.compile; "auto": on CUDA only."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third slower."""
+    collective_timeout_seconds: float = 600.0
+    """How long a process waits for the others before it ends the run."""
     eval_every: int | None = None
     """Steps between evaluations; one at the end only if not given."""
     eval_batches: int | None = None
@@ -89,7 +93,7 @@ class TrainerConfig:
         ]
         wrong += [
             f"{name}={getattr(self, name)!r}: must be more than 0."
-            for name in ("learning_rate", "max_grad_norm", "loader_timeout_seconds")
+            for name in ("learning_rate", "max_grad_norm", "loader_timeout_seconds", "collective_timeout_seconds")
             if not getattr(self, name) > 0
         ]
         if not self.weight_decay >= 0:

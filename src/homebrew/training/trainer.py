@@ -29,6 +29,15 @@ from homebrew.training.optim import adamw
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import check_identity, identity
 from homebrew.training.schedule import Schedule, warmup_cosine
+from homebrew.training.sharding import (
+    checkpoint_activations,
+    compile_model,
+    configure_sharding,
+    empty_copy,
+    fill_copy,
+    is_sharded,
+    whole,
+)
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
 from homebrew.training.state import gather_run, scatter_run
 
@@ -114,8 +123,11 @@ class Trainer:
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
         self.model.to(accelerator.device)
         wanted = on_cuda if config.compile == "auto" else config.compile
+        self._empty_copy = empty_copy(self.model) if is_sharded(accelerator) else None
+        if configure_sharding(accelerator) or config.activation_checkpointing:
+            checkpoint_activations(self.model)
         if wanted and accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
-            self.model.compile()  # in place: no wrapper, so no prefix in any state dict
+            compile_model(self.model, by_block=is_sharded(accelerator))
         self._optimizer = optimizer or adamw(
             self.model,
             learning_rate=config.learning_rate,
@@ -242,7 +254,7 @@ class Trainer:
             losses.append(loss.detach())
         loss = accelerator.reduce(torch.stack(losses).sum(), "sum")
 
-        grad_norm = accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm)
+        grad_norm = whole(accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm))
         if self._guard.inspect(self.step, loss, grad_norm):
             self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad(set_to_none=True)
@@ -342,6 +354,10 @@ class Trainer:
         self._tell("on_save", path)
         return path
 
+    def whole_model(self) -> GPT:
+        """The model with its whole weights: itself, or under FSDP a plain copy; every process calls this."""
+        return self.model if self._empty_copy is None else fill_copy(self._empty_copy, self._wrapped)
+
     def sample(self, text: str = "", max_new_tokens: int = 100, **sampling: Any) -> str:  # noqa: ANN401
         """Text the model writes after `text`, which is included.
 
@@ -357,7 +373,7 @@ class Trainer:
         if tokenizer is None:
             raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
         ids = list(tokenizer.encode(text or "\n"))
-        written = self.model.generate([ids], max_new_tokens, **sampling)[0]
+        written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
         return str(tokenizer.decode(written))
 
     @property
