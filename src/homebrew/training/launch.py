@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ParallelismConfig,
+    ProjectConfiguration,
+)
 
 from homebrew.errors import LaunchError
 from homebrew.training.config import TrainerConfig
@@ -20,6 +26,7 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     Raises:
         LaunchError: the launcher started several processes and Accelerate sees one, or the like.
     """
+    _check_parallelism()
     accelerator = Accelerator(
         mixed_precision=_mixed_precision(config.mixed_precision),
         # The window of accumulation is the step's own, not a loader's.
@@ -33,6 +40,19 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     check_world(accelerator)
     _share_cores(accelerator)
     return accelerator
+
+
+def _check_parallelism() -> None:
+    """Refuse sizes that do not make up the world; Accelerate's own error names neither."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
+        return
+    sizes, world = ParallelismConfig(), int(os.environ.get("WORLD_SIZE", "1"))
+    if sizes.total_size != world:
+        raise LaunchError(
+            f"The launcher's parallelism_config is for {sizes.dp_replicate_size} × {sizes.dp_shard_size} processes "
+            f"(dp_replicate_size × dp_shard_size), but it started {world}. Set the sizes so that their product is "
+            f"num_processes."
+        )
 
 
 def _mixed_precision(wanted: str) -> str | None:

@@ -66,9 +66,7 @@ def check_sharding(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         wrong.append("fsdp_offload_params: true (not supported; use more processes, or activation checkpointing)")
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        wrong.append(
-            "dynamo_backend (it compiles around the shards; use TrainerConfig(compile=True) instead)"
-        )
+        wrong.append("dynamo_backend (it compiles around the shards; use TrainerConfig(compile=True) instead)")
     parallelism = accelerator.parallelism_config
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         wrong.append("tp_size, cp_size or sp_size above 1 (a model is shared out by data only)")
