@@ -17,7 +17,7 @@ model.config model.kernels model.loss model.mlp model.lora model.files model.ada
 model.cache model.sampling model.generate model.text model.gpt
 training.schedule training.optim training.guard training.config training.launch training.compilation
 training.metrics training.meter training.collective training.files training.checkpoint training.rng training.state
-training.resume training.saver training.evaluation training.signals training.callbacks training.record
+training.resume training.saver training.evaluation training.signals training.sharding training.callbacks training.record
 training.trainer
 """.split()
 

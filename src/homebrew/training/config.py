@@ -49,7 +49,9 @@ class TrainerConfig:
     compile: bool | Literal["auto"] = "auto"
     """Whether to compile the model with torch.compile; "auto": on CUDA only."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations: less memory, a third more work."""
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third slower."""
+    collective_timeout_seconds: float = 600.0
+    """How long a process waits for the others before it ends the run."""
     eval_every: int | None = None
     """Steps between evaluations; one at the end only if not given."""
     eval_batches: int | None = None
@@ -93,7 +95,7 @@ class TrainerConfig:
         ]
         wrong += [
             f"{name}={getattr(self, name)!r}: must be more than 0."
-            for name in ("learning_rate", "max_grad_norm", "loader_timeout_seconds")
+            for name in ("learning_rate", "max_grad_norm", "loader_timeout_seconds", "collective_timeout_seconds")
             if not getattr(self, name) > 0
         ]
         if self.loss_spike_zscore is not None and not self.loss_spike_zscore > 0:

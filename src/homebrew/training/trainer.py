@@ -29,6 +29,7 @@ from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
 from homebrew.training.saver import RunSaver
 from homebrew.training.schedule import Schedule, warmup_cosine
+from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
 
 USUAL_MICRO_BATCH_TOKENS = {"cuda": 65_536}
@@ -100,7 +101,17 @@ class Trainer:
         if accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
         self.model.to(accelerator.device)
-        self.model.transformer.activation_checkpointing = config.activation_checkpointing
+        run = identity(  # before the weights may be shared out
+            dataset=self.train_dataset,
+            model=self.model,
+            schedule=self.schedule,
+            max_steps=config.max_steps,
+            global_batch_size=self.batch.global_batch_size,
+            seed=config.seed,
+        )
+        self._empty_copy = empty_copy(self.model) if is_sharded(accelerator) else None
+        if configure_sharding(accelerator) or config.activation_checkpointing:
+            self.model.checkpoint_activations()
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
         compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._optimizer = optimizer or adamw(
@@ -126,14 +137,7 @@ class Trainer:
             self._optimizer,
             self._guard,
             config,
-            identity=identity(
-                dataset=self.train_dataset,
-                model=self.model,
-                schedule=self.schedule,
-                max_steps=config.max_steps,
-                global_batch_size=self.batch.global_batch_size,
-                seed=config.seed,
-            ),
+            identity=run,
             tokenizer=None if tokenizer is None else tokenizer.to_json(),
         )
         self._loader = StepLoader(
@@ -223,7 +227,7 @@ class Trainer:
             losses.append(loss.detach())
         loss = accelerator.reduce(torch.stack(losses).sum(), "sum")
 
-        grad_norm = accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm)
+        grad_norm = whole(accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm))
         if self._guard.inspect(self.step, loss, grad_norm):
             self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad(set_to_none=True)
@@ -314,6 +318,10 @@ class Trainer:
         self._tell("on_save", path)
         return path
 
+    def whole_model(self) -> GPT:
+        """The model with its whole weights: itself, or under FSDP a plain copy; every process calls this."""
+        return self.model if self._empty_copy is None else fill_copy(self._empty_copy, self._wrapped)
+
     def sample(self, text: str = "", max_new_tokens: int = 100, **sampling: Any) -> str:  # noqa: ANN401
         """Text the model writes after `text`, which is included.
 
@@ -329,7 +337,7 @@ class Trainer:
         if tokenizer is None:
             raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
         ids = list(tokenizer.encode(text or "\n"))
-        written = self.model.generate([ids], max_new_tokens, **sampling)[0]
+        written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
         return str(tokenizer.decode(written))
 
     @property
