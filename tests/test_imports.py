@@ -12,12 +12,12 @@ import homebrew
 ROOT = Path(homebrew.__file__).parent
 ORDER = """
 errors
-data.sources data.tokenizer data.corpora data.order data.dataset data.check data.loader
+data.sources data.tokenizer data.corpora data.order data.dataset data.check data.loader data.hellaswag
 model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained model.export
 model.cache model.sampling model.generate model.gpt
 training.schedule training.optim training.guard training.config training.launch training.metrics training.meter
 training.collective training.files training.checkpoint training.rng training.state training.resume training.signals
-training.callbacks training.record training.trainer
+training.callbacks training.record training.trainer training.saved training.perplexity training.hellaswag
 """.split()
 
 
