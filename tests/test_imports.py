@@ -12,7 +12,8 @@ import homebrew
 ROOT = Path(homebrew.__file__).parent
 ORDER = """
 errors
-data.sources data.tokenizer data.corpora data.order data.dataset data.check data.loader data.hellaswag
+data.files data.sources data.tokenizer data.corpora data.shards data.tokens data.order data.dataset data.check
+data.loader data.hellaswag
 model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained model.export
 model.cache model.sampling model.generate model.gpt
 training.schedule training.optim training.guard training.config training.launch training.metrics training.meter
