@@ -29,7 +29,7 @@ from homebrew.model.sampling import Sampling
 VOCAB_MULTIPLE = 128
 """The head's rows are padded to a multiple of this, so that its matrix product fills whole tiles on a GPU."""
 
-_TRAINING_ATTENTION = [
+TRAINING_ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -121,7 +121,7 @@ class CausalSelfAttention(nn.Module):
             y = cache.attend(q, k, v)
         else:
             # cuDNN's kernels are the fastest, but it plans each new shape anew; only training keeps to one.
-            with sdpa_kernel(_TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
+            with sdpa_kernel(TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
                 y = F.scaled_dot_product_attention(
                     q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
                 )
