@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.shards import MAX_VOCAB_SIZE, TokenFile
-from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json
+from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json, utf8
 from homebrew.data.tokens import FileTokens, MemoryTokens, Tokens
 from homebrew.errors import DataError
 
@@ -74,15 +74,16 @@ class TokenDataset(Dataset[Pair]):
             source: where the text came from, in words, for the run's record.
 
         Raises:
-            DataError: the text is empty or shorter than one window.
+            DataError: the text is empty or shorter than one window, or no Unicode.
         """
         if not text:
             raise DataError("The text is empty: there is nothing to train on.")
+        num_text_bytes = len(utf8(text))
         chosen = get_tokenizer(tokenizer, text=text) if isinstance(tokenizer, str) else tokenizer
         made = cls.from_tokens(
             chosen.encode(text), block_size, vocab_size=chosen.vocab_size, tokenizer=chosen, stride=stride
         )
-        made.num_text_bytes = len(text.encode())
+        made.num_text_bytes = num_text_bytes
         made.source = source
         return made
 
@@ -219,17 +220,16 @@ class TokenDataset(Dataset[Pair]):
             DataError: a part would be empty, or overlapping windows would put one's text into the other.
         """
         windows = len(self)
-        first = int(windows * fraction)
+        first = int(windows * fraction) if 0 < fraction < 1 else 0
         if not 0 < first < windows:
             raise DataError(
                 f"fraction={fraction!r} of {windows} windows leaves a part without any: it must be between 0 and 1, "
                 f"and there must be enough text for both."
             )
         if seed is None:
-            border = self.starts[first]
-            before = self.starts[:first]
-            before = before[before + self.block_size <= border]
-            return self._over(before), self._over(self.starts[first:])
+            in_order = self.starts.sort().values
+            before, after = in_order[:first], in_order[first:]
+            return self._over(before[before + self.block_size <= after[0]]), self._over(after)
         if bool((self.starts.diff().abs() < self.block_size).any()):
             raise DataError(
                 "These windows overlap, so a shuffled split would train on what it evaluates: use "
