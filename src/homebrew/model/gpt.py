@@ -28,7 +28,7 @@ from homebrew.model.mlp import mlp
 from homebrew.model.pretrained import open_pretrained
 from homebrew.model.sampling import Sampling
 
-_TRAINING_ATTENTION = [
+TRAINING_ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
             y = cache.attend(q, k, v)
         else:
             # cuDNN's kernels are the fastest, but it plans each new shape anew; only training keeps to one.
-            with sdpa_kernel(_TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
+            with sdpa_kernel(TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
                 y = F.scaled_dot_product_attention(
                     q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
                 )

@@ -55,7 +55,18 @@ class Checkpoint:
         Raises:
             CorruptCheckpoint: a file is no safetensors file, or holds a float that is not finite.
         """
-        return {name: _read_tensors(self.path / f"{name}.safetensors") for name in self.names}
+        return {name: self.tensors(name) for name in self.names}
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """One file's tensors, on the CPU.
+
+        Args:
+            name: one of `names`.
+
+        Raises:
+            CorruptCheckpoint: it is no safetensors file, or holds a float that is not finite.
+        """
+        return _read_tensors(self.path / f"{name}.safetensors")
 
 
 class CheckpointStore:
