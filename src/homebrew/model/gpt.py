@@ -140,6 +140,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, seed: int = 42) -> None:
         super().__init__()
         self.config = config
+        self.source: str | None = None
+        """Folder or repository the weights were read from; where an adapter's checkpoints look for their base."""
         with torch.random.fork_rng(devices=[]):  # layers draw weights of their own as they are built
             self.transformer = Transformer(config)
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -214,6 +216,7 @@ class GPT(nn.Module):
             model = cls(GPTConfig(**pretrained.shape))
         model.load_state_dict(pretrained.read(model.state_dict(), dtype), assign=True)
         model.lm_head.weight = model.transformer.wte.weight
+        model.source = str(name_or_folder)
         if lora is not None:
             add_lora(model, lora)
         return model.eval()

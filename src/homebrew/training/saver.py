@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from homebrew.errors import CheckpointError, ConfigError
+from homebrew.model.gpt import GPT
 from homebrew.training.checkpoint import Checkpoint, CheckpointStore
 from homebrew.training.collective import on_main
 from homebrew.training.config import TrainerConfig
@@ -36,7 +37,7 @@ class RunSaver:
     def __init__(
         self,
         accelerator: Accelerator,
-        bare: nn.Module,
+        bare: GPT,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         guard: Guard,
@@ -141,6 +142,7 @@ class RunSaver:
         return {
             "identity": self._identity,
             "tokenizer": self._tokenizer,
+            "base": self._bare.source,
             "num_processes": self._accelerator.num_processes,
             "eval_loss": self.eval_loss,
         }
