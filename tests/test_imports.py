@@ -16,8 +16,8 @@ data.sources data.tokenizer data.corpora data.order data.dataset data.check data
 model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained model.export
 model.cache model.sampling model.generate model.gpt
 training.schedule training.optim training.guard training.config training.launch training.metrics training.meter
-training.collective training.files training.checkpoint training.rng training.state training.resume training.signals
-training.callbacks training.record training.trainer
+training.collective training.files training.manifest training.checkpoint training.rng training.state training.resume
+training.signals training.callbacks training.record training.trainer
 """.split()
 
 
