@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from homebrew.data.dataset import TokenDataset
     from homebrew.data.tokenizer import get_tokenizer
     from homebrew.errors import HomebrewError
-    from homebrew.model.gpt import GPT, GPTConfig
+    from homebrew.model.config import GPTConfig
+    from homebrew.model.gpt import GPT
     from homebrew.training.callbacks import Callback, EarlyStopping
     from homebrew.training.config import TrainerConfig
     from homebrew.training.schedule import warmup_cosine
@@ -32,7 +33,7 @@ __all__ = [
 # Imported when first asked for: PyTorch takes seconds, and the command line's --help needs none of it.
 _HOMES = {
     "GPT": "model.gpt",
-    "GPTConfig": "model.gpt",
+    "GPTConfig": "model.config",
     "Callback": "training.callbacks",
     "EarlyStopping": "training.callbacks",
     "HomebrewError": "errors",

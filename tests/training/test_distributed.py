@@ -2,43 +2,53 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 WORKER = Path(__file__).with_name("worker.py")
-CONFIGS = Path(__file__).parents[2] / "accelerate_configs"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAYOUTS = {  # processes, machines, whether sharded, copies of the shards
+    "one": (1, 1, False, 1),
+    "ddp2": (2, 1, False, 1),
+    "ddp4": (4, 1, False, 1),
+    "nodes": (4, 2, False, 1),
+    "fsdp2": (2, 1, True, 1),
+    "hybrid": (4, 1, True, 2),
+}
 
 
-def launch(folder, processes, **task):
-    """Run the worker under `accelerate launch`; what it found."""
+def start(folder, layout, *tasks):
+    """Launch the worker on these tasks; its launchers, one a machine."""
+    processes, machines, sharded, replicas = LAYOUTS[layout]
     folder.mkdir(exist_ok=True)
-    config = CONFIGS / ("multi_gpu.yaml" if processes > 1 else "cpu.yaml")
-    result = folder / "result.json"
-    task = {"output_dir": str(folder / "run"), "result": str(result)} | task
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", str(processes), "--mixed_precision", "no"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(WORKER), json.dumps(task)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(result.read_text())
+    tasks = [{"output_dir": str(folder / f"task{i}")} | task for i, task in enumerate(tasks)]
+    job = {"sharded": sharded, "replicas": replicas, "tasks": tasks, "result": str(folder / "result.json")}
+    options = ["--num_processes", str(processes), "--num_machines", str(machines), "--main_process_ip", "127.0.0.1"]
+    options += ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    options += ["--main_process_port", str(free_port()), "--same_network"]
+    return [
+        subprocess.Popen(
+            [*LAUNCH, *options, "--machine_rank", str(rank), str(WORKER), json.dumps(job)],
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(machines)
+    ]
 
 
-@pytest.mark.parametrize("ragged", [False, True], ids=["even", "uneven"])
-def test_two_processes_are_one(tmp_path, ragged):
-    one = launch(tmp_path / "one", 1, ragged=ragged, eval_every=10)
-    two = launch(tmp_path / "two", 2, ragged=ragged, eval_every=10)
-    assert (one["world"], two["world"]) == (1, 2)
-    assert len(one["losses"]) == 20
-    assert one["losses"] == pytest.approx(two["losses"], abs=1e-5)
-    for (loss_1, count_1), (loss_2, count_2) in zip(one["evaluations"], two["evaluations"], strict=True):
-        assert loss_1 == pytest.approx(loss_2, abs=1e-4)
-        assert count_1 == count_2
+def launch(folder, layout, *tasks):
+    """Run the worker on these tasks; what it found of each."""
+    launchers = start(folder, layout, *tasks)
+    outputs = [launcher.communicate(timeout=200) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), outputs
+    return json.loads((folder / "result.json").read_text())
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -3,6 +3,7 @@ import torch
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import CheckpointError, CorruptCheckpoint, ModelError
+from homebrew.model.lora import LoRAConfig
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.saved import load_run_model
 
@@ -116,3 +117,34 @@ def test_transformers_format_comes_with_gpt2s_tokenizer_where_the_vocabulary_all
 def test_nothing_of_that_name(tmp_path):
     with pytest.raises(ModelError, match="no folder"):
         load_run_model(tmp_path / "none")
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A run that trained an adapter on weights in a folder, and its model."""
+    base = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=16))
+    base.save_pretrained(tmp_path / "base")
+    model = GPT.from_pretrained(tmp_path / "base", lora=LoRAConfig(rank=2))
+    data = TokenDataset.from_text("To be, or not to be. " * 20, 16, tokenizer="bytes")
+    config = TrainerConfig(output_dir=tmp_path / "run", max_steps=2, micro_batch_size=2, learning_rate=1e-2)
+    Trainer(model, data, config=config).train()
+    return tmp_path, model.eval()
+
+
+def test_a_run_that_trained_an_adapter_opens_on_its_base(adapted):
+    folder, trained = adapted
+    model, tokenizer = load_run_model(folder / "run")
+    ids = torch.randint(0, 256, (2, 16))
+    assert torch.equal(model(ids), trained(ids))
+    assert tokenizer.name == "bytes"
+    moved, _ = load_run_model(folder / "run", base=(folder / "base").rename(folder / "moved"))
+    assert torch.equal(moved(ids), trained(ids))
+
+
+def test_an_adapter_is_not_put_on_another_base(adapted):
+    folder, _ = adapted
+    GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=16), seed=7).save_pretrained(
+        folder / "base"
+    )
+    with pytest.raises(CheckpointError, match="was trained on"):
+        load_run_model(folder / "run")

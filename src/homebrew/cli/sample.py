@@ -78,8 +78,8 @@ class Sample:
     def _write(
         self, model: "GPT", tokenizer: "Tokenizer", text: str, stop: tuple[str, ...], seed: int | None
     ) -> Iterator[str]:
-        from homebrew.model.generate import generate_text
         from homebrew.model.sampling import Sampling
+        from homebrew.model.text import generate_text
 
         sampling = Sampling(
             temperature=self.temperature,

@@ -10,37 +10,44 @@ from torch import Tensor
 
 from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_json
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, TokenizerError
-from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.model.config import GPTConfig
+from homebrew.model.gpt import GPT
+from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint, load_adapter_state_dict
 from homebrew.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from homebrew.training.state import EMBEDDING, TIED
 
 MODEL_FILE = "model"
+ADAPTER_FILE = "adapter"
 
 
-def load_run_model(source: str | Path) -> tuple[GPT, Tokenizer | None]:
+def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tuple[GPT, Tokenizer | None]:
     """A model on the CPU, in evaluation mode, and the tokenizer it was trained with.
 
     Args:
         source: a run's folder, whose newest whole checkpoint is taken; a checkpoint's folder; or a folder or a hub
             repository in transformers' GPT-2 format. That format does not say in a form we read which tokenizer
             it was: where the vocabulary is no smaller than GPT-2's, it is taken to be GPT-2's.
+        base: for a checkpoint that holds an adapter only, where the weights below it are; where the run had them
+            from if not given.
 
     Returns:
         The model, and the tokenizer, None where there is none or it is not known.
 
     Raises:
-        CheckpointError: the run has no whole checkpoint.
+        CheckpointError: the run has no whole checkpoint, or an adapter's base is not there or another.
         CorruptCheckpoint: the checkpoint's files are not the ones it was saved with, or do not fit together.
         ModelError: there is nothing of the name, or it is not a GPT-2.
     """
     folder = Path(source)
     if (folder / "checkpoints").is_dir():
-        return _open(_newest(folder))
-    if folder.name.startswith("step-") or (folder / "manifest.json").exists():
-        return _open(open_checkpoint(folder))
-    model = GPT.from_pretrained(source)
-    fits = model.config.vocab_size >= GPT2Tokenizer.vocab_size
-    return model, GPT2Tokenizer() if fits else None
+        model, tokenizer = _open(_newest(folder), base)
+    elif folder.name.startswith("step-") or (folder / "manifest.json").exists():
+        model, tokenizer = _open(open_checkpoint(folder), base)
+    else:
+        model = GPT.from_pretrained(source)
+        tokenizer = GPT2Tokenizer() if model.config.vocab_size >= GPT2Tokenizer.vocab_size else None
+    model.source = str(source)
+    return model, tokenizer
 
 
 def _newest(folder: Path) -> Checkpoint:
@@ -53,9 +60,10 @@ def _newest(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _open(checkpoint: Checkpoint) -> tuple[GPT, Tokenizer | None]:
+def _open(checkpoint: Checkpoint, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
     saved = checkpoint.state.get("tokenizer")
-    return checkpoint_model(checkpoint), None if saved is None else _tokenizer(saved, checkpoint)
+    model = _adapted_model(checkpoint, base) if ADAPTER_FILE in checkpoint.names else checkpoint_model(checkpoint)
+    return model, None if saved is None else _tokenizer(saved, checkpoint)
 
 
 def _tokenizer(saved: Any, checkpoint: Checkpoint) -> Tokenizer:  # noqa: ANN401 - whatever the file holds
@@ -86,6 +94,35 @@ def checkpoint_model(checkpoint: Checkpoint) -> GPT:
     state = {name: tensor.float() for name, tensor in tensors.items()}
     model.load_state_dict(state | {TIED: state[EMBEDDING]}, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
+    return model.eval()
+
+
+def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
+    """The base, from where it is, and on it the adapter, which is all that the checkpoint holds."""
+    source = base or checkpoint.state.get("base")
+    if not isinstance(source, str | Path):
+        raise CheckpointError(
+            f"{checkpoint.path} holds an adapter only, and does not say where its base is: give the base's folder, "
+            f"run or repository."
+        )
+    path = checkpoint.path / f"{ADAPTER_FILE}.safetensors"
+    identity = checkpoint.state.get("identity")
+    described = identity.get("adapter") if isinstance(identity, dict) else None
+    try:
+        shape = dict(described)  # type: ignore[arg-type]  # whatever it is, LoRAConfig judges it
+        expected = shape.pop("base_sha256")
+        config = LoRAConfig(**shape | {"target_modules": tuple(shape["target_modules"])})
+    except (TypeError, ValueError, KeyError) as error:
+        raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe an adapter: {error!r}") from error
+    model, _ = load_run_model(source)
+    add_lora(model, config)
+    if (found := base_fingerprint(model)) != expected:
+        raise CheckpointError(
+            f"The weights of {source} have SHA-256 {found}, but the adapter in {checkpoint.path} was trained on "
+            f"{expected}: give the base it was trained on."
+        )
+    _check_tensors(path, tensors := checkpoint.tensors(ADAPTER_FILE), adapter_state_dict(model))
+    load_adapter_state_dict(model, tensors)
     return model.eval()
 
 
