@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from homebrew import GPT, GPTConfig, TrainerConfig
 from homebrew.cli.doctor import examine
 from homebrew.cli.main import main
 from homebrew.cli.train import TRAINER_OPTIONS, Preset, Train
-from homebrew.model.generate import generate_text
 from homebrew.model.sampling import Sampling
+from homebrew.model.text import generate_text
 from homebrew.training.saved import load_run_model
 
 HOMEBREW = [sys.executable, "-m", "homebrew"]
@@ -130,6 +131,26 @@ def test_training_goes_on_from_weights_and_adapts_them(run, text, tmp_path):
         model, tokenizer = load_run_model(out)
         assert tokenizer.name == "bytes"
         torch.testing.assert_close(model.state_dict(), base.state_dict(), atol=1e-6, rtol=0)
+
+
+def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text, tmp_path):
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    shutil.copytree(run, base)
+    train = ["train", text, "--output-dir", lora, "--max-steps", 2, "--init-from", base, "--lora-rank", 2]
+    train += ["--micro-batch-size", 8, "--learning-rate", 0.1]
+    within(*train)
+    assert [path.name for path in lora.rglob("adapter.safetensors")]
+    assert not [path.name for path in lora.rglob("model.safetensors")]
+    assert "step 2 of 2" in within(*train, "--resume")
+
+    base.rename(tmp_path / "moved")
+    assert main(["sample", str(lora), "--prompt", "Hello"]) == 1
+    greedily = ["sample", "--prompt", "Hello", "--temperature", 0, "--max-new-tokens", 10]
+    said = within(*greedily, lora, "--base", tmp_path / "moved")
+    assert said != within(*greedily, run)
+    within("export", lora, tmp_path / "exported", "--base", tmp_path / "moved")
+    pipe = pipeline("text-generation", str(tmp_path / "exported"), device="cpu")
+    assert said == pipe("Hello", max_new_tokens=10, do_sample=False)[0]["generated_text"] + "\n"
 
 
 @pytest.mark.parametrize(
