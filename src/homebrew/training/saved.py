@@ -13,7 +13,8 @@ from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, Dat
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint, load_adapter_state_dict
-from homebrew.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.manifest import Checkpoint, open_checkpoint
 from homebrew.training.state import EMBEDDING, TIED
 
 MODEL_FILE = "model"

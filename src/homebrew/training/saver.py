@@ -12,10 +12,11 @@ from torch import nn
 
 from homebrew.errors import CheckpointError, ConfigError
 from homebrew.model.gpt import GPT
-from homebrew.training.checkpoint import Checkpoint, CheckpointStore
+from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.collective import on_main
 from homebrew.training.config import TrainerConfig
 from homebrew.training.guard import Guard
+from homebrew.training.manifest import Checkpoint
 from homebrew.training.resume import check_identity
 from homebrew.training.state import Files, check_files, gather_run, scatter_run
 
