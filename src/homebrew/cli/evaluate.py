@@ -25,6 +25,8 @@ class Eval:
 
     checkpoint: Positional[str]
     """A run's folder (its newest checkpoint), a checkpoint, or a folder or hub repository in transformers' format."""
+    base: str | None = None
+    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
     text: Path | None = None
     """A UTF-8 text file: its loss (nats a token), perplexity and bits per byte."""
     stride: int | None = None
@@ -55,7 +57,7 @@ class Eval:
         questions = []
         if self.hellaswag is not None:
             questions = load_hellaswag(None if self.hellaswag == "download" else self.hellaswag)[: self.limit]
-        model, tokenizer = open_model(self.checkpoint, self.device, self.dtype)
+        model, tokenizer = open_model(self.checkpoint, self.device, self.dtype, base=self.base)
         if text is not None:
             found = score_text(
                 model, tokenizer, text, stride=self.stride, batch_size=self.batch_size, track=_track("text")

@@ -20,6 +20,8 @@ class Export:
     """A run's folder (its newest checkpoint) or a checkpoint."""
     folder: Positional[Path | None] = None
     """Where to; files of the same names are replaced."""
+    base: str | None = None
+    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
     push_to_hub: str | None = None
     """Upload to this repository, user/name; log in first with `hf auth login`."""
     private: bool = False
@@ -33,7 +35,7 @@ class Export:
             raise ConfigError("Say where to: a folder, --push-to-hub, or both.")
         from homebrew.training.saved import load_run_model
 
-        model, tokenizer = load_run_model(self.checkpoint)
+        model, tokenizer = load_run_model(self.checkpoint, base=self.base)
         chosen = None if self.no_tokenizer else tokenizer
         if self.folder is not None:
             model.save_pretrained(self.folder, chosen)

@@ -11,13 +11,16 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def open_model(source: str, device: str, dtype: Dtype = "float32") -> tuple["GPT", "Tokenizer"]:
+def open_model(
+    source: str, device: str, dtype: Dtype = "float32", *, base: str | None = None
+) -> tuple["GPT", "Tokenizer"]:
     """A model, in evaluation mode on a device, and its tokenizer.
 
     Args:
         source: a run's folder, a checkpoint, or a folder or hub repository in transformers' format.
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" is the first accelerator there is.
         dtype: of the weights; "auto" is bfloat16 on a GPU that has it, else float32.
+        base: the weights below an adapter, if not where its run had them from.
 
     Raises:
         ConfigError: there is no such device, or the model's tokenizer is not known.
@@ -29,7 +32,7 @@ def open_model(source: str, device: str, dtype: Dtype = "float32") -> tuple["GPT
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else str(accelerator)
-    model, tokenizer = load_run_model(source)
+    model, tokenizer = load_run_model(source, base=base)
     if tokenizer is None:
         raise ConfigError(
             f"{source} does not say which tokenizer it was trained with. Give a checkpoint of a run on text, or a "

@@ -24,6 +24,8 @@ class Sample:
 
     checkpoint: Positional[str]
     """A run's folder (its newest checkpoint), a checkpoint, or a folder or hub repository in transformers' format."""
+    base: str | None = None
+    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
     prompt: str | None = None
     """Text to go on from; it is written too."""
     max_new_tokens: int = 200
@@ -49,7 +51,7 @@ class Sample:
 
     def run(self) -> None:
         """Do it."""
-        model, tokenizer = open_model(self.checkpoint, self.device, self.dtype)
+        model, tokenizer = open_model(self.checkpoint, self.device, self.dtype, base=self.base)
         if self.prompt is not None:
             _show(self.prompt)
             for piece in self._write(model, tokenizer, self.prompt, self.stop, self.seed):
