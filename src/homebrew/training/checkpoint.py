@@ -126,6 +126,8 @@ class CheckpointStore:
         """
         score = None if score is None or not math.isfinite(score) else float(score)
         path = self.path(step)
+        if not FOLDER.fullmatch(path.name):
+            raise CheckpointError(f"step={step} cannot be saved: it must be from 0 to 99,999,999.")
         temporary, aside = (self.folder / f".{path.name}.{suffix}" for suffix in ("writing", "aside"))
         try:
             make_folder(self.folder)

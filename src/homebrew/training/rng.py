@@ -8,6 +8,8 @@ from torch import Tensor
 
 from homebrew.errors import CorruptCheckpoint
 
+_NUMPY_WORDS = 624
+
 
 def rng_state() -> dict[str, Tensor]:
     """The states of Python's, NumPy's and PyTorch's generators in this process."""
@@ -38,6 +40,8 @@ def restore_rng(state: dict[str, Tensor]) -> None:
         gauss = state["python_gauss"].item()
         random.setstate((version, tuple(words), None if gauss != gauss else gauss))
         *keys, position, has_gauss = state["numpy"].tolist()
+        if not 0 <= position <= len(keys) == _NUMPY_WORDS:  # NumPy would read past its memory
+            raise ValueError(f"{len(keys)} words and position {position}")
         np.random.set_state(  # noqa: NPY002
             ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
         )
@@ -46,5 +50,5 @@ def restore_rng(state: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state["cuda"])
         if torch.backends.mps.is_available() and "mps" in state:
             torch.mps.set_rng_state(state["mps"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CorruptCheckpoint(f"The saved random states cannot be restored: {error!r}.") from error
