@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, NonFiniteError
@@ -47,6 +46,7 @@ from homebrew.training.manifest import (
     read_manifest,
     state_to_json,
 )
+from homebrew.training.tensors import serialised
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """Tensors by name, by file name without suffix."""
@@ -126,6 +126,8 @@ class CheckpointStore:
         """
         score = None if score is None or not math.isfinite(score) else float(score)
         path = self.path(step)
+        if not FOLDER.fullmatch(path.name):
+            raise CheckpointError(f"step={step} cannot be saved: it must be from 0 to 99,999,999.")
         temporary, aside = (self.folder / f".{path.name}.{suffix}" for suffix in ("writing", "aside"))
         try:
             make_folder(self.folder)
@@ -271,7 +273,7 @@ def _write_folder(folder: Path, step: int, files: Files, state: Mapping[str, Any
     for name, tensors in files.items():
         if bad := not_finite(name, tensors):
             raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {name} is not finite.")
-        entries[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", safetensors.torch.save(dict(tensors)))
+        entries[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", *serialised(tensors))
     facts = state_to_json(state, step, score)
     entries[STATE] = _write(folder / STATE, facts)
     manifest = Manifest(step, score, entries)
@@ -283,10 +285,13 @@ def _write_folder(folder: Path, step: int, files: Files, state: Mapping[str, Any
     sync_folder(folder)
 
 
-def _write(path: Path, data: bytes) -> Entry:
+def _write(path: Path, *pieces: bytes | memoryview) -> Entry:
     """Write a file and describe it for the manifest."""
-    write_durably(path, data)
-    return Entry(len(data), hashlib.sha256(data).hexdigest())
+    write_durably(path, *pieces)
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return Entry(sum(map(len, pieces)), digest.hexdigest())
 
 
 def _discard(path: Path, moved: Path | None = None) -> None:

@@ -12,11 +12,15 @@ from typing import BinaryIO
 
 from homebrew.errors import CheckpointError, CorruptCheckpoint
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 24
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
     """Write a new file and wait until it is on the disk; its mode follows the umask.
+
+    Args:
+        path: the file.
+        pieces: of bytes, one after the other.
 
     Raises:
         CheckpointError: it could not be written whole, on a full disk for one.
@@ -24,14 +28,15 @@ def write_durably(path: Path, data: bytes) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            view, written = memoryview(data), 0
-            while written < len(view):
-                written += os.write(descriptor, view[written : written + _CHUNK])
+            for piece in pieces:
+                view, written = memoryview(piece), 0
+                while written < len(view):
+                    written += os.write(descriptor, view[written : written + _CHUNK])
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise unwritable(path, len(data), error) from error
+        raise unwritable(path, sum(map(len, pieces)), error) from error
 
 
 def unwritable(path: Path, num_bytes: int, error: OSError) -> CheckpointError:

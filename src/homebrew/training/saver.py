@@ -18,7 +18,7 @@ from homebrew.training.config import TrainerConfig
 from homebrew.training.guard import Guard
 from homebrew.training.manifest import Checkpoint
 from homebrew.training.resume import check_identity
-from homebrew.training.state import Files, check_files, gather_run, scatter_run
+from homebrew.training.state import Files, check_files, gather_run, reserve_staging, scatter_run
 
 
 class RunSaver:
@@ -84,6 +84,7 @@ class RunSaver:
         if start["found"]:
             files, self._found = self._found, {}
             scatter_run(accelerator, self._model, self._optimizer, self._guard, files, seed=seed + step)
+        reserve_staging(accelerator, self._model)
         return step
 
     def _find(self, resume: bool | str | Path, accept_changes: Collection[str]) -> dict[str, Any]:
