@@ -17,7 +17,7 @@ model.kernels model.loss model.mlp model.lora model.files model.adapters model.p
 model.cache model.sampling model.generate model.gpt
 training.schedule training.optim training.guard training.config training.launch training.metrics training.meter
 training.collective training.files training.checkpoint training.rng training.state training.resume training.signals
-training.sharding training.callbacks training.record training.trainer
+training.sharding training.heartbeat training.callbacks training.record training.trainer
 """.split()
 
 

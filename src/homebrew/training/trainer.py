@@ -22,6 +22,7 @@ from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.collective import on_main
 from homebrew.training.config import TrainerConfig, plan_batch
 from homebrew.training.guard import Guard
+from homebrew.training.heartbeat import Heartbeat
 from homebrew.training.launch import build_accelerator, check_world
 from homebrew.training.meter import StepMeter
 from homebrew.training.metrics import EvalMetrics
@@ -173,7 +174,7 @@ class Trainer:
         """
         self._begin(resume, accept_changes)
         try:
-            with SignalWatch() as signals:
+            with SignalWatch() as signals, Heartbeat(self.accelerator):
                 agreement = Agreement(self.accelerator)
                 for micro_batches in self._loader.steps(self.step):
                     if self.step >= self.config.max_steps or self.should_stop:
