@@ -12,12 +12,14 @@ import homebrew
 ROOT = Path(homebrew.__file__).parent
 ORDER = """
 errors
-data.sources data.tokenizer data.corpora data.order data.dataset data.check data.loader
-model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained model.export
-model.cache model.sampling model.generate model.gpt
-training.schedule training.optim training.guard training.config training.launch training.metrics training.meter
-training.collective training.files training.checkpoint training.rng training.state training.resume training.signals
-training.sharding training.heartbeat training.callbacks training.record training.trainer
+data.files data.sources data.tokenizer data.corpora data.shards data.tokens data.order data.dataset data.check
+data.loader
+model.config model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained model.export
+model.cache model.sampling model.generate model.text model.gpt
+training.schedule training.optim training.guard training.config training.launch training.compilation
+training.metrics training.meter training.collective training.files training.checkpoint training.rng training.state
+training.resume training.saver training.evaluation training.signals training.sharding training.heartbeat
+training.callbacks training.record training.trainer
 """.split()
 
 

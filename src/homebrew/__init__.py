@@ -4,7 +4,8 @@ from homebrew.data.corpora import load_corpus
 from homebrew.data.dataset import TokenDataset
 from homebrew.data.tokenizer import get_tokenizer
 from homebrew.errors import HomebrewError
-from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.model.config import GPTConfig
+from homebrew.model.gpt import GPT
 from homebrew.training.callbacks import Callback, EarlyStopping
 from homebrew.training.config import TrainerConfig
 from homebrew.training.schedule import warmup_cosine

@@ -14,9 +14,11 @@ from transformers import (
 )
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.model.generate import Decoder, generate_steps, generate_text, whole_text
-from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.model.config import GPTConfig
+from homebrew.model.generate import Decoder, generate_steps
+from homebrew.model.gpt import GPT
 from homebrew.model.sampling import Sampling
+from homebrew.model.text import generate_text, whole_text
 
 CONFIG = GPTConfig(block_size=24, vocab_size=60, n_layer=2, n_head=3, n_embd=24)
 GREEDY = Sampling(temperature=0.0)

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.model.adapters import load_adapter, save_adapter
-from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.model.config import GPTConfig
+from homebrew.model.gpt import GPT
 from homebrew.model.lora import (
     TARGETS,
     LoRAConfig,

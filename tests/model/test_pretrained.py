@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from homebrew.errors import HomebrewError, ModelError
 from homebrew.model import export
+from homebrew.model.config import GPTConfig
 from homebrew.model.export import push_folder, tokenizer_files
 from homebrew.model.files import open_source
-from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.model.gpt import GPT
 
 TINY = {"n_positions": 12, "vocab_size": 70, "n_layer": 2, "n_head": 2, "n_embd": 16}
 

@@ -3,14 +3,10 @@
 import contextlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -2,16 +2,16 @@ import pytest
 import torch
 
 from homebrew.errors import NonFiniteError
-from homebrew.training.guard import Guard
+from homebrew.training.guard import SPIKE_WARMUP, Guard
 
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")
 
 
-def make(policy, *, fused=True, limit=2):
+def make(policy, *, fused=True, limit=2, zscore=None):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
-    return weight, optimizer, Guard(optimizer, policy, limit, CPU)
+    return weight, optimizer, Guard(optimizer, policy, limit, CPU, spike_zscore=zscore)
 
 
 def take(weight, optimizer, guard, step, loss=1.0, norm=1.0):
@@ -36,23 +36,29 @@ def test_a_bad_step_changes_no_bit_of_weights_or_optimizer(policy, fused, loss, 
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(weight, optimizer), strict=True))
 
 
+def enforce(guard):
+    found = guard.check()
+    guard.enforce(found)
+    return [(held.step, held.reason) for held in found]
+
+
 def test_raise_holds_everything_back_from_the_first_bad_step_on():
     weight, optimizer, guard = make("raise")
     take(weight, optimizer, guard, 0)
-    assert guard.check() == 0
+    assert enforce(guard) == []
     take(weight, optimizer, guard, 1, loss=NAN)
     before = snapshot(weight, optimizer)
     take(weight, optimizer, guard, 2)
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(weight, optimizer), strict=True))
     with pytest.raises(NonFiniteError, match="step 1 "):
-        guard.check()
+        enforce(guard)
 
 
 def test_skip_counts_and_goes_on():
     weight, optimizer, guard = make("skip")
     take(weight, optimizer, guard, 0, loss=NAN)
     take(weight, optimizer, guard, 1)
-    assert guard.check() == 1
+    assert enforce(guard) == [(0, "non_finite")]
     assert not torch.equal(weight, torch.ones(3))
 
 
@@ -60,8 +66,47 @@ def test_skip_has_a_limit_in_a_row_even_if_a_good_step_follows():
     weight, optimizer, guard = make("skip", limit=2)
     for step in range(2):
         take(weight, optimizer, guard, step, loss=NAN)
-    assert guard.check() == 2
+    assert len(enforce(guard)) == 2
     take(weight, optimizer, guard, 2, loss=NAN)
     take(weight, optimizer, guard, 3)
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
-        guard.check()
+        enforce(guard)
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loss_spike_is_left_out_and_does_not_move_the_mean(policy, fused):
+    weight, optimizer, guard = make(policy, fused=fused, zscore=5.0)
+    for step in range(SPIKE_WARMUP + 10):
+        take(weight, optimizer, guard, step, loss=2.0 + 0.1 * (step % 2))
+    assert enforce(guard) == []
+    before, history = snapshot(weight, optimizer), guard.state()["history"].clone()
+    take(weight, optimizer, guard, 100, loss=4.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(weight, optimizer), strict=True))
+    assert torch.equal(history, guard.state()["history"])
+    take(weight, optimizer, guard, 101, loss=2.0)
+    assert enforce(guard) == [(100, "loss_spike")]
+    assert not torch.equal(before[0], weight)
+
+
+def test_the_spike_rule_goes_on_from_its_state():
+    weight, optimizer, guard = make("skip", zscore=5.0)
+    for step in range(SPIKE_WARMUP):
+        take(weight, optimizer, guard, step, loss=2.0 + 0.1 * (step % 2))
+    enforce(guard)
+    _, _, other = make("skip", zscore=5.0)
+    other.load_state(guard.state())
+    assert not bool(other.inspect(0, torch.tensor(2.1), torch.tensor(1.0))) or other.check() == []
+    other.inspect(1, torch.tensor(9.0), torch.tensor(1.0))
+    assert [held.reason for held in other.check()] == ["loss_spike"]
+
+
+def test_the_running_moments_are_those_of_the_losses():
+    weight, optimizer, guard = make("skip", zscore=100.0)
+    losses = torch.randn(40, generator=torch.Generator().manual_seed(0)) + 3.0
+    for step, loss in enumerate(losses.tolist()):
+        take(weight, optimizer, guard, step, loss=loss)
+    mean, variance, number = guard.state()["history"].tolist()
+    assert number == 40
+    assert mean == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert variance == pytest.approx(losses.var(correction=0).item(), rel=1e-4)

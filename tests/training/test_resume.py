@@ -1,7 +1,8 @@
 import pytest
 
-from homebrew import GPTConfig
+from homebrew import GPT, GPTConfig
 from homebrew.errors import ConfigError, ResumeMismatch
+from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training.resume import check_identity, identity
 from homebrew.training.schedule import warmup_cosine
 
@@ -10,10 +11,19 @@ class Samples(list):
     """A dataset of the user's own."""
 
 
+def gpt(*, lora=None, seed=42, **shape):
+    model = GPT(
+        GPTConfig(**{"block_size": 8, "vocab_size": 50, "n_layer": 1, "n_head": 1, "n_embd": 8} | shape), seed=seed
+    )
+    if lora is not None:
+        add_lora(model, lora)
+    return model
+
+
 def make(**changes):
     arguments = {
         "dataset": Samples(range(10)),
-        "model": GPTConfig(),
+        "model": gpt(),
         "schedule": warmup_cosine(warmup_steps=5, max_steps=100),
         "max_steps": 100,
         "global_batch_size": 8,
@@ -24,7 +34,8 @@ def make(**changes):
 
 CHANGES = {
     "dataset": ({"dataset": Samples(range(11))}, "'10 samples'"),
-    "model": ({"model": GPTConfig(n_layer=13)}, "n_layer was 13, is 12"),
+    "model": ({"model": gpt(n_layer=3)}, "n_layer was 3, is 1"),
+    "adapter": ({"model": gpt(lora=LoRAConfig(rank=2))}, "adapter: was {'rank': 2"),
     "schedule": ({"schedule": warmup_cosine(warmup_steps=9, max_steps=100)}, "first value that differs"),
     "global_batch_size": ({"global_batch_size": 16}, "was 16, is 8"),
     "seed": ({"seed": 1}, "was 1, is 42"),
@@ -49,3 +60,15 @@ def test_another_run_is_named_by_what_differs_and_can_be_accepted(aspect):
 def test_unknown_aspect():
     with pytest.raises(ConfigError, match="'weather'"):
         check_identity(make(), make(), ("weather",))
+
+
+def test_an_adapter_belongs_to_its_base():
+    saved, ours = (make(model=gpt(lora=LoRAConfig(rank=2), seed=seed)) for seed in (1, 2))
+    with pytest.raises(ResumeMismatch, match="adapter: base_sha256 was"):
+        check_identity(saved, ours, ())
+
+
+@pytest.mark.parametrize("hostile", [None, [], "x", {"model": 3, "schedule": [[None]], "dataset": {}}])
+def test_an_identity_that_is_none_is_another_run(hostile):
+    with pytest.raises(ResumeMismatch):
+        check_identity(hostile, make(), ())

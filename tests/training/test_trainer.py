@@ -1,12 +1,15 @@
+import hashlib
 import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
-from homebrew.errors import ConfigError, DataError, LaunchError, NonFiniteError, ResumeMismatch
+from homebrew.errors import ConfigError, CorruptCheckpoint, DataError, LaunchError, NonFiniteError, ResumeMismatch
+from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint
 from homebrew.training.callbacks import Callback
 
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
@@ -18,6 +21,10 @@ def tokens(count=1200, seed=0):
 
 def dataset(count=1200, seed=0):
     return TokenDataset.from_tokens(tokens(count, seed), block_size=16, vocab_size=50)
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 class Losses(Callback):
@@ -133,7 +140,7 @@ def test_stop_and_resume_is_bitwise_the_unbroken_run(tmp_path, stop):
     first.train()
     assert first.step == stop
     first.save()
-    first._store.wait()
+    first._saver.wait()
     torch.manual_seed(999)
     second = make(tmp_path / "parts", model=shape, train=data, max_steps=9)
     second.train(resume=True)
@@ -203,18 +210,81 @@ def test_skip_leaves_the_bad_step_out_and_says_so(tmp_path):
     trainer = make(tmp_path, non_finite="skip", max_steps=4)
     trainer.model.transformer.ln_f.bias.register_hook(lambda grad: grad * float("nan") if trainer.step == 2 else grad)
     trainer.train()
-    assert trainer._guard.check() == 1
     assert all(value.isfinite().all() for value in weights(trainer).values())
+    held_back = [event for event in events(tmp_path) if event["event"] == "held_back"]
+    assert [(event["step"], event["reason"]) for event in held_back] == [(2, "non_finite")]
+
+
+def test_a_loss_spike_is_left_out_on_request(tmp_path):
+    trainer = make(tmp_path, loss_spike_zscore=6.0, max_steps=60, learning_rate=1e-4)
+    trainer.model.transformer.ln_f.register_forward_hook(lambda *args: args[-1] * 50 if trainer.step == 55 else None)
+    trainer.train()
+    held_back = [event for event in events(tmp_path) if event["event"] == "held_back"]
+    assert [(event["step"], event["reason"]) for event in held_back] == [(55, "loss_spike")]
+
+
+def test_lora_trains_and_saves_the_adapter_only_and_resumes_bitwise(tmp_path):
+    def adapted():
+        model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1))
+        add_lora(model, LoRAConfig(rank=2, dropout=0.1))
+        return model
+
+    whole = make(tmp_path / "whole", model=adapted())
+    base = base_fingerprint(whole.model)
+    whole.train()
+    assert base_fingerprint(whole.model) == base
+    make(tmp_path / "parts", model=adapted(), callbacks=[StopAt(3)], save_every=3).train()
+    second = make(tmp_path / "parts", model=adapted())
+    second.train(resume=True)
+    assert same(weights(whole), weights(second))
+    assert same(optimizer_state(whole), optimizer_state(second))
+    saved = load_file(tmp_path / "parts" / "checkpoints" / "step-00000006" / "adapter.safetensors")
+    assert saved.keys() == adapter_state_dict(whole.model).keys()
+    assert not (tmp_path / "parts" / "checkpoints" / "step-00000006" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "told"),
+    [
+        ("model", lambda t: t.pop("transformer.ln_f.bias"), "has no tensor transformer.ln_f.bias"),
+        ("model", lambda t: t.update(extra=torch.zeros(1)), "an unknown tensor extra"),
+        ("model", lambda t: t.update({"transformer.ln_f.bias": torch.zeros(3)}), r"shape \(3,\)"),
+        ("model", lambda t: t.update({"transformer.ln_f.bias": torch.zeros(16).long()}), "torch.int64"),
+        (
+            "optimizer",
+            lambda t: t.pop("transformer.ln_f.bias//exp_avg"),
+            "no tensor transformer.ln_f.bias//exp_avg",
+        ),
+        ("optimizer", lambda t: t.update({"nobody//exp_avg": torch.zeros(16)}), "an unknown tensor nobody"),
+        ("rng-0", lambda t: t.update(torch=torch.zeros(5, dtype=torch.uint8)), "random states"),
+        ("guard", lambda t: t.pop("history"), "has no tensor history"),
+    ],
+)
+def test_a_checkpoint_with_other_tensors_is_refused_by_name(tmp_path, file, damage, told):
+    make(tmp_path, max_steps=2).train()
+    path = tmp_path / "checkpoints" / "step-00000002"
+    tensors = load_file(path / f"{file}.safetensors")
+    damage(tensors)
+    save_file(tensors, path / f"{file}.safetensors")
+    manifest = json.loads((path / "manifest.json").read_text())
+    data = (path / f"{file}.safetensors").read_bytes()
+    manifest["files"][f"{file}.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    trainer = make(tmp_path, max_steps=2)
+    before = {name: value.clone() for name, value in weights(trainer).items()}
+    with pytest.raises(CorruptCheckpoint, match=told):
+        trainer.train(resume=path)
+    assert same(before, weights(trainer))
 
 
 def test_metrics_file_and_run_file(tmp_path):
     trainer = make(tmp_path, evaluate=dataset(300), eval_every=3, save_every=3)
     trainer.train()
-    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    steps = [event["step"] for event in events if event["event"] == "step"]
+    found = events(tmp_path)
+    steps = [event["step"] for event in found if event["event"] == "step"]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert [event["step"] for event in events if event["event"] == "evaluate"] == [3, 6]
-    assert [event["step"] for event in events if event["event"] == "save"] == [3, 6]
+    assert [event["step"] for event in found if event["event"] == "evaluate"] == [3, 6]
+    assert [event["step"] for event in found if event["event"] == "save"] == [3, 6]
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["model"]["n_layer"] == 2
     assert run["train_dataset"]["fingerprint"] == trainer.train_dataset.fingerprint

@@ -6,6 +6,7 @@ goes into the job's result file, what every process read into the task's folder.
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections import Counter
@@ -65,9 +66,7 @@ class Watch(Callback):
     def on_step_end(self, trainer, metrics):
         self.losses.append(metrics.loss)
         if trainer.step == 3 and self.task.get("break") == "save" and trainer.is_main_process:
-            folder = Path(trainer.config.output_dir) / "checkpoints"
-            folder.rename(folder.with_name("moved"))
-            folder.touch()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))  # as a full disk would
         if trainer.step == 7 and trainer.accelerator.process_index == 1 and "signal" in self.task:
             os.kill(os.getpid(), getattr(signal, self.task["signal"]))
 

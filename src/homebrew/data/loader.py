@@ -131,7 +131,7 @@ def reader(
 
 def _gather(dataset: TokenDataset, rows: Iterator[NDArray[np.int64]], device: torch.device) -> Iterator[Batch]:
     for row in rows:
-        indices = _send(torch.from_numpy(row), dataset.tokens.device)
+        indices = _send(torch.from_numpy(row), dataset.device)
         input_ids, targets = dataset.batch(indices)
         yield _send(input_ids, device), _send(targets, device)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from homebrew.model.gpt import GPTConfig
+    from homebrew.model.config import GPTConfig
 
 
 class LayerCache(NamedTuple):

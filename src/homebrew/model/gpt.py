@@ -6,18 +6,20 @@ positions, tanh GELU, the head tied to the token embedding.
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self, overload
+from typing import Self, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
-from homebrew.errors import ConfigError, ModelError
+from homebrew.errors import ModelError
 from homebrew.model.cache import KeyValueCache, LayerCache
+from homebrew.model.config import GPTConfig
 from homebrew.model.export import ExportableTokenizer, push_folder, write_pretrained
 from homebrew.model.generate import Overflow, Prompts, append_columns, append_lists, generate_steps
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
@@ -26,80 +28,12 @@ from homebrew.model.mlp import mlp
 from homebrew.model.pretrained import open_pretrained
 from homebrew.model.sampling import Sampling
 
-VOCAB_MULTIPLE = 128
-"""The head's rows are padded to a multiple of this, so that its matrix product fills whole tiles on a GPU."""
-
 _TRAINING_ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-
-_PRESETS: dict[str, dict[str, int]] = {
-    "baby": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-}
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT; the defaults are GPT-2 small's.
-
-    Raises:
-        ConfigError: a size is not positive, `n_embd` is not a multiple of `n_head`, or `dropout` is
-            not in [0, 1).
-    """
-
-    block_size: int = 1024
-    """Longest sequence, in tokens."""
-    vocab_size: int = 50_257
-    """Token ids that exist: 0 to `vocab_size - 1`."""
-    n_layer: int = 12
-    """Blocks."""
-    n_head: int = 12
-    """Attention heads in a block."""
-    n_embd: int = 768
-    """Width of the residual stream."""
-    dropout: float = 0.0
-    """Probability, in training, of dropping a value of the embedding, the attention or a residual branch."""
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
-        if self.n_embd % self.n_head:
-            raise ConfigError(
-                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: every head needs the same "
-                f"width. The nearest multiples are {self.n_embd // self.n_head * self.n_head} and "
-                f"{(self.n_embd // self.n_head + 1) * self.n_head}."
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout!r}: must be at least 0 and less than 1.")
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401 - any field of the config
-        """A named shape: GPT-2's four sizes, or "baby", about 7 M parameters for a CPU.
-
-        Args:
-            name: "baby", "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl".
-            changes: fields to set otherwise.
-
-        Raises:
-            ConfigError: no preset has that name.
-        """
-        if name not in _PRESETS:
-            raise ConfigError(f"There is no preset {name!r}. Choose one of: {', '.join(_PRESETS)}.")
-        return replace(cls(**_PRESETS[name]), **changes)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the head in memory; those from `vocab_size` on are never used."""
-        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class CausalSelfAttention(nn.Module):
@@ -152,6 +86,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.activation_checkpointing = False
+        """Whether only the input is kept for the backward pass, which computes the rest anew (Chen et al. 2016)."""
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
@@ -159,6 +95,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        if self.activation_checkpointing and self.training:
+            again: Tensor = checkpoint(self._forward, x, None, use_reentrant=False)
+            return again
+        return self._forward(x, cache)
+
+    def _forward(self, x: Tensor, cache: LayerCache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -320,7 +262,7 @@ class GPT(nn.Module):
         overflow: Overflow = "slide",
         compile: bool = False,  # noqa: A002 - the ecosystem's word
     ) -> Prompts:
-        """Continue token sequences; `generate.generate_text` does so for text, as it comes.
+        """Continue token sequences; `text.generate_text` does so for text, as it comes.
 
         Args:
             input_ids: (B, T), an integer tensor, or a list of B lists of ids, of any lengths.
@@ -364,6 +306,11 @@ class GPT(nn.Module):
         if isinstance(input_ids, Tensor):
             return append_columns(input_ids, steps, eos_token_id)
         return append_lists(input_ids, steps)
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Keep only each block's input for the backward pass: less memory, a third more work."""
+        for module in self.transformer.h.children():
+            module.activation_checkpointing = enabled  # type: ignore[assignment]
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 SCORE_BLOCK = 4096
-"""Columns that a program of `score_` holds at a time, 8 for each thread."""
+"""Columns that a program of `score_` holds at a time, 4 for each thread."""
 
 GELU_BLOCK = (16, 256)
 """Rows and columns that a program of `gelu_backward` holds at a time."""
@@ -49,7 +49,7 @@ def score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool
         IGNORE_INDEX=ignore_index,
         WITH_GRADIENT=with_gradient,
         BLOCK=block,
-        num_warps=max(block // 256, 1),
+        num_warps=max(block // 128, 1),
     )
     return losses.sum()
 

@@ -1,6 +1,7 @@
 """What is told of a run's events: the base, the progress display, early stopping."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from homebrew.errors import ConfigError
+from homebrew.training.guard import HeldBack
 from homebrew.training.metrics import EvalMetrics, StepMetrics
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ class Callback:
 
     def on_save(self, trainer: "Trainer", path: Path) -> None:
         """A checkpoint was handed to the writer; it is whole when the folder `path` exists."""
+
+    def on_held_back(self, trainer: "Trainer", steps: Sequence[HeldBack]) -> None:
+        """Some steps' updates were not applied; told at the next report, before an error that follows from it."""
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """Training ended, also by an error."""
@@ -112,6 +117,11 @@ class ProgressDisplay(Callback):
     def on_save(self, trainer: "Trainer", path: Path) -> None:
         """Show a checkpoint."""
         self._say(f"step {trainer.step} | saving {path}")
+
+    def on_held_back(self, trainer: "Trainer", steps: Sequence[HeldBack]) -> None:
+        """Show what was left out."""
+        for held in steps:
+            self._say(f"step {held.step} | left out: {held.reason} | loss {held.loss:.4f} | norm {held.grad_norm:.3f}")
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """Leave the terminal as it was, the last table standing."""

@@ -39,7 +39,9 @@ class TrainerConfig:
     non_finite: NonFinitePolicy = "raise"
     """What to do with a step whose loss or gradient norm is not finite; its update is never applied."""
     non_finite_limit: int = 10
-    """Such steps in a row that `non_finite="skip"` allows."""
+    """Steps in a row that may be left out."""
+    loss_spike_zscore: float | None = None
+    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if None."""
     seed: int = 42
     """Of the order of samples and of dropout; and of the weights, if the Trainer is given a `GPTConfig`."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -96,6 +98,8 @@ class TrainerConfig:
             for name in ("learning_rate", "max_grad_norm", "loader_timeout_seconds", "collective_timeout_seconds")
             if not getattr(self, name) > 0
         ]
+        if self.loss_spike_zscore is not None and not self.loss_spike_zscore > 0:
+            wrong.append(f"loss_spike_zscore={self.loss_spike_zscore!r}: must be more than 0, or None.")
         if not self.weight_decay >= 0:
             wrong.append(f"weight_decay={self.weight_decay!r}: must be at least 0.")
         if not 0 <= self.min_lr_ratio <= 1:

@@ -1,5 +1,7 @@
 """The guard between a step's gradients and the weights: a bad number never passes."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,77 +11,143 @@ from homebrew.errors import NonFiniteError
 
 NonFinitePolicy = Literal["raise", "skip"]
 
+SPIKE_MEMORY = 0.98
+"""Weight of the past in the running mean and variance of the loss: about the last fifty steps."""
+SPIKE_WARMUP = 50
+"""Accepted steps before a loss can be a spike."""
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """A step whose update was not applied."""
+
+    step: int
+    """Counted from 0."""
+    reason: Literal["non_finite", "loss_spike"]
+    loss: float
+    grad_norm: float
+
 
 class Guard:
     """Decides, on the device, whether a step's update is applied.
 
     The verdict is handed to the fused optimizer as `found_inf`, the way a gradient scaler does: the kernel then
-    leaves weights, moments and step counts alone. The host learns of it when it next reads `report`, so that a
+    leaves weights, moments and step counts alone. The host learns of it when it next calls `check`, so that a
     good step costs no synchronisation.
 
     Args:
         optimizer: the one to hold back.
-        policy: "raise": from the first bad step on nothing is applied, and `check` raises; "skip": bad steps
-            alone are left out, up to `limit` of them in a row.
-        limit: bad steps in a row that "skip" allows.
+        policy: what to do with numbers that are not finite. "raise": from the first such step on nothing is
+            applied, and `enforce` raises; "skip": such steps alone are left out.
+        limit: steps in a row that may be left out.
         device: where losses and gradients are.
+        spike_zscore: leave out a step whose loss lies more than so many standard deviations above the mean of
+            the accepted steps before it; None leaves out none.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, policy: NonFinitePolicy, limit: int, device: torch.device
+        self,
+        optimizer: torch.optim.Optimizer,
+        policy: NonFinitePolicy,
+        limit: int,
+        device: torch.device,
+        *,
+        spike_zscore: float | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.policy = policy
         self.limit = limit
+        self.spike_zscore = spike_zscore
         self._on_device = bool(optimizer.defaults.get("fused"))
-        zero = torch.zeros((), device=device)
-        self._blocked = zero.clone()  # 1 where the coming update must not be applied
-        self._in_a_row = zero.clone()
-        self._longest = zero.clone()
-        self._total = zero.clone()
-        self._first_step = zero.clone() - 1
+        self._blocked = torch.zeros((), device=device)  # 1 where the coming update must not be applied
+        self._history = torch.zeros(3, device=device)  # of accepted losses: mean, variance, number
+        self._unread: list[tuple[int, Tensor]] = []  # step, (not finite, held back, loss, norm)
+        self._in_a_row = 0
 
-    def inspect(self, step: int, *numbers: Tensor) -> bool:
-        """Look at a step's loss and gradient norm before its update.
+    def inspect(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Look at a step's numbers before its update.
 
         Args:
             step: counted from 0.
-            numbers: float scalars, the same on every process.
+            loss: float scalar, the same on every process.
+            grad_norm: the same, before clipping.
 
         Returns:
             Whether to call the optimizer at all; always true where its kernel can hold itself back.
         """
-        bad = 1.0 - torch.stack([number.detach().float() for number in numbers]).isfinite().all().float()
-        if self.policy == "raise":
-            bad = torch.maximum(bad, self._blocked)
-        self._blocked.copy_(bad)
-        self._in_a_row.add_(1.0).mul_(bad)
-        self._longest.copy_(torch.maximum(self._longest, self._in_a_row))
-        self._total.add_(bad)
-        self._first_step.copy_(torch.where((self._first_step < 0) & (bad > 0), float(step), self._first_step))
+        numbers = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+        not_finite = 1.0 - numbers.isfinite().all().float()
+        held_back = torch.maximum(not_finite, self._blocked) if self.policy == "raise" else not_finite
+        if self.spike_zscore is not None:
+            held_back = torch.maximum(held_back, self._is_spike(numbers[0], self.spike_zscore))
+            self._remember(numbers[0], accepted=1.0 - held_back)
+        # Under "raise" a bad number blocks every later step; a spike only its own.
+        self._blocked = torch.maximum(not_finite, self._blocked) if self.policy == "raise" else held_back
+        self._unread.append((step, torch.stack([not_finite, held_back, *numbers])))
         if self._on_device:
-            self.optimizer.found_inf = self._blocked  # type: ignore[attr-defined]
+            self.optimizer.found_inf = held_back  # type: ignore[attr-defined]
             return True
-        return not bool(bad)
+        return not bool(held_back)
 
-    def check(self) -> int:
-        """Read the verdicts so far; this waits for the device.
+    def _is_spike(self, loss: Tensor, zscore: float) -> Tensor:
+        mean, variance, number = self._history
+        deviation = variance.sqrt().clamp(min=1e-6)
+        spike: Tensor = (number >= SPIKE_WARMUP) & (loss - mean > zscore * deviation)
+        return spike.float()
+
+    def _remember(self, loss: Tensor, *, accepted: Tensor) -> None:
+        """Running moments with a bias correction in the first steps (Welford's update, weighted)."""
+        mean, variance, number = self._history
+        weight = torch.clamp(1.0 / (number + 1.0), min=1.0 - SPIKE_MEMORY)
+        off = loss - mean
+        updated = torch.stack([mean + weight * off, (1.0 - weight) * (variance + weight * off * off), number + 1.0])
+        self._history = torch.where(accepted > 0, updated, self._history)
+
+    def check(self) -> list[HeldBack]:
+        """Read the verdicts since the last call, which waits for the device; `enforce` says what follows.
 
         Returns:
-            Steps left out since the start.
+            The steps held back among them, in order.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return []
+        rows = torch.stack([verdict for _, verdict in unread]).tolist()
+        found = []
+        for (step, _), (not_finite, held_back, loss, grad_norm) in zip(unread, rows, strict=True):
+            self._in_a_row = self._in_a_row + 1 if held_back else 0
+            if held_back:
+                found.append(HeldBack(step, "non_finite" if not_finite else "loss_spike", loss, grad_norm))
+            if self._in_a_row > self.limit or (not_finite and self.policy == "raise"):
+                break
+        return found
+
+    def enforce(self, found: list[HeldBack]) -> None:
+        """End the run if what `check` found asks for it.
 
         Raises:
-            NonFiniteError: the policy is "raise" and a step was bad, or "skip" and too many were in a row.
+            NonFiniteError: a number was not finite and the policy is "raise", or too many steps in a row were
+                left out.
         """
-        longest, total, first = torch.stack([self._longest, self._total, self._first_step]).tolist()
-        if self.policy == "raise" and total:
+        first = next((held for held in found if held.reason == "non_finite"), None)
+        if self.policy == "raise" and first is not None:
             raise NonFiniteError(
-                f"The loss or the gradient norm of step {first:.0f} is not a finite number. No update was applied from "
-                f"that step on. Lower the learning rate, look at the data, or set non_finite='skip'."
+                f"The loss or the gradient norm of step {first.step} is not a finite number (loss {first.loss:g}, norm "
+                f"{first.grad_norm:g}). No update was applied from that step on. Lower the learning rate, look at the "
+                f"data, or set non_finite='skip'."
             )
-        if longest > self.limit:
+        if self._in_a_row > self.limit:
             raise NonFiniteError(
-                f"{longest:.0f} steps in a row had a loss or gradient norm that is not a finite number; "
-                f"non_finite_limit={self.limit} are allowed. Lower the learning rate, or look at the data."
+                f"{self._in_a_row} steps in a row, the last being step {found[-1].step}, had a loss or gradient norm "
+                f"that is not finite or a loss spike; non_finite_limit={self.limit} are allowed. Lower the learning "
+                f"rate, or look at the data."
             )
-        return int(total)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the spike rule remembers, for a checkpoint; call `check` first."""
+        return {"history": self._history, "in_a_row": torch.tensor(self._in_a_row)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put `state` back."""
+        self._history = state["history"].to(self._history)
+        self._in_a_row = int(state["in_a_row"])

@@ -1,6 +1,8 @@
 """Turns the clock and the counts of a run into the figures of a step."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,9 +41,14 @@ class StepMeter:
         self._began = self._reported = time.perf_counter()
         self._step = step
 
-    def skip(self, seconds: float) -> None:
-        """Leave out time in which no step was taken: an evaluation, a save."""
-        self._reported += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out time in which no step is taken: an evaluation, a save."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._reported += time.perf_counter() - began
 
     def measure(self, step: int, *, loss: float, grad_norm: float, learning_rate: float) -> StepMetrics:
         """The figures at `step`, its throughput being that since the last call.

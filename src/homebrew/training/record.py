@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from homebrew.training.callbacks import Callback
+from homebrew.training.guard import HeldBack
 from homebrew.training.metrics import EvalMetrics, MetricsLog, StepMetrics
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ class RunRecord(Callback):
         """Record a checkpoint."""
         if self._log is not None:
             self._log.write("save", step=trainer.step, path=str(path))
+
+    def on_held_back(self, trainer: "Trainer", steps: Sequence[HeldBack]) -> None:
+        """Record steps whose updates were not applied."""
+        if self._log is not None:
+            for held in steps:
+                self._log.write("held_back", **asdict(held))
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """Close the file and the trackers; the process group stays for what the script does next."""

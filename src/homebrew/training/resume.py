@@ -7,10 +7,11 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from homebrew.errors import ConfigError, ResumeMismatch
-from homebrew.model.gpt import GPTConfig
+from homebrew.model.gpt import GPT
+from homebrew.model.lora import base_fingerprint, lora_layers
 from homebrew.training.schedule import Schedule
 
-ASPECTS = ("dataset", "model", "schedule", "global_batch_size", "seed")
+ASPECTS = ("dataset", "model", "adapter", "schedule", "global_batch_size", "seed")
 """What a checkpoint remembers of its run, and `accept_changes` may name."""
 
 _PROBES = 16
@@ -19,7 +20,7 @@ _PROBES = 16
 def identity(
     *,
     dataset: Dataset[Any],
-    model: GPTConfig,
+    model: GPT,
     schedule: Schedule,
     max_steps: int,
     global_batch_size: int,
@@ -32,14 +33,24 @@ def identity(
     probes = sorted({max_steps * i // _PROBES for i in range(_PROBES + 1)})
     return {
         "dataset": getattr(dataset, "fingerprint", f"{len(dataset)} samples"),  # type: ignore[arg-type]
-        "model": asdict(model),
+        "model": asdict(model.config),
+        "adapter": _adapter(model),
         "schedule": [[step, schedule(step)] for step in probes],
         "global_batch_size": global_batch_size,
         "seed": seed,
     }
 
 
-def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_changes: Collection[str]) -> None:
+def _adapter(model: GPT) -> dict[str, Any] | None:
+    """What an adapter-only checkpoint relies on: the adapter's shape, and the base it belongs to."""
+    configs = [layer.config for layer in lora_layers(model).values()]
+    if not configs:
+        return None
+    shape = asdict(configs[0]) | {"target_modules": list(configs[0].target_modules)}
+    return shape | {"base_sha256": base_fingerprint(model)}
+
+
+def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Collection[str]) -> None:
     """Refuse to go on with what another run left.
 
     Args:
@@ -53,6 +64,7 @@ def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_cha
     """
     if unknown := sorted(set(accept_changes) - set(ASPECTS)):
         raise ConfigError(f"accept_changes={unknown!r}: must be among {', '.join(ASPECTS)}.")
+    saved = saved if isinstance(saved, dict) else {}
     differing = [name for name in ASPECTS if saved.get(name) != ours[name] and name not in accept_changes]
     if differing:
         lines = "\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from homebrew.errors import CorruptCheckpoint
@@ -27,24 +28,39 @@ def rng_state() -> dict[str, Tensor]:
     return state
 
 
-def restore_rng(state: dict[str, Tensor]) -> None:
-    """Put `rng_state`'s states back; a device's only where this process has it and the state names it.
+def check_rng(state: dict[str, Tensor]) -> None:
+    """Try `rng_state`'s states on generators that nobody draws from.
 
     Raises:
         CorruptCheckpoint: a state is missing or not one.
     """
     try:
-        version, *words = state["python"].tolist()
-        gauss = state["python_gauss"].item()
-        random.setstate((version, tuple(words), None if gauss != gauss else gauss))
-        *keys, position, has_gauss = state["numpy"].tolist()
-        np.random.set_state(  # noqa: NPY002
-            ("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item())
-        )
-        torch.set_rng_state(state["torch"])
+        random.Random().setstate(_python_state(state))  # noqa: S311 - not for secrets
+        np.random.RandomState().set_state(_numpy_state(state))
+        torch.Generator().set_state(state["torch"])
         if torch.cuda.is_available() and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
-        if torch.backends.mps.is_available() and "mps" in state:
-            torch.mps.set_rng_state(state["mps"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            torch.Generator("cuda").set_state(state["cuda"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, IndexError) as error:
         raise CorruptCheckpoint(f"The saved random states cannot be restored: {error!r}.") from error
+
+
+def restore_rng(state: dict[str, Tensor]) -> None:
+    """Put `rng_state`'s states, found good by `check_rng`, back; a device's only where both sides have it."""
+    random.setstate(_python_state(state))
+    np.random.set_state(_numpy_state(state))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    if torch.backends.mps.is_available() and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def _python_state(state: dict[str, Tensor]) -> tuple[int, tuple[int, ...], float | None]:
+    version, *words = state["python"].tolist()
+    gauss = state["python_gauss"].item()
+    return version, tuple(words), None if gauss != gauss else gauss
+
+
+def _numpy_state(state: dict[str, Tensor]) -> tuple[str, NDArray[np.uint32], int, int, float]:
+    *keys, position, has_gauss = state["numpy"].tolist()
+    return "MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()

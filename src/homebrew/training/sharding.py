@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from homebrew.errors import LaunchError
 from homebrew.model.gpt import GPT, Block
@@ -72,23 +70,6 @@ def check_sharding(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
         wrong.append("tp_size, cp_size or sp_size above 1 (a model is shared out by data only)")
     if wrong:
         raise LaunchError("FSDP cannot run with:\n  " + "\n  ".join(wrong))
-
-
-def compile_model(model: GPT, *, by_block: bool) -> None:
-    """Compile a model in place: no wrapper, so no prefix in any state dict.
-
-    Args:
-        model: not yet wrapped.
-        by_block: compile each block by itself, as FSDP2 needs it: it gathers weights between the blocks.
-    """
-    for module in model.transformer.h if by_block else [model]:
-        module.compile()
-
-
-def checkpoint_activations(model: GPT) -> None:
-    """Keep only each block's input for the backward pass, which computes the rest again; in place, as `compile`."""
-    for block in model.transformer.h:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def whole(tensor: Tensor) -> Tensor:

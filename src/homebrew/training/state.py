@@ -5,11 +5,12 @@ The names are the bare model's whether it runs alone, on many processes, sharded
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -20,8 +21,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from homebrew.errors import CorruptCheckpoint
+from homebrew.model.lora import LoRALinear
 from homebrew.training.collective import broadcast_bytes, gather_bytes
-from homebrew.training.rng import restore_rng, rng_state
+from homebrew.training.guard import Guard
+from homebrew.training.rng import check_rng, restore_rng, rng_state
 
 TIED = "lm_head.weight"
 """The head's weight is the embedding's: stored once, under `transformer.wte.weight`."""
@@ -33,26 +37,35 @@ Files = dict[str, dict[str, Tensor]]
 """A checkpoint's tensor files, by name without suffix."""
 
 
-def gather_run(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Files:
-    """All tensors a run goes on from: the weights, the optimizer's, and every process's random states.
+def gather_run(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> Files:
+    """All tensors a run goes on from: the weights that train, the optimizer's, and every process's random states.
 
     Args:
         accelerator: of the run.
         model: as `prepare` returned it.
         optimizer: not as `prepare` returned it.
+        guard: of the run's updates.
 
     Returns:
-        The files' tensors on the first process; on the others something not to be used.
+        The files' tensors, on the CPU, copies that training will not change; on all but the first process
+        something not to be used.
     """
     states = gather_bytes(accelerator, save(rng_state()))
-    files = {"model": gather_model(model), "optimizer": gather_optimizer(model, optimizer)}
-    return files | {f"rng-{rank}": load(state) for rank, state in enumerate(states)}
+    options = _gathered(accelerator)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    weights.pop(TIED, None)
+    files = {_weights_file(model): weights, "optimizer": _optimizer_tensors(model, optimizer, options)}
+    if not accelerator.is_main_process:
+        return {}
+    files["guard"] = guard.state()
+    return _copied(files) | {f"rng-{rank}": load(state) for rank, state in enumerate(states)}
 
 
 def scatter_run(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    guard: Guard,
     files: Files,
     *,
     seed: int,
@@ -63,11 +76,13 @@ def scatter_run(
         accelerator: of the run.
         model: as `prepare` returned it.
         optimizer: not as `prepare` returned it.
-        files: on the first process what a checkpoint holds; on the others not looked at.
+        guard: of the run's updates.
+        files: on the first process what a checkpoint holds, checked by `check_files`; on the others not looked at.
         seed: for processes that the checkpoint has no random state of.
     """
-    scatter_model(model, files.get("model", {}))
-    scatter_optimizer(model, optimizer, files.get("optimizer", {}))
+    _scatter_weights(model, files.get(_weights_file(model), {}))
+    _scatter_optimizer(accelerator, model, optimizer, files.get("optimizer", {}))
+    guard.load_state(load(broadcast_bytes(accelerator, save(files.get("guard", {})))))
     for rank in range(accelerator.num_processes):
         state = broadcast_bytes(accelerator, save(files.get(f"rng-{rank}", {})))
         if rank == accelerator.process_index:
@@ -77,54 +92,118 @@ def scatter_run(
                 set_seed(seed, device_specific=True)
 
 
-def gather_model(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors on the CPU, copies that training will not change; empty on all but the first process."""
-    tensors: dict[str, Any] = get_model_state_dict(model, options=_gathered())
-    tensors.pop(TIED, None)
-    return _copied(tensors)
+def check_files(path: Path, files: Files, bare: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Compare a checkpoint's tensors with what the run needs, before any is put anywhere.
+
+    Args:
+        path: of the checkpoint, for messages.
+        files: what it holds.
+        bare: the model without wrappers, whose names a checkpoint's are.
+        optimizer: not as `prepare` returned it.
+
+    Raises:
+        CorruptCheckpoint: a file or a tensor is missing, unknown, or of another shape or dtype.
+    """
+    kind = _weights_file(bare)
+    trained = {name: parameter for name, parameter in bare.named_parameters() if parameter.requires_grad}
+    for name in (kind, "optimizer", "guard", "rng-0"):
+        if name not in files:
+            raise CorruptCheckpoint(f"{path} has no {name}.safetensors, which this run needs.")
+    _check_tensors(path / f"{kind}.safetensors", files[kind], trained)
+    states = files["optimizer"]
+    keys = {name.rpartition(_SEPARATOR)[2] for name in states}
+    _check_tensors(
+        path / "optimizer.safetensors",
+        {name: tensor for name, tensor in states.items() if tensor.dim()},
+        {
+            f"{name}{_SEPARATOR}{key}": parameter
+            for name, parameter in trained.items()
+            for key in keys
+            if states.get(f"{name}{_SEPARATOR}{key}", parameter).dim()
+        },
+        any_shape=not isinstance(optimizer, torch.optim.AdamW),
+    )
+    _check_tensors(path / "guard.safetensors", files["guard"], {"history": torch.zeros(3), "in_a_row": torch.tensor(0)})
+    for name in files:
+        if name.startswith("rng-"):
+            check_rng(files[name])
 
 
-def scatter_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put `gather_model`'s tensors, read on the first process, into the model on every process."""
+def _check_tensors(
+    path: Path, found: Mapping[str, Tensor], needed: Mapping[str, Tensor], *, any_shape: bool = False
+) -> None:
+    if wrong := sorted(found.keys() ^ needed.keys()):
+        kind = "no" if wrong[0] in needed else "an unknown"
+        raise CorruptCheckpoint(f"{path} has {kind} tensor {wrong[0]} ({len(wrong)} are missing or unknown).")
+    for name, tensor in found.items():
+        expected = needed[name]
+        if tensor.is_floating_point() != expected.is_floating_point() or not (
+            any_shape or tensor.shape == expected.shape
+        ):
+            raise CorruptCheckpoint(
+                f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but this run needs "
+                f"{expected.dtype} of shape {tuple(expected.shape)}."
+            )
+
+
+def _weights_file(model: nn.Module) -> str:
+    """Under LoRA the base does not change: the adapter is all there is to keep."""
+    return "adapter" if any(isinstance(module, LoRALinear) for module in model.modules()) else "model"
+
+
+def _scatter_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     named: dict[str, Any] = dict(tensors)
     if EMBEDDING in named:
         named[TIED] = named[EMBEDDING]
-    set_model_state_dict(model, named, options=_scattered())
+    set_model_state_dict(model, named, options=_scattered(model))
 
 
-def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as `<parameter>//<state>`, on the CPU; empty on all but the first process."""
-    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_gathered())
-    return _copied(
-        {
-            f"{parameter}{_SEPARATOR}{key}": value
-            for parameter, values in whole.get("state", {}).items()
-            for key, value in values.items()
-            if isinstance(value, Tensor)
-        }
-    )
+def _optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, options: StateDictOptions
+) -> dict[str, Tensor]:
+    """The optimizer's tensors as `<parameter>//<state>`."""
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    return {
+        f"{parameter}{_SEPARATOR}{key}": value
+        for parameter, values in whole.get("state", {}).items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
 
 
-def scatter_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put `gather_optimizer`'s tensors, read on the first process, into the optimizer on every process."""
-    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_gathered())
+def _scatter_optimizer(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_gathered(accelerator))
     state: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
-        parameter, key = name.split(_SEPARATOR)
+        parameter, _, key = name.rpartition(_SEPARATOR)
         state.setdefault(parameter, {})[key] = tensor
     if whole:
         whole["state"] = state
-    set_optimizer_state_dict(model, optimizer, whole, options=_scattered())
+    set_optimizer_state_dict(model, optimizer, whole, options=_scattered(model))
 
 
-def _gathered() -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+def _gathered(accelerator: Accelerator) -> StateDictOptions:
+    """Sharded tensors are gathered one by one onto the CPU; whole ones are only named here, and copied once."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    return StateDictOptions(full_state_dict=True, cpu_offload=sharded, ignore_frozen_params=True)
 
 
-def _scattered() -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=torch.distributed.is_initialized())
+def _scattered(model: nn.Module) -> StateDictOptions:
+    return StateDictOptions(
+        full_state_dict=True,
+        broadcast_from_rank0=torch.distributed.is_initialized(),
+        strict=_weights_file(model) == "model",
+    )
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On a CPU the gathered tensors are the live ones, which the next step changes."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def _copied(files: Files) -> Files:
+    """Copies on the CPU: from a GPU all are under way at once, into pinned memory, before one wait."""
+    copies = {
+        file: {name: tensor.detach().to("cpu", copy=True, non_blocking=True) for name, tensor in tensors.items()}
+        for file, tensors in files.items()
+    }
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return {file: {name: t.contiguous() for name, t in tensors.items()} for file, tensors in copies.items()}

@@ -1,26 +1,25 @@
 """The Trainer: a step that reads top to bottom, and what happens around it."""
 
 import signal
-import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, set_seed
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.check import check_dataset
-from homebrew.data.loader import Batch, StepLoader, eval_batches
-from homebrew.errors import CheckpointError, ConfigError
-from homebrew.model.gpt import GPT, GPTConfig
+from homebrew.data.loader import Batch, StepLoader
+from homebrew.errors import ConfigError
+from homebrew.model.config import GPTConfig
+from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.callbacks import Callback, ProgressDisplay
-from homebrew.training.checkpoint import CheckpointStore
-from homebrew.training.collective import on_main
+from homebrew.training.compilation import compile_model
 from homebrew.training.config import TrainerConfig, plan_batch
+from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
 from homebrew.training.heartbeat import Heartbeat
 from homebrew.training.launch import build_accelerator, check_world
@@ -28,19 +27,11 @@ from homebrew.training.meter import StepMeter
 from homebrew.training.metrics import EvalMetrics
 from homebrew.training.optim import adamw
 from homebrew.training.record import RunRecord
-from homebrew.training.resume import check_identity, identity
+from homebrew.training.resume import identity
+from homebrew.training.saver import RunSaver
 from homebrew.training.schedule import Schedule, warmup_cosine
-from homebrew.training.sharding import (
-    checkpoint_activations,
-    compile_model,
-    configure_sharding,
-    empty_copy,
-    fill_copy,
-    is_sharded,
-    whole,
-)
+from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
-from homebrew.training.state import gather_run, scatter_run
 
 USUAL_MICRO_BATCH_TOKENS = {"cuda": 65_536}
 """Tokens a device takes at once where the user does not say."""
@@ -82,10 +73,10 @@ class Trainer:
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
-        limits = {"block_size": self.model.config.block_size, "vocab_size": self.model.config.vocab_size}
-        self.sequence_length = check_dataset(train_dataset, "train_dataset", **limits)
+        self._limits = {"block_size": self.model.config.block_size, "vocab_size": self.model.config.vocab_size}
+        self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
-            check_dataset(eval_dataset, "eval_dataset", **limits)
+            check_dataset(eval_dataset, "eval_dataset", **self._limits)
         self.batch = plan_batch(
             global_batch_tokens=config.global_batch_tokens,
             micro_batch_size=config.micro_batch_size,
@@ -104,31 +95,26 @@ class Trainer:
         """Set by a callback to end the run after the current step."""
         self.callbacks = [ProgressDisplay(), RunRecord(), *callbacks]
         self._prepare(optimizer)
-        self._identity = identity(
-            dataset=train_dataset,
-            model=self.model.config,
+
+    def _prepare(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Place, compile and wrap the model."""
+        config, accelerator = self.config, self.accelerator
+        if accelerator.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
+        self.model.to(accelerator.device)
+        run = identity(  # before the weights may be shared out
+            dataset=self.train_dataset,
+            model=self.model,
             schedule=self.schedule,
             max_steps=config.max_steps,
             global_batch_size=self.batch.global_batch_size,
             seed=config.seed,
         )
-        self._store = CheckpointStore(config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every)
-        self._saved_step: int | None = None
-        self._eval_loss: float | None = None
-
-    def _prepare(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Place, compile and wrap the model."""
-        config, accelerator = self.config, self.accelerator
-        on_cuda = accelerator.device.type == "cuda"
-        if on_cuda:
-            torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
-        self.model.to(accelerator.device)
-        wanted = on_cuda if config.compile == "auto" else config.compile
         self._empty_copy = empty_copy(self.model) if is_sharded(accelerator) else None
         if configure_sharding(accelerator) or config.activation_checkpointing:
-            checkpoint_activations(self.model)
-        if wanted and accelerator.state.dynamo_plugin.backend == DynamoBackend.NO:
-            compile_model(self.model, by_block=is_sharded(accelerator))
+            self.model.checkpoint_activations()
+        work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
+        compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._optimizer = optimizer or adamw(
             self.model,
             learning_rate=config.learning_rate,
@@ -137,7 +123,24 @@ class Trainer:
         )
         self._peak_lrs = [group["lr"] for group in self._optimizer.param_groups]
         self._wrapped, self._prepared_optimizer = accelerator.prepare(self.model, self._optimizer)
-        self._guard = Guard(self._optimizer, config.non_finite, config.non_finite_limit, accelerator.device)
+        self._guard = Guard(
+            self._optimizer,
+            config.non_finite,
+            config.non_finite_limit,
+            accelerator.device,
+            spike_zscore=config.loss_spike_zscore,
+        )
+        tokenizer = getattr(self.train_dataset, "tokenizer", None)
+        self._saver = RunSaver(
+            accelerator,
+            self.model,
+            self._wrapped,
+            self._optimizer,
+            self._guard,
+            config,
+            identity=run,
+            tokenizer=None if tokenizer is None else tokenizer.to_json(),
+        )
         self._loader = StepLoader(
             self.train_dataset,
             seed=config.seed,
@@ -164,7 +167,7 @@ class Trainer:
         Args:
             resume: True goes on from the newest whole checkpoint in `output_dir`, from the start if there is
                 none; a path goes on from that checkpoint.
-            accept_changes: what may differ from the run that saved: "dataset", "model", "schedule",
+            accept_changes: what may differ from the run that saved: "dataset", "model", "adapter", "schedule",
                 "global_batch_size", "seed".
 
         Raises:
@@ -182,51 +185,21 @@ class Trainer:
                     loss, grad_norm = self._take_step(micro_batches)
                     self._after_step(loss, grad_norm)
                     self._answer(signals, agreement)
-                self._store.wait()
+                self._saver.wait()
         finally:
             self._tell("on_train_end")
-            self._store.close()
+            self._saver.close()
 
     def _begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
-        """Find where to start, and bring weights, optimizer and random states there."""
-        accelerator = self.accelerator
-        start = on_main(accelerator, lambda: self._find_start(resume, accept_changes))
-        set_seed(self.config.seed, device_specific=True)
-        self.step = start["step"]
-        self._saved_step = self.step if start["path"] else None
-        self._eval_loss = start["state"].get("eval_loss")
-        if start["path"]:
-            files = self._store.open(start["path"]).files() if self.is_main_process else {}
-            scatter_run(accelerator, self._wrapped, self._optimizer, files, seed=self.config.seed + self.step)
-        accelerator.gradient_accumulation_steps = self.batch.accumulation_steps
-        accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
+        """Bring everything to where the run starts or goes on."""
+        self.step = self._saver.begin(resume, accept_changes)
+        self.accelerator.gradient_accumulation_steps = self.batch.accumulation_steps
+        self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
         self._prepared_optimizer.zero_grad(set_to_none=True)
         self._wrapped.train()
         self.should_stop = False
         self._meter.start(self.step)
         self._tell("on_train_begin")
-
-    def _find_start(self, resume: bool | str | Path, accept_changes: Collection[str]) -> dict[str, Any]:
-        """On the first process: which checkpoint to go on from, if any; all checks that need the disk."""
-        start: dict[str, Any] = {"step": 0, "path": None, "state": {}}
-        self._store.prepare()
-        if not resume:
-            if self._store.steps():
-                raise ConfigError(
-                    f"output_dir={str(self.config.output_dir)!r} already holds a run. Go on with it by "
-                    f"train(resume=True), or choose another folder."
-                )
-            return start
-        if resume is True:
-            checkpoint, passed_over = self._store.latest()
-            for reason in passed_over:
-                warnings.warn(f"Passed over a checkpoint: {reason}", stacklevel=4)
-        else:
-            checkpoint = self._store.open(resume)
-        if checkpoint is None:
-            return start
-        check_identity(checkpoint.state["identity"], self._identity, accept_changes)
-        return {"step": checkpoint.step, "path": str(checkpoint.path), "state": checkpoint.state}
 
     def _take_step(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step; nothing in it waits for the device.
@@ -268,7 +241,7 @@ class Trainer:
         last = self.step >= config.max_steps
         reported = None
         if last or self.step % config.log_every == 0 or self.step == 1:
-            self._guard.check()
+            self._check_guard()
             reported = self._meter.measure(
                 self.step,
                 loss=loss.item(),
@@ -277,26 +250,31 @@ class Trainer:
             )
         self._tell("on_step_end", reported)
         if self.eval_dataset is not None and (last or _is_due(self.step, config.eval_every)):
-            metrics = self.evaluate()
-            self._eval_loss = metrics.loss
+            with self._meter.paused():
+                metrics = self.evaluate()
+            self._saver.eval_loss = metrics.loss
             self._tell("on_evaluate", metrics)
         if last or _is_due(self.step, config.save_every):
             self.save()
 
+    def _check_guard(self) -> None:
+        """Learn which steps were held back, and stop if they are too many."""
+        if held_back := self._guard.check():
+            self._tell("on_held_back", held_back)
+        self._guard.enforce(held_back)
+
     def _answer(self, signals: SignalWatch, agreement: Agreement) -> None:
         """Do what a signal to any process asks, on all of them at the same step."""
-        *asked, writer_failed = agreement.exchange([*signals.flags(), float(self._store.failed)])
+        *asked, writer_failed = agreement.exchange([*signals.flags(), float(self._saver.failed)])
         if writer_failed:
-            self._store.check()
-            raise CheckpointError("The first process could not write a checkpoint; its own error says why.")
+            self._saver.raise_failure()
         for number in (number for number, flag in zip(HANDLED, asked, strict=True) if flag):
             self.save()
             signals.take(number)
             if number in (signal.SIGTERM, signal.SIGINT):
-                self._store.wait()
+                self._saver.wait()
                 leave(number)
 
-    @torch.no_grad()
     def evaluate(self, dataset: Dataset[Any] | None = None) -> EvalMetrics:
         """The mean loss over a dataset, every target counted once however many processes share the work.
 
@@ -305,34 +283,23 @@ class Trainer:
 
         Raises:
             ConfigError: there is no dataset.
+            DataError: the model cannot read it.
         """
+        if dataset is not None:
+            check_dataset(dataset, "dataset", **self._limits)
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ConfigError("There is nothing to evaluate on: give Trainer an eval_dataset, or evaluate() a dataset.")
-        accelerator = self.accelerator
-        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        totals = torch.zeros(2, dtype=exact, device=accelerator.device)  # sum of losses, scored targets
-        was_training = self._wrapped.training
-        self._wrapped.eval()
-        for input_ids, targets in eval_batches(
+        loss, num_tokens = mean_loss(
+            self.accelerator,
+            self._wrapped,
             dataset,
             micro_batch_size=self.batch.micro_batch_size,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-            device=accelerator.device,
             vocab_size=self.model.config.vocab_size,
             max_batches=self.config.eval_batches,
-        ):
-            count = (targets != IGNORE_INDEX).sum()
-            totals += torch.stack([self._wrapped(input_ids, targets) * count, count])
-        self._wrapped.train(was_training)
-        loss_sum, num_tokens = accelerator.reduce(totals, "sum").tolist()
-        return EvalMetrics.of(
-            step=self.step,
-            loss=loss_sum / max(num_tokens, 1),
-            num_tokens=int(num_tokens),
-            bytes_per_token=getattr(dataset, "bytes_per_token", None),
         )
+        bytes_per_token = getattr(dataset, "bytes_per_token", None)
+        return EvalMetrics.of(step=self.step, loss=loss, num_tokens=num_tokens, bytes_per_token=bytes_per_token)
 
     def save(self) -> Path:
         """Save a checkpoint of this step; every process calls this, the first one writes, in the background.
@@ -344,14 +311,11 @@ class Trainer:
             CheckpointError: an earlier checkpoint could not be written.
             NonFiniteError: a bad step is not to be saved.
         """
-        path = self._store.path(self.step)
-        if self._saved_step == self.step:
-            return path
-        self._guard.check()
-        files = gather_run(self.accelerator, self._wrapped, self._optimizer)
-        if self.is_main_process:
-            self._store.save_in_background(self.step, files, self._state(), score=self._eval_loss)
-        self._saved_step = self.step
+        if self._saver.is_saved(self.step):
+            return self._saver.save(self.step)
+        self._check_guard()
+        with self._meter.paused():
+            path = self._saver.save(self.step)
         self._tell("on_save", path)
         return path
 
@@ -381,16 +345,6 @@ class Trainer:
     def is_main_process(self) -> bool:
         """Whether this is the process that writes and prints."""
         return bool(self.accelerator.is_main_process)
-
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides tensors: only what is no function of the step."""
-        tokenizer = getattr(self.train_dataset, "tokenizer", None)
-        return {
-            "identity": self._identity,
-            "tokenizer": None if tokenizer is None else tokenizer.to_json(),
-            "num_processes": self.accelerator.num_processes,
-            "eval_loss": self._eval_loss,
-        }
 
     def _tell(self, event: str, *facts: object) -> None:
         """Call every callback's method of that name."""

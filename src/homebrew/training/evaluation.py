@@ -1,0 +1,56 @@
+"""The mean loss over a dataset, exact however many processes share the work."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import Dataset
+
+from homebrew.data.loader import eval_batches
+from homebrew.model.loss import IGNORE_INDEX
+
+
+@torch.no_grad()
+def mean_loss(
+    accelerator: Accelerator,
+    model: nn.Module,
+    dataset: Dataset[Any],
+    *,
+    micro_batch_size: int,
+    vocab_size: int,
+    max_batches: int | None = None,
+) -> tuple[float, int]:
+    """The mean loss over a dataset; every process calls this.
+
+    Args:
+        accelerator: of the run.
+        model: as `prepare` returned it; its training mode is as before afterwards.
+        dataset: of (input_ids, targets), each (T,), int64.
+        micro_batch_size: sequences in a forward pass.
+        vocab_size: ids must be below it.
+        max_batches: micro-batches of a process; the whole dataset if None.
+
+    Returns:
+        Nats a scored target, and how many there were, over all processes.
+    """
+    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    totals = torch.zeros(2, dtype=exact, device=accelerator.device)  # sum of losses, scored targets
+    was_training = model.training
+    model.eval()
+    try:
+        for input_ids, targets in eval_batches(
+            dataset,
+            micro_batch_size=micro_batch_size,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            device=accelerator.device,
+            vocab_size=vocab_size,
+            max_batches=max_batches,
+        ):
+            count = (targets != IGNORE_INDEX).sum()
+            totals += torch.stack([model(input_ids, targets) * count, count])
+    finally:
+        model.train(was_training)
+    loss_sum, num_tokens = accelerator.reduce(totals, "sum").tolist()
+    return loss_sum / max(num_tokens, 1), int(num_tokens)

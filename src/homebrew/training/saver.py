@@ -1,0 +1,168 @@
+"""Saves a run and brings it back: what the run is, what it holds, and the checkpoints on the disk, together."""
+
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from homebrew.errors import CheckpointError, ConfigError
+from homebrew.training.checkpoint import Checkpoint, CheckpointStore
+from homebrew.training.collective import on_main
+from homebrew.training.config import TrainerConfig
+from homebrew.training.guard import Guard
+from homebrew.training.resume import check_identity
+from homebrew.training.state import Files, check_files, gather_run, scatter_run
+
+
+class RunSaver:
+    """The checkpoints of one run; every method is collective.
+
+    Args:
+        accelerator: of the run.
+        bare: the model without wrappers.
+        model: as `prepare` returned it.
+        optimizer: not as `prepare` returned it.
+        guard: of the run's updates.
+        config: the run's settings.
+        identity: what decides the run's every step (`resume.identity`).
+        tokenizer: its JSON, for whoever opens a checkpoint without the dataset.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        bare: nn.Module,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        guard: Guard,
+        config: TrainerConfig,
+        *,
+        identity: dict[str, Any],
+        tokenizer: dict[str, Any] | None,
+    ) -> None:
+        self.eval_loss: float | None = None
+        """Of the last evaluation; checkpoints are ranked by it."""
+        self._accelerator = accelerator
+        self._bare = bare
+        self._model = model
+        self._optimizer = optimizer
+        self._guard = guard
+        self._config = config
+        self._identity = identity
+        self._tokenizer = tokenizer
+        self._store = CheckpointStore(config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every)
+        self._saved_step: int | None = None
+        self._found: Files = {}
+
+    def begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> int:
+        """Bring the run to where it starts: weights, optimizer, random states.
+
+        Args:
+            resume: True for the newest whole checkpoint, if there is one; a path for that one.
+            accept_changes: aspects in which the checkpoint's run may differ.
+
+        Returns:
+            Optimizer steps already taken.
+
+        Raises:
+            ConfigError: the folder cannot be written, or holds a run and `resume` is False.
+            CheckpointError: a checkpoint is damaged, or belongs to another run.
+        """
+        accelerator, seed = self._accelerator, self._config.seed
+        start = on_main(accelerator, lambda: self._find(resume, accept_changes))
+        set_seed(seed, device_specific=True)
+        step: int = start["step"]
+        self.eval_loss = start["eval_loss"]
+        self._saved_step = step if start["found"] else None
+        if start["found"]:
+            files, self._found = self._found, {}
+            scatter_run(accelerator, self._model, self._optimizer, self._guard, files, seed=seed + step)
+        return step
+
+    def _find(self, resume: bool | str | Path, accept_changes: Collection[str]) -> dict[str, Any]:
+        """On the first process: the checkpoint to go on from, read and checked."""
+        self._store.prepare()
+        if not resume and self._store.steps():
+            raise ConfigError(
+                f"output_dir={str(self._config.output_dir)!r} already holds a run. Go on with it by "
+                f"train(resume=True), or choose another folder."
+            )
+        checkpoint = None
+        if resume is True:
+            checkpoint, passed_over = self._store.latest()
+            for reason in passed_over:
+                warnings.warn(f"Passed over a checkpoint: {reason}", stacklevel=6)
+        elif resume:
+            checkpoint = self._store.open(resume)
+        if checkpoint is None:
+            return {"found": False, "step": 0, "eval_loss": None}
+        check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
+        self._warn_of_processes(checkpoint)
+        self._found = checkpoint.files()
+        check_files(checkpoint.path, self._found, self._bare, self._optimizer)
+        return {"found": True, "step": checkpoint.step, "eval_loss": checkpoint.state.get("eval_loss")}
+
+    def _warn_of_processes(self, checkpoint: Checkpoint) -> None:
+        saved, ours = checkpoint.state.get("num_processes"), self._accelerator.num_processes
+        if saved != ours:
+            warnings.warn(
+                f"{checkpoint.path} was saved by {saved} process(es), this run has {ours}: it goes on with the same "
+                f"samples, but sums are taken in another order, so bitwise equality is not promised.",
+                stacklevel=7,
+            )
+
+    def save(self, step: int) -> Path:
+        """Hand a checkpoint of this step to the writer, once.
+
+        Returns:
+            The folder it will be in.
+
+        Raises:
+            CheckpointError: an earlier checkpoint could not be written.
+        """
+        if self._saved_step != step:
+            files = gather_run(self._accelerator, self._model, self._optimizer, self._guard)
+            if self._accelerator.is_main_process:
+                self._store.save_in_background(step, files, self._state(), score=self.eval_loss)
+            self._saved_step = step
+        return self._store.path(step)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether this step has been handed to the writer."""
+        return self._saved_step == step
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors: only what is no function of the step."""
+        return {
+            "identity": self._identity,
+            "tokenizer": self._tokenizer,
+            "num_processes": self._accelerator.num_processes,
+            "eval_loss": self.eval_loss,
+        }
+
+    @property
+    def failed(self) -> bool:
+        """Whether the writer has failed; only the first process knows."""
+        return self._store.failed
+
+    def raise_failure(self) -> None:
+        """Raise what the writer has failed with, once any process knows that it has.
+
+        Raises:
+            CheckpointError: always.
+        """
+        self._store.check()
+        raise CheckpointError("The first process could not write a checkpoint; its own error says why.")
+
+    def wait(self) -> None:
+        """Wait for the writer, and raise what it failed with."""
+        self._store.wait()
+
+    def close(self) -> None:
+        """Wait for the writer, whatever becomes of it."""
+        self._store.close()
