@@ -3,10 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -183,33 +187,39 @@ def left_behind(folder):
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("where", "rank", "told"),
-    [
-        ("startup", "1", "DataError: train_dataset is empty"),
-        ("data", "1", "ValueError: this sample cannot be read"),
-        ("step", "1", "ValueError: this step cannot be taken"),
-        ("evaluation", "1", "ValueError: this sample cannot be read"),
-        ("save", "0", "CheckpointError: "),
-    ],
-)
-def test_a_process_that_fails_ends_the_job_with_its_own_error_first(tmp_path, where, rank, told):
-    [launcher] = start(tmp_path, "ddp2", {"break": where, "save_every": 2, "eval_every": 4, "max_steps": 12})
-    _, text = launcher.communicate(timeout=100)
-    assert launcher.returncode != 0
-    first = errors_in(text)[0]
-    assert first[0] == rank
-    assert told in first[1]
-    assert left_behind(tmp_path) == []
+BROKEN = {  # how: which process's error comes first, and what it says
+    "startup": ("1", "DataError: train_dataset is empty"),
+    "data": ("1", "ValueError: this sample cannot be read"),
+    "step": ("1", "ValueError: this step cannot be taken"),
+    "evaluation": ("1", "ValueError: this sample cannot be read"),
+    "save": ("0", "CheckpointError: "),
+    "SIGKILL": ("0", "TrainingError: Of 2 processes no longer there, or stuck: 1 on "),
+    "SIGSTOP": ("0", "TrainingError: Of 2 processes no longer there, or stuck: 1 on "),
+}
+
+
+@pytest.fixture(scope="module")
+def broken_jobs(tmp_path_factory):
+    """All of them at once: most of their time is waiting for one another."""
+    folder, jobs = tmp_path_factory.mktemp("broken"), {}
+    for how in BROKEN:
+        task = {"signal": how} if how.startswith("SIG") else {"break": how}
+        task |= {"save_every": 2, "eval_every": 4, "max_steps": 12, "timeout": 15}
+        jobs[how] = folder / how, *start(folder / how, "ddp2", task)
+    yield jobs
+    for _, launcher in jobs.values():
+        launcher.kill()
+        launcher.wait()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGSTOP"])
-def test_a_process_that_vanishes_is_named_in_time(tmp_path, signal_name):
-    [launcher] = start(tmp_path, "ddp2", {"signal": signal_name, "timeout": 10, "max_steps": 12})
-    _, text = launcher.communicate(timeout=120)  # the launcher itself gives a stopped process 30 seconds
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_process_that_breaks_ends_the_job_with_its_own_error_first(broken_jobs, how):
+    folder, launcher = broken_jobs[how]
+    _, text = launcher.communicate(timeout=200)  # the launcher itself gives a stopped process 30 seconds
     assert launcher.returncode != 0
-    assert [rank for rank, _ in errors_in(text)] == ["0", "0"]  # the collective's, and what it means
-    assert "TrainingError: Of 2 processes no longer there, or stuck: 1 on " in errors_in(text)[1][1]
-    assert left_behind(tmp_path) == []
+    rank, told = BROKEN[how]
+    shown = errors_in(text)
+    assert shown[0][0] == rank
+    assert told in "".join(error for of, error in shown if of == rank)
+    assert left_behind(folder) == []

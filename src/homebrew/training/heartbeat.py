@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 from accelerate import Accelerator
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from homebrew.errors import HomebrewError, TrainingError
 
