@@ -19,7 +19,7 @@ model.cache model.sampling model.generate model.text model.gpt
 training.schedule training.optim training.guard training.config training.launch training.compilation
 training.metrics training.meter training.collective training.files training.checkpoint training.rng training.state
 training.resume training.saver training.evaluation training.signals training.sharding training.heartbeat
-training.callbacks training.record training.trainer
+training.micro_batch training.callbacks training.record training.trainer
 """.split()
 
 

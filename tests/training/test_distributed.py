@@ -70,6 +70,7 @@ def runs(tmp_path_factory):
             if layout in ("ddp2", "fsdp2"):
                 tasks += [{"dropout": 0.1, "max_steps": 12}]
                 tasks += [{"max_steps": 3, "profile": True, "micro_batch_size": size} for size in (4, 1)]
+                tasks += [{"max_steps": 3, "micro_batch_size": "auto", "memory": [4, 2]}]
             made[layout] = folder / layout, launch(folder / layout, layout, *tasks)
         return made[layout]
 
@@ -125,8 +126,14 @@ def gradient_sums(found, layout, steps=3):
 
 @pytest.mark.parametrize(("layout", "units"), [("ddp2", 1), ("fsdp2", 3)])
 def test_gradients_are_summed_once_a_step(runs, layout, units):
-    _, [*_, whole, parts] = runs(layout)
+    _, [_, _, whole, parts, _] = runs(layout)
     assert gradient_sums(whole, layout) == gradient_sums(parts, layout) == units
+
+
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
+def test_the_largest_micro_batch_is_the_one_that_fits_everywhere(runs, layout):
+    _, [*_, fitted] = runs(layout)
+    assert fitted["micro_batch_size"] == 2  # of 4 that each has to do, and 4 fit on the first process
 
 
 @pytest.mark.slow
