@@ -6,6 +6,7 @@ goes into the job's result file, what every process read into the task's folder.
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-from homebrew import GPTConfig, Trainer, TrainerConfig
+from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
 from homebrew.training.callbacks import Callback
 
 VOCABULARY = 50
@@ -65,9 +66,7 @@ class Watch(Callback):
     def on_step_end(self, trainer, metrics):
         self.losses.append(metrics.loss)
         if trainer.step == 3 and self.task.get("break") == "save" and trainer.is_main_process:
-            folder = Path(trainer.config.output_dir) / "checkpoints"
-            folder.rename(folder.with_name("moved"))
-            folder.touch()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))  # as a full disk would
         if trainer.step == 7 and trainer.accelerator.process_index == 1 and "signal" in self.task:
             os.kill(os.getpid(), getattr(signal, self.task["signal"]))
 
@@ -75,14 +74,28 @@ class Watch(Callback):
         self.evaluations.append([metrics.loss, metrics.num_tokens])
 
 
+def limit_memory(model, most):
+    """Run out of memory with more sequences than this, as a GPU would."""
+
+    def hook(_, inputs):
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError
+
+    model.register_forward_pre_hook(hook)
+
+
 def build(task, rank):
     broken = task.get("break") if rank == 1 else None
     train = [] if broken == "startup" else Ragged(breaks_at=40 + 1 if broken == "data" else None)
     watch = Watch(task)
+    shape = GPTConfig(
+        block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
+    )
+    model = GPT(shape)
+    if "memory" in task:
+        limit_memory(model, task["memory"][rank])
     trainer = Trainer(
-        GPTConfig(
-            block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
-        ),
+        model,
         train,
         Ragged(breaks_at=1 if broken == "evaluation" else None),
         config=TrainerConfig(
@@ -118,6 +131,7 @@ def run(task, rank):
         weights = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
         save_file(weights, folder / "weights.safetensors")
     return {
+        "micro_batch_size": trainer.batch.micro_batch_size,
         "losses": watch.losses,
         "evaluations": watch.evaluations,
         "processes": trainer.accelerator.num_processes,

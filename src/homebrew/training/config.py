@@ -22,8 +22,9 @@ class TrainerConfig:
     """Optimizer steps in the run."""
     global_batch_tokens: int | None = None
     """Tokens a step, over all processes and micro-batches; one micro-batch a process if not given."""
-    micro_batch_size: int | None = None
-    """Sequences a process runs through the model at once; the largest that fits the device's usual if not given."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Sequences a process runs through the model at once; the device's usual if not given. "auto": the most that fit
+    in every process's memory, which is tried before the run; needs `global_batch_tokens`."""
     learning_rate: float = 6e-4
     """The schedule's peak."""
     warmup_steps: int | None = None
@@ -87,7 +88,10 @@ class TrainerConfig:
             f"{name}={getattr(self, name)!r}: must be a whole number of at least 1."
             for name in at_least_one
             if getattr(self, name) is not None and not _is_count(getattr(self, name), least=1)
+            if (name, getattr(self, name)) != ("micro_batch_size", "auto")
         ]
+        if self.micro_batch_size == "auto" and self.global_batch_tokens is None:
+            wrong.append("micro_batch_size='auto': needs global_batch_tokens, for the step to stay the same.")
         wrong += [
             f"{name}={getattr(self, name)!r}: must be a whole number of at least 0."
             for name in ("seed", "num_workers", "non_finite_limit", "warmup_steps")

@@ -19,12 +19,14 @@ from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.callbacks import Callback, ProgressDisplay
 from homebrew.training.compilation import compile_model
-from homebrew.training.config import TrainerConfig, plan_batch
+from homebrew.training.config import TrainerConfig
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
+from homebrew.training.heartbeat import Heartbeat
 from homebrew.training.launch import build_accelerator, check_world
 from homebrew.training.meter import StepMeter
 from homebrew.training.metrics import EvalMetrics
+from homebrew.training.micro_batch import explained, plan_run
 from homebrew.training.optim import adamw
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
@@ -32,10 +34,6 @@ from homebrew.training.saver import RunSaver
 from homebrew.training.schedule import Schedule, warmup_cosine
 from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
-
-USUAL_MICRO_BATCH_TOKENS = {"cuda": 65_536}
-"""Tokens a device takes at once where the user does not say."""
-_USUAL_ELSEWHERE = 4_096
 
 
 class Trainer:
@@ -77,13 +75,6 @@ class Trainer:
         self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset", **self._limits)
-        self.batch = plan_batch(
-            global_batch_tokens=config.global_batch_tokens,
-            micro_batch_size=config.micro_batch_size,
-            block_size=self.sequence_length,
-            num_processes=self.accelerator.num_processes,
-            micro_batch_tokens=USUAL_MICRO_BATCH_TOKENS.get(self.accelerator.device.type, _USUAL_ELSEWHERE),
-        )
         self.schedule = schedule or warmup_cosine(
             warmup_steps=config.max_steps // 20 if config.warmup_steps is None else config.warmup_steps,
             max_steps=config.max_steps,
@@ -102,6 +93,10 @@ class Trainer:
         if accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
         self.model.to(accelerator.device)
+        self._empty_copy = empty_copy(self.model) if is_sharded(accelerator) else None
+        if configure_sharding(accelerator) or config.activation_checkpointing:
+            self.model.checkpoint_activations()
+        self.batch = plan_run(accelerator, self.model, config, self.sequence_length)
         run = identity(  # before the weights may be shared out
             dataset=self.train_dataset,
             model=self.model,
@@ -110,9 +105,6 @@ class Trainer:
             global_batch_size=self.batch.global_batch_size,
             seed=config.seed,
         )
-        self._empty_copy = empty_copy(self.model) if is_sharded(accelerator) else None
-        if configure_sharding(accelerator) or config.activation_checkpointing:
-            self.model.checkpoint_activations()
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
         compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._optimizer = optimizer or adamw(
@@ -180,6 +172,8 @@ class Trainer:
             agreement = Agreement(self.accelerator)
             with (
                 SignalWatch() as signals,
+                Heartbeat(self.accelerator),
+                explained(self.accelerator, self.batch),
                 worker_errors(self.config.loader_timeout_seconds),
                 closing(self._loader.steps(self.step)) as steps,
             ):
