@@ -55,6 +55,7 @@ def make(folder, *, model=SHAPE, train=None, evaluate=None, callbacks=(), optimi
         "micro_batch_size": 8,
         "learning_rate": 1e-2,
         "log_every": 1,
+        "mixed_precision": "no",  # the same figures on every machine
     } | settings
     return Trainer(
         model,
