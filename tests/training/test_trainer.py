@@ -201,7 +201,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights(tmp_path, 
     with pytest.raises(NonFiniteError, match="step 2 "):
         trainer.train()
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert saved == ["step-00000001", "step-00000002"]
+    assert saved == ["step-00000001", "step-00000002"][: 1 if where == "weights" else 2]
     if where == "gradient":
         assert all(value.isfinite().all() for value in weights(trainer).values())
         handle.remove()

@@ -1,56 +1,103 @@
-"""A run in a process of its own, told what to do by JSON; not a test.
+"""Runs in a process of its own, told what to do by JSON; not a test.
 
-Prints one line of JSON: each step's loss, what the weights hash to, and the world it saw.
+The job names a layout, time-outs and tasks; each task is a run of a Trainer. What the first process found of each
+goes into the job's result file, what every process read into the task's folder.
 """
 
-import hashlib
 import json
+import os
+import resource
+import signal
 import sys
+from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
+from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
 from homebrew.training.callbacks import Callback
+
+VOCABULARY = 50
 
 
 class Ragged(Dataset):
-    """Samples with very different numbers of scored targets."""
+    """Samples with very different numbers of scored targets, some with none; remembers what is read."""
 
-    def __init__(self):
-        rows = torch.randint(0, 50, (96, 17), generator=torch.Generator().manual_seed(3))
+    def __init__(self, breaks_at=None):
+        rows = torch.randint(0, VOCABULARY, (96, 17), generator=torch.Generator().manual_seed(3))
         self.input_ids, self.targets = rows[:, :-1].clone(), rows[:, 1:].clone()
         for i, row in enumerate(self.targets):
             row[: (i * 7) % 17] = -100
+        self.read = []
+        self.breaks_at = breaks_at
 
     def __len__(self):
         return len(self.input_ids)
 
     def __getitem__(self, i):
+        self.read.append(i)
+        if self.breaks_at is not None and len(self.read) > self.breaks_at:
+            raise ValueError("this sample cannot be read")
         return self.input_ids[i], self.targets[i]
 
 
-class Losses(Callback):
-    def __init__(self):
+class Watch(Callback):
+    """Remembers a run's figures, and breaks it where the task says so."""
+
+    def __init__(self, task):
+        self.task = task
         self.losses, self.evaluations = [], []
+
+    def on_train_begin(self, trainer):
+        if self.task.get("break") == "step" and trainer.accelerator.process_index == 1:
+            weight = trainer.model.transformer.ln_f.bias
+
+            def hook(_):
+                if trainer.step == 2:
+                    raise ValueError("this step cannot be taken")
+
+            weight.register_hook(hook)
 
     def on_step_end(self, trainer, metrics):
         self.losses.append(metrics.loss)
+        if trainer.step == 3 and self.task.get("break") == "save" and trainer.is_main_process:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))  # as a full disk would
+        if trainer.step == 7 and trainer.accelerator.process_index == 1 and "signal" in self.task:
+            os.kill(os.getpid(), getattr(signal, self.task["signal"]))
 
     def on_evaluate(self, trainer, metrics):
         self.evaluations.append([metrics.loss, metrics.num_tokens])
 
 
-def main():
-    task = json.loads(sys.argv[1])
-    losses = Losses()
-    tokens = torch.randint(0, 50, (1200,), generator=torch.Generator().manual_seed(0))
-    data = Ragged() if task.get("ragged") else TokenDataset.from_tokens(tokens, block_size=16, vocab_size=50)
+def limit_memory(model, most):
+    """Run out of memory with more sequences than this, as a GPU would."""
+
+    def hook(_, inputs):
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError
+
+    model.register_forward_pre_hook(hook)
+
+
+def build(task, rank):
+    broken = task.get("break") if rank == 1 else None
+    train = [] if broken == "startup" else Ragged(breaks_at=40 + 1 if broken == "data" else None)
+    watch = Watch(task)
+    shape = GPTConfig(
+        block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
+    )
+    model = GPT(shape)
+    if "memory" in task:
+        limit_memory(model, task["memory"][rank])
     trainer = Trainer(
-        GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)),
-        data,
-        Ragged(),
+        model,
+        train,
+        Ragged(breaks_at=1 if broken == "evaluation" else None),
         config=TrainerConfig(
             output_dir=task["output_dir"],
             max_steps=task.get("max_steps", 20),
@@ -59,23 +106,60 @@ def main():
             learning_rate=1e-2,
             log_every=1,
             save_every=task.get("save_every"),
+            keep_every=task.get("save_every"),
             eval_every=task.get("eval_every"),
-            mixed_precision="no",
+            compile=task.get("compile", False),
+            collective_timeout_seconds=task.get("timeout", 120),
         ),
-        callbacks=[losses],
+        callbacks=[watch],
     )
+    return trainer, train, watch
+
+
+def run(task, rank):
+    trainer, train, watch = build(task, rank)
+    if task.get("profile"):
+        with torch.profiler.profile() as profiler:
+            trainer.train()
+        names = Counter(event.name for event in profiler.events())
+        return {"collectives": {name: count for name, count in names.items() if name.startswith("c10d::")}}
     trainer.train(resume=task.get("resume", False))
+    folder = Path(task["output_dir"])
+    (folder / f"read-{rank}.json").write_text(json.dumps(train.read))
+    model = trainer.whole_model()
     if trainer.is_main_process:
-        digest = hashlib.sha256()
-        for _, tensor in sorted(trainer.model.state_dict().items()):
-            digest.update(tensor.contiguous().numpy().tobytes())
-        result = {
-            "losses": losses.losses,
-            "evaluations": losses.evaluations,
-            "weights": digest.hexdigest(),
-            "world": trainer.accelerator.num_processes,
+        weights = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(weights, folder / "weights.safetensors")
+    return {
+        "micro_batch_size": trainer.batch.micro_batch_size,
+        "losses": watch.losses,
+        "evaluations": watch.evaluations,
+        "processes": trainer.accelerator.num_processes,
+        "kind": type(trainer._wrapped).__name__,
+        "text": model.generate([[1, 2, 3]], 8, seed=1)[0],
+    }
+
+
+def shard(replicas, processes, timeout):
+    """FSDP2 as the launcher would ask for it; Accelerate has it on a CPU only if told that the CPUs are GPUs."""
+    PartialState(cpu=True, timeout=timedelta(seconds=timeout)).distributed_type = DistributedType.MULTI_GPU
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    if replicas > 1:
+        os.environ |= {
+            "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(replicas),
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(processes // replicas),
         }
-        Path(task["result"]).write_text(json.dumps(result))
+
+
+def main():
+    job = json.loads(sys.argv[1])
+    rank = int(os.environ.get("RANK", "0"))
+    if job["sharded"]:
+        shard(job["replicas"], int(os.environ["WORLD_SIZE"]), job["tasks"][0].get("timeout", 120))
+    results = [run(task, rank) for task in job["tasks"]]
+    if rank == 0:
+        Path(job["result"]).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

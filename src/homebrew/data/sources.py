@@ -2,11 +2,13 @@
 
 import contextlib
 import hashlib
+import http.client
 import importlib.metadata
 import os
-import tempfile
 import urllib.request
 from pathlib import Path
+
+from homebrew.data.files import replacing
 
 TIMEOUT_SECONDS = 5.0
 """How long the network may keep silent."""
@@ -46,13 +48,11 @@ def download(url: str, sha256: str, keep_at: Path) -> bytes | None:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 - our own constants
             data = checked(response.read(16 * 1024**2), sha256)
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
     if data is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs only the next download
             keep_at.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=keep_at.parent)
-            with os.fdopen(descriptor, "wb") as file:
+            with replacing(keep_at) as file:
                 file.write(data)
-            Path(temporary).replace(keep_at)
     return data

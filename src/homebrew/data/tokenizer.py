@@ -87,7 +87,7 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """The ids of a text, (n,)."""
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids."""
@@ -107,6 +107,9 @@ class CharTokenizer:
 
     Args:
         alphabet: the characters.
+
+    Raises:
+        DataError: one is half a surrogate pair, which is no character.
     """
 
     name = "char"
@@ -114,6 +117,7 @@ class CharTokenizer:
 
     def __init__(self, alphabet: str) -> None:
         self.alphabet = "".join(sorted(set(alphabet)))
+        utf8(self.alphabet)  # which every sample must have
         self.vocab_size = len(self.alphabet)
         self._ids = {character: i for i, character in enumerate(self.alphabet)}
 
@@ -144,6 +148,21 @@ class CharTokenizer:
         return {"name": self.name, "alphabet": self.alphabet}
 
 
+def utf8(text: str) -> bytes:
+    """A text's UTF-8 bytes.
+
+    Raises:
+        DataError: it holds half a surrogate pair, as text does that was decoded with the wrong encoding.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"The text has U+{ord(text[error.start]):04X} at position {error.start}, half a surrogate pair, which is "
+            f"no character: read it with its own encoding, or with errors='replace'."
+        ) from None
+
+
 def get_tokenizer(name: str, *, text: str | None = None) -> Tokenizer:
     """A tokenizer by name.
 
@@ -172,7 +191,10 @@ def tokenizer_from_json(saved: dict[str, Any]) -> Tokenizer:
     Raises:
         DataError: it is not one of ours.
     """
-    return get_tokenizer(str(saved.get("name")), text=saved.get("alphabet"))
+    alphabet = saved.get("alphabet")
+    if not isinstance(alphabet, str | None):
+        raise DataError(f"A tokenizer's alphabet must be a text; got {alphabet!r:.100}.")
+    return get_tokenizer(str(saved.get("name")), text=alphabet)
 
 
 def gpt2_files() -> dict[str, bytes]:

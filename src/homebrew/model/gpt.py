@@ -28,7 +28,7 @@ from homebrew.model.mlp import mlp
 from homebrew.model.pretrained import open_pretrained
 from homebrew.model.sampling import Sampling
 
-_TRAINING_ATTENTION = [
+TRAINING_ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
             y = cache.attend(q, k, v)
         else:
             # cuDNN's kernels are the fastest, but it plans each new shape anew; only training keeps to one.
-            with sdpa_kernel(_TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
+            with sdpa_kernel(TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
                 y = F.scaled_dot_product_attention(
                     q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
                 )
@@ -86,6 +86,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.activation_checkpointing = False
+        """Whether only the input is kept for the backward pass, which computes the rest anew (Chen et al. 2016)."""
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
@@ -93,6 +95,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        if self.activation_checkpointing and self.training:
+            again: Tensor = checkpoint(self._forward, x, None, use_reentrant=False)
+            return again
+        return self._forward(x, cache)
+
+    def _forward(self, x: Tensor, cache: LayerCache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -104,8 +112,6 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.activation_checkpointing = False
-        """Whether the backward pass computes each block's activations anew (Chen et al. 2016)."""
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -118,10 +124,7 @@ class Transformer(nn.Module):
         x = x.to(compute_dtype(x))  # half the bytes in every norm and sum of the blocks
         x = F.dropout(x, self.dropout, self.training)
         for index, block in enumerate(self.h):
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x, None if cache is None else cache.layer(index))
+            x = block(x, None if cache is None else cache.layer(index))
         normed: Tensor = self.ln_f(x)
         return normed
 
@@ -137,6 +140,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, seed: int = 42) -> None:
         super().__init__()
         self.config = config
+        self.source: str | None = None
+        """Folder or repository the weights were read from; where an adapter's checkpoints look for their base."""
         with torch.random.fork_rng(devices=[]):  # layers draw weights of their own as they are built
             self.transformer = Transformer(config)
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -211,6 +216,7 @@ class GPT(nn.Module):
             model = cls(GPTConfig(**pretrained.shape))
         model.load_state_dict(pretrained.read(model.state_dict(), dtype), assign=True)
         model.lm_head.weight = model.transformer.wte.weight
+        model.source = str(name_or_folder)
         if lora is not None:
             add_lora(model, lora)
         return model.eval()
@@ -303,6 +309,11 @@ class GPT(nn.Module):
         if isinstance(input_ids, Tensor):
             return append_columns(input_ids, steps, eos_token_id)
         return append_lists(input_ids, steps)
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Keep only each block's input for the backward pass: less memory, a third more work."""
+        for module in self.transformer.h.children():
+            module.activation_checkpointing = enabled  # type: ignore[assignment]
 
     @property
     def device(self) -> torch.device:

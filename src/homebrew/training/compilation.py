@@ -4,8 +4,8 @@ from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
-from torch import nn
 
+from homebrew.model.gpt import GPT
 from homebrew.training.config import BatchPlan
 
 LAUNCH_BOUND_FLOPS = 4e12
@@ -13,7 +13,7 @@ LAUNCH_BOUND_FLOPS = 4e12
 
 
 def compile_model(
-    model: nn.Module,
+    model: GPT,
     wanted: bool | Literal["auto"],
     accelerator: Accelerator,
     batch: BatchPlan,
@@ -31,6 +31,10 @@ def compile_model(
     """
     on_cuda = accelerator.device.type == "cuda"
     if not (on_cuda if wanted == "auto" else wanted) or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        return
+    if accelerator.is_fsdp2:
+        for block in model.transformer.h:  # between them weights are gathered
+            block.compile()
         return
     # A graph's replay reuses the memory of the one before, in which accumulated gradients would still lie.
     as_graph = (

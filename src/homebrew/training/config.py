@@ -22,8 +22,9 @@ class TrainerConfig:
     """Optimizer steps in the run."""
     global_batch_tokens: int | None = None
     """Tokens a step, over all processes and micro-batches; one micro-batch a process if not given."""
-    micro_batch_size: int | None = None
-    """Sequences a process runs through the model at once; the largest that fits the device's usual if not given."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Sequences a process runs through the model at once; the device's usual if not given. "auto": the most that fit
+    in every process's memory, which is tried before the run; needs `global_batch_tokens`."""
     learning_rate: float = 6e-4
     """The schedule's peak."""
     warmup_steps: int | None = None
@@ -49,7 +50,9 @@ class TrainerConfig:
     compile: bool | Literal["auto"] = "auto"
     """Whether to compile the model with torch.compile; "auto": on CUDA only."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations: less memory, a third more work."""
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third slower."""
+    collective_timeout_seconds: float = 600.0
+    """How long a process waits for the others before it ends the run."""
     eval_every: int | None = None
     """Steps between evaluations; one at the end only if not given."""
     eval_batches: int | None = None
@@ -85,7 +88,10 @@ class TrainerConfig:
             f"{name}={getattr(self, name)!r}: must be a whole number of at least 1."
             for name in at_least_one
             if getattr(self, name) is not None and not _is_count(getattr(self, name), least=1)
+            if (name, getattr(self, name)) != ("micro_batch_size", "auto")
         ]
+        if self.micro_batch_size == "auto" and self.global_batch_tokens is None:
+            wrong.append("micro_batch_size='auto': needs global_batch_tokens, for the step to stay the same.")
         wrong += [
             f"{name}={getattr(self, name)!r}: must be a whole number of at least 0."
             for name in ("seed", "num_workers", "non_finite_limit", "warmup_steps")
@@ -93,7 +99,7 @@ class TrainerConfig:
         ]
         wrong += [
             f"{name}={getattr(self, name)!r}: must be more than 0."
-            for name in ("learning_rate", "max_grad_norm", "loader_timeout_seconds")
+            for name in ("learning_rate", "max_grad_norm", "loader_timeout_seconds", "collective_timeout_seconds")
             if not getattr(self, name) > 0
         ]
         if self.loss_spike_zscore is not None and not self.loss_spike_zscore > 0:

@@ -1,14 +1,23 @@
 """The Accelerator of a run, and the check that the launcher got the processes it asked for."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ParallelismConfig,
+    ProjectConfiguration,
+)
 
 from homebrew.errors import LaunchError
 from homebrew.training.config import TrainerConfig
+
+_NOT_OURS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
 def build_accelerator(config: TrainerConfig) -> Accelerator:
@@ -17,10 +26,12 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     Raises:
         LaunchError: the launcher started several processes and Accelerate sees one, or the like.
     """
+    _check_parallelism()
     accelerator = Accelerator(
         mixed_precision=_mixed_precision(config.mixed_precision),
         # The window of accumulation is the step's own, not a loader's.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout_seconds))],
         log_with=config.log_with,
         project_config=ProjectConfiguration(
             project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "logs")
@@ -29,6 +40,19 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     check_world(accelerator)
     _share_cores(accelerator)
     return accelerator
+
+
+def _check_parallelism() -> None:
+    """Refuse sizes that do not make up the world; Accelerate's own error names neither."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
+        return
+    sizes, world = ParallelismConfig(), int(os.environ.get("WORLD_SIZE", "1"))
+    if sizes.total_size != world:
+        raise LaunchError(
+            f"The launcher's parallelism_config is for {sizes.dp_replicate_size} × {sizes.dp_shard_size} processes "
+            f"(dp_replicate_size × dp_shard_size), but it started {world}. Set the sizes so that their product is "
+            f"num_processes."
+        )
 
 
 def _mixed_precision(wanted: str) -> str | None:
@@ -57,7 +81,7 @@ def check_world(accelerator: Accelerator) -> None:
     """Refuse a world that is not the one the launcher asked for; Accelerate itself says nothing.
 
     Raises:
-        LaunchError: the numbers of processes differ, or FSDP was asked for and is not there.
+        LaunchError: the numbers of processes differ, or what was asked for is not there.
     """
     asked, got = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     if asked != got:
@@ -77,6 +101,24 @@ def check_world(accelerator: Accelerator) -> None:
         raise LaunchError(
             f"The launcher asked for FSDP, but Accelerate runs {accelerator.distributed_type.value} (it does so "
             f"without a GPU). Launch without FSDP, or on GPUs."
+        )
+    if accelerator.parallelism_config is not None and accelerator.distributed_type != DistributedType.FSDP:
+        raise LaunchError(
+            "The launcher's parallelism_config is for FSDP, which this launch does not use: without it every process "
+            "has the whole model. Leave it out, or launch with FSDP."
+        )
+    if accelerator.distributed_type in _NOT_OURS:
+        raise LaunchError(
+            f"The launcher chose {accelerator.distributed_type.value}, which homebrew does not run on. Launch with "
+            f"distributed_type MULTI_GPU (DDP) or FSDP; for more memory a process, FSDP is the one."
+        )
+    if accelerator.mixed_precision == "fp8" or (accelerator.mixed_precision, accelerator.device.type) == (
+        "fp16",
+        "cpu",
+    ):
+        raise LaunchError(
+            f"mixed_precision={accelerator.mixed_precision!r} cannot be used on {accelerator.device.type} (Accelerate "
+            f"would run float32 in its place). Choose 'bf16' or 'no'."
         )
 
 

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,28 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.check import check_dataset
-from homebrew.data.loader import Batch, StepLoader
+from homebrew.data.loader import Batch, StepLoader, worker_errors
 from homebrew.errors import ConfigError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.callbacks import Callback, ProgressDisplay
 from homebrew.training.compilation import compile_model
-from homebrew.training.config import TrainerConfig, plan_batch
+from homebrew.training.config import TrainerConfig
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
+from homebrew.training.heartbeat import Heartbeat
 from homebrew.training.launch import build_accelerator, check_world
 from homebrew.training.meter import StepMeter
 from homebrew.training.metrics import EvalMetrics
+from homebrew.training.micro_batch import explained, plan_run
 from homebrew.training.optim import adamw
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
 from homebrew.training.saver import RunSaver
 from homebrew.training.schedule import Schedule, warmup_cosine
+from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
-
-USUAL_MICRO_BATCH_TOKENS = {"cuda": 65_536}
-"""Tokens a device takes at once where the user does not say."""
-_USUAL_ELSEWHERE = 4_096
 
 
 class Trainer:
@@ -75,13 +75,6 @@ class Trainer:
         self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset", **self._limits)
-        self.batch = plan_batch(
-            global_batch_tokens=config.global_batch_tokens,
-            micro_batch_size=config.micro_batch_size,
-            block_size=self.sequence_length,
-            num_processes=self.accelerator.num_processes,
-            micro_batch_tokens=USUAL_MICRO_BATCH_TOKENS.get(self.accelerator.device.type, _USUAL_ELSEWHERE),
-        )
         self.schedule = schedule or warmup_cosine(
             warmup_steps=config.max_steps // 20 if config.warmup_steps is None else config.warmup_steps,
             max_steps=config.max_steps,
@@ -100,7 +93,18 @@ class Trainer:
         if accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
         self.model.to(accelerator.device)
-        self.model.transformer.activation_checkpointing = config.activation_checkpointing
+        self._empty_copy = empty_copy(self.model) if is_sharded(accelerator) else None
+        if configure_sharding(accelerator) or config.activation_checkpointing:
+            self.model.checkpoint_activations()
+        self.batch = plan_run(accelerator, self.model, config, self.sequence_length)
+        run = identity(  # before the weights may be shared out
+            dataset=self.train_dataset,
+            model=self.model,
+            schedule=self.schedule,
+            max_steps=config.max_steps,
+            global_batch_size=self.batch.global_batch_size,
+            seed=config.seed,
+        )
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
         compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._optimizer = optimizer or adamw(
@@ -126,14 +130,7 @@ class Trainer:
             self._optimizer,
             self._guard,
             config,
-            identity=identity(
-                dataset=self.train_dataset,
-                model=self.model,
-                schedule=self.schedule,
-                max_steps=config.max_steps,
-                global_batch_size=self.batch.global_batch_size,
-                seed=config.seed,
-            ),
+            identity=run,
             tokenizer=None if tokenizer is None else tokenizer.to_json(),
         )
         self._loader = StepLoader(
@@ -172,9 +169,15 @@ class Trainer:
         """
         self._begin(resume, accept_changes)
         try:
-            with SignalWatch() as signals:
-                agreement = Agreement(self.accelerator)
-                for micro_batches in self._loader.steps(self.step):
+            agreement = Agreement(self.accelerator)
+            with (
+                SignalWatch() as signals,
+                Heartbeat(self.accelerator),
+                explained(self.accelerator, self.batch),
+                worker_errors(self.config.loader_timeout_seconds),
+                closing(self._loader.steps(self.step)) as steps,
+            ):
+                for micro_batches in steps:
                     if self.step >= self.config.max_steps or self.should_stop:
                         break
                     loss, grad_norm = self._take_step(micro_batches)
@@ -223,7 +226,7 @@ class Trainer:
             losses.append(loss.detach())
         loss = accelerator.reduce(torch.stack(losses).sum(), "sum")
 
-        grad_norm = accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm)
+        grad_norm = whole(accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm))
         if self._guard.inspect(self.step, loss, grad_norm):
             self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad(set_to_none=True)
@@ -314,6 +317,10 @@ class Trainer:
         self._tell("on_save", path)
         return path
 
+    def whole_model(self) -> GPT:
+        """The model with its whole weights: itself, or under FSDP a plain copy; every process calls this."""
+        return self.model if self._empty_copy is None else fill_copy(self._empty_copy, self._wrapped)
+
     def sample(self, text: str = "", max_new_tokens: int = 100, **sampling: Any) -> str:  # noqa: ANN401
         """Text the model writes after `text`, which is included.
 
@@ -329,7 +336,7 @@ class Trainer:
         if tokenizer is None:
             raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
         ids = list(tokenizer.encode(text or "\n"))
-        written = self.model.generate([ids], max_new_tokens, **sampling)[0]
+        written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
         return str(tokenizer.decode(written))
 
     @property

@@ -1,0 +1,151 @@
+"""How training scales over the GPUs of one machine: DDP and FSDP2, each against one GPU measured in the same call.
+
+python benchmarks/scaling.py                 # GPT-2 small and medium over 1, 2, 4 and 8 GPUs, as many as there are
+python benchmarks/scaling.py --check         # and the losses of 1 and 2 GPUs, and a resumed run on 2
+python benchmarks/scaling.py --cpu           # a baby model over 1 and 2 CPU processes: whether the script works
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+WORKER = Path(__file__).with_name("scaling_worker.py")
+
+
+@dataclass
+class Options:
+    """Measure tokens a second, memory and the time in collectives over several GPUs."""
+
+    models: tuple[str, ...] = ("gpt2", "gpt2-medium")
+    """Presets."""
+    processes: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of GPUs; those the machine does not have are left out, and said so."""
+    strategies: tuple[str, ...] = ("ddp", "fsdp2")
+    """Of more than one process; FSDP2 also of one, against no wrapper."""
+    tokens: int = 524_288
+    """In a step."""
+    micro_batch: int = 32
+    """Sequences at once, the same for all numbers of GPUs."""
+    block_size: int = 1024
+    """Tokens in a sequence."""
+    warmup: int = 10
+    """Steps before the clock starts."""
+    steps: int = 20
+    """Timed steps."""
+    check: bool = False
+    """Also compare the losses of 1 and 2 processes over 50 steps, and of a resumed run with an unbroken one."""
+    cpu: bool = False
+    """A baby model over gloo instead, DDP only: the figures mean nothing."""
+    json: Path | None = None
+    """A file to write the figures to."""
+
+
+def main(options: Options) -> None:
+    if options.cpu:
+        options.models, options.processes, options.strategies = ("baby",), (1, 2), ("ddp",)
+        options.tokens, options.block_size, options.micro_batch, options.warmup, options.steps = 1_024, 64, 2, 2, 3
+    present = 2 if options.cpu else torch.cuda.device_count()
+    counts = [count for count in options.processes if count <= present]
+    if left_out := sorted(set(options.processes) - set(counts)):
+        print(f"This machine has {present} GPUs; left out: {', '.join(map(str, left_out))}.")
+    if not counts:
+        raise SystemExit("There is nothing to measure here: use --cpu to see whether the script works.")
+    device = "CPU" if options.cpu else torch.cuda.get_device_name(0)
+    print(f"{device}, PyTorch {torch.__version__}, {options.tokens:,} tokens a step, NCCL_NVLS_ENABLE=0\n")
+    found: list[dict[str, Any]] = []
+    for model in options.models:
+        print(f"### {model}\n\n{HEADER}")
+        for strategy, count in layouts(options.strategies, counts):
+            row = {"model": model, "strategy": strategy, "processes": count}
+            row |= launch(options, strategy, count, {"mode": "measure", "model": model})
+            one = next((r for r in [*found, row] if r["model"] == model and r["processes"] == 1), row)
+            row["efficiency"] = row["tokens_per_second"] * one["processes"] / (count * one["tokens_per_second"])
+            found.append(row)
+            print(as_row(row), flush=True)
+        print()
+    facts: dict[str, Any] = {"device": device, "torch": torch.__version__, "rows": found}
+    if options.check and 2 in counts:
+        facts["check"] = check(options)
+        print("\n".join(f"{name}: {value}" for name, value in facts["check"].items()))
+    if options.json is not None:
+        options.json.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+HEADER = """\
+| wrapper | processes | tokens/s | efficiency | peak GiB | in collectives | of that, not hidden |
+|---|---|---|---|---|---|---|"""
+
+
+def as_row(row: dict[str, Any]) -> str:
+    memory = "n/a" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+    cells = [row["strategy"], row["processes"], f"{row['tokens_per_second']:,.0f}", f"{row['efficiency']:.3f}", memory]
+    cells += [f"{row['collectives']:.1%}", "n/a" if row["exposed"] is None else f"{row['exposed']:.1%}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def layouts(strategies: tuple[str, ...], counts: list[int]) -> list[tuple[str, int]]:
+    """One process without a wrapper first: what all others are compared with."""
+    alone = [("none", 1)] + ([("fsdp2", 1)] if "fsdp2" in strategies else [])
+    return alone + [(strategy, count) for strategy in strategies for count in counts if count > 1]
+
+
+def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]) -> dict[str, Any]:
+    """Run the worker under `accelerate launch`; what its first process found."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        facts = ("tokens", "micro_batch", "block_size", "warmup", "steps")
+        task = {name: getattr(options, name) for name in facts} | {"folder": folder, "result": str(result)} | task
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--num_machines",
+            "1",
+            "--main_process_port",
+            "0",
+        ]
+        command += ["--num_processes", str(processes), "--mixed_precision", "no" if options.cpu else "bf16"]
+        command += ["--dynamo_backend", "no"]
+        if strategy == "fsdp2":
+            command += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+            command += ["--fsdp_transformer_layer_cls_to_wrap", "Block", "--fsdp_cpu_ram_efficient_loading", "false"]
+        elif processes > 1:
+            command += ["--multi_gpu"]
+        # NVLink multicast needs rights that containers often lack, and then NCCL fails at the first collective.
+        environment = os.environ | {"NCCL_NVLS_ENABLE": "0"} | ({"ACCELERATE_USE_CPU": "true"} if options.cpu else {})
+        done = subprocess.run(
+            [*command, str(WORKER), json.dumps(task)], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"{strategy} over {processes} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
+
+
+def check(options: Options) -> dict[str, Any]:
+    """The losses of one and of two processes, and of a run that was resumed on two."""
+    model, steps = options.models[0], 4 if options.cpu else 50
+    task = {"mode": "losses", "model": model, "steps": steps}
+    one, two = (launch(options, "none" if n == 1 else "ddp", n, task) for n in (1, 2))
+    resumed = launch(options, "ddp", 2, task | {"mode": "resume"})
+    differences = [abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)]
+    return {
+        "steps": steps,
+        "largest difference of losses, 1 and 2 processes": max(differences),
+        "last loss, 1 process": one["losses"][-1],
+        "last loss, 2 processes": two["losses"][-1],
+        "resumed in the middle on 2 processes, losses bitwise equal": resumed["losses"] == two["losses"],
+        "resumed in the middle on 2 processes, weights bitwise equal": resumed["weights"] == two["weights"],
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
