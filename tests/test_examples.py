@@ -2,6 +2,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from homebrew import GPT, GPTConfig
 from homebrew.model.adapters import load_adapter
 
@@ -19,3 +21,15 @@ def test_finetune_lora(tmp_path):
     assert "ROMEO:" in done.stdout
     model = GPT.from_pretrained(base)
     load_adapter(model, out / "adapter")
+
+
+@pytest.mark.slow
+def test_speed_ladder(tmp_path):
+    options = ["--block-size", "8", "--steps", "1", "--plot", tmp_path / "ladder.png"]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "speed_ladder.py", *map(str, options)], capture_output=True, text=True, check=True
+    )
+    rungs = [line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│")]
+    assert rungs[0] == "float32"
+    assert rungs[-1] == "fused head and loss"
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
