@@ -22,6 +22,9 @@ Batch = tuple[Tensor, Tensor]
 RESIDENT_BYTES = 2 * 1024**3
 """A `TokenDataset` of at most this size is trained on from the GPU's own memory."""
 
+SAMPLES_AT_ONCE = 4_096
+"""Samples whose order is worked out at the same time."""
+
 
 class StepLoader:
     """The batches of a run's steps.
@@ -66,16 +69,20 @@ class StepLoader:
             dataset = dataset.to(device)
         self._read = reader(dataset, device, num_workers, timeout_seconds, vocab_size)
 
-    def sample_ids(self, step: int) -> NDArray[np.int64]:
-        """The samples of a step, over all ranks, (global_batch_size,)."""
+    def sample_ids(self, step: int, num_steps: int = 1) -> NDArray[np.int64]:
+        """The samples of `num_steps` steps from `step` on, over all ranks, (num_steps · global_batch_size,)."""
         first = step * self._global_batch_size
-        positions = np.arange(first, first + self._global_batch_size, dtype=np.int64)
+        positions = np.arange(first, first + num_steps * self._global_batch_size, dtype=np.int64)
         return sample_indices(positions, self._num_samples, self._seed)
 
     def steps(self, first_step: int) -> Generator[list[Batch]]:
         """This rank's micro-batches of `first_step` and of every step after it."""
+        # A call costs half a millisecond however few samples it is for.
+        at_once = max(1, SAMPLES_AT_ONCE // self._global_batch_size)
         batches = self._read(
-            ids for step in count(first_step) for ids in self.sample_ids(step).reshape(self._shape)[:, self._rank]
+            ids
+            for step in count(first_step, at_once)
+            for ids in self.sample_ids(step, at_once).reshape(self._shape)[:, self._rank]
         )
         while True:
             yield [next(batches) for _ in range(self._accumulation)]
