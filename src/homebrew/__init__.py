@@ -1,15 +1,19 @@
 """Train GPTs on Hugging Face Accelerate."""
 
-from homebrew.data.corpora import load_corpus
-from homebrew.data.dataset import TokenDataset
-from homebrew.data.tokenizer import get_tokenizer
-from homebrew.errors import HomebrewError
-from homebrew.model.config import GPTConfig
-from homebrew.model.gpt import GPT
-from homebrew.training.callbacks import Callback, EarlyStopping
-from homebrew.training.config import TrainerConfig
-from homebrew.training.schedule import warmup_cosine
-from homebrew.training.trainer import Trainer
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from homebrew.data.corpora import load_corpus
+    from homebrew.data.dataset import TokenDataset
+    from homebrew.data.tokenizer import get_tokenizer
+    from homebrew.errors import HomebrewError
+    from homebrew.model.config import GPTConfig
+    from homebrew.model.gpt import GPT
+    from homebrew.training.callbacks import Callback, EarlyStopping
+    from homebrew.training.config import TrainerConfig
+    from homebrew.training.schedule import warmup_cosine
+    from homebrew.training.trainer import Trainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,3 +29,28 @@ __all__ = [
     "load_corpus",
     "warmup_cosine",
 ]
+
+# Imported when first asked for: PyTorch takes seconds, and the command line's --help needs none of it.
+_HOMES = {
+    "GPT": "model.gpt",
+    "GPTConfig": "model.config",
+    "Callback": "training.callbacks",
+    "EarlyStopping": "training.callbacks",
+    "HomebrewError": "errors",
+    "TokenDataset": "data.dataset",
+    "Trainer": "training.trainer",
+    "TrainerConfig": "training.config",
+    "get_tokenizer": "data.tokenizer",
+    "load_corpus": "data.corpora",
+    "warmup_cosine": "training.schedule",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'homebrew' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"homebrew.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

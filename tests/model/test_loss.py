@@ -49,6 +49,14 @@ def test_equals_the_plain_loss(device, batch, length, width, vocab_size, padded)
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("logits", [1, 128, 3 * 128 + 5])
+def test_equals_the_plain_loss_in_a_cpu_s_chunks(monkeypatch, logits):
+    monkeypatch.setattr(loss, "CPU_LOGITS_AT_ONCE", logits)
+    case = *inputs(3, 5, 8, 65, 128), 65
+    for ours, theirs in zip(gradients(head_loss, *case), gradients(plain, *case), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_compiled_equals_the_plain_loss(device):
     case = *inputs(3, 9, 16, 65, 128, device=device), 65

@@ -55,6 +55,7 @@ def make(folder, *, model=SHAPE, train=None, evaluate=None, callbacks=(), optimi
         "micro_batch_size": 8,
         "learning_rate": 1e-2,
         "log_every": 1,
+        "mixed_precision": "no",  # the same figures on every machine
     } | settings
     return Trainer(
         model,
@@ -200,7 +201,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights(tmp_path, 
     with pytest.raises(NonFiniteError, match="step 2 "):
         trainer.train()
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert saved == ["step-00000001", "step-00000002"]
+    assert saved == ["step-00000001", "step-00000002"][: 1 if where == "weights" else 2]
     if where == "gradient":
         assert all(value.isfinite().all() for value in weights(trainer).values())
         handle.remove()

@@ -79,7 +79,7 @@ def plays_as_text(plays: Iterable[str]) -> str:
         speaking = False
         for line in map(str.strip, _DIRECTION.sub("", play).splitlines()):
             if name := re.fullmatch(r"\*\*(.+)\*\*", line):
-                speeches.append([f"{name[1]}:"])
+                speeches.append([f"{name[1].replace(':', '')}:"])
                 speaking = True
             elif line.startswith("#"):
                 speaking = False

@@ -1,6 +1,7 @@
 """A step's micro-batches for one process: which ones is a pure function of (seed, step)."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterator, Sized
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from homebrew.data.check import IGNORE_INDEX, check_ids, check_sample
 from homebrew.data.dataset import TokenDataset
 from homebrew.data.order import sample_indices
 from homebrew.errors import DataError
@@ -18,10 +20,7 @@ Batch = tuple[Tensor, Tensor]
 """(input_ids, targets), each (B, T), int64."""
 
 RESIDENT_BYTES = 2 * 1024**3
-"""A `TokenDataset` of at most this size lives on the GPU whole."""
-
-IGNORE_INDEX = -100
-"""A target that is not scored."""
+"""A `TokenDataset` of at most this size is trained on from the GPU's own memory."""
 
 
 class StepLoader:
@@ -63,6 +62,8 @@ class StepLoader:
         self._shape = (-1, num_ranks, micro_batch_size)
         self._rank = rank
         self._accumulation = global_batch_size // (num_ranks * micro_batch_size)
+        if isinstance(dataset, TokenDataset) and device.type == "cuda" and dataset.nbytes <= RESIDENT_BYTES:
+            dataset = dataset.to(device)
         self._read = reader(dataset, device, num_workers, timeout_seconds, vocab_size)
 
     def sample_ids(self, step: int) -> NDArray[np.int64]:
@@ -71,7 +72,7 @@ class StepLoader:
         positions = np.arange(first, first + self._global_batch_size, dtype=np.int64)
         return sample_indices(positions, self._num_samples, self._seed)
 
-    def steps(self, first_step: int) -> Iterator[list[Batch]]:
+    def steps(self, first_step: int) -> Generator[list[Batch]]:
         """This rank's micro-batches of `first_step` and of every step after it."""
         batches = self._read(
             ids for step in count(first_step) for ids in self.sample_ids(step).reshape(self._shape)[:, self._rank]
@@ -122,10 +123,9 @@ Reader = Callable[[Iterator[NDArray[np.int64]]], Iterator[Batch]]
 def reader(
     dataset: Dataset[Any], device: torch.device, num_workers: int, timeout_seconds: float, vocab_size: int
 ) -> Reader:
-    """How rows of sample ids become batches on the device, one row ahead."""
+    """How rows of sample ids become batches on the device."""
     if isinstance(dataset, TokenDataset):
-        resident = device.type == "cuda" and dataset.nbytes <= RESIDENT_BYTES
-        return lambda rows: _gather(dataset.to(device) if resident else dataset, rows, device)
+        return lambda rows: _gather(dataset, rows, device)
     return lambda rows: _load(dataset, rows, device, num_workers, timeout_seconds, vocab_size)
 
 
@@ -153,16 +153,33 @@ def _load(
         # Its own generator: a loader without one draws from the global state, and dropout would differ on resume.
         generator=torch.Generator(),
     )
+    batches: Any = iter(loader)
     try:
-        for input_ids, targets in loader:
-            yield _send(input_ids, device), _send(targets, device)
+        with worker_errors(timeout_seconds):
+            for input_ids, targets in batches:
+                yield _send(input_ids, device), _send(targets, device)
+    finally:
+        if num_workers:
+            batches._shutdown_workers()
+            for worker in batches._workers:
+                worker.kill()  # one that was stopped heeds no SIGTERM, and this process would wait for it at its end
+
+
+@contextmanager
+def worker_errors(timeout_seconds: float) -> Iterator[None]:
+    """Within it, PyTorch's word of a loader worker that died or keeps silent is a `DataError`.
+
+    Of a death the word comes at once, wherever the main thread is: a run's steps belong within this.
+    """
+    try:
+        yield
     except RuntimeError as error:
-        if num_workers and "DataLoader" in str(error):
-            raise DataError(
-                f"A loader worker died or took over {timeout_seconds:g} seconds: {error}. Look at the dataset's "
-                f"__getitem__, or raise loader_timeout_seconds."
-            ) from error
-        raise
+        if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
+            raise
+        raise DataError(
+            f"A loader worker died or took over {timeout_seconds:g} seconds: {error}. Look at the dataset's "
+            f"__getitem__, or raise loader_timeout_seconds."
+        ) from error
 
 
 class _Rows:
@@ -182,16 +199,16 @@ class _Collate:
         self._vocab_size = vocab_size
 
     def __call__(self, samples: list[Batch]) -> Batch:
-        shapes = {tuple(ids.shape) for pair in samples for ids in pair}
-        if len(shapes) != 1:
-            raise DataError(f"Samples of one batch have shapes {sorted(shapes)}: all must be equally long; pad them.")
-        input_ids, targets = (torch.stack(rows).long() for rows in zip(*samples, strict=True))
-        for name, ids in (("input_ids", input_ids), ("targets", targets[targets != IGNORE_INDEX])):
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
-                raise DataError(
-                    f"{name} hold ids from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary is 0 to "
-                    f"{self._vocab_size - 1} ({IGNORE_INDEX} marks targets that are not scored)."
-                )
+        for sample in samples:
+            check_sample(sample, "A sample")
+        lengths = {len(input_ids) for input_ids, _ in samples}
+        if len(lengths) != 1:
+            raise DataError(
+                f"Samples of one batch have {sorted(lengths)} tokens: all must be equally long; fill up the shorter, "
+                f"with {IGNORE_INDEX} in the targets."
+            )
+        input_ids, targets = (torch.stack(rows) for rows in zip(*samples, strict=True))
+        check_ids(input_ids, targets, "A batch", self._vocab_size)
         return input_ids, targets
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 4
+_ROUNDS = 8
+"""With four, a sample came right after its neighbour in the text a third more often than chance has it."""
 
 
 def sample_indices(positions: NDArray[np.int64], num_samples: int, seed: int) -> NDArray[np.int64]:

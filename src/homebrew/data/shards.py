@@ -218,6 +218,19 @@ class TokenFile:
             )
 
 
+def is_token_file(path: str | Path) -> bool:
+    """Whether a file says that it is a token file; whether it is a whole one `TokenFile.open` knows.
+
+    Raises:
+        DataError: it is no regular file.
+    """
+    descriptor = open_regular(Path(path))
+    try:
+        return os.pread(descriptor, len(_MAGIC), 0) == _MAGIC
+    finally:
+        os.close(descriptor)
+
+
 def _read_header(path: Path, descriptor: int) -> tuple[TokenHeader, int]:
     size = os.fstat(descriptor).st_size
     if size < _PREFIX.size:

@@ -28,7 +28,7 @@ from homebrew.model.mlp import mlp
 from homebrew.model.pretrained import open_pretrained
 from homebrew.model.sampling import Sampling
 
-_TRAINING_ATTENTION = [
+TRAINING_ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -55,7 +55,7 @@ class CausalSelfAttention(nn.Module):
             y = cache.attend(q, k, v)
         else:
             # cuDNN's kernels are the fastest, but it plans each new shape anew; only training keeps to one.
-            with sdpa_kernel(_TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
+            with sdpa_kernel(TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
                 y = F.scaled_dot_product_attention(
                     q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
                 )
@@ -140,6 +140,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, seed: int = 42) -> None:
         super().__init__()
         self.config = config
+        self.source: str | None = None
+        """Folder or repository the weights were read from; where an adapter's checkpoints look for their base."""
         with torch.random.fork_rng(devices=[]):  # layers draw weights of their own as they are built
             self.transformer = Transformer(config)
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -214,6 +216,7 @@ class GPT(nn.Module):
             model = cls(GPTConfig(**pretrained.shape))
         model.load_state_dict(pretrained.read(model.state_dict(), dtype), assign=True)
         model.lm_head.weight = model.transformer.wte.weight
+        model.source = str(name_or_folder)
         if lora is not None:
             add_lora(model, lora)
         return model.eval()

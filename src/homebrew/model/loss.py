@@ -17,6 +17,9 @@ IGNORE_INDEX = -100
 TOKENS_AT_ONCE = 16_384
 """Tokens whose logits exist at the same time: 1.6 GB of GPT-2's in bfloat16, and large matrix products."""
 
+CPU_LOGITS_AT_ONCE = 128 * 50_304
+"""Logits that exist at the same time on a CPU: a buffer that the C library keeps, where it maps a larger one anew."""
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -63,8 +66,9 @@ def _head_loss(
     d_hidden, d_weight = _empty_gradients(hidden, weight, grad_hidden, grad_weight)
     d_weight.zero_()
     rows = weight.to(hidden.dtype)  # (padded V, C)
-    for start in range(0, len(hidden), TOKENS_AT_ONCE):
-        chunk = slice(start, start + TOKENS_AT_ONCE)
+    tokens = TOKENS_AT_ONCE if hidden.is_cuda else min(TOKENS_AT_ONCE, max(1, CPU_LOGITS_AT_ONCE // len(weight)))
+    for start in range(0, len(hidden), tokens):
+        chunk = slice(start, start + tokens)
         logits = hidden[chunk] @ rows.T  # (n, padded V)
         total += _score_(logits, targets[chunk], vocab_size, grad_hidden or grad_weight)
         if grad_hidden:

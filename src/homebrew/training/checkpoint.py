@@ -3,67 +3,66 @@
 A save writes into a folder of a temporary name, waits for each file to be on the disk, writes the manifest last,
 renames the folder, waits for the rename, and only then removes what is no longer kept. A load uses a folder only
 once every file in it is the one its manifest describes.
+
+While a step is saved a second time, its first checkpoint stands aside, where a load still finds it.
 """
 
+import contextlib
 import hashlib
-import json
+import math
+import os
 import re
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
-from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, NonFiniteError
 from homebrew.training.files import (
-    hash_regular,
-    read_regular,
+    make_folder,
     remove_folder,
     rename,
     sync_folder,
+    unwritable,
     write_durably,
 )
+from homebrew.training.manifest import (
+    FOLDER,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MAX_STATE_BYTES,
+    STATE,
+    Checkpoint,
+    Entry,
+    Manifest,
+    has_its_files,
+    not_finite,
+    open_checkpoint,
+    parse_state,
+    read_manifest,
+    state_to_json,
+)
+from homebrew.training.tensors import serialised
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """Tensors by name, by file name without suffix."""
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8})")
-_TEMPORARY = re.compile(r"\.(step-\d{8})\.(writing|removing)")
-_FILE = re.compile(r"[a-z0-9][a-z0-9_.-]*\.(safetensors|json)")
-_MANIFEST_BYTES = 1 << 20
-_STATE_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint whose files have been verified."""
-
-    path: Path
-    step: int
-    state: dict[str, Any]
-    """What `state.json` holds."""
-    names: tuple[str, ...]
-    """Its tensor files, without suffix."""
-
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors, on the CPU, by file and name.
-
-        Raises:
-            CorruptCheckpoint: a file is no safetensors file, or holds a float that is not finite.
-        """
-        return {name: _read_tensors(self.path / f"{name}.safetensors") for name in self.names}
+_LEFT = re.compile(r"\.(step-\d{8})\.(writing|removing|aside)", re.ASCII)
 
 
 class CheckpointStore:
     """The checkpoints of a run, in `<output_dir>/checkpoints`.
 
+    Of each checkpoint that counts as kept the files' hashes have been seen to be right, by this process and once:
+    while it wrote them, or else before it first counts. Damaged checkpoints do not count and are not removed.
+
     Args:
         output_dir: the run's folder.
-        keep_last: newest checkpoints that are kept.
+        keep_last: newest checkpoints that are kept, up to the one last saved; newer ones are not touched.
         keep_every: those at multiples of this step are kept for good.
     """
 
@@ -71,6 +70,7 @@ class CheckpointStore:
         self.folder = Path(output_dir) / "checkpoints"
         self._keep_last = keep_last
         self._keep_every = keep_every
+        self._verified: dict[int, bool] = {}
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -80,15 +80,16 @@ class CheckpointStore:
         Raises:
             ConfigError: it cannot be made or written to.
         """
-        probe = self.folder / ".probe"
+        reason = "you may not write there"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            make_folder(self.folder)
+            writable = os.access(self.folder, os.W_OK | os.X_OK)
         except OSError as error:
+            writable, reason = False, str(error.strerror)
+        if not writable:
             raise ConfigError(
-                f"output_dir={str(self.folder.parent)!r} cannot be written to: {error.strerror}. Choose another folder."
-            ) from error
+                f"output_dir={str(self.folder.parent)!r} cannot be written to: {reason}. Choose another folder."
+            )
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint, whether it exists or not."""
@@ -96,10 +97,16 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, whole or not, in order."""
-        if not self.folder.is_dir():
-            return []
-        found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        return sorted(self._folders())
+
+    def _folders(self) -> dict[int, list[Path]]:
+        """Where each step's checkpoint is, the newer of two first."""
+        found: dict[int, list[Path]] = {}
+        for path in sorted(self.folder.iterdir(), reverse=True) if self.folder.is_dir() else ():
+            left = _LEFT.fullmatch(path.name)
+            if match := FOLDER.fullmatch(left[1] if left and left[2] == "aside" else path.name):
+                found.setdefault(int(match[1]), []).append(path)
+        return found
 
     def save(self, step: int, files: Files, state: Mapping[str, Any], *, score: float | None = None) -> Path:
         """Write a checkpoint, and remove those no longer kept.
@@ -108,38 +115,38 @@ class CheckpointStore:
             step: optimizer steps taken.
             files: CPU tensors.
             state: JSON.
-            score: the evaluation loss; the lowest of those kept is kept.
+            score: the evaluation loss; the lowest of those kept is kept. One that is not finite is none.
 
         Returns:
             Its folder.
 
         Raises:
             CheckpointError: it could not be written; what was there before still is, and nothing else.
+            NonFiniteError: a tensor holds a number that is not finite; the same holds.
         """
+        score = None if score is None or not math.isfinite(score) else float(score)
         path = self.path(step)
-        temporary = self.folder / f".{path.name}.writing"
-        self._clean()
+        if not FOLDER.fullmatch(path.name):
+            raise CheckpointError(f"step={step} cannot be saved: it must be from 0 to 99,999,999.")
+        temporary, aside = (self.folder / f".{path.name}.{suffix}" for suffix in ("writing", "aside"))
         try:
-            temporary.mkdir()
-            entries = {}
-            for name, tensors in files.items():
-                data = safetensors.torch.save(dict(tensors))
-                entries[f"{name}.safetensors"] = _write(temporary / f"{name}.safetensors", data)
-            facts = {"step": step, "score": score, "state": state}
-            entries["state.json"] = _write(temporary / "state.json", json.dumps(facts).encode())
-            manifest = {"format": FORMAT, "step": step, "score": score, "files": entries}
-            _write(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-            sync_folder(temporary)
-            if path.exists():
-                rename(path, self.folder / f".{path.name}.removing")
+            make_folder(self.folder)
+            self._clean()
+            _write_folder(temporary, step, files, state, score)
+            if os.path.lexists(path):
+                rename(path, aside)
             rename(temporary, path)
             sync_folder(self.folder)
         except BaseException as error:
-            remove_folder(temporary)
+            with contextlib.suppress(OSError):  # the error is the one to tell of
+                self._clean()
             if isinstance(error, OSError):
-                raise CheckpointError(f"{path} could not be written: {error}.") from error
+                num_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+                raise unwritable(path, num_bytes, error) from error
             raise
-        self._prune()
+        self._verified[step] = True
+        _discard(aside)
+        self._prune(step)
         return path
 
     def save_in_background(
@@ -190,15 +197,21 @@ class CheckpointStore:
             It, or None where there is none; and why newer ones were passed over.
         """
         passed_over: list[str] = []
-        for step in reversed(self.steps()):
-            try:
-                return self.open(self.path(step)), passed_over
-            except CorruptCheckpoint as error:
-                passed_over.append(str(error))
+        for step, paths in sorted(self._folders().items(), reverse=True):
+            for path in paths:
+                try:
+                    if path.is_symlink():
+                        raise CorruptCheckpoint(f"{path} is a link; name the folder it leads to, to use that.")
+                    checkpoint = self.open(path)
+                except CorruptCheckpoint as error:
+                    passed_over.append(str(error))
+                else:
+                    self._verified[step] = True
+                    return checkpoint, passed_over
         return None, passed_over
 
     def open(self, path: str | Path) -> Checkpoint:
-        """Verify a checkpoint.
+        """Verify a checkpoint, wherever it is.
 
         Raises:
             CorruptCheckpoint: it is not whole.
@@ -206,101 +219,89 @@ class CheckpointStore:
         return open_checkpoint(Path(path))
 
     def _clean(self) -> None:
-        """Remove what a killed save or prune has left."""
-        for path in self.folder.iterdir():
-            if _TEMPORARY.fullmatch(path.name):
-                remove_folder(path)
+        """Remove what a killed save or prune has left, and put back what one has moved aside."""
+        left = [path for path in self.folder.iterdir() if _LEFT.fullmatch(path.name)]
+        if left:
+            sync_folder(self.folder)  # a checkpoint aside goes only once its successor is there to stay
+        for path in left:
+            _, name, kind = path.name.split(".")
+            if kind == "aside" and not os.path.lexists(self.folder / name):
+                rename(path, self.folder / name)
+            else:
+                _discard(path)
 
-    def _prune(self) -> None:
-        """Remove whole checkpoints that are neither recent, nor at a kept step, nor the best."""
+    def _prune(self, newest: int) -> None:
+        """Remove whole checkpoints up to `newest` that are neither recent, nor at a kept step, nor the best."""
         scores: dict[int, float | None] = {}
         for step in self.steps():
-            try:
-                scores[step] = read_manifest(self.path(step))["score"]
-            except CorruptCheckpoint:
-                continue  # not ours to judge, nor to count
-        kept = set(sorted(scores)[-self._keep_last :])
-        kept |= {step for step in scores if self._keep_every and step % self._keep_every == 0}
+            path = self.path(step)
+            with contextlib.suppress(CorruptCheckpoint, OSError):  # not ours to judge, nor to count
+                if step <= newest and not path.is_symlink() and has_its_files(path, manifest := read_manifest(path)):
+                    scores[step] = manifest.score
+        kept = {step for step in scores if self._keep_every and step % self._keep_every == 0}
+        kept |= self._first_whole(sorted(scores, reverse=True), self._keep_last)
         scored = [(score, step) for step, score in scores.items() if score is not None]
-        if scored:
-            kept.add(min(scored)[1])
+        kept |= self._first_whole([step for _, step in sorted(scored)], 1)
         for step in scores.keys() - kept:
-            removing = self.folder / f".{self.path(step).name}.removing"
-            rename(self.path(step), removing)
-            remove_folder(removing)
+            if self._verified.get(step, True):
+                _discard(self.path(step), self.folder / f".{self.path(step).name}.removing")
+                self._verified.pop(step, None)
+
+    def _first_whole(self, steps: Iterable[int], count: int) -> set[int]:
+        return set(islice(filter(self._is_whole, steps), count))
+
+    def _is_whole(self, step: int) -> bool:
+        """Whether the hashes of a step's files are right, or were when this process last saw them."""
+        if step not in self._verified:
+            try:
+                self.open(self.path(step))
+                self._verified[step] = True
+            except CorruptCheckpoint:
+                self._verified[step] = False
+        return self._verified[step]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Verify a checkpoint folder.
-
-    Raises:
-        CorruptCheckpoint: a file is missing, or not the one its manifest describes.
-    """
-    manifest = read_manifest(path)
-    for name, entry in manifest["files"].items():
-        if hash_regular(path / name, size=entry["size"]) != entry["sha256"]:
-            raise CorruptCheckpoint(f"{path / name} is not the file its manifest describes: its SHA-256 differs.")
-    state = _read_json(path / "state.json", _STATE_BYTES)
-    if state.get("step") != manifest["step"] or not isinstance(state.get("state"), dict):
-        raise CorruptCheckpoint(f"{path / 'state.json'} does not belong to its manifest.")
-    names = tuple(name.removesuffix(".safetensors") for name in manifest["files"] if name.endswith(".safetensors"))
-    return Checkpoint(path, manifest["step"], state["state"], names)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint folder's manifest, its form checked.
+def _write_folder(folder: Path, step: int, files: Files, state: Mapping[str, Any], score: float | None) -> None:
+    """Write a checkpoint's files into a new folder and wait until they are on the disk, the manifest last.
 
     Raises:
-        CorruptCheckpoint: there is none, or it is malformed.
+        CheckpointError: a file could not be written, or could not be read again as what it is.
+        NonFiniteError: a tensor holds a number that is not finite.
     """
-    manifest = _read_json(path / "manifest.json", _MANIFEST_BYTES)
-    files, step, score = manifest.get("files"), manifest.get("step"), manifest.get("score")
-    good = (
-        manifest.get("format") == FORMAT
-        and type(step) is int
-        and 0 <= step < 10**8
-        and (_NAME.fullmatch(path.name) is None or path.name == f"step-{step:08}")
-        and (score is None or isinstance(score, int | float))
-        and isinstance(files, dict)
-        and "state.json" in files
-        and all(_FILE.fullmatch(name) and name != "manifest.json" and _is_entry(entry) for name, entry in files.items())
-    )
-    if not good:
-        raise CorruptCheckpoint(f"{path / 'manifest.json'} is not a checkpoint's manifest (format {FORMAT}).")
-    return manifest
+    folder.mkdir()
+    entries = {}
+    for name, tensors in files.items():
+        if bad := not_finite(name, tensors):
+            raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {name} is not finite.")
+        entries[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", *serialised(tensors))
+    facts = state_to_json(state, step, score)
+    entries[STATE] = _write(folder / STATE, facts)
+    manifest = Manifest(step, score, entries)
+    data = manifest.to_json()
+    if len(facts) > MAX_STATE_BYTES or len(data) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{folder}: a state of {len(facts):,} bytes is too long, or {len(files)} files too many.")
+    parse_state(facts, folder / STATE, Manifest.from_json(data, folder / MANIFEST))
+    _write(folder / MANIFEST, data)
+    sync_folder(folder)
 
 
-def _is_entry(entry: object) -> bool:
-    return (
-        isinstance(entry, dict)
-        and type(entry.get("size")) is int
-        and entry["size"] >= 0
-        and isinstance(entry.get("sha256"), str)
-    )
-
-
-def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
-    try:
-        value = json.loads(read_regular(path, max_bytes=max_bytes))
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise CorruptCheckpoint(f"{path} must hold a JSON object.")
-    return value
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CorruptCheckpoint(f"{path} is not a safetensors file: {error}.") from error
-    for name, tensor in tensors.items():
-        if not path.name.startswith("rng-") and not bool(tensor.isfinite().all()):
-            raise CorruptCheckpoint(f"{path}: {name} holds numbers that are not finite.")
-    return tensors
-
-
-def _write(path: Path, data: bytes) -> dict[str, Any]:
+def _write(path: Path, *pieces: bytes | memoryview) -> Entry:
     """Write a file and describe it for the manifest."""
-    write_durably(path, data)
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_durably(path, *pieces)
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return Entry(sum(map(len, pieces)), digest.hexdigest())
+
+
+def _discard(path: Path, moved: Path | None = None) -> None:
+    """Remove a folder, after renaming it if a load would look at it half gone.
+
+    What cannot be removed now is left for the next save to try again.
+    """
+    try:
+        if moved is not None:
+            rename(path, moved)
+        remove_folder(moved or path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be removed: {error.strerror}.", stacklevel=2)

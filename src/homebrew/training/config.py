@@ -46,7 +46,7 @@ class TrainerConfig:
     seed: int = 42
     """Of the order of samples and of dropout; and of the weights, if the Trainer is given a `GPTConfig`."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """"auto": what the launcher chose, else bf16 on a GPU that has it, else none."""
+    """"auto": what the launcher chose, else bf16 on a GPU or CPU that multiplies it, else none."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to compile the model with torch.compile; "auto": on CUDA only."""
     activation_checkpointing: bool = False

@@ -8,14 +8,19 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from homebrew.errors import CheckpointError, CorruptCheckpoint
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 24
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, *pieces: bytes | memoryview) -> None:
     """Write a new file and wait until it is on the disk; its mode follows the umask.
+
+    Args:
+        path: the file.
+        pieces: of bytes, one after the other.
 
     Raises:
         CheckpointError: it could not be written whole, on a full disk for one.
@@ -23,18 +28,30 @@ def write_durably(path: Path, data: bytes) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            view, written = memoryview(data), 0
-            while written < len(view):
-                written += os.write(descriptor, view[written : written + _CHUNK])
+            for piece in pieces:
+                view, written = memoryview(piece), 0
+                while written < len(view):
+                    written += os.write(descriptor, view[written : written + _CHUNK])
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "Free some space." if full else "Look at the folder and its permissions."
-        raise CheckpointError(
-            f"{path} ({len(data):,} bytes) could not be written: {error.strerror}. {advice}"
-        ) from error
+        raise unwritable(path, sum(map(len, pieces)), error) from error
+
+
+def unwritable(path: Path, num_bytes: int, error: OSError) -> CheckpointError:
+    """The error that says what could not be written, and what to do about it."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "Free some space." if full else "Look at the folder and its permissions."
+    return CheckpointError(f"{path} ({num_bytes:,} bytes) could not be written: {error.strerror}. {advice}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, and wait until they are on the disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
@@ -42,6 +59,9 @@ def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync a folder
+            raise
     finally:
         os.close(descriptor)
 
@@ -52,12 +72,24 @@ def rename(path: Path, new: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it; one that is gone is no error."""
+    """Remove a folder and what is in it; of a link, the link; one that is gone is no error."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
-def read_regular(path: Path, *, max_bytes: int) -> bytes:
+def is_regular(path: Path, *, size: int) -> bool:
+    """Whether this is a regular file, no link to one, of `size` bytes."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size
+
+
+def read_bounded(path: Path, *, max_bytes: int) -> bytes:
     """A file's bytes, without following links or waiting on pipes.
 
     Args:
@@ -67,37 +99,63 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
     Raises:
         CorruptCheckpoint: there is no such regular file, or it is larger.
     """
-    with _opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
+    with _opened(path) as (file, size):
         if size > max_bytes:
             raise CorruptCheckpoint(f"{path} has {size:,} bytes; at most {max_bytes:,} are expected.")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(size + 1)
+        return file.read(size)
 
 
-def hash_regular(path: Path, *, size: int) -> str:
-    """SHA-256 of a file that must have `size` bytes.
+def read_verified(path: Path, *, size: int, sha256: str) -> bytes:
+    """The bytes of a file that must be the one described: those that were hashed, not read again.
 
     Raises:
-        CorruptCheckpoint: there is no such regular file, or it has another size.
+        CorruptCheckpoint: there is no such regular file, or it is another one.
     """
-    with _opened(path) as descriptor:
-        found = os.fstat(descriptor).st_size
-        if found != size:
-            raise CorruptCheckpoint(f"{path} has {found:,} bytes; its manifest says {size:,}.")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    with _opened(path) as (file, found):
+        _check_size(path, found, size)
+        data = file.read(size)
+    _check_hash(path, hashlib.sha256(data).hexdigest(), sha256)
+    return data
+
+
+def verify(path: Path, *, size: int, sha256: str) -> None:
+    """Check that a file is the one described, without holding it in memory.
+
+    Raises:
+        CorruptCheckpoint: there is no such regular file, or it is another one.
+    """
+    digest = hashlib.sha256()
+    with _opened(path) as (file, found):
+        _check_size(path, found, size)
+        for start in range(0, size, _CHUNK):  # and no more if the file grows meanwhile
+            digest.update(file.read(min(_CHUNK, size - start)))
+    _check_hash(path, digest.hexdigest(), sha256)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file and its size."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise CorruptCheckpoint(f"{path} cannot be opened: {error.strerror}.") from error
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise CorruptCheckpoint(f"{path} is not a regular file.")
-        yield descriptor
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file, found.st_size
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
     finally:
         os.close(descriptor)
+
+
+def _check_size(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise CorruptCheckpoint(f"{path} has {found:,} bytes; its manifest says {expected:,}.")
+
+
+def _check_hash(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise CorruptCheckpoint(f"{path} is not the file its manifest describes: its SHA-256 differs.")

@@ -61,7 +61,14 @@ def _mixed_precision(wanted: str) -> str | None:
         return wanted
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return None
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return "bf16" if _multiplies_bf16() else None
+
+
+def _multiplies_bf16() -> bool:
+    """Whether the device has instructions for products of bfloat16, and does not emulate them."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return not torch.backends.mps.is_available() and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _share_cores(accelerator: Accelerator) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from homebrew.errors import CorruptCheckpoint
 
+_NUMPY_WORDS = 624
+
 
 def rng_state() -> dict[str, Tensor]:
     """The states of Python's, NumPy's and PyTorch's generators in this process."""
@@ -40,12 +42,17 @@ def check_rng(state: dict[str, Tensor]) -> None:
         torch.Generator().set_state(state["torch"])
         if torch.cuda.is_available() and "cuda" in state:
             torch.Generator("cuda").set_state(state["cuda"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CorruptCheckpoint(f"The saved random states cannot be restored: {error!r}.") from error
 
 
 def restore_rng(state: dict[str, Tensor]) -> None:
-    """Put `rng_state`'s states, found good by `check_rng`, back; a device's only where both sides have it."""
+    """Put `rng_state`'s states back; a device's only where both sides have it.
+
+    Raises:
+        CorruptCheckpoint: as `check_rng`; nothing has been put back.
+    """
+    check_rng(state)
     random.setstate(_python_state(state))
     np.random.set_state(_numpy_state(state))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
@@ -63,4 +70,6 @@ def _python_state(state: dict[str, Tensor]) -> tuple[int, tuple[int, ...], float
 
 def _numpy_state(state: dict[str, Tensor]) -> tuple[str, NDArray[np.uint32], int, int, float]:
     *keys, position, has_gauss = state["numpy"].tolist()
+    if not 0 <= position <= len(keys) == _NUMPY_WORDS:  # NumPy would read past its memory
+        raise ValueError(f"{len(keys)} words and position {position}")
     return "MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()

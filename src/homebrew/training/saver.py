@@ -11,12 +11,14 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from homebrew.errors import CheckpointError, ConfigError
-from homebrew.training.checkpoint import Checkpoint, CheckpointStore
+from homebrew.model.gpt import GPT
+from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.collective import on_main
 from homebrew.training.config import TrainerConfig
 from homebrew.training.guard import Guard
+from homebrew.training.manifest import Checkpoint
 from homebrew.training.resume import check_identity
-from homebrew.training.state import Files, check_files, gather_run, scatter_run
+from homebrew.training.state import Files, check_files, gather_run, reserve_staging, scatter_run
 
 
 class RunSaver:
@@ -36,7 +38,7 @@ class RunSaver:
     def __init__(
         self,
         accelerator: Accelerator,
-        bare: nn.Module,
+        bare: GPT,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         guard: Guard,
@@ -82,6 +84,7 @@ class RunSaver:
         if start["found"]:
             files, self._found = self._found, {}
             scatter_run(accelerator, self._model, self._optimizer, self._guard, files, seed=seed + step)
+        reserve_staging(accelerator, self._model)
         return step
 
     def _find(self, resume: bool | str | Path, accept_changes: Collection[str]) -> dict[str, Any]:
@@ -141,6 +144,7 @@ class RunSaver:
         return {
             "identity": self._identity,
             "tokenizer": self._tokenizer,
+            "base": self._bare.source,
             "num_processes": self._accelerator.num_processes,
             "eval_loss": self.eval_loss,
         }

@@ -4,6 +4,7 @@ The names are the bare model's whether it runs alone, on many processes, sharded
 `torch.distributed.checkpoint.state_dict` sees to that. All functions are collective: every process calls them.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,21 @@ def scatter_run(
                 restore_rng(saved)
             else:
                 set_seed(seed, device_specific=True)
+
+
+def reserve_staging(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have pinned memory ready for `gather_run`'s copies: page-locking it takes longer than a step.
+
+    PyTorch keeps pinned memory once it has been freed. Adam's moments are what is reckoned with.
+
+    Args:
+        accelerator: of the run.
+        model: as `prepare` returned it; on a GPU, else there is nothing to do.
+    """
+    if accelerator.device.type == "cuda" and accelerator.is_main_process:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with contextlib.suppress(RuntimeError):  # no more can be locked: copies will be slower
+            _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in range(3)]
 
 
 def check_files(path: Path, files: Files, bare: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.check import check_dataset
-from homebrew.data.loader import Batch, StepLoader
+from homebrew.data.loader import Batch, StepLoader, worker_errors
 from homebrew.errors import ConfigError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
@@ -168,9 +169,15 @@ class Trainer:
         """
         self._begin(resume, accept_changes)
         try:
-            with SignalWatch() as signals, Heartbeat(self.accelerator), explained(self.accelerator, self.batch):
-                agreement = Agreement(self.accelerator)
-                for micro_batches in self._loader.steps(self.step):
+            agreement = Agreement(self.accelerator)
+            with (
+                SignalWatch() as signals,
+                Heartbeat(self.accelerator),
+                explained(self.accelerator, self.batch),
+                worker_errors(self.config.loader_timeout_seconds),
+                closing(self._loader.steps(self.step)) as steps,
+            ):
+                for micro_batches in steps:
                     if self.step >= self.config.max_steps or self.should_stop:
                         break
                     loss, grad_norm = self._take_step(micro_batches)

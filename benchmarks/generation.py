@@ -1,0 +1,81 @@
+"""Tokens a second of text written by GPT-2 small in bfloat16: homebrew's generate against transformers'."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from alternating import DEVICE, Clock, Report, Side, Stretch, alternate
+from sides import hf_model, random_ids
+
+from homebrew import GPT, GPTConfig
+
+
+@dataclass
+class Options:
+    """Speed of sampling with top-k from random weights; each step of a stretch is a whole text."""
+
+    model: str = "gpt2"
+    """A preset."""
+    batches: tuple[int, ...] = (1, 32)
+    """Texts at once."""
+    prompt: int = 16
+    """Tokens given."""
+    new_tokens: int = 512
+    """Tokens written."""
+    top_k: int = 50
+    """Ids drawn from."""
+    compiled: bool = DEVICE.type == "cuda"
+    """Also time both sides' compiled ways."""
+    rounds: int = 3
+    """Stretches of each side."""
+    steps: int = 1
+    """Timed texts (or batches of them) in a stretch."""
+    json: Path | None = None
+    """A file to write the figures to."""
+
+
+def main(options: Options) -> None:
+    report = Report(options.json)
+    shape = GPTConfig.preset(options.model)
+    ours = GPT(shape).to(DEVICE, torch.bfloat16).eval()
+    theirs = hf_model(shape).to(DEVICE, torch.bfloat16).eval()
+    theirs.generation_config.eos_token_id = None  # random weights would end a text early
+    theirs.generation_config.pad_token_id = 0
+    for batch in options.batches:
+        prompt = random_ids(batch * options.prompt, shape.vocab_size).view(batch, -1).to(DEVICE)
+        sampling = {"top_k": options.top_k}
+
+        def write(model: Any, prompt: torch.Tensor = prompt, **how: Any) -> Callable[[], Stretch]:
+            def text() -> None:
+                count = {"max_new_tokens": options.new_tokens}
+                with torch.no_grad():
+                    written = model.generate(prompt, **count, **how)
+                if written.shape[1] != options.prompt + options.new_tokens:
+                    raise SystemExit(f"{written.shape[1]} tokens were written instead of {options.new_tokens}.")
+
+            def stretch(clock: Clock) -> None:
+                text()
+                while not clock.tick():
+                    text()
+
+            return lambda: stretch
+
+        hf = {**sampling, "do_sample": True, "use_cache": True}
+        sides = []
+        if options.compiled:
+            sides += [Side("homebrew, compile=True", write(ours, **sampling, compile=True))]
+        sides += [Side("homebrew", write(ours, **sampling)), Side("transformers", write(theirs, **hf))]
+        if options.compiled:
+            static = write(theirs, **hf, cache_implementation="static")
+            sides += [Side("transformers, static cache, compiled", static)]
+        measured = alternate(sides, rounds=options.rounds, steps=options.steps)
+        title = f"{options.model}, bfloat16, {DEVICE.type}: {batch} × ({options.prompt} + {options.new_tokens}) tokens"
+        report.add_rates(title, measured, per_step=batch * options.new_tokens)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,45 @@
+"""`homebrew export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from homebrew.errors import ConfigError
+
+
+@dataclass
+class Export:
+    """Write a model as Hugging Face's transformers opens it, with its tokenizer.
+
+    AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") open the folder directly. An adapter is merged.
+    What was written is read again and compared.
+    """
+
+    checkpoint: Positional[str]
+    """A run's folder (its newest checkpoint) or a checkpoint."""
+    folder: Positional[Path | None] = None
+    """Where to; files of the same names are replaced."""
+    base: str | None = None
+    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
+    push_to_hub: str | None = None
+    """Upload to this repository, user/name; log in first with `hf auth login`."""
+    private: bool = False
+    """Make the repository private, if it has to be made."""
+    no_tokenizer: bool = False
+    """Leave the tokenizer out, for one that transformers' GPT-2 cannot have."""
+
+    def run(self) -> None:
+        """Do it."""
+        if self.folder is None and self.push_to_hub is None:
+            raise ConfigError("Say where to: a folder, --push-to-hub, or both.")
+        from homebrew.training.saved import load_run_model
+
+        model, tokenizer = load_run_model(self.checkpoint, base=self.base)
+        chosen = None if self.no_tokenizer else tokenizer
+        if self.folder is not None:
+            model.save_pretrained(self.folder, chosen)
+            print(f"{self.folder} is written, and reads as it was written. To try it:")
+            print(f"  transformers.pipeline('text-generation', {str(self.folder)!r})('Once')")
+        if self.push_to_hub is not None:
+            print(model.push_to_hub(self.push_to_hub, chosen, private=self.private or None))

@@ -1,0 +1,106 @@
+"""`homebrew sample`."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional, UseAppendAction
+
+from homebrew.cli.opened import Dtype, open_model
+
+if TYPE_CHECKING:
+    from homebrew.data.tokenizer import Tokenizer
+    from homebrew.model.gpt import GPT
+
+
+@dataclass
+class Sample:
+    """Let a model write: on from --prompt, or in turns with you.
+
+    Without --prompt each line you type is added to the text so far and the model goes on from there, up to an empty
+    line or --stop; Ctrl-D ends it. Text comes as it is written.
+    """
+
+    checkpoint: Positional[str]
+    """A run's folder (its newest checkpoint), a checkpoint, or a folder or hub repository in transformers' format."""
+    base: str | None = None
+    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
+    prompt: str | None = None
+    """Text to go on from; it is written too."""
+    max_new_tokens: int = 200
+    """Tokens to write, each turn, at most."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 is more careful, 0 always takes the likeliest token."""
+    top_k: int | None = 50
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the likeliest tokens that together reach this probability only."""
+    min_p: float | None = None
+    """Draw from tokens at least this fraction as probable as the likeliest only."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that already occur less likely."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """End before this text; can be given several times."""
+    seed: int | None = None
+    """Of the choice; without one each run differs."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto is the first accelerator there is."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto is bfloat16 on a GPU that has it, else float32."""
+
+    def run(self) -> None:
+        """Do it."""
+        model, tokenizer = open_model(self.checkpoint, self.device, self.dtype, base=self.base)
+        if self.prompt is not None:
+            _show(self.prompt)
+            for piece in self._write(model, tokenizer, self.prompt, self.stop, self.seed):
+                _show(piece)
+            _show("\n")
+        else:
+            self._converse(model, tokenizer)
+
+    def _converse(self, model: "GPT", tokenizer: "Tokenizer") -> None:
+        ask = "> " if sys.stdin.isatty() else ""
+        text, turn = "", 0
+        while True:
+            try:
+                text += input(ask) + "\n"
+            except EOFError:
+                return
+            for piece in self._write(
+                model, tokenizer, text, self.stop or ("\n\n",), None if self.seed is None else self.seed + turn
+            ):
+                _show(piece)
+                text += piece
+            _show("\n")
+            text += "\n\n"
+            turn += 1
+
+    def _write(
+        self, model: "GPT", tokenizer: "Tokenizer", text: str, stop: tuple[str, ...], seed: int | None
+    ) -> Iterator[str]:
+        from homebrew.model.sampling import Sampling
+        from homebrew.model.text import generate_text
+
+        sampling = Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+        return generate_text(
+            model,
+            tokenizer,
+            text or "\n",  # a model needs a token to begin with
+            self.max_new_tokens,
+            sampling,
+            stop=stop,
+            eos_token_id=tokenizer.end_of_text_id,
+            seed=seed,
+        )
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)

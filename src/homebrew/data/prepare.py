@@ -1,0 +1,98 @@
+"""Texts of any size to a token file, a piece at a time."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from homebrew.data.shards import TokenHeader, write_tokens
+from homebrew.data.tokenizer import Tokenizer, get_tokenizer
+from homebrew.errors import DataError
+
+PIECE_CHARACTERS = 2**22
+"""Read and encoded at once; what tiktoken needs for them is some hundred MB."""
+
+_CUT = re.compile(r"(?<=\S)\n")
+"""No token of GPT-2 goes across a line's end that follows a word: its pattern takes white space into the next."""
+
+
+def prepare(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    tokenizer: str = "gpt2",
+    piece_characters: int = PIECE_CHARACTERS,
+) -> TokenHeader:
+    """Write the tokens of texts, one after the other, to a token file.
+
+    Where the tokenizer has an end-of-text id it stands between two texts. The tokens of one text are those of
+    encoding it at once.
+
+    Args:
+        paths: UTF-8 text files.
+        output: the token file; one that is there is replaced.
+        tokenizer: "gpt2", "bytes" or "char" (the characters that occur in the texts).
+        piece_characters: read at once.
+
+    Returns:
+        The file's header.
+
+    Raises:
+        DataError: a file cannot be read as UTF-8 text, all are empty, or `output` cannot be written.
+    """
+    num_bytes, alphabet = 0, set[str]()
+    for path in paths:
+        for piece in text_pieces(path, piece_characters):
+            num_bytes += len(piece.encode())
+            if tokenizer == "char":
+                alphabet.update(piece)
+    if not num_bytes:
+        raise DataError(f"{', '.join(map(str, paths)) or 'No file'}: there is no text to prepare.")
+    chosen = get_tokenizer(tokenizer, text="".join(alphabet))
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return write_tokens(
+        output,
+        _encoded(paths, chosen, piece_characters),
+        vocab_size=chosen.vocab_size,
+        tokenizer_json=chosen.to_json(),
+        num_text_bytes=num_bytes,
+        source=f"the file {paths[0]}{more}",
+    )
+
+
+def text_pieces(path: str | Path, piece_characters: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """A text in pieces that can be encoded one by one.
+
+    Args:
+        path: a UTF-8 text file.
+        piece_characters: read at once.
+
+    Yields:
+        Pieces that together are the text, cut before line ends; none is empty.
+
+    Raises:
+        DataError: the file cannot be read as UTF-8 text.
+    """
+    held = ""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            while new := file.read(piece_characters):
+                held += new
+                *_, cut = [0, *(match.start() for match in _CUT.finditer(held))]
+                if cut:
+                    yield held[:cut]
+                    held = held[cut:]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.") from error
+    if held:
+        yield held
+
+
+def _encoded(paths: Sequence[str | Path], tokenizer: Tokenizer, piece_characters: int) -> Iterator[NDArray[np.int64]]:
+    for number, path in enumerate(paths):
+        if number and tokenizer.end_of_text_id is not None:
+            yield np.array([tokenizer.end_of_text_id])
+        for piece in text_pieces(path, piece_characters):
+            yield tokenizer.encode(piece)

@@ -1,0 +1,149 @@
+"""A trained model and its tokenizer, opened from wherever they are: a run, a checkpoint, transformers' format."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_json
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, TokenizerError
+from homebrew.model.config import GPTConfig
+from homebrew.model.gpt import GPT
+from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint, load_adapter_state_dict
+from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.manifest import Checkpoint, open_checkpoint
+from homebrew.training.state import EMBEDDING, TIED
+
+MODEL_FILE = "model"
+ADAPTER_FILE = "adapter"
+
+
+def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tuple[GPT, Tokenizer | None]:
+    """A model on the CPU, in evaluation mode, and the tokenizer it was trained with.
+
+    Args:
+        source: a run's folder, whose newest whole checkpoint is taken; a checkpoint's folder; or a folder or a hub
+            repository in transformers' GPT-2 format. That format does not say in a form we read which tokenizer
+            it was: where the vocabulary is no smaller than GPT-2's, it is taken to be GPT-2's.
+        base: for a checkpoint that holds an adapter only, where the weights below it are; where the run had them
+            from if not given.
+
+    Returns:
+        The model, and the tokenizer, None where there is none or it is not known.
+
+    Raises:
+        CheckpointError: the run has no whole checkpoint, or an adapter's base is not there or another.
+        CorruptCheckpoint: the checkpoint's files are not the ones it was saved with, or do not fit together.
+        ModelError: there is nothing of the name, or it is not a GPT-2.
+    """
+    folder = Path(source)
+    if (folder / "checkpoints").is_dir():
+        model, tokenizer = _open(_newest(folder), base)
+    elif folder.name.startswith("step-") or (folder / "manifest.json").exists():
+        model, tokenizer = _open(open_checkpoint(folder), base)
+    else:
+        model = GPT.from_pretrained(source)
+        tokenizer = GPT2Tokenizer() if model.config.vocab_size >= GPT2Tokenizer.vocab_size else None
+    model.source = str(source)
+    return model, tokenizer
+
+
+def _newest(folder: Path) -> Checkpoint:
+    checkpoint, passed_over = CheckpointStore(folder).latest()
+    if checkpoint is None:
+        reasons = " ".join(passed_over) or "None has been saved yet."
+        raise CheckpointError(f"The run in {folder} has no whole checkpoint. {reasons}")
+    for reason in passed_over:
+        warnings.warn(f"Passed over a checkpoint: {reason}", stacklevel=3)
+    return checkpoint
+
+
+def _open(checkpoint: Checkpoint, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
+    saved = checkpoint.state.get("tokenizer")
+    model = _adapted_model(checkpoint, base) if ADAPTER_FILE in checkpoint.names else checkpoint_model(checkpoint)
+    return model, None if saved is None else _tokenizer(saved, checkpoint)
+
+
+def _tokenizer(saved: Any, checkpoint: Checkpoint) -> Tokenizer:  # noqa: ANN401 - whatever the file holds
+    try:
+        return tokenizer_from_json(saved)
+    except TokenizerError:  # it is a tokenizer of ours, but its vocabulary is not at hand
+        raise
+    except (AttributeError, TypeError, DataError) as error:
+        raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe a tokenizer: {error}") from error
+
+
+def checkpoint_model(checkpoint: Checkpoint) -> GPT:
+    """The model of a checkpoint, on the CPU, in evaluation mode and float32.
+
+    Raises:
+        CorruptCheckpoint: its state does not describe a model, or its tensors are not that model's.
+    """
+    config = _config(checkpoint)
+    path = checkpoint.path / f"{MODEL_FILE}.safetensors"
+    if MODEL_FILE not in checkpoint.names:
+        raise CorruptCheckpoint(f"{checkpoint.path} has no {path.name}: there are no weights in it.")
+    tensors = checkpoint.tensors(MODEL_FILE)
+    if config.n_layer > len(tensors):  # before a model of that size is built
+        raise CorruptCheckpoint(f"{path} has {len(tensors)} tensors, too few for n_layer={config.n_layer}.")
+    with torch.device("meta"):
+        model = GPT(config)
+    _check_tensors(path, tensors, {name: t for name, t in model.state_dict().items() if name != TIED})
+    state = {name: tensor.float() for name, tensor in tensors.items()}
+    model.load_state_dict(state | {TIED: state[EMBEDDING]}, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight
+    return model.eval()
+
+
+def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
+    """The base, from where it is, and on it the adapter, which is all that the checkpoint holds."""
+    source = base or checkpoint.state.get("base")
+    if not isinstance(source, str | Path):
+        raise CheckpointError(
+            f"{checkpoint.path} holds an adapter only, and does not say where its base is: give the base's folder, "
+            f"run or repository."
+        )
+    path = checkpoint.path / f"{ADAPTER_FILE}.safetensors"
+    identity = checkpoint.state.get("identity")
+    described = identity.get("adapter") if isinstance(identity, dict) else None
+    try:
+        shape = dict(described)  # type: ignore[arg-type]  # whatever it is, LoRAConfig judges it
+        expected = shape.pop("base_sha256")
+        config = LoRAConfig(**shape | {"target_modules": tuple(shape["target_modules"])})
+    except (TypeError, ValueError, KeyError) as error:
+        raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe an adapter: {error!r}") from error
+    model, _ = load_run_model(source)
+    add_lora(model, config)
+    if (found := base_fingerprint(model)) != expected:
+        raise CheckpointError(
+            f"The weights of {source} have SHA-256 {found}, but the adapter in {checkpoint.path} was trained on "
+            f"{expected}: give the base it was trained on."
+        )
+    _check_tensors(path, tensors := checkpoint.tensors(ADAPTER_FILE), adapter_state_dict(model))
+    load_adapter_state_dict(model, tensors)
+    return model.eval()
+
+
+def _config(checkpoint: Checkpoint) -> GPTConfig:
+    identity = checkpoint.state.get("identity")
+    shape = identity.get("model") if isinstance(identity, dict) else None
+    try:
+        return GPTConfig(**shape)  # type: ignore[arg-type]  # whatever it is, GPTConfig judges it
+    except (TypeError, ConfigError) as error:
+        raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe a model: {error}") from error
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Any]) -> None:
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise CorruptCheckpoint(f"{path} has no tensor {name}, which its model has.")
+        if name not in expected:
+            raise CorruptCheckpoint(f"{path} has a tensor {name}, which its model has not.")
+        found, needed = tensors[name], tuple(expected[name].shape)
+        if tuple(found.shape) != needed or not found.is_floating_point():
+            raise CorruptCheckpoint(
+                f"{path}: {name} is {found.dtype} of shape {tuple(found.shape)}, but its model's is of {needed}."
+            )

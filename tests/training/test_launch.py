@@ -1,0 +1,20 @@
+"""The Accelerator of a run."""
+
+import pytest
+import torch
+
+from homebrew import TrainerConfig
+from homebrew.training.launch import build_accelerator
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="is about CPUs")
+@pytest.mark.parametrize(("has_instructions", "expected"), [(True, "bf16"), (False, "no")])
+def test_a_cpu_that_multiplies_bf16_does(tmp_path, monkeypatch, has_instructions, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
+    assert build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1)).mixed_precision == expected
+
+
+def test_the_launcher_s_precision_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1)).mixed_precision == "no"

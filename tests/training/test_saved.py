@@ -1,0 +1,149 @@
+import pytest
+import torch
+
+from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
+from homebrew.errors import CheckpointError, CorruptCheckpoint, ModelError
+from homebrew.model.lora import LoRAConfig
+from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.saved import load_run_model
+
+SHAPE = {"block_size": 8, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0}
+TEXT = "Now is the winter of our discontent made glorious summer by this sun of York. " * 10
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    dataset = TokenDataset.from_text(TEXT, 8, tokenizer="char")
+    shape = GPTConfig(**SHAPE | {"vocab_size": dataset.vocab_size})
+    folder = tmp_path_factory.mktemp("run")
+    config = TrainerConfig(output_dir=folder, max_steps=4, save_every=2, micro_batch_size=4, compile=False)
+    trainer = Trainer(shape, dataset, config=config)
+    trainer.train()
+    return trainer
+
+
+def test_a_runs_newest_checkpoint_is_the_model_that_was_trained(trainer):
+    for source in (trainer.config.output_dir, trainer.config.output_dir / "checkpoints" / "step-00000004"):
+        model, tokenizer = load_run_model(source)
+        assert tokenizer.to_json() == trainer.train_dataset.tokenizer.to_json()
+        assert model.config == trainer.model.config
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert not model.training
+        for name, tensor in trainer.model.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name])
+    earlier, _ = load_run_model(trainer.config.output_dir / "checkpoints" / "step-00000002")
+    assert not torch.equal(earlier.lm_head.weight, trainer.model.lm_head.weight)
+
+
+def saved(folder, edit=lambda tensors: None, state=None, file="model"):
+    """A checkpoint of an untrained model, changed before it is sealed."""
+    tensors = {name: t.clone() for name, t in GPT(GPTConfig(**SHAPE)).state_dict().items() if name != "lm_head.weight"}
+    edit(tensors)
+    store = CheckpointStore(folder)
+    store.prepare()
+    return store.save(1, {file: tensors}, {"identity": {"model": SHAPE}, "tokenizer": None} | (state or {}))
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path):
+    model, tokenizer = load_run_model(saved(tmp_path))
+    assert tokenizer is None
+    assert torch.equal(model.lm_head.weight, GPT(GPTConfig(**SHAPE)).lm_head.weight)
+
+
+BIAS = "transformer.h.1.mlp.c_fc.bias"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(BIAS), f"no tensor {BIAS}"),
+        (lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(16)}), r"a tensor transformer\.h\.2\.ln_1\.bias"),
+        (lambda t: t.update({BIAS: torch.zeros(63)}), rf"{BIAS} is torch\.float32 of shape \(63,\).*\(64,\)"),
+        (lambda t: t.update({BIAS: torch.zeros(64, dtype=torch.int32)}), rf"{BIAS} is torch\.int32"),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_named(tmp_path, edit, message):
+    with pytest.raises(CorruptCheckpoint, match=rf"model\.safetensors.*{message}"):
+        load_run_model(saved(tmp_path, edit))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"identity": None},
+        {"identity": {}},
+        {"identity": {"model": [1]}},
+        {"identity": {"model": SHAPE | {"n_embd": 15}}},
+        {"identity": {"model": SHAPE | {"colour": "red"}}},
+        {"identity": {"model": SHAPE | {"dropout": "high"}}},
+        {"identity": {"model": SHAPE | {"n_layer": 10**9}}},
+        {"tokenizer": "gpt2"},
+        {"tokenizer": {"name": "char"}},
+        {"tokenizer": {"name": "char", "alphabet": 5}},
+    ],
+)
+def test_a_state_that_describes_no_model_is_refused(tmp_path, state):
+    with pytest.raises(CorruptCheckpoint, match=r"state\.json|n_layer=1000000000"):
+        load_run_model(saved(tmp_path, state=state))
+
+
+def test_a_checkpoint_without_weights(tmp_path):
+    with pytest.raises(CorruptCheckpoint, match=r"no model\.safetensors"):
+        load_run_model(saved(tmp_path, file="optimizer"))
+
+
+def test_damage_is_passed_over_in_a_run_and_an_error_in_a_checkpoint(tmp_path):
+    good, damaged = saved(tmp_path), tmp_path / "checkpoints" / "step-00000002"
+    damaged.mkdir()
+    with pytest.warns(UserWarning, match=r"Passed over.*step-00000002"):
+        load_run_model(tmp_path)
+    with pytest.raises(CorruptCheckpoint, match=r"manifest\.json"):
+        load_run_model(damaged)
+    (good / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint.*model\.safetensors"):
+        load_run_model(tmp_path)
+
+
+def test_transformers_format_comes_with_gpt2s_tokenizer_where_the_vocabulary_allows(tmp_path):
+    for vocab_size, name in ((50_257, "gpt2"), (300, None)):
+        model = GPT(GPTConfig(**SHAPE | {"vocab_size": vocab_size}))
+        model.save_pretrained(tmp_path)
+        opened, tokenizer = load_run_model(tmp_path)
+        assert torch.equal(opened.lm_head.weight, model.lm_head.weight)
+        assert (tokenizer and tokenizer.name) == name
+
+
+def test_nothing_of_that_name(tmp_path):
+    with pytest.raises(ModelError, match="no folder"):
+        load_run_model(tmp_path / "none")
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A run that trained an adapter on weights in a folder, and its model."""
+    base = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=16))
+    base.save_pretrained(tmp_path / "base")
+    model = GPT.from_pretrained(tmp_path / "base", lora=LoRAConfig(rank=2))
+    data = TokenDataset.from_text("To be, or not to be. " * 20, 16, tokenizer="bytes")
+    config = TrainerConfig(output_dir=tmp_path / "run", max_steps=2, micro_batch_size=2, learning_rate=1e-2)
+    Trainer(model, data, config=config).train()
+    return tmp_path, model.eval()
+
+
+def test_a_run_that_trained_an_adapter_opens_on_its_base(adapted):
+    folder, trained = adapted
+    model, tokenizer = load_run_model(folder / "run")
+    ids = torch.randint(0, 256, (2, 16))
+    assert torch.equal(model(ids), trained(ids))
+    assert tokenizer.name == "bytes"
+    moved, _ = load_run_model(folder / "run", base=(folder / "base").rename(folder / "moved"))
+    assert torch.equal(moved(ids), trained(ids))
+
+
+def test_an_adapter_is_not_put_on_another_base(adapted):
+    folder, _ = adapted
+    GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=16), seed=7).save_pretrained(
+        folder / "base"
+    )
+    with pytest.raises(CheckpointError, match="was trained on"):
+        load_run_model(folder / "run")
