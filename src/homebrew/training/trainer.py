@@ -108,10 +108,7 @@ class Trainer:
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
         compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._optimizer = optimizer or adamw(
-            self.model,
-            learning_rate=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
+            self.model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self._peak_lrs = [group["lr"] for group in self._optimizer.param_groups]
         self._wrapped, self._prepared_optimizer = accelerator.prepare(self.model, self._optimizer)
