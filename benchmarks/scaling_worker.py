@@ -83,7 +83,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def trainer_of(task: dict[str, Any], callback: Callback, folder: str, **settings: Any) -> Trainer:  # noqa: ANN401
+def trainer_of(task: dict[str, Any], callback: Callback, folder: str, **settings: Any) -> Trainer:
     shape = GPTConfig.preset(task["model"], block_size=task["block_size"])
     ids = torch.randint(shape.vocab_size, (8 * task["tokens"] + 1,), generator=torch.Generator().manual_seed(0))
     return Trainer(
