@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import ClassVar
 
 import torch
 from rich.console import Console
@@ -36,6 +37,9 @@ class Clock:
         steps: steps that are.
     """
 
+    timer: ClassVar[Callable[[], float]] = perf_counter
+    """Where the seconds come from."""
+
     def __init__(self, warmup: int, steps: int) -> None:
         self.warmup = warmup
         self.steps = steps
@@ -48,10 +52,10 @@ class Clock:
         self._taken += 1
         if self._taken == self.warmup:
             synchronize()
-            self._began = perf_counter()
+            self._began = Clock.timer()
         elif self._taken == self.warmup + self.steps:
             synchronize()
-            self.seconds = (perf_counter() - self._began) / self.steps
+            self.seconds = (Clock.timer() - self._began) / self.steps
             return True
         return False
 

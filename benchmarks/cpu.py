@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from time import process_time
 
 import torch
 import tyro
-from alternating import DEVICE, Report, Side, alternate, matmul_peak
+from alternating import DEVICE, Clock, Report, Side, alternate
 from sides import bare_loop, homebrew_trainer, nanogpt_loop, random_ids
 
 from homebrew import GPT, GPTConfig
@@ -29,6 +30,8 @@ class Options:
     """Stretches of each side."""
     steps: int = 20
     """Timed steps in a stretch; ten times as many for shakespeare_char's small one."""
+    processor_time: bool = False
+    """One thread, and its own time instead of the wall's: for a machine that does other work meanwhile."""
     json: Path | None = None
     """A file to write the figures to."""
 
@@ -36,19 +39,19 @@ class Options:
 def main(options: Options) -> None:
     if DEVICE.type != "cpu":
         raise SystemExit("Hide the GPU (CUDA_VISIBLE_DEVICES=) to time the CPU.")
+    if options.processor_time:
+        torch.set_num_threads(1)
+        Clock.timer = process_time
     report = Report(options.json)
-    peak = matmul_peak()
-    report.facts["matrix products (2048³, float32)"] = f"{peak / 1e9:.0f} GFLOP/s"
     for name in options.models:
         shape, batch = SHAPES[name]
         ids = random_ids(200_000, shape.vocab_size)
         theirs = "nanoGPT" if options.nanogpt else "nanoGPT (rewritten)"
-        tokens = batch * shape.block_size
         sides = [
             Side("homebrew", lambda s=shape, b=batch, i=ids: homebrew_trainer(GPT(s), i, micro_batch_size=b)),
             Side(theirs, lambda s=shape, b=batch, i=ids: nanogpt_loop(options.nanogpt, s, i, micro_batch=b)),
             Side(
-                "bare loop",
+                "bare loop, float32",
                 lambda s=shape, b=batch, i=ids: bare_loop(
                     GPT(s), i, micro_batch=b, compile_model=False, autocast=False
                 ),
@@ -56,9 +59,9 @@ def main(options: Options) -> None:
         ]
         scale = 10 if name == "shakespeare_char" else 1
         measured = alternate(sides, rounds=options.rounds, steps=scale * options.steps, warmup=3)
-        flops = GPT(shape).flops_per_token() * tokens
-        title = f"{name}: {batch} × {shape.block_size} tokens a step"
-        report.add_rates(title, measured, per_step=1, unit="steps/s", flops_per_step=flops, peak=peak)
+        clock = "processor time of one thread" if options.processor_time else "wall time"
+        title = f"{name}: {batch} × {shape.block_size} tokens a step, {clock}"
+        report.add_rates(title, measured, per_step=1, unit="steps/s")
     report.finish()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from alternating import DEVICE, Clock, Stretch
 from plain_gpt import PlainGPT
 from torch import Tensor, nn
@@ -51,6 +52,13 @@ def temporary_folder() -> Path:
     return folder
 
 
+def fresh_accelerate() -> None:
+    """Forget what the last Trainer, ours or theirs, told Accelerate's process-wide state and environment."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
 # --- homebrew
 
 
@@ -67,6 +75,7 @@ class _Ticking(Callback):
 
 def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> Stretch:
     """`Trainer.train` as a user calls it, with the settings a user gets."""
+    fresh_accelerate()
     ticking = _Ticking()
     folder = temporary_folder()
     dataset = TokenDataset.from_tokens(ids, model.config.block_size, vocab_size=model.config.vocab_size)
@@ -162,8 +171,9 @@ def bare_loop(
     return plain_loop(loss_of, model, optimizer, batches, accumulation=accumulation, autocast=autocast)
 
 
-def seed_loop(shape: GPTConfig, ids: Tensor, *, micro_batch: int = 8, accumulation: int, on_gpu: bool) -> Stretch:
+def seed_loop(shape: GPTConfig, ids: Tensor, *, micro_batch: int = 8, accumulation: int) -> Stretch:
     """The last cells of the notebook homebrew grew out of: it waits for the device at every step."""
+    on_gpu = DEVICE.type == "cuda"
     model = PlainGPT(shape).to(DEVICE)
     batches = device_batches(ids, shape.block_size, micro_batch)
     loop = plain_loop(
@@ -286,6 +296,7 @@ def hf_trainer(
     """Hugging Face's Trainer: bfloat16 and torch_compile on a GPU, fused AdamW."""
     import transformers
 
+    fresh_accelerate()
     on_gpu = DEVICE.type == "cuda"
     folder = temporary_folder()
 
@@ -348,8 +359,12 @@ def llmc(folder: Path, shape: GPTConfig, ids: Tensor, *, micro_batch: int, accum
             "-r": 0,  # recompute nothing
             "-c": 0.1,
             "-l": SETTINGS["lr"],
-            "-v": 0,
+            "-v": 1_000_000,  # it divides by this
+            "-m": 1,
             "-s": 0,
+            "-h": 0,
+            "-n": 0,
+            "-z": 0,
         }
         command = [str(folder / "train_gpt2cu"), *(str(word) for pair in flags.items() for word in pair)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ, check=False)
