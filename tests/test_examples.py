@@ -54,3 +54,15 @@ def test_from_a_notebook(tmp_path, processes):
     assert f" × {processes}, " in done.stdout
     assert done.stdout.count("ROMEO:") == 1
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+
+
+@pytest.mark.slow
+def test_speed_ladder(tmp_path):
+    options = ["--block-size", "8", "--steps", "1", "--plot", tmp_path / "ladder.png"]
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "speed_ladder.py", *map(str, options)], capture_output=True, text=True, check=True
+    )
+    rungs = [line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│")]
+    assert rungs[0] == "float32"
+    assert rungs[-1] == "fused head and loss"
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
