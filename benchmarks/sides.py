@@ -359,8 +359,12 @@ def llmc(folder: Path, shape: GPTConfig, ids: Tensor, *, micro_batch: int, accum
             "-r": 0,  # recompute nothing
             "-c": 0.1,
             "-l": SETTINGS["lr"],
-            "-v": 0,
+            "-v": 1_000_000,  # it divides by this
+            "-m": 1,
             "-s": 0,
+            "-h": 0,
+            "-n": 0,
+            "-z": 0,
         }
         command = [str(folder / "train_gpt2cu"), *(str(word) for pair in flags.items() for word in pair)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ, check=False)

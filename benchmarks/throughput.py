@@ -75,7 +75,7 @@ def sides(shape: GPTConfig, options: Options) -> list[Side]:
         ),
     }
     if options.llmc is not None:
-        folder = options.llmc
+        folder = options.llmc.resolve()
         found["llmc"] = Side("llm.c", lambda: llmc(folder, shape, ids, micro_batch=batch, accumulation=accumulation))
     return [side for key, side in found.items() if key not in options.without]
 

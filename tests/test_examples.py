@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,37 @@ def test_finetune_lora(tmp_path):
     assert "ROMEO:" in done.stdout
     model = GPT.from_pretrained(base)
     load_adapter(model, out / "adapter")
+
+
+NOTEBOOK = """
+import sys
+from pathlib import Path
+from accelerate import notebook_launcher
+from notebook import train
+folder, processes, port = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+notebook_launcher(train, args=(folder / "run", folder / "text.txt", 3), num_processes=processes, use_port=port)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_from_a_notebook(tmp_path, processes):
+    (tmp_path / "text.txt").write_text("ROMEO:\nTo be, or not to be: that is the question.\n" * 200)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK, str(tmp_path), str(processes), port],
+        cwd=EXAMPLES,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f" × {processes}, " in done.stdout
+    assert done.stdout.count("ROMEO:") == 1
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
 
 
 @pytest.mark.slow

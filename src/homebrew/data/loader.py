@@ -22,8 +22,9 @@ Batch = tuple[Tensor, Tensor]
 RESIDENT_BYTES = 2 * 1024**3
 """A `TokenDataset` of at most this size is trained on from the GPU's own memory."""
 
-SAMPLES_AT_ONCE = 4_096
-"""Samples whose order is worked out at the same time."""
+
+IDS_AT_ONCE = 4096
+"""Sample ids worked out, and sent to the device, at a time: one small step's at a time take longer than the step."""
 
 
 class StepLoader:
@@ -70,19 +71,16 @@ class StepLoader:
         self._read = reader(dataset, device, num_workers, timeout_seconds, vocab_size)
 
     def sample_ids(self, step: int, num_steps: int = 1) -> NDArray[np.int64]:
-        """The samples of `num_steps` steps from `step` on, over all ranks, (num_steps · global_batch_size,)."""
-        first = step * self._global_batch_size
-        positions = np.arange(first, first + num_steps * self._global_batch_size, dtype=np.int64)
-        return sample_indices(positions, self._num_samples, self._seed)
+        """The samples of a step and of those after it, over all ranks, (num_steps · global_batch_size,)."""
+        first, count = step * self._global_batch_size, num_steps * self._global_batch_size
+        return sample_indices(np.arange(first, first + count, dtype=np.int64), self._num_samples, self._seed)
 
     def steps(self, first_step: int) -> Generator[list[Batch]]:
         """This rank's micro-batches of `first_step` and of every step after it."""
-        # A call costs half a millisecond however few samples it is for.
-        at_once = max(1, SAMPLES_AT_ONCE // self._global_batch_size)
+        num_steps = max(1, IDS_AT_ONCE // self._global_batch_size)
         batches = self._read(
-            ids
-            for step in count(first_step, at_once)
-            for ids in self.sample_ids(step, at_once).reshape(self._shape)[:, self._rank]
+            self.sample_ids(step, num_steps).reshape(self._shape)[:, self._rank]
+            for step in count(first_step, num_steps)
         )
         while True:
             yield [next(batches) for _ in range(self._accumulation)]
@@ -115,7 +113,7 @@ def eval_batches(
     num_batches = -(-samples // (micro_batch_size * num_ranks))
     positions = np.arange(num_batches * num_ranks * micro_batch_size)
     mine = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
-    batches = reader(dataset, device, 0, 0.0, vocab_size)(iter(np.minimum(mine, samples - 1)))
+    batches = reader(dataset, device, 0, 0.0, vocab_size)(iter([np.minimum(mine, samples - 1)]))
     for row, (input_ids, targets) in zip(mine, batches, strict=True):
         scored = int((row < samples).sum())
         if scored < micro_batch_size:
@@ -125,27 +123,28 @@ def eval_batches(
 
 
 Reader = Callable[[Iterator[NDArray[np.int64]]], Iterator[Batch]]
+"""Turns blocks of sample ids, (n, B), into batches on the device, one for each row."""
 
 
 def reader(
     dataset: Dataset[Any], device: torch.device, num_workers: int, timeout_seconds: float, vocab_size: int
 ) -> Reader:
-    """How rows of sample ids become batches on the device."""
+    """How a dataset is read."""
     if isinstance(dataset, TokenDataset):
-        return lambda rows: _gather(dataset, rows, device)
-    return lambda rows: _load(dataset, rows, device, num_workers, timeout_seconds, vocab_size)
+        return lambda blocks: _gather(dataset, blocks, device)
+    return lambda blocks: _load(dataset, blocks, device, num_workers, timeout_seconds, vocab_size)
 
 
-def _gather(dataset: TokenDataset, rows: Iterator[NDArray[np.int64]], device: torch.device) -> Iterator[Batch]:
-    for row in rows:
-        indices = _send(torch.from_numpy(row), dataset.device)
-        input_ids, targets = dataset.batch(indices)
-        yield _send(input_ids, device), _send(targets, device)
+def _gather(dataset: TokenDataset, blocks: Iterator[NDArray[np.int64]], device: torch.device) -> Iterator[Batch]:
+    for block in blocks:
+        for indices in _send(torch.from_numpy(block), dataset.device):
+            input_ids, targets = dataset.batch(indices)
+            yield _send(input_ids, device), _send(targets, device)
 
 
 def _load(
     dataset: Dataset[Any],
-    rows: Iterator[NDArray[np.int64]],
+    blocks: Iterator[NDArray[np.int64]],
     device: torch.device,
     num_workers: int,
     timeout_seconds: float,
@@ -153,7 +152,7 @@ def _load(
 ) -> Iterator[Batch]:
     loader = DataLoader(
         dataset,
-        batch_sampler=cast("Any", _Rows(rows)),
+        batch_sampler=cast("Any", _Rows(blocks)),
         collate_fn=_Collate(vocab_size),
         num_workers=num_workers,
         timeout=timeout_seconds if num_workers else 0,
@@ -192,11 +191,11 @@ def worker_errors(timeout_seconds: float) -> Iterator[None]:
 class _Rows:
     """Sample ids as the batch sampler a DataLoader takes."""
 
-    def __init__(self, rows: Iterator[NDArray[np.int64]]) -> None:
-        self._rows = rows
+    def __init__(self, blocks: Iterator[NDArray[np.int64]]) -> None:
+        self._blocks = blocks
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (row.tolist() for row in self._rows)
+        return (row.tolist() for block in self._blocks for row in block)
 
 
 class _Collate:
