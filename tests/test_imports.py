@@ -14,8 +14,8 @@ ORDER = """
 errors
 data.files data.sources data.tokenizer data.corpora data.shards data.tokens data.order data.dataset data.check
 data.loader data.hellaswag data.prepare
-model.config model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained model.export
-model.cache model.sampling model.generate model.text model.gpt
+model.config model.attention model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained
+model.export model.cache model.sampling model.generate model.text model.gpt
 training.schedule training.optim training.guard training.config training.launch training.compilation training.metrics
 training.meter training.collective training.files training.manifest training.tensors training.checkpoint training.rng
 training.state training.resume training.saver training.evaluation training.signals training.sharding

@@ -172,7 +172,7 @@ def attention(device: "torch.device") -> str:
     from torch.nn import functional as F
     from torch.nn.attention import sdpa_kernel
 
-    from homebrew.model.gpt import TRAINING_ATTENTION
+    from homebrew.model.attention import TRAINING_ATTENTION
 
     if device.type != "cuda":
         return "PyTorch's choice"

@@ -5,7 +5,6 @@ positions, tanh GELU, the head tied to the token embedding.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,10 +13,10 @@ from typing import Self, overload
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from homebrew.errors import ModelError
+from homebrew.model.attention import causal_attention
 from homebrew.model.cache import KeyValueCache, LayerCache
 from homebrew.model.config import GPTConfig
 from homebrew.model.export import ExportableTokenizer, push_folder, write_pretrained
@@ -27,13 +26,6 @@ from homebrew.model.loss import compute_dtype, head_loss
 from homebrew.model.mlp import mlp
 from homebrew.model.pretrained import open_pretrained
 from homebrew.model.sampling import Sampling
-
-TRAINING_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 class CausalSelfAttention(nn.Module):
@@ -54,11 +46,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             y = cache.attend(q, k, v)
         else:
-            # cuDNN's kernels are the fastest, but it plans each new shape anew; only training keeps to one.
-            with sdpa_kernel(TRAINING_ATTENTION, set_priority=True) if self.training else nullcontext():
-                y = F.scaled_dot_product_attention(
-                    q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-                )
+            y = causal_attention(q, k, v, dropout=self.dropout, training=self.training)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
