@@ -75,6 +75,8 @@ class Strike(Callback):
         self.step = trainer.step
         if self.where == "step" and self.step == self.at:
             threading.Timer(self.delay, self.strike).start()
+        if self.where == "save" and self.step > self.at + 2:
+            self.strike()  # the save had fewer operations
 
     def watch_writer(self):
         """Strike at an operation of the writer, before or after it."""

@@ -87,12 +87,12 @@ def unbroken(server, tmp_path_factory):
 
 def kills(rng, first_in_save, processes):
     """When to kill: in turn during a save and anywhere, later each time."""
-    steps = sorted(rng.sample(range(EVERY, STEPS, EVERY), KILLS))
+    steps = sorted(rng.sample(range(EVERY, STEPS - EVERY, EVERY), KILLS))
     for i, step in enumerate(steps):
         if (i % 2 == 0) == first_in_save:
-            yield 0, {"where": "save", "step": step, "operation": rng.randrange(80)}
+            yield 0, {"where": "save", "step": step, "operation": rng.randrange(240)}  # most have about as many
         else:
-            delay = rng.choice([0.0, rng.uniform(0, 0.01)])
+            delay = rng.choice([0.0, rng.uniform(0, 0.003)])
             yield rng.randrange(processes), {"where": "step", "step": step + rng.randrange(EVERY), "delay": delay}
 
 
