@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import CheckpointError, ConfigError
 from homebrew.model.gpt import GPT
 from homebrew.training.checkpoint import CheckpointStore
@@ -32,7 +33,7 @@ class RunSaver:
         guard: of the run's updates.
         config: the run's settings.
         identity: what decides the run's every step (`resume.identity`).
-        tokenizer: its JSON, for whoever opens a checkpoint without the dataset.
+        tokenizer: of the run's text, for whoever opens a checkpoint without the dataset.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class RunSaver:
         config: TrainerConfig,
         *,
         identity: dict[str, Any],
-        tokenizer: dict[str, Any] | None,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.eval_loss: float | None = None
         """Of the last evaluation; checkpoints are ranked by it."""
@@ -56,7 +57,7 @@ class RunSaver:
         self._guard = guard
         self._config = config
         self._identity = identity
-        self._tokenizer = tokenizer
+        self._tokenizer = None if tokenizer is None else tokenizer.to_json()
         self._store = CheckpointStore(config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every)
         self._saved_step: int | None = None
         self._found: Files = {}

@@ -125,16 +125,8 @@ class Trainer:
             spike_zscore=config.loss_spike_zscore,
         )
         tokenizer = getattr(self.train_dataset, "tokenizer", None)
-        self._saver = RunSaver(
-            accelerator,
-            self.model,
-            self._wrapped,
-            self._optimizer,
-            self._guard,
-            config,
-            identity=run,
-            tokenizer=None if tokenizer is None else tokenizer.to_json(),
-        )
+        saved = (self.model, self._wrapped, self._optimizer, self._guard)
+        self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=tokenizer)
         self._loader = StepLoader(
             self.train_dataset,
             seed=config.seed,
