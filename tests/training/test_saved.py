@@ -148,3 +148,9 @@ def test_an_adapter_is_not_put_on_another_base(adapted):
     )
     with pytest.raises(CheckpointError, match="was trained on"):
         load_run_model(folder / "run")
+
+
+def test_an_adapters_base_is_no_adapter(adapted):
+    folder, _ = adapted
+    with pytest.raises(CheckpointError, match="holds an adapter only"):
+        load_run_model(folder / "run", base=folder / "run")

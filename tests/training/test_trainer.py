@@ -355,6 +355,7 @@ def test_sample_decodes(tmp_path):
     assert said.startswith("To be")
     assert len(said) == 45
     assert said == trainer.sample("To be", max_new_tokens=40, seed=1)
+    assert len(trainer.sample(max_new_tokens=40, seed=1)) == 40
 
 
 def test_an_output_folder_that_holds_a_run(tmp_path):

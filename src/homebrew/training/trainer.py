@@ -330,9 +330,10 @@ class Trainer:
         tokenizer = getattr(self.train_dataset, "tokenizer", None)
         if tokenizer is None:
             raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
-        ids = list(tokenizer.encode(text or "\n"))
+        end = tokenizer.end_of_text_id
+        ids = list(tokenizer.encode(text or "\n")) if text or end is None else [end]
         written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
-        return str(tokenizer.decode(written))
+        return str(tokenizer.decode(written if text else written[1:]))
 
     @property
     def is_main_process(self) -> bool:
