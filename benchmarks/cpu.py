@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from time import process_time
 
 import torch
 import tyro
-from alternating import DEVICE, Clock, Report, Side, alternate
+from alternating import DEVICE, Report, Side, alternate, use_processor_time
 from sides import bare_loop, homebrew_trainer, nanogpt_loop, random_ids
 
 from homebrew import GPT, GPTConfig
@@ -31,7 +30,7 @@ class Options:
     steps: int = 20
     """Timed steps in a stretch; ten times as many for shakespeare_char's small one."""
     processor_time: bool = False
-    """One thread, and its own time instead of the wall's: for a machine that does other work meanwhile."""
+    """One thread, and its own time instead of the wall's: for a CPU that others use meanwhile."""
     json: Path | None = None
     """A file to write the figures to."""
 
@@ -40,8 +39,7 @@ def main(options: Options) -> None:
     if DEVICE.type != "cpu":
         raise SystemExit("Hide the GPU (CUDA_VISIBLE_DEVICES=) to time the CPU.")
     if options.processor_time:
-        torch.set_num_threads(1)
-        Clock.timer = process_time
+        use_processor_time()
     report = Report(options.json)
     for name in options.models:
         shape, batch = SHAPES[name]
@@ -59,8 +57,7 @@ def main(options: Options) -> None:
         ]
         scale = 10 if name == "shakespeare_char" else 1
         measured = alternate(sides, rounds=options.rounds, steps=scale * options.steps, warmup=3)
-        clock = "processor time of one thread" if options.processor_time else "wall time"
-        title = f"{name}: {batch} × {shape.block_size} tokens a step, {clock}"
+        title = f"{name}: {batch} × {shape.block_size} tokens a step"
         report.add_rates(title, measured, per_step=1, unit="steps/s")
     report.finish()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from alternating import DEVICE, GIB, Report, time_call
+from alternating import DEVICE, GIB, Report, time_call, use_processor_time
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,11 +29,15 @@ class Options:
     """Of the matrix products."""
     repeats: int = 10
     """Calls, of which the median counts."""
+    processor_time: bool = False
+    """One thread, and its own time instead of the wall's: for a CPU that others use meanwhile."""
     json: Path | None = None
     """A file to write the figures to."""
 
 
 def main(options: Options) -> None:
+    if options.processor_time:
+        use_processor_time()
     report = Report(options.json)
     plain_compiled = torch.compile(plain)
     rows = []

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from alternating import DEVICE, Report, Side, alternate
+from alternating import DEVICE, Report, Side, alternate, use_processor_time
 from sides import bare_loop, homebrew_trainer, random_ids
 
 from homebrew import GPT, GPTConfig
@@ -30,11 +30,15 @@ class Options:
     """Stretches of each side."""
     seconds: float = 3.0
     """About how long a stretch is."""
+    processor_time: bool = False
+    """One thread, and its own time instead of the wall's: for a CPU that others use meanwhile."""
     json: Path | None = None
     """A file to write the figures to."""
 
 
 def main(options: Options) -> None:
+    if options.processor_time:
+        use_processor_time()
     report = Report(options.json)
     on_gpu = DEVICE.type == "cuda"
     autocast = build_accelerator(TrainerConfig(output_dir=".", max_steps=1)).mixed_precision == "bf16"

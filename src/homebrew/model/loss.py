@@ -18,7 +18,7 @@ TOKENS_AT_ONCE = 16_384
 """Tokens whose logits exist at the same time: 1.6 GB of GPT-2's in bfloat16, and large matrix products."""
 
 CPU_LOGITS_AT_ONCE = 128 * 50_304
-"""Logits that exist at the same time on a CPU: a buffer that the C library keeps, where it maps a larger one anew."""
+"""The same for a CPU, as a number of logits: fewer make thin matrix products, many more leave the caches."""
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -66,16 +66,16 @@ def _head_loss(
     d_hidden, d_weight = _empty_gradients(hidden, weight, grad_hidden, grad_weight)
     d_weight.zero_()
     rows = weight.to(hidden.dtype)  # (padded V, C)
-    tokens = TOKENS_AT_ONCE if hidden.is_cuda else min(TOKENS_AT_ONCE, max(1, CPU_LOGITS_AT_ONCE // len(weight)))
-    for start in range(0, len(hidden), tokens):
-        chunk = slice(start, start + tokens)
-        logits = hidden[chunk] @ rows.T  # (n, padded V)
-        total += _score_(logits, targets[chunk], vocab_size, grad_hidden or grad_weight)
+    size = TOKENS_AT_ONCE if hidden.is_cuda else min(TOKENS_AT_ONCE, max(1, CPU_LOGITS_AT_ONCE // len(weight)))
+    buffers = _Buffers(hidden[:size], weight, vocab_size)
+    for start in range(0, len(hidden), size):
+        x, y = hidden[start : start + size], targets[start : start + size]
+        logits = torch.mm(x, rows.T, out=buffers.logits[: len(x)])  # (n, padded V)
+        total += _score_(logits, y, vocab_size, grad_hidden or grad_weight, buffers.scores[: len(x)])
         if grad_hidden:
-            torch.mm(logits, rows, out=d_hidden[chunk])
+            torch.mm(logits, rows, out=d_hidden[start : start + size])
         if grad_weight:
-            _add_product_(d_weight, logits.T, hidden[chunk])
-        del logits  # before the next chunk's
+            _add_product_(d_weight, logits.T, x, buffers.product)
     return total, d_hidden, d_weight
 
 
@@ -87,12 +87,31 @@ def _(
     return total, *_empty_gradients(hidden, weight, grad_hidden, grad_weight)
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`, on a GPU summed in `total`'s dtype within the matrix product."""
-    if total.is_cuda and total.dtype == torch.float32:
+class _Buffers:
+    """What every chunk writes over: on a CPU, memory taken anew is paid for page by page.
+
+    Args:
+        hidden: the first chunk, (n, C).
+        weight: the head's rows, (padded V, C).
+        vocab_size: V.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> None:
+        by_kernel = hidden.is_cuda and _HAS_TRITON
+        in_one = hidden.is_cuda or hidden.dtype == weight.dtype
+        self.logits = hidden.new_empty(len(hidden), len(weight))
+        self.scores = hidden.new_empty(len(hidden), 0 if by_kernel else vocab_size, dtype=torch.float32)
+        self.product = hidden.new_empty((0,) if in_one else weight.shape)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> None:
+    """`total += a @ b`, on a GPU summed in `total`'s dtype within the matrix product; elsewhere through a buffer."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total += a @ b
+        total += torch.mm(a, b, out=buffer)
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool) -> tuple[Tensor, Tensor]:
@@ -125,7 +144,7 @@ def _scale_gradients(
 _head_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def _score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) -> Tensor:
+def _score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, scores: Tensor) -> Tensor:
     """Summed cross entropy of the rows; with a gradient, it takes the logits' place.
 
     Args:
@@ -133,6 +152,7 @@ def _score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: boo
         targets: (n,), int64.
         vocab_size: V; what lies beyond has no probability, and gradient 0.
         with_gradient: whether to write it.
+        scores: (n, V), float32, to work in; unused where there is a kernel.
     """
     if logits.is_cuda and _HAS_TRITON:
         from homebrew.model.kernels import score_
@@ -140,10 +160,13 @@ def _score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: boo
         return score_(logits, targets, vocab_size, with_gradient, IGNORE_INDEX)
     ignored = (targets == IGNORE_INDEX)[:, None]  # (n, 1)
     index = targets[:, None].masked_fill(ignored, 0)
-    log_probs = logits[:, :vocab_size].log_softmax(-1, dtype=torch.float32)
-    total = -log_probs.gather(1, index).masked_fill_(ignored, 0.0).sum()
+    scores.copy_(logits[:, :vocab_size])
+    scores.sub_(scores.amax(-1, keepdim=True))
+    chosen = scores.gather(1, index)
+    sums = scores.exp_().sum(-1, keepdim=True)
     if with_gradient:
-        log_probs.exp_().scatter_add_(1, index, log_probs.new_full((1, 1), -1.0).expand_as(index))
-        logits[:, :vocab_size] = log_probs.masked_fill_(ignored, 0.0)
+        scores.div_(sums.masked_fill(ignored, torch.inf))  # a row that is not scored becomes 0
+        scores.scatter_add_(1, index, ignored.float() - 1.0)
+        logits[:, :vocab_size] = scores
         logits[:, vocab_size:] = 0.0
-    return total
+    return (sums.log() - chosen).masked_fill_(ignored, 0.0).sum()
