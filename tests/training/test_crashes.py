@@ -104,7 +104,8 @@ def test_a_run_killed_five_times_ends_as_the_unbroken_one(server, unbroken, tmp_
     rng = random.Random(f"{processes} {number}")
     for struck, strike in kills(rng, number % 2 == 0, processes):
         codes, _ = server.run(tmp_path, processes, strike | {"signals": ["SIGKILL"]}, struck)
-        assert codes == [-9] * processes, server.log.read_text()
+        assert -9 in codes, server.log.read_text()
+        assert 0 not in codes  # the other one is killed too, or has noticed by itself
     codes, _ = server.run(tmp_path, processes)
     assert codes == [0] * processes, server.log.read_text()
     assert left_by(tmp_path) == unbroken(processes)
