@@ -6,6 +6,7 @@ from typing import Literal
 
 from homebrew.errors import ConfigError
 from homebrew.training.guard import NonFinitePolicy
+from homebrew.training.schedule import Schedule, warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,11 @@ class TrainerConfig:
     """Processes that read ahead, for datasets of your own that are slow to read."""
     loader_timeout_seconds: float = 600.0
     """How long to wait for such a process."""
+
+    def schedule(self) -> Schedule:
+        """The learning rate's: a linear warm-up, then half a cosine."""
+        warmup_steps = self.max_steps // 20 if self.warmup_steps is None else self.warmup_steps
+        return warmup_cosine(warmup_steps=warmup_steps, max_steps=self.max_steps, min_lr_ratio=self.min_lr_ratio)
 
     def __post_init__(self) -> None:
         at_least_one = [

@@ -32,7 +32,7 @@ from homebrew.training.optim import adamw
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
 from homebrew.training.saver import RunSaver
-from homebrew.training.schedule import Schedule, warmup_cosine
+from homebrew.training.schedule import Schedule
 from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
 
@@ -76,15 +76,13 @@ class Trainer:
         self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset", **self._limits)
-        self.schedule = schedule or warmup_cosine(
-            warmup_steps=config.max_steps // 20 if config.warmup_steps is None else config.warmup_steps,
-            max_steps=config.max_steps,
-            min_lr_ratio=config.min_lr_ratio,
-        )
+        self.schedule = schedule or config.schedule()
         self.step = 0
         """Optimizer steps taken."""
         self.should_stop = False
-        """Set by a callback to end the run after the current step."""
+        """Set by a callback, on any process, to end the run after this step, or the next if there are several."""
+        self._stopping = False  # what the processes have agreed on
+        self._running = False
         self.callbacks = [ProgressDisplay(), RunRecord(), *callbacks]
         self._prepare(optimizer)
 
@@ -162,6 +160,7 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite and the policy does not allow it.
         """
         self._begin(resume, accept_changes)
+        self._running = True
         try:
             agreement = Agreement(self.accelerator)
             with (
@@ -172,13 +171,16 @@ class Trainer:
                 closing(self._loader.steps(self.step)) as steps,
             ):
                 for micro_batches in steps:
-                    if self.step >= self.config.max_steps or self.should_stop:
+                    if self.step >= self.config.max_steps or self._stopping:
                         break
                     loss, grad_norm = self._take_step(micro_batches)
                     self._after_step(loss, grad_norm)
                     self._answer(signals, agreement)
+                self._answer(signals, agreement)  # what came in the last step
+                self.save()
                 self._saver.wait()
         finally:
+            self._running = False
             self._tell("on_train_end")
             self._saver.close()
 
@@ -189,7 +191,7 @@ class Trainer:
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
         self._optimizer.zero_grad(set_to_none=True)
         self._wrapped.train()
-        self.should_stop = False
+        self.should_stop = self._stopping = False
         self._meter.start(self.step)
         self._tell("on_train_begin")
 
@@ -258,12 +260,13 @@ class Trainer:
 
     def _answer(self, signals: SignalWatch, agreement: Agreement) -> None:
         """Do what a signal to any process asks, on all of them at the same step."""
-        *asked, writer_failed = agreement.exchange([*signals.flags(), float(self._saver.failed)])
+        flags = [*signals.take(), float(self.should_stop), float(self._saver.failed)]
+        *asked, stop, writer_failed = agreement.exchange(flags)
+        self._stopping = self._stopping or stop
         if writer_failed:
             self._saver.raise_failure()
         for number in (number for number, flag in zip(HANDLED, asked, strict=True) if flag):
             self.save()
-            signals.take(number)
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._saver.wait()
                 leave(number)
@@ -304,12 +307,14 @@ class Trainer:
             CheckpointError: an earlier checkpoint could not be written.
             NonFiniteError: a bad step is not to be saved.
         """
-        if self._saver.is_saved(self.step):
-            return self._saver.save(self.step)
-        self._check_guard()
-        with self._meter.paused():
-            path = self._saver.save(self.step)
-        self._tell("on_save", path)
+        path = self._saver.path(self.step)
+        if not self._saver.is_saved(self.step):
+            self._check_guard()
+            with self._meter.paused():
+                self._saver.save(self.step)
+            self._tell("on_save", path)
+        if not self._running:
+            self._saver.wait()
         return path
 
     def whole_model(self) -> GPT:
