@@ -43,7 +43,8 @@ class TrainerConfig:
     non_finite_limit: int = 10
     """Steps in a row that may be left out."""
     loss_spike_zscore: float | None = None
-    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if None."""
+    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if None.
+    Not in fp16, whose scaler alone decides which steps are taken."""
     seed: int = 42
     """Of the order of samples and of dropout; and of the weights, if the Trainer is given a `GPTConfig`."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"

@@ -81,8 +81,7 @@ class Trainer:
         """Optimizer steps taken."""
         self.should_stop = False
         """Set by a callback, on any process, to end the run after this step, or the next if there are several."""
-        self._stopping = False  # what the processes have agreed on
-        self._running = False
+        self._stopping = self._running = False  # agreed on by all processes; within `train`
         self.callbacks = [ProgressDisplay(), RunRecord(), *callbacks]
         self._prepare(optimizer)
 
