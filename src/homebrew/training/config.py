@@ -128,6 +128,11 @@ class TrainerConfig:
             raise ConfigError("These settings cannot be used:\n  " + "\n  ".join(wrong))
 
 
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps is done after this one."""
+    return every is not None and step % every == 0
+
+
 def _is_count(value: object, *, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 

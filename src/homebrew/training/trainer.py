@@ -20,7 +20,7 @@ from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.callbacks import Callback, ProgressDisplay
 from homebrew.training.compilation import compile_model
-from homebrew.training.config import TrainerConfig
+from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
 from homebrew.training.heartbeat import Heartbeat
@@ -243,12 +243,12 @@ class Trainer:
                 learning_rate=self._optimizer.param_groups[0]["lr"],
             )
         self._tell("on_step_end", reported)
-        if self.eval_dataset is not None and (last or _is_due(self.step, config.eval_every)):
+        if self.eval_dataset is not None and (last or is_due(self.step, config.eval_every)):
             with self._meter.paused():
                 metrics = self.evaluate()
             self._saver.eval_loss = metrics.loss
             self._tell("on_evaluate", metrics)
-        if last or _is_due(self.step, config.save_every):
+        if last or is_due(self.step, config.save_every):
             self.save()
 
     def _check_guard(self) -> None:
@@ -348,7 +348,3 @@ class Trainer:
         """Call every callback's method of that name."""
         for callback in self.callbacks:
             getattr(callback, event)(self, *facts)
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
