@@ -362,7 +362,7 @@ def test_the_exported_tokenizer_gives_tiktokens_ids(exported):
     theirs = AutoTokenizer.from_pretrained(exported)
 
     @settings(max_examples=1000, deadline=None)
-    @given(st.text())
+    @given(st.text().filter(lambda text: "<|endoftext|>" not in text))  # that is one id for transformers
     def check(text):
         ids = theirs(text)["input_ids"]
         assert ids == encoding.encode_ordinary(text)
