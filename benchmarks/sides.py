@@ -79,15 +79,19 @@ class OwnAccelerate:
 # --- homebrew
 
 
+class _Over(Exception):  # noqa: N818 - no error
+    """A stretch is over; a run that is stopped in another way saves a checkpoint."""
+
+
 class _Ticking(Callback):
-    """Ends a run with its stretch."""
+    """Breaks a run off at its stretch's end."""
 
     def __init__(self) -> None:
         self.clock: Clock
 
     def on_step_end(self, trainer: Trainer, metrics: StepMetrics | None) -> None:
         if self.clock.tick():
-            trainer.should_stop = True
+            raise _Over
 
 
 def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> Stretch:
@@ -101,7 +105,8 @@ def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> Stretch:
 
     def stretch(clock: Clock) -> None:
         ticking.clock = clock
-        with own, contextlib.redirect_stdout(io.StringIO()):
+        with own, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_Over), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it goes on with the weights it has is what is wanted
             trainer.train()
 
     return stretch

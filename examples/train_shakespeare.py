@@ -47,14 +47,11 @@ def main(options: Options) -> None:
     train, val = dataset.split(0.8, seed=options.seed)
     config = TrainerConfig(output_dir=options.output_dir, seed=options.seed, save_every=50, **recipe)
     trainer = Trainer(GPT(shape, seed=options.seed), train, eval_dataset=val, config=config)
-    if trainer.is_main_process:
-        print(f"Text: {corpus.source}; {dataset.num_tokens:,} tokens.")
+    trainer.accelerator.print(f"Text: {corpus.source}; {dataset.num_tokens:,} tokens.")
     trainer.train(resume=options.resume)
     said = trainer.sample("ROMEO:", max_new_tokens=100, top_k=50, seed=options.seed)
-    if trainer.is_main_process:
-        print(f"\n{said}\n")
-        print(f"Checkpoints, metrics.jsonl and run.json are in {options.output_dir}.")
-        print("To go on from the newest checkpoint: run this again with --resume.")
+    trainer.accelerator.print(f"\n{said}\n\nCheckpoints, metrics.jsonl and run.json are in {options.output_dir}.")
+    trainer.accelerator.print("To go on from the newest checkpoint: run this again with --resume.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """What every test starts from."""
 
 import os
+import signal
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+
+# A shell's background jobs, and so their children, are started deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

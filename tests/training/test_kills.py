@@ -161,9 +161,9 @@ def test_the_order_of_a_save(scene):
     name = f"step-{scene.next:08}"
     temporary = f".{name}.writing"
     files = [*(f"{file}.safetensors" for file in scene.tiny[scene.kind](0)), "state.json", "manifest.json"]
-    where = {
+    where = {  # the last write of each
         "made": done.index(("mkdir", temporary)),
-        "written": [done.index(("write", file)) for file in files],
+        "written": [max(at for at, what in enumerate(done) if what == ("write", file)) for file in files],
         "synced": [done.index(("fsync", file)) for file in files],
         "entries": done.index(("fsync", temporary)),
         "renamed": done.index(("rename", temporary)),

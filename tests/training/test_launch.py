@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from homebrew import TrainerConfig
+from homebrew.errors import ConfigError
 from homebrew.training.launch import build_accelerator
 
 
@@ -18,3 +19,10 @@ def test_the_launcher_s_precision_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1)).mixed_precision == "no"
+
+
+def test_one_precision_a_process(tmp_path):
+    build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="bf16"))
+    assert build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="bf16"))
+    with pytest.raises(ConfigError, match="mixed_precision='no' is not what an earlier"):
+        build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no"))

@@ -125,7 +125,8 @@ def adapted(tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = GPT.from_pretrained(tmp_path / "base", lora=LoRAConfig(rank=2))
     data = TokenDataset.from_text("To be, or not to be. " * 20, 16, tokenizer="bytes")
-    config = TrainerConfig(output_dir=tmp_path / "run", max_steps=2, micro_batch_size=2, learning_rate=1e-2)
+    settings = {"max_steps": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "mixed_precision": "no"}
+    config = TrainerConfig(output_dir=tmp_path / "run", **settings)
     Trainer(model, data, config=config).train()
     return tmp_path, model.eval()
 
@@ -147,3 +148,9 @@ def test_an_adapter_is_not_put_on_another_base(adapted):
     )
     with pytest.raises(CheckpointError, match="was trained on"):
         load_run_model(folder / "run")
+
+
+def test_an_adapters_base_is_no_adapter(adapted):
+    folder, _ = adapted
+    with pytest.raises(CheckpointError, match="holds an adapter only"):
+        load_run_model(folder / "run", base=folder / "run")

@@ -10,18 +10,20 @@ from homebrew.training.signals import HANDLED, SignalWatch, leave
 def test_remembers_signals_and_restores_the_handlers():
     before = [signal.getsignal(number) for number in HANDLED]
     with SignalWatch() as watch:
-        assert watch.flags() == [0.0] * len(HANDLED)
+        assert watch.take() == [0.0] * len(HANDLED)
         for number in HANDLED:
             os.kill(os.getpid(), number)
-        assert watch.flags() == [1.0] * len(HANDLED)
-        watch.take(signal.SIGTERM)
-        assert watch.flags()[HANDLED.index(signal.SIGTERM)] == 0.0
+        assert watch.take() == [1.0] * len(HANDLED)
+        assert watch.take() == [0.0] * len(HANDLED)  # each is told once
     assert [signal.getsignal(number) for number in HANDLED] == before
 
 
-def test_a_second_interrupt_leaves_at_once():
-    with SignalWatch():
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_second_interrupt_leaves_at_once(taken):
+    with SignalWatch() as watch:
         os.kill(os.getpid(), signal.SIGINT)
+        if taken:
+            watch.take()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -31,7 +33,7 @@ def test_other_threads_watch_nothing():
 
     def run():
         with SignalWatch() as watch:
-            seen.append(watch.flags())
+            seen.append(watch.take())
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import math
@@ -8,7 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
-from homebrew.errors import ConfigError, CorruptCheckpoint, DataError, LaunchError, NonFiniteError, ResumeMismatch
+from homebrew.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    DataError,
+    LaunchError,
+    NonFiniteError,
+    ResumeMismatch,
+)
 from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint
 from homebrew.training.callbacks import Callback
 
@@ -150,6 +159,65 @@ def test_stop_and_resume_is_bitwise_the_unbroken_run(tmp_path, stop):
     assert same(optimizer_state(whole), optimizer_state(second))
 
 
+def test_a_run_that_a_callback_stops_is_saved(tmp_path):
+    make(tmp_path, callbacks=[StopAt(2)]).train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_guard_that_raised_does_not_hold_back_what_comes_after(tmp_path):
+    trainer = make(tmp_path, max_steps=4)
+    before = {name: value.clone() for name, value in weights(trainer).items()}
+    poison = trainer.model.transformer.ln_f.bias.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    assert same(before, weights(trainer))
+    poison.remove()
+    with pytest.warns(UserWarning, match="starts at step 0 with the weights"):
+        trainer.train(resume=True)
+    assert not same(before, weights(trainer))
+
+
+def test_a_save_that_failed_is_tried_again(tmp_path, monkeypatch):
+    trainer = make(tmp_path, max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("homebrew.training.checkpoint.sync_folder", no_space)
+        with pytest.raises(CheckpointError, match="No space"):
+            trainer.train()
+    assert (trainer.save() / "manifest.json").exists()
+
+
+def no_space(path):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        lambda parameters: torch.optim.Adafactor(parameters, lr=0.1),
+    ],
+)
+def test_your_own_optimizer_resumes_bitwise(tmp_path, optimizer):
+    runs = []
+    for name, stops in (("whole", [None]), ("parts", [3, None])):
+        for stop in stops:
+            model = GPT(SHAPE)
+            callbacks = [] if stop is None else [StopAt(stop)]
+            trainer = make(tmp_path / name, model=model, optimizer=optimizer(model.parameters()), callbacks=callbacks)
+            trainer.train(resume=True)
+        runs.append(weights(trainer))
+    assert same(*runs)
+
+
+def test_frozen_weights_are_saved_too(tmp_path):
+    model, other = (GPT(SHAPE, seed=seed) for seed in (1, 2))
+    for gpt in (model, other):
+        gpt.transformer.wpe.requires_grad_(False)
+        make(tmp_path, model=gpt, max_steps=2).train(resume=True)
+    assert same(model.state_dict(), other.state_dict())
+
+
 def test_evaluation_is_exact_for_any_remainder(tmp_path):
     data = Ragged()
     trainer = make(tmp_path, evaluate=data, micro_batch_size=5, global_batch_tokens=5 * 16)
@@ -256,7 +324,7 @@ def test_lora_trains_and_saves_the_adapter_only_and_resumes_bitwise(tmp_path):
             lambda t: t.pop("transformer.ln_f.bias//exp_avg"),
             "no tensor transformer.ln_f.bias//exp_avg",
         ),
-        ("optimizer", lambda t: t.update({"nobody//exp_avg": torch.zeros(16)}), "an unknown tensor nobody"),
+        ("optimizer", lambda t: t.update({"nobody//exp_avg": torch.zeros(16)}), "unknown tensor.s state: nobody"),
         ("rng-0", lambda t: t.update(torch=torch.zeros(5, dtype=torch.uint8)), "random states"),
         ("guard", lambda t: t.pop("history"), "has no tensor history"),
     ],
@@ -355,6 +423,7 @@ def test_sample_decodes(tmp_path):
     assert said.startswith("To be")
     assert len(said) == 45
     assert said == trainer.sample("To be", max_new_tokens=40, seed=1)
+    assert len(trainer.sample(max_new_tokens=40, seed=1)) == 40
 
 
 def test_an_output_folder_that_holds_a_run(tmp_path):

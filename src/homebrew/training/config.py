@@ -6,6 +6,7 @@ from typing import Literal
 
 from homebrew.errors import ConfigError
 from homebrew.training.guard import NonFinitePolicy
+from homebrew.training.schedule import Schedule, warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ class TrainerConfig:
     non_finite_limit: int = 10
     """Steps in a row that may be left out."""
     loss_spike_zscore: float | None = None
-    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if None."""
+    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if None.
+    Not in fp16, whose scaler alone decides which steps are taken."""
     seed: int = 42
     """Of the order of samples and of dropout; and of the weights, if the Trainer is given a `GPTConfig`."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -71,6 +73,11 @@ class TrainerConfig:
     """Processes that read ahead, for datasets of your own that are slow to read."""
     loader_timeout_seconds: float = 600.0
     """How long to wait for such a process."""
+
+    def schedule(self) -> Schedule:
+        """The learning rate's: a linear warm-up, then half a cosine."""
+        warmup_steps = self.max_steps // 20 if self.warmup_steps is None else self.warmup_steps
+        return warmup_cosine(warmup_steps=warmup_steps, max_steps=self.max_steps, min_lr_ratio=self.min_lr_ratio)
 
     def __post_init__(self) -> None:
         at_least_one = [
@@ -119,6 +126,11 @@ class TrainerConfig:
                 wrong.append(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, values))}.")
         if wrong:
             raise ConfigError("These settings cannot be used:\n  " + "\n  ".join(wrong))
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps is done after this one."""
+    return every is not None and step % every == 0
 
 
 def _is_count(value: object, *, least: int) -> bool:

@@ -143,6 +143,12 @@ class Guard:
                 f"rate, or look at the data."
             )
 
+    def reset(self) -> None:
+        """Forget everything: a run begins."""
+        self._blocked = torch.zeros_like(self._blocked)
+        self._history = torch.zeros_like(self._history)
+        self._unread, self._in_a_row = [], 0
+
     def state(self) -> dict[str, Tensor]:
         """What the spike rule remembers, for a checkpoint; call `check` first."""
         return {"history": self._history, "in_a_row": torch.tensor(self._in_a_row)}

@@ -14,7 +14,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from homebrew.errors import LaunchError
+from homebrew.errors import ConfigError, LaunchError
 from homebrew.training.config import TrainerConfig
 
 _NOT_OURS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
@@ -24,19 +24,28 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     """An Accelerator with the launcher's settings, ours where it has none.
 
     Raises:
+        ConfigError: an earlier Accelerator of the process has another precision.
         LaunchError: the launcher started several processes and Accelerate sees one, or the like.
     """
     _check_parallelism()
-    accelerator = Accelerator(
-        mixed_precision=_mixed_precision(config.mixed_precision),
-        # The window of accumulation is the step's own, not a loader's.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout_seconds))],
-        log_with=config.log_with,
-        project_config=ProjectConfiguration(
-            project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "logs")
-        ),
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=_mixed_precision(config.mixed_precision),
+            # The window of accumulation is the step's own, not a loader's.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout_seconds))],
+            log_with=config.log_with,
+            project_config=ProjectConfiguration(
+                project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "logs")
+            ),
+        )
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        raise ConfigError(
+            f"mixed_precision={config.mixed_precision!r} is not what an earlier Trainer or Accelerator of this process "
+            f"chose, and Accelerate keeps one for all. Use that one's, or restart Python (in a notebook, the kernel)."
+        ) from error
     check_world(accelerator)
     _share_cores(accelerator)
     return accelerator

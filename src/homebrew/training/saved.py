@@ -39,16 +39,23 @@ def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tup
         CorruptCheckpoint: the checkpoint's files are not the ones it was saved with, or do not fit together.
         ModelError: there is nothing of the name, or it is not a GPT-2.
     """
-    folder = Path(source)
-    if (folder / "checkpoints").is_dir():
-        model, tokenizer = _open(_newest(folder), base)
-    elif folder.name.startswith("step-") or (folder / "manifest.json").exists():
-        model, tokenizer = _open(open_checkpoint(folder), base)
+    checkpoint = _find(Path(source))
+    if checkpoint is not None:
+        model, tokenizer = _open(checkpoint, base)
     else:
         model = GPT.from_pretrained(source)
         tokenizer = GPT2Tokenizer() if model.config.vocab_size >= GPT2Tokenizer.vocab_size else None
     model.source = str(source)
     return model, tokenizer
+
+
+def _find(folder: Path) -> Checkpoint | None:
+    """The checkpoint that a folder is, or holds as a run; None if it is neither."""
+    if (folder / "checkpoints").is_dir():
+        return _newest(folder)
+    if folder.name.startswith("step-") or (folder / "manifest.json").exists():
+        return open_checkpoint(folder)
+    return None
 
 
 def _newest(folder: Path) -> Checkpoint:
@@ -115,7 +122,7 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
         config = LoRAConfig(**shape | {"target_modules": tuple(shape["target_modules"])})
     except (TypeError, ValueError, KeyError) as error:
         raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe an adapter: {error!r}") from error
-    model, _ = load_run_model(source)
+    model = _base_model(source)
     add_lora(model, config)
     if (found := base_fingerprint(model)) != expected:
         raise CheckpointError(
@@ -125,6 +132,16 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
     _check_tensors(path, tensors := checkpoint.tensors(ADAPTER_FILE), adapter_state_dict(model))
     load_adapter_state_dict(model, tensors)
     return model.eval()
+
+
+def _base_model(source: str | Path) -> GPT:
+    """Whole weights: an adapter's base cannot be another's checkpoint, which might lead back to this one."""
+    checkpoint = _find(Path(source))
+    if checkpoint is None:
+        return GPT.from_pretrained(source)
+    if ADAPTER_FILE in checkpoint.names:
+        raise CheckpointError(f"{source} holds an adapter only: give the base that it was trained on itself.")
+    return checkpoint_model(checkpoint)
 
 
 def _config(checkpoint: Checkpoint) -> GPTConfig:

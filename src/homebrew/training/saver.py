@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import CheckpointError, ConfigError
 from homebrew.model.gpt import GPT
 from homebrew.training.checkpoint import CheckpointStore
@@ -32,7 +33,7 @@ class RunSaver:
         guard: of the run's updates.
         config: the run's settings.
         identity: what decides the run's every step (`resume.identity`).
-        tokenizer: its JSON, for whoever opens a checkpoint without the dataset.
+        tokenizer: of the run's text, for whoever opens a checkpoint without the dataset.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class RunSaver:
         config: TrainerConfig,
         *,
         identity: dict[str, Any],
-        tokenizer: dict[str, Any] | None,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.eval_loss: float | None = None
         """Of the last evaluation; checkpoints are ranked by it."""
@@ -56,9 +57,10 @@ class RunSaver:
         self._guard = guard
         self._config = config
         self._identity = identity
-        self._tokenizer = tokenizer
+        self._tokenizer = None if tokenizer is None else tokenizer.to_json()
         self._store = CheckpointStore(config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every)
         self._saved_step: int | None = None
+        self._began = False
         self._found: Files = {}
 
     def begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> int:
@@ -78,6 +80,14 @@ class RunSaver:
         accelerator, seed = self._accelerator, self._config.seed
         start = on_main(accelerator, lambda: self._find(resume, accept_changes))
         set_seed(seed, device_specific=True)
+        self._guard.reset()
+        if self._began and not start["found"] and accelerator.is_main_process:
+            warnings.warn(
+                "This Trainer has trained before, and there is no checkpoint to go back to: it starts at step 0 with "
+                "the weights and the optimizer it has. For a fresh start build a new model and Trainer.",
+                stacklevel=4,
+            )
+        self._began = True
         step: int = start["step"]
         self.eval_loss = start["eval_loss"]
         self._saved_step = step if start["found"] else None
@@ -119,21 +129,20 @@ class RunSaver:
                 stacklevel=7,
             )
 
-    def save(self, step: int) -> Path:
-        """Hand a checkpoint of this step to the writer, once.
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint, whether it is there or not."""
+        return self._store.path(step)
 
-        Returns:
-            The folder it will be in.
+    def save(self, step: int) -> None:
+        """Hand a checkpoint of this step to the writer.
 
         Raises:
             CheckpointError: an earlier checkpoint could not be written.
         """
-        if self._saved_step != step:
-            files = gather_run(self._accelerator, self._model, self._optimizer, self._guard)
-            if self._accelerator.is_main_process:
-                self._store.save_in_background(step, files, self._state(), score=self.eval_loss)
-            self._saved_step = step
-        return self._store.path(step)
+        files = gather_run(self._accelerator, self._model, self._optimizer, self._guard)
+        if self._accelerator.is_main_process:
+            self._store.save_in_background(step, files, self._state(), score=self.eval_loss)
+        self._saved_step = step
 
     def is_saved(self, step: int) -> bool:
         """Whether this step has been handed to the writer."""
@@ -160,12 +169,17 @@ class RunSaver:
         Raises:
             CheckpointError: always.
         """
+        self._saved_step = None
         self._store.check()
         raise CheckpointError("The first process could not write a checkpoint; its own error says why.")
 
     def wait(self) -> None:
         """Wait for the writer, and raise what it failed with."""
-        self._store.wait()
+        try:
+            self._store.wait()
+        except BaseException:
+            self._saved_step = None
+            raise
 
     def close(self) -> None:
         """Wait for the writer, whatever becomes of it."""

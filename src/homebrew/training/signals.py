@@ -23,6 +23,7 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self._received: set[signal.Signals] = set()
+        self._interrupted = False
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -39,17 +40,16 @@ class SignalWatch:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         received = signal.Signals(number)
-        if received is signal.SIGINT and received in self._received:
-            raise KeyboardInterrupt
+        if received is signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         self._received.add(received)
 
-    def flags(self) -> list[float]:
-        """1 for each of `HANDLED` that has come since it was last taken, else 0."""
-        return [float(number in self._received) for number in HANDLED]
-
-    def take(self, number: signal.Signals) -> None:
-        """Forget a signal that has been answered."""
-        self._received.discard(number)
+    def take(self) -> list[float]:
+        """1 for each of `HANDLED` that has come since the last call, else 0."""
+        received, self._received = self._received, set()
+        return [float(number in received) for number in HANDLED]
 
 
 class Agreement:

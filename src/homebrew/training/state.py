@@ -52,7 +52,7 @@ def gather_run(accelerator: Accelerator, model: nn.Module, optimizer: torch.opti
         something not to be used.
     """
     states = gather_bytes(accelerator, save(rng_state()))
-    options = _gathered(accelerator)
+    options = _gathered(accelerator, model)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
     weights.pop(TIED, None)
     files = {_weights_file(model): weights, "optimizer": _optimizer_tensors(model, optimizer, options)}
@@ -125,37 +125,28 @@ def check_files(path: Path, files: Files, bare: nn.Module, optimizer: torch.opti
     for name in (kind, "optimizer", "guard", "rng-0"):
         if name not in files:
             raise CorruptCheckpoint(f"{path} has no {name}.safetensors, which this run needs.")
-    _check_tensors(path / f"{kind}.safetensors", files[kind], trained)
+    held = trained if kind == "adapter" else dict(bare.named_parameters())
+    _check_tensors(path / f"{kind}.safetensors", files[kind], held)
     states = files["optimizer"]
-    keys = {name.rpartition(_SEPARATOR)[2] for name in states}
-    _check_tensors(
-        path / "optimizer.safetensors",
-        {name: tensor for name, tensor in states.items() if tensor.dim()},
-        {
-            f"{name}{_SEPARATOR}{key}": parameter
-            for name, parameter in trained.items()
-            for key in keys
-            if states.get(f"{name}{_SEPARATOR}{key}", parameter).dim()
-        },
-        any_shape=not isinstance(optimizer, torch.optim.AdamW),
-    )
+    if unknown := sorted({name.rpartition(_SEPARATOR)[0] for name in states} - trained.keys()):
+        raise CorruptCheckpoint(f"{path / 'optimizer.safetensors'} has an unknown tensor's state: {unknown[0]}.")
+    if isinstance(optimizer, torch.optim.AdamW):  # what another keeps, it alone knows
+        moments = {name: tensor for name, tensor in states.items() if tensor.dim()}
+        needed = {f"{name}{_SEPARATOR}{key}": p for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")}
+        _check_tensors(path / "optimizer.safetensors", moments, needed)
     _check_tensors(path / "guard.safetensors", files["guard"], {"history": torch.zeros(3), "in_a_row": torch.tensor(0)})
     for name in files:
         if name.startswith("rng-"):
             check_rng(files[name])
 
 
-def _check_tensors(
-    path: Path, found: Mapping[str, Tensor], needed: Mapping[str, Tensor], *, any_shape: bool = False
-) -> None:
+def _check_tensors(path: Path, found: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
     if wrong := sorted(found.keys() ^ needed.keys()):
         kind = "no" if wrong[0] in needed else "an unknown"
         raise CorruptCheckpoint(f"{path} has {kind} tensor {wrong[0]} ({len(wrong)} are missing or unknown).")
     for name, tensor in found.items():
         expected = needed[name]
-        if tensor.is_floating_point() != expected.is_floating_point() or not (
-            any_shape or tensor.shape == expected.shape
-        ):
+        if tensor.is_floating_point() != expected.is_floating_point() or tensor.shape != expected.shape:
             raise CorruptCheckpoint(
                 f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but this run needs "
                 f"{expected.dtype} of shape {tuple(expected.shape)}."
@@ -190,7 +181,9 @@ def _optimizer_tensors(
 def _scatter_optimizer(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_gathered(accelerator))
+    if broadcast_bytes(accelerator, b"1" if tensors else b"0") == b"0":
+        return  # plain SGD has nothing to remember
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_gathered(accelerator, model))
     state: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(_SEPARATOR)
@@ -200,10 +193,11 @@ def _scatter_optimizer(
     set_optimizer_state_dict(model, optimizer, whole, options=_scattered(model))
 
 
-def _gathered(accelerator: Accelerator) -> StateDictOptions:
+def _gathered(accelerator: Accelerator, model: nn.Module) -> StateDictOptions:
     """Sharded tensors are gathered one by one onto the CPU; whole ones are only named here, and copied once."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    return StateDictOptions(full_state_dict=True, cpu_offload=sharded, ignore_frozen_params=True)
+    adapted = _weights_file(model) == "adapter"
+    return StateDictOptions(full_state_dict=True, cpu_offload=sharded, ignore_frozen_params=adapted)
 
 
 def _scattered(model: nn.Module) -> StateDictOptions:
@@ -217,7 +211,9 @@ def _scattered(model: nn.Module) -> StateDictOptions:
 def _copied(files: Files) -> Files:
     """Copies on the CPU: from a GPU all are under way at once, into pinned memory, before one wait."""
     copies = {
-        file: {name: tensor.detach().to("cpu", copy=True, non_blocking=True) for name, tensor in tensors.items()}
+        file: {
+            name: tensor.detach().to("cpu", copy=True, non_blocking=tensor.is_cuda) for name, tensor in tensors.items()
+        }
         for file, tensors in files.items()
     }
     if torch.cuda.is_available():

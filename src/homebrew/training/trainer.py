@@ -20,7 +20,7 @@ from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.callbacks import Callback, ProgressDisplay
 from homebrew.training.compilation import compile_model
-from homebrew.training.config import TrainerConfig
+from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
 from homebrew.training.heartbeat import Heartbeat
@@ -32,7 +32,7 @@ from homebrew.training.optim import adamw
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
 from homebrew.training.saver import RunSaver
-from homebrew.training.schedule import Schedule, warmup_cosine
+from homebrew.training.schedule import Schedule
 from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
 
@@ -76,15 +76,12 @@ class Trainer:
         self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset", **self._limits)
-        self.schedule = schedule or warmup_cosine(
-            warmup_steps=config.max_steps // 20 if config.warmup_steps is None else config.warmup_steps,
-            max_steps=config.max_steps,
-            min_lr_ratio=config.min_lr_ratio,
-        )
+        self.schedule = schedule or config.schedule()
         self.step = 0
         """Optimizer steps taken."""
         self.should_stop = False
-        """Set by a callback to end the run after the current step."""
+        """Set by a callback, on any process, to end the run after this step, or the next if there are several."""
+        self._stopping = self._running = False  # agreed on by all processes; within `train`
         self.callbacks = [ProgressDisplay(), RunRecord(), *callbacks]
         self._prepare(optimizer)
 
@@ -125,16 +122,8 @@ class Trainer:
             spike_zscore=config.loss_spike_zscore,
         )
         tokenizer = getattr(self.train_dataset, "tokenizer", None)
-        self._saver = RunSaver(
-            accelerator,
-            self.model,
-            self._wrapped,
-            self._optimizer,
-            self._guard,
-            config,
-            identity=run,
-            tokenizer=None if tokenizer is None else tokenizer.to_json(),
-        )
+        saved = (self.model, self._wrapped, self._optimizer, self._guard)
+        self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=tokenizer)
         self._loader = StepLoader(
             self.train_dataset,
             seed=config.seed,
@@ -170,6 +159,7 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite and the policy does not allow it.
         """
         self._begin(resume, accept_changes)
+        self._running = True
         try:
             agreement = Agreement(self.accelerator)
             with (
@@ -180,13 +170,16 @@ class Trainer:
                 closing(self._loader.steps(self.step)) as steps,
             ):
                 for micro_batches in steps:
-                    if self.step >= self.config.max_steps or self.should_stop:
+                    if self.step >= self.config.max_steps or self._stopping:
                         break
                     loss, grad_norm = self._take_step(micro_batches)
                     self._after_step(loss, grad_norm)
                     self._answer(signals, agreement)
+                self._answer(signals, agreement)  # what came in the last step
+                self.save()
                 self._saver.wait()
         finally:
+            self._running = False
             self._tell("on_train_end")
             self._saver.close()
 
@@ -197,7 +190,7 @@ class Trainer:
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
         self._optimizer.zero_grad(set_to_none=True)
         self._wrapped.train()
-        self.should_stop = False
+        self.should_stop = self._stopping = False
         self._meter.start(self.step)
         self._tell("on_train_begin")
 
@@ -250,12 +243,12 @@ class Trainer:
                 learning_rate=self._optimizer.param_groups[0]["lr"],
             )
         self._tell("on_step_end", reported)
-        if self.eval_dataset is not None and (last or _is_due(self.step, config.eval_every)):
+        if self.eval_dataset is not None and (last or is_due(self.step, config.eval_every)):
             with self._meter.paused():
                 metrics = self.evaluate()
             self._saver.eval_loss = metrics.loss
             self._tell("on_evaluate", metrics)
-        if last or _is_due(self.step, config.save_every):
+        if last or is_due(self.step, config.save_every):
             self.save()
 
     def _check_guard(self) -> None:
@@ -266,12 +259,13 @@ class Trainer:
 
     def _answer(self, signals: SignalWatch, agreement: Agreement) -> None:
         """Do what a signal to any process asks, on all of them at the same step."""
-        *asked, writer_failed = agreement.exchange([*signals.flags(), float(self._saver.failed)])
+        flags = [*signals.take(), float(self.should_stop), float(self._saver.failed)]
+        *asked, stop, writer_failed = agreement.exchange(flags)
+        self._stopping = self._stopping or stop
         if writer_failed:
             self._saver.raise_failure()
         for number in (number for number, flag in zip(HANDLED, asked, strict=True) if flag):
             self.save()
-            signals.take(number)
             if number in (signal.SIGTERM, signal.SIGINT):
                 self._saver.wait()
                 leave(number)
@@ -312,12 +306,14 @@ class Trainer:
             CheckpointError: an earlier checkpoint could not be written.
             NonFiniteError: a bad step is not to be saved.
         """
-        if self._saver.is_saved(self.step):
-            return self._saver.save(self.step)
-        self._check_guard()
-        with self._meter.paused():
-            path = self._saver.save(self.step)
-        self._tell("on_save", path)
+        path = self._saver.path(self.step)
+        if not self._saver.is_saved(self.step):
+            self._check_guard()
+            with self._meter.paused():
+                self._saver.save(self.step)
+            self._tell("on_save", path)
+        if not self._running:
+            self._saver.wait()
         return path
 
     def whole_model(self) -> GPT:
@@ -338,9 +334,10 @@ class Trainer:
         tokenizer = getattr(self.train_dataset, "tokenizer", None)
         if tokenizer is None:
             raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
-        ids = list(tokenizer.encode(text or "\n"))
+        end = tokenizer.end_of_text_id
+        ids = list(tokenizer.encode(text or "\n")) if text or end is None else [end]
         written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
-        return str(tokenizer.decode(written))
+        return str(tokenizer.decode(written if text else written[1:]))
 
     @property
     def is_main_process(self) -> bool:
@@ -351,7 +348,3 @@ class Trainer:
         """Call every callback's method of that name."""
         for callback in self.callbacks:
             getattr(callback, event)(self, *facts)
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

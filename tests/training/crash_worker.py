@@ -1,0 +1,193 @@
+"""Runs in children of a process that has imported everything, so that each starts at once; not a test.
+
+Each line of the input is a job: a run's settings, how many processes it has, and when what strikes it. The answer
+tells how each process ended and what was left.
+"""
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
+from homebrew.training.callbacks import Callback
+from homebrew.training.signals import HANDLED
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune\n" * 30
+SETTINGS = {
+    "global_batch_tokens": 8 * 16,
+    "micro_batch_size": 4,
+    "learning_rate": 1e-2,
+    "log_every": 5,
+    "eval_batches": 2,
+    "compile": False,
+    "mixed_precision": "no",
+}
+OPERATIONS = ("mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir")
+
+
+class Samples:
+    """A dataset that tells when it is read."""
+
+    def __init__(self, tell):
+        self.dataset, self.tell = TokenDataset.from_text(TEXT, block_size=16, tokenizer="bytes"), tell
+        self.fingerprint = self.dataset.fingerprint
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        self.tell()
+        return self.dataset[i]
+
+
+class Strike(Callback):
+    """Sends this process signals at a moment of its run: "step", "backward", "data", "evaluation" or "save"."""
+
+    def __init__(self, signals=(), where=None, step=0, delay=0.0, operation=0):
+        self.signals, self.where, self.at, self.delay, self.operation = signals, where, step, delay, operation
+        self.step = self.sent = None
+        if where == "save":
+            self.watch_writer()
+
+    def strike(self):
+        if self.sent is None:
+            self.sent = time.monotonic()
+            for name in self.signals:
+                os.kill(os.getpid(), getattr(signal, name))
+
+    def moment(self, where):
+        if where == self.where and self.step == self.at:
+            self.strike()
+
+    def on_train_begin(self, trainer):
+        self.step = trainer.step
+        trainer.model.transformer.ln_f.bias.register_hook(lambda _: self.moment("backward"))
+
+    def on_step_end(self, trainer, metrics):
+        self.step = trainer.step
+        if self.where == "step" and self.step == self.at:
+            threading.Timer(self.delay, self.strike).start()
+        if self.where == "save" and self.step > self.at + 2:
+            self.strike()  # the save had fewer operations
+
+    def watch_writer(self):
+        """Strike at an operation of the writer, before or after it."""
+        moments = itertools.count()
+
+        def watched(function):
+            def call(*args, **kwargs):
+                self.count(moments)
+                result = function(*args, **kwargs)
+                self.count(moments)
+                return result
+
+            return call
+
+        for name in OPERATIONS:
+            setattr(os, name, watched(getattr(os, name)))
+
+    def count(self, moments):
+        if threading.current_thread().name == f"checkpoint-{self.at}" and next(moments) == self.operation:
+            self.strike()
+
+
+class Resources(Callback):
+    """What the process holds, every so many steps."""
+
+    def __init__(self, every):
+        self.every, self.seen = every, []
+
+    def on_step_end(self, trainer, metrics):
+        if self.every and trainer.step % self.every == 0:
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.seen.append({"step": trainer.step, "rss": pages * os.sysconf("SC_PAGE_SIZE"), **held()})
+
+
+def held():
+    return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}  # noqa: PTH208
+
+
+def run(job):
+    strike, resources = Strike(**job.get("strike", {})), Resources(job.get("measure_every"))
+    handlers = [signal.getsignal(number) for number in HANDLED]
+    answer = {"raised": None, "before": held()}
+    try:
+        trainer = Trainer(
+            GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
+            Samples(lambda: strike.moment("data")),
+            Samples(lambda: strike.moment("evaluation")),
+            config=TrainerConfig(**SETTINGS | job["config"]),
+            callbacks=[strike, resources],
+        )
+        trainer.train(resume=True)
+    except BaseException as error:
+        answer["raised"] = type(error).__name__
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        raise
+    finally:
+        answer["handlers"] = [signal.getsignal(number) for number in HANDLED] == handlers
+        answer["seconds"] = strike.sent and time.monotonic() - strike.sent
+        answer["after"], answer["seen"] = held(), resources.seen
+        if job["rank"] == 0:
+            Path(job["answer"]).write_text(json.dumps(answer))
+
+
+def child(job):
+    """Be one process of a job."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    if job["processes"] > 1:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        values = (job["rank"], job["rank"], job["processes"], job["processes"], job["port"])
+        os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    code = 1
+    try:
+        run(job)
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def start(job, rank):
+    """Fork one process of a job; a strike is for one of them."""
+    job = job | {"rank": rank}
+    if rank != job.get("struck", 0):
+        job.pop("strike", None)
+    pid = os.fork()
+    if pid == 0:
+        child(job)
+    return pid
+
+
+def serve():
+    for line in sys.stdin:
+        job = {"processes": 1} | json.loads(line)
+        left, codes = [start(job, rank) for rank in range(job["processes"])], []
+        while left:
+            pid, status = os.wait()
+            left.remove(pid)
+            codes.append(os.waitstatus_to_exitcode(status))
+            if codes[-1] == -signal.SIGKILL:  # as a launcher does
+                for other in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(other, signal.SIGKILL)
+        print(json.dumps(codes), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
