@@ -100,6 +100,8 @@ class Measured:
 def alternate(sides: Iterable[Side], *, rounds: int, steps: int, warmup: int = 1) -> list[Measured]:
     """Build all sides, then let each take `steps` steps a round, in turns; every other round backwards.
 
+    A side other than the first that cannot be built, for want of memory or of a library, is left out.
+
     Args:
         sides: what to compare.
         rounds: stretches of each side.
@@ -111,8 +113,14 @@ def alternate(sides: Iterable[Side], *, rounds: int, steps: int, warmup: int = 1
     for side in sides:
         before = _allocated()
         began = perf_counter()
-        stretch = side.build()
-        stretch(Clock(warmup, 2))  # compiles
+        try:
+            stretch = side.build()
+            stretch(Clock(warmup, 2))  # compiles
+        except (Exception, SystemExit) as error:
+            if not loaded:
+                raise
+            console.print(f"{side.name} is left out: {type(error).__name__}: {error}", style="bold red")
+            continue
         gc.collect()
         loaded.append((side.name, stretch, _allocated() - before, perf_counter() - began))
         console.print(f"{side.name}: ready after {loaded[-1][3]:.1f} s", style="dim")

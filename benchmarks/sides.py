@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from alternating import DEVICE, Clock, Stretch
 from plain_gpt import PlainGPT
 from torch import Tensor, nn
@@ -52,11 +52,28 @@ def temporary_folder() -> Path:
     return folder
 
 
-def fresh_accelerate() -> None:
-    """Forget what the last Trainer, ours or theirs, told Accelerate's process-wide state and environment."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        del os.environ[name]
+class OwnAccelerate:
+    """Accelerate's process-wide state, one for each Trainer in the process: enter to build it, and to let it run."""
+
+    _classes = (PartialState, AcceleratorState, GradientState)
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any]] = [{} for _ in self._classes]
+
+    def __enter__(self) -> None:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]  # what the last one told the next
+        self._swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._swap()
+
+    def _swap(self) -> None:
+        for index, kind in enumerate(self._classes):
+            other = dict(kind._shared_state)
+            kind._shared_state.clear()
+            kind._shared_state.update(self._states[index])
+            self._states[index] = other
 
 
 # --- homebrew
@@ -79,16 +96,16 @@ class _Ticking(Callback):
 
 def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> Stretch:
     """`Trainer.train` as a user calls it, with the settings a user gets."""
-    fresh_accelerate()
-    ticking = _Ticking()
+    own, ticking = OwnAccelerate(), _Ticking()
     folder = temporary_folder()
     dataset = TokenDataset.from_tokens(ids, model.config.block_size, vocab_size=model.config.vocab_size)
     config = TrainerConfig(output_dir=folder, **{"max_steps": 1_000_000, **settings})
-    trainer = Trainer(model, dataset, config=config, callbacks=[ticking])
+    with own:
+        trainer = Trainer(model, dataset, config=config, callbacks=[ticking])
 
     def stretch(clock: Clock) -> None:
         ticking.clock = clock
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_Over), warnings.catch_warnings():
+        with own, contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(_Over), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it goes on with the weights it has is what is wanted
             trainer.train()
 
@@ -281,7 +298,9 @@ def hf_model(shape: GPTConfig) -> Any:
         eos_token_id=0,
         use_cache=False,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # left unset, a warning of theirs breaks the compiled graph in two
+    return model
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -301,7 +320,7 @@ def hf_trainer(
     """Hugging Face's Trainer: bfloat16 and torch_compile on a GPU, fused AdamW."""
     import transformers
 
-    fresh_accelerate()
+    own = OwnAccelerate()
     on_gpu = DEVICE.type == "cuda"
     folder = temporary_folder()
 
@@ -312,29 +331,30 @@ def hf_trainer(
             control.should_training_stop = self.clock.tick()
 
     ticking = Ticking()
-    arguments = transformers.TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        max_steps=1_000_000,
-        learning_rate=lr,
-        adam_beta2=0.95,
-        weight_decay=0.1,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        torch_compile=on_gpu,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    dataset = _Rows(ids, block_size)
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[ticking])
+    with own:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1_000_000,
+            learning_rate=lr,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            torch_compile=on_gpu,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        dataset = _Rows(ids, block_size)
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[ticking])
 
     def stretch(clock: Clock) -> None:
         ticking.clock = clock
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with own, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.train()
 

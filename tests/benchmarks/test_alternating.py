@@ -43,3 +43,18 @@ def test_the_ratio_compares_neighbouring_stretches(alternating):
     theirs = alternating.Measured("theirs", [2.0, 4.0, 5.0], None, 0.0)
     assert alternating.ratio(ours, theirs) == 2.0
     assert alternating.ratio(ours, ours) == 1.0
+
+
+def test_a_side_that_cannot_run_is_left_out_and_said_so(alternating, capsys):
+    def stretch(clock):
+        while not clock.tick():
+            pass
+
+    def fails():
+        raise MemoryError("too large")
+
+    sides = [alternating.Side("a", lambda: stretch), alternating.Side("b", fails)]
+    assert [one.name for one in alternating.alternate(sides, rounds=1, steps=1)] == ["a"]
+    assert "b is left out: MemoryError: too large" in capsys.readouterr().err
+    with pytest.raises(MemoryError):
+        alternating.alternate(sides[::-1], rounds=1, steps=1)
