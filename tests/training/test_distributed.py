@@ -120,7 +120,7 @@ def gradient_sums(found, layout, steps=3):
     counts = found["collectives"]
     if layout == "fsdp2":
         return counts["c10d::_reduce_scatter_base_"] / steps
-    others = 3 * steps + 1  # the targets' count, the loss and the signals of a step; the evaluation
+    others = 3 * steps + 2  # the targets' count, the loss and the signals of a step; the evaluation, the last signals
     return (counts["c10d::allreduce_"] - others) / steps
 
 
