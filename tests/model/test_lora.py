@@ -5,6 +5,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from homebrew.errors import ConfigError, ModelError
@@ -224,6 +225,27 @@ def test_an_adapted_model_generates_and_compiles():
     loss = compiled(IDS[:, :-1], IDS[:, 1:])
     loss.backward()
     torch.testing.assert_close(loss, model(IDS[:, :-1], IDS[:, 1:]))
+
+
+def test_training_keeps_the_mlps_widest_tensor_once_and_computes_little_again():
+    # Kept before the GELU, for its gradient; made anew after it, for the adapter's, but not the base's product.
+    model, wide = trained(), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: wide.append(t.numel() == 4 * 12 * 64) or t, lambda t: t)
+    found = {}
+    for training in (False, True):
+        model.train(training).zero_grad()
+        wide.clear()
+        with FlopCounterMode(display=False) as counted:
+            with hooks:
+                loss = model(IDS[:, :-1], IDS[:, 1:])
+            loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        found[training] = (counted.get_total_flops(), sum(wide), gradients)
+    assert found[False][1] == 2 * 2
+    assert found[True][1] == 2
+    torch.testing.assert_close(found[True][2], found[False][2])
+    adapters = 2 * 2 * 4 * 12 * (64 * 4 + 4 * 16)  # in two blocks, of 4 × 12 tokens: 64 -> rank 4 -> 16
+    assert found[True][0] <= found[False][0] + adapters
 
 
 @pytest.mark.parametrize(

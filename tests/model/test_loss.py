@@ -15,6 +15,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setattr(loss, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(loss, "FROZEN_TOKENS_AT_ONCE", 3)
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

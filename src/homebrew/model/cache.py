@@ -63,7 +63,9 @@ class KeyValueCache:
         here = every == slots[:, None]  # (T, L); padding before a start sees itself, or its softmax is 0 / 0
         visible = (every <= slots[:, None]) & (every >= self.start[:, :, None])  # (B, T, L)
         self.slots = slots
-        self.mask = (visible | here)[:, None]  # (B, 1, T, L)
+        # Added to the scores: every layer would make this of a mask of truth values, in kernels of its own.
+        unseen = ~(visible | here)[:, None]
+        self.mask = torch.zeros_like(unseen, dtype=self.keys.dtype).masked_fill_(unseen, -torch.inf)  # (B, 1, T, L)
         self.positions = (slots - self.start).clamp(min=0)  # (B, T)
 
     def layer(self, index: int) -> LayerCache:

@@ -179,6 +179,7 @@ def generate_steps(
     padded = [[0] * (end - len(prompt)) + prompt for prompt in prompts]
     ids = F.pad(torch.tensor(padded, device=device), (0, num_steps))  # (B, end + num_steps)
     budgets = torch.tensor(budget, device=device)
+    exhausted = set(budget)  # the steps at which a budget ends: at the others nothing is asked of the device
     finished = torch.zeros(len(prompts), device=device, dtype=torch.bool)
     num_slots = min(block_size, end - base + num_steps)
     cache_length = -(-num_slots // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
@@ -199,7 +200,8 @@ def generate_steps(
                 new = decoder.step()[:, 0]
             ids[:, end] = new
             end += 1
-            finished |= budgets <= step
+            if step in exhausted:
+                finished |= budgets <= step
             yield torch.where(finished, NO_TOKEN, new)
             if eos_token_id is not None:
                 finished |= new == eos_token_id

@@ -64,9 +64,16 @@ class MLP(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         if type(self.c_fc) is type(self.c_proj) is nn.Linear:
             x = mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
-        else:  # one of them is adapted
-            x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        elif self.training and torch.is_grad_enabled():
+            # An adapted layer keeps its input for the backward pass: here the widest tensor there is, and quickly had.
+            x = checkpoint(self._activate_and_project, self.c_fc(x), use_reentrant=False)
+        else:
+            x = self._activate_and_project(self.c_fc(x))
         return F.dropout(x, self.dropout, self.training)
+
+    def _activate_and_project(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c_proj(F.gelu(x, approximate="tanh"))
+        return y
 
 
 class Block(nn.Module):

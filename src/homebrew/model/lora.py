@@ -83,12 +83,12 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y = super().forward(x)
         if self.base_weight is not None:
-            return y
-        x = F.dropout(x, self.config.dropout, self.training)
-        inner = F.linear(x, self.lora_A.to(x.dtype)) * self.config.scale  # (..., rank)
-        return y + F.linear(inner, self.lora_B.to(inner.dtype))
+            return super().forward(x)
+        inner = F.dropout(x, self.config.dropout, self.training)
+        inner = F.linear(inner, self.lora_A.to(x.dtype)) * self.config.scale  # (..., rank)
+        change = F.linear(inner, self.lora_B.to(inner.dtype))
+        return change + super().forward(x)  # last, for where a part is computed again it can be left out
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

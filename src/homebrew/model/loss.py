@@ -17,6 +17,9 @@ IGNORE_INDEX = -100
 TOKENS_AT_ONCE = 16_384
 """Tokens whose logits exist at the same time: 1.6 GB of GPT-2's in bfloat16, and large matrix products."""
 
+FROZEN_TOKENS_AT_ONCE = 4_096
+"""The same where the head is frozen, as under LoRA: without its gradient's sum, small chunks are as fast."""
+
 CPU_LOGITS_AT_ONCE = 128 * 50_304
 """The same for a CPU, as a number of logits: fewer make thin matrix products, many more leave the caches."""
 
@@ -66,7 +69,9 @@ def _head_loss(
     d_hidden, d_weight = _empty_gradients(hidden, weight, grad_hidden, grad_weight)
     d_weight.zero_()
     rows = weight.to(hidden.dtype)  # (padded V, C)
-    size = TOKENS_AT_ONCE if hidden.is_cuda else min(TOKENS_AT_ONCE, max(1, CPU_LOGITS_AT_ONCE // len(weight)))
+    size = TOKENS_AT_ONCE if grad_weight else FROZEN_TOKENS_AT_ONCE
+    if not hidden.is_cuda:
+        size = min(size, max(1, CPU_LOGITS_AT_ONCE // len(weight)))
     buffers = _Buffers(hidden[:size], weight, vocab_size)
     for start in range(0, len(hidden), size):
         x, y = hidden[start : start + size], targets[start : start + size]

@@ -50,19 +50,20 @@ class _FusedMLP(torch.autograd.Function):
         b_out: Tensor,
     ) -> Tensor:
         before = F.linear(x, w_in.to(x.dtype), b_in.to(x.dtype))  # (n, F)
-        ctx.save_for_backward(x, before, w_in, w_out)
+        ctx.save_for_backward(x if w_in.requires_grad else None, before, w_in, w_out)
         return F.linear(_gelu(before), w_out.to(x.dtype), b_out.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401 - autograd's own
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's own
         x, before, w_in, w_out = ctx.saved_tensors
+        wants_x, wants_w_in, wants_b_in, wants_w_out, wants_b_out = ctx.needs_input_grad
         after, d_before, d_b_in = _gelu_backward(before, d_y @ w_out.to(d_y.dtype))
-        return (
-            d_before @ w_in.to(d_y.dtype),
-            (d_before.T @ x).to(w_in.dtype),
-            d_b_in.to(w_in.dtype),
-            (d_y.T @ after).to(w_out.dtype),
-            d_y.sum(0, dtype=torch.float32).to(w_out.dtype),
+        return (  # under LoRA the weights are frozen, and in the first block so is all below
+            d_before @ w_in.to(d_y.dtype) if wants_x else None,
+            (d_before.T @ x).to(w_in.dtype) if wants_w_in else None,
+            d_b_in.to(w_in.dtype) if wants_b_in else None,
+            (d_y.T @ after).to(w_out.dtype) if wants_w_out else None,
+            d_y.sum(0, dtype=torch.float32).to(w_out.dtype) if wants_b_out else None,
         )
 
 

@@ -54,7 +54,7 @@ class Sampling:
             return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -torch.inf)
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kth = logits.topk(self.top_k).values[:, -1:]
+            kth = logits.topk(self.top_k, sorted=False).values.amin(-1, keepdim=True)
             logits = logits.masked_fill(logits < kth, -torch.inf)
         if self.top_p is not None:
             ordered, order = logits.sort(descending=True)
