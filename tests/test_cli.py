@@ -16,10 +16,11 @@ import pytest
 import torch
 from transformers import pipeline
 
-from homebrew import GPT, GPTConfig, TrainerConfig
+from homebrew import GPTConfig, TrainerConfig
 from homebrew.cli.doctor import examine
 from homebrew.cli.main import main
 from homebrew.cli.train import TRAINER_OPTIONS, Preset, Train
+from homebrew.data.prepare import prepare
 from homebrew.model.sampling import Sampling
 from homebrew.model.text import generate_text
 from homebrew.training.saved import load_run_model
@@ -97,6 +98,7 @@ def go_the_whole_way(homebrew, text, tmp_path, tokenizer):
     pipe = pipeline("text-generation", str(exported), device="cpu")
     theirs = pipe("ROMEO:", max_new_tokens=10, do_sample=False)[0]["generated_text"]
     assert theirs == said.removesuffix("\n")
+    assert said == homebrew("sample", exported, "--prompt", "ROMEO:", "--temperature", 0, "--max-new-tokens", 10)
     assert len(theirs) > len("ROMEO:")
 
 
@@ -166,6 +168,8 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
             ["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN", "--tokenizer", "gpt2"],
             "tokenizer 'bytes', not 'gpt2'",
         ),
+        (["train", "TOKENS", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN"], "tokenizer 'bytes'"),
+        (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
         (["sample", "./none"], "no folder"),
         (["sample", "RUN", "--prompt", "a", "--top-k", "0"], "top_k=0"),
         (["sample", "RUN", "--prompt", "a", "--device", "cuda:99"], "cuda:99.*homebrew doctor"),
@@ -179,7 +183,10 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
 )
 def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert main([{"TEXT": str(text), "RUN": str(run)}.get(word, word) for word in arguments]) == 1
+    tokens = run.parent / "char.tokens"
+    prepare([text], tokens, tokenizer="char")
+    words = {"TEXT": text, "RUN": run, "TOKENS": tokens}
+    assert main([str(words.get(word, word)) for word in arguments]) == 1
     told = capsys.readouterr().err
     assert told.startswith("homebrew: ")
     assert told.count("\n") == 1
@@ -297,14 +304,13 @@ def test_hellaswag_from_a_file(run, tmp_path, capsys):
     assert re.search(r"hellaswag questions +2\n", told)
 
 
-def test_an_alphabet_that_transformers_cannot_have_is_exported_without_it(tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("Grüße — " * 50)
-    text, out = str(tmp_path / "text.txt"), tmp_path / "run"
-    assert main(["train", text, "--output-dir", str(out), "--max-steps", "1", "--tokenizer", "char", *TINY]) == 0
-    assert main(["export", str(out), str(tmp_path / "exported")]) == 1
-    assert "without the tokenizer" in capsys.readouterr().err
-    assert main(["export", str(out), str(tmp_path / "exported"), "--no-tokenizer"]) == 0
-    assert GPT.from_pretrained(tmp_path / "exported").config == load_run_model(out)[0].config
+def test_an_export_without_its_tokenizer(run, within, tmp_path, capsys):
+    within("export", run, tmp_path, "--no-tokenizer")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    greedily = ["--prompt", "Hello", "--temperature", 0, "--max-new-tokens", 10]
+    assert main(["sample", str(tmp_path), "--prompt", "Hello"]) == 1
+    assert "give --tokenizer" in capsys.readouterr().err
+    assert within("sample", tmp_path, *greedily, "--tokenizer", "bytes") == within("sample", run, *greedily)
 
 
 def test_the_doctor_says_what_a_run_would_get(tmp_path):

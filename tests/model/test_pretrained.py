@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model, pipeline
 
+from homebrew.data.tokenizer import ByteTokenizer
 from homebrew.errors import HomebrewError, ModelError
 from homebrew.model import export
 from homebrew.model.config import GPTConfig
-from homebrew.model.export import push_folder, tokenizer_files
+from homebrew.model.export import push_folder
 from homebrew.model.files import open_source
 from homebrew.model.gpt import GPT
+from homebrew.model.lora import LoRAConfig, LoRALinear, adapter_state_dict, add_lora
+from homebrew.model.tokenizer_files import tokenizer_files
 
 TINY = {"n_positions": 12, "vocab_size": 70, "n_layer": 2, "n_head": 2, "n_embd": 16}
 
@@ -319,6 +322,9 @@ class Gpt2Bytes:
     def decode_bytes(self, ids) -> bytes:
         return b"".join(self.tokens[i] for i in ids)
 
+    def to_json(self):
+        return {"name": "gpt2"}
+
 
 @pytest.fixture(scope="module")
 def gpt2_bytes() -> Gpt2Bytes:
@@ -336,6 +342,9 @@ class Alphabet:
 
     def decode_bytes(self, ids) -> bytes:
         return "".join(self.characters[i] for i in ids).encode()
+
+    def to_json(self):
+        return {"name": "char", "alphabet": self.characters}
 
 
 def test_gpt2s_own_files_come_out(gpt2_bytes):
@@ -382,7 +391,12 @@ def test_the_pipeline_generates_what_we_do(exported):
 
 @pytest.mark.parametrize(
     ("tokenizer", "text"),
-    [(Alphabet("\n !AZabz"), "zab Z!\nA"), (Alphabet("".join(map(chr, range(128)))), "a\tb\0c")],
+    [
+        (Alphabet("\n !AZabz"), "zab Z!\nA"),
+        (Alphabet("".join(map(chr, range(128)))), "a\tb\0c"),
+        (Alphabet("\n\r !'.aeé\u0301—€😀"), "a é e\u0301  €—😀 .\r\n'a\n"),
+        (Alphabet("ba\n"), "a"),
+    ],
 )
 def test_a_tokenizer_of_characters_is_exported_too(tmp_path, tokenizer, text):
     model = GPT(GPTConfig(block_size=16, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=8))
@@ -392,16 +406,44 @@ def test_a_tokenizer_of_characters_is_exported_too(tmp_path, tokenizer, text):
     assert ids == [tokenizer.characters.index(c) for c in text]
     assert theirs.decode(ids) == text
     assert len(theirs) == tokenizer.vocab_size
+    with pytest.raises(Exception, match="Missing"):
+        theirs("ß")
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.eos_token_id is None
+
+
+class Pieces:
+    """A token of two characters that no pair makes."""
+
+    vocab_size, end_of_text_id = 3, None
+
+    def decode_bytes(self, ids):
+        return "".join(["a", "é", "ab"][i] for i in ids).encode()
+
+    def to_json(self):
+        return {}
 
 
 def test_a_tokenizer_that_transformers_cannot_have_is_refused(tmp_path):
     model = GPT(GPTConfig(block_size=16, vocab_size=8, n_layer=1, n_head=2, n_embd=8))
     with pytest.raises(ModelError, match=r"Token 1 \('é'\)"):
-        model.save_pretrained(tmp_path / "a", Alphabet("aé"))
+        model.save_pretrained(tmp_path / "a", Pieces())
     with pytest.raises(ModelError, match=r"tokenizer has 9 ids.*vocab_size is 8"):
         model.save_pretrained(tmp_path / "b", Alphabet("abcdefghi"))
     assert not (tmp_path / "a").exists()
+
+
+def test_no_file_of_another_tokenizer_is_left(tmp_path):
+    model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=8))
+    model.save_pretrained(tmp_path, Alphabet("abc"))
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 256}')
+    (tmp_path / "README.md").touch()
+    model.save_pretrained(tmp_path, ByteTokenizer())
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("cé")["input_ids"] == list("cé".encode())
+    assert (tmp_path / "README.md").exists()
+    assert not (tmp_path / "added_tokens.json").exists()
+    model.save_pretrained(tmp_path)  # without one, what is there may be what belongs there
+    assert (tmp_path / "vocab.json").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -464,6 +506,30 @@ def test_what_reads_otherwise_than_it_was_written_is_an_error(tmp_path, monkeypa
         model.save_pretrained(tmp_path)
 
 
+def test_a_shape_that_reads_otherwise_is_an_error(tmp_path, monkeypatch):
+    model = GPT(GPTConfig(block_size=16, vocab_size=8, n_layer=1, n_head=2, n_embd=8))
+    right = export._config
+    monkeypatch.setattr(export, "_config", lambda *a: right(*a) | {"n_head": 4})
+    with pytest.raises(ModelError, match=r"config\.json is not what was written.*n_head=4"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_logits_from_the_same_weights_are_an_error(tmp_path, monkeypatch, dtype):
+    model = GPT.from_pretrained(_saved(theirs_of(), tmp_path / "in"), dtype=dtype).train()
+    add_lora(model, LoRAConfig(rank=2))
+    with torch.no_grad():
+        for tensor in adapter_state_dict(model).values():
+            tensor.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "out")
+    assert model.training
+    monkeypatch.setattr(
+        LoRALinear, "forward", torch.nn.Linear.forward
+    )  # as if what is merged were not what was trained
+    with pytest.raises(ModelError, match="other logits"):
+        model.save_pretrained(tmp_path / "out")
+
+
 class Hub:
     """Records what would be uploaded."""
 
@@ -485,4 +551,5 @@ def test_a_folder_is_pushed_in_one_commit(exported):
         "vocab.json",
         "merges.txt",
         "tokenizer_config.json",
+        "homebrew_tokenizer.json",
     }

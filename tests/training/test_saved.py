@@ -104,15 +104,6 @@ def test_damage_is_passed_over_in_a_run_and_an_error_in_a_checkpoint(tmp_path):
         load_run_model(tmp_path)
 
 
-def test_transformers_format_comes_with_gpt2s_tokenizer_where_the_vocabulary_allows(tmp_path):
-    for vocab_size, name in ((50_257, "gpt2"), (300, None)):
-        model = GPT(GPTConfig(**SHAPE | {"vocab_size": vocab_size}))
-        model.save_pretrained(tmp_path)
-        opened, tokenizer = load_run_model(tmp_path)
-        assert torch.equal(opened.lm_head.weight, model.lm_head.weight)
-        assert (tokenizer and tokenizer.name) == name
-
-
 def test_nothing_of_that_name(tmp_path):
     with pytest.raises(ModelError, match="no folder"):
         load_run_model(tmp_path / "none")

@@ -42,6 +42,8 @@ class Eval:
     """cpu, cuda, cuda:1, mps; auto is the first accelerator there is."""
     dtype: Dtype = "float32"
     """Of the weights."""
+    tokenizer: Literal["gpt2", "bytes"] | None = None
+    """For a model that does not say which one it was trained with."""
 
     def run(self) -> None:
         """Do it."""
@@ -57,7 +59,9 @@ class Eval:
         questions = []
         if self.hellaswag is not None:
             questions = load_hellaswag(None if self.hellaswag == "download" else self.hellaswag)[: self.limit]
-        model, tokenizer = open_model(self.checkpoint, self.device, self.dtype, base=self.base)
+        model, tokenizer = open_model(
+            self.checkpoint, self.device, self.dtype, base=self.base, tokenizer=self.tokenizer
+        )
         if text is not None:
             found = score_text(
                 model, tokenizer, text, stride=self.stride, batch_size=self.batch_size, track=_track("text")

@@ -12,7 +12,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def open_model(
-    source: str, device: str, dtype: Dtype = "float32", *, base: str | None = None
+    source: str, device: str, dtype: Dtype = "float32", *, base: str | None = None, tokenizer: str | None = None
 ) -> tuple["GPT", "Tokenizer"]:
     """A model, in evaluation mode on a device, and its tokenizer.
 
@@ -21,9 +21,10 @@ def open_model(
         device: "cpu", "cuda", "cuda:1", "mps"; "auto" is the first accelerator there is.
         dtype: of the weights; "auto" is bfloat16 on a GPU that has it, else float32.
         base: the weights below an adapter, if not where its run had them from.
+        tokenizer: its name, for a model that does not say.
 
     Raises:
-        ConfigError: there is no such device, or the model's tokenizer is not known.
+        ConfigError: there is no such device, or the model's tokenizer is not known or another.
     """
     import torch
 
@@ -32,12 +33,8 @@ def open_model(
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else str(accelerator)
-    model, tokenizer = load_run_model(source, base=base)
-    if tokenizer is None:
-        raise ConfigError(
-            f"{source} does not say which tokenizer it was trained with. Give a checkpoint of a run on text, or a "
-            f"model with GPT-2's vocabulary."
-        )
+    model, known = load_run_model(source, base=base)
+    chosen = choose_tokenizer(source, known, tokenizer)
     if dtype == "auto":
         has_bfloat16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bfloat16 else "float32"
@@ -46,4 +43,29 @@ def open_model(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"device={device!r} cannot be used: {reason} See `homebrew doctor`.") from error
-    return model, tokenizer
+    return model, chosen
+
+
+def choose_tokenizer(source: str, known: "Tokenizer | None", wanted: str | None) -> "Tokenizer":
+    """A model's tokenizer: the one it is known to have, else the one that is asked for.
+
+    Args:
+        source: of the model, for messages.
+        known: what its files say.
+        wanted: "gpt2" or "bytes".
+
+    Raises:
+        ConfigError: neither is there, or they contradict each other.
+    """
+    from homebrew.data.tokenizer import get_tokenizer
+
+    if known is None:
+        if wanted is None:
+            raise ConfigError(
+                f"{source} does not say which tokenizer it was trained with, or has one that is not ours: if it is "
+                f"one of them, give --tokenizer gpt2 or --tokenizer bytes."
+            )
+        return get_tokenizer(wanted)
+    if wanted not in (None, known.name):
+        raise ConfigError(f"{source} has the tokenizer {known.name!r}, not {wanted!r}.")
+    return known

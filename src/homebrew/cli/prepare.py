@@ -27,4 +27,4 @@ class Prepare:
 
         header = prepare(self.texts, self.output, tokenizer=self.tokenizer)
         print(f"{self.output}: {header.num_tokens:,} tokens of {header.num_text_bytes:,} bytes of text.")
-        print(f"To train on it: homebrew train {self.output} --output-dir runs/first")
+        print(f"To train on it: homebrew train {self.output} --output-dir runs/first --max-steps 500")

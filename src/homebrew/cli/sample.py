@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
@@ -48,10 +48,14 @@ class Sample:
     """cpu, cuda, cuda:1, mps; auto is the first accelerator there is."""
     dtype: Dtype = "auto"
     """Of the weights; auto is bfloat16 on a GPU that has it, else float32."""
+    tokenizer: Literal["gpt2", "bytes"] | None = None
+    """For a model that does not say which one it was trained with."""
 
     def run(self) -> None:
         """Do it."""
-        model, tokenizer = open_model(self.checkpoint, self.device, self.dtype, base=self.base)
+        model, tokenizer = open_model(
+            self.checkpoint, self.device, self.dtype, base=self.base, tokenizer=self.tokenizer
+        )
         if self.prompt is not None:
             _show(self.prompt)
             for piece in self._write(model, tokenizer, self.prompt, self.stop, self.seed):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
+from homebrew.cli.opened import choose_tokenizer
 from homebrew.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ class Train:
     openai-community/gpt2."""
     lora_rank: int | None = None
     """Leave those weights as they are and train a LoRA adapter of this rank (8 is usual)."""
+    lora_alpha: float | None = None
+    """The adapter's change is scaled by alpha / rank; 2 · rank if not given."""
+    lora_dropout: float = 0.0
+    """Probability of dropping a value of the adapter's input."""
+    lora_targets: tuple[Literal["c_attn", "c_proj", "c_fc"], ...] = ("c_attn", "c_proj")
+    """Which matrices it adapts."""
 
     global_batch_tokens: int | None = None
     """Tokens a step, over all processes; one micro-batch a process if not given."""
@@ -116,6 +123,7 @@ class Train:
         from homebrew.training.saved import load_run_model
 
         model: GPT | None = None
+        known: Tokenizer | None = None
         tokenizer: Tokenizer | str = self.tokenizer or "gpt2"
         sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout")}
         sizes = {name: size for name, size in sizes.items() if size is not None}
@@ -123,17 +131,23 @@ class Train:
             if given := sorted(({"preset"} if self.preset else set()) | (sizes.keys() - {"block_size"})):
                 raise ConfigError(f"--init-from brings its own shape, so {', '.join(given)} cannot be given with it.")
             model, known = load_run_model(self.init_from)
-            tokenizer = self._tokenizer(known)
+            if not _are_tokens(self.data):  # which say themselves
+                tokenizer = choose_tokenizer(self.init_from, known, self.tokenizer)
             shape = model.config
         else:
             if self.lora_rank is not None:
                 raise ConfigError("--lora-rank adapts weights there are: say which with --init-from.")
             shape = GPTConfig.preset(self.preset or "gpt2", **sizes)
         train = open_dataset(self.data, self.block_size or shape.block_size, tokenizer)
+        if known is not None and train.tokenizer is not None and _described(known) != _described(train.tokenizer):
+            raise DataError(
+                f"{', '.join(map(str, self.data))} is not in the ids of {self.init_from}, which has the tokenizer "
+                f"{known.name!r}: prepare the text anew with that, or train a new model."
+            )
         evaluate = None
         if self.eval_data is not None:
             evaluate = open_dataset([self.eval_data], train.block_size, train.tokenizer or tokenizer)
-            if _described(evaluate) != _described(train):
+            if _described(evaluate.tokenizer) != _described(train.tokenizer):
                 raise DataError(f"{self.eval_data} and the training data were made with different tokenizers.")
         elif self.eval_fraction:
             train, evaluate = train.split(1 - self.eval_fraction, seed=self.seed)
@@ -141,17 +155,9 @@ class Train:
             changes: dict[str, Any] = sizes | {"vocab_size": train.vocab_size}
             model = GPT(GPTConfig.preset(self.preset or "gpt2", **changes), seed=self.seed)
         if self.lora_rank is not None:
-            add_lora(model, LoRAConfig(rank=self.lora_rank), seed=self.seed)
+            adapter = LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+            add_lora(model, adapter, seed=self.seed)
         return model, train, evaluate
-
-    def _tokenizer(self, known: "Tokenizer | None") -> "Tokenizer | str":
-        if known is None:
-            if self.tokenizer is None:
-                raise ConfigError(f"{self.init_from} does not say which tokenizer it has: give --tokenizer.")
-            return self.tokenizer
-        if self.tokenizer not in (None, known.name):
-            raise ConfigError(f"{self.init_from} has the tokenizer {known.name!r}, not {self.tokenizer!r}.")
-        return known
 
 
 TRAINER_OPTIONS = (
@@ -173,16 +179,21 @@ def open_dataset(paths: Sequence[Path], block_size: int, tokenizer: "Tokenizer |
         DataError: a file cannot be read, or there are several texts.
     """
     from homebrew.data.dataset import TokenDataset
-    from homebrew.data.shards import is_token_file
 
     if not paths:
         raise DataError("There is no data: give a text file, or token files.")
-    if any(map(is_token_file, paths)):
+    if _are_tokens(paths):
         return TokenDataset.from_shards(paths, block_size)
     if len(paths) > 1:
         raise DataError(f"{len(paths)} text files were given: make one token file of them with `homebrew prepare`.")
     return TokenDataset.from_file(paths[0], block_size, tokenizer=tokenizer)
 
 
-def _described(dataset: "TokenDataset") -> dict[str, Any] | None:
-    return None if dataset.tokenizer is None else dataset.tokenizer.to_json()
+def _are_tokens(paths: Sequence[Path]) -> bool:
+    from homebrew.data.shards import is_token_file
+
+    return any(map(is_token_file, paths))
+
+
+def _described(tokenizer: "Tokenizer | None") -> dict[str, Any] | None:
+    return None if tokenizer is None else tokenizer.to_json()

@@ -1,10 +1,8 @@
 """A model and its tokenizer, written as transformers' AutoModelForCausalLM and AutoTokenizer read them."""
 
-import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
@@ -13,6 +11,8 @@ from torch import Tensor
 
 from homebrew.errors import ModelError
 from homebrew.model.files import replacing
+from homebrew.model.generate import evaluating
+from homebrew.model.lora import merged_state_dict
 from homebrew.model.pretrained import (
     COMPUTED,
     CONFIG_FILE,
@@ -22,25 +22,13 @@ from homebrew.model.pretrained import (
     SIZES,
     TRANSPOSED,
     WEIGHTS_FILE,
-    open_pretrained,
 )
+from homebrew.model.tokenizer_files import TOKENIZER_FILES, ExportableTokenizer, to_json, tokenizer_files
 
-END_OF_TEXT = "<|endoftext|>"
+if TYPE_CHECKING:
+    from homebrew.model.gpt import GPT
 
-
-class ExportableTokenizer(Protocol):
-    """What an export needs of a tokenizer: which bytes each id stands for."""
-
-    @property
-    def vocab_size(self) -> int:
-        """How many ids there are."""
-
-    @property
-    def end_of_text_id(self) -> int | None:
-        """The id that ends a text."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes that the ids stand for."""
+_TOKENS_COMPARED = 8
 
 
 def write_pretrained(
@@ -49,17 +37,16 @@ def write_pretrained(
     state: Mapping[str, Tensor],
     tokenizer: ExportableTokenizer | None = None,
 ) -> None:
-    """Write a model's folder, then read it and compare every tensor.
+    """Write a model's folder.
 
     Args:
-        folder: where to; files of the same names are replaced.
+        folder: where to; files of the same names are replaced, and with a tokenizer all that belong to another.
         shape: `GPTConfig`'s fields.
         state: the model's state dict, adapters merged.
         tokenizer: the one the model was trained with; without one no tokenizer is written.
 
     Raises:
-        ModelError: a weight is not finite, the tokenizer does not fit, the folder cannot be written, or what
-            was written reads otherwise.
+        ModelError: a weight is not finite, the tokenizer does not fit, or the folder cannot be written.
     """
     folder = Path(folder)
     vocab_size = shape["vocab_size"]
@@ -74,7 +61,7 @@ def write_pretrained(
             )
         texts = tokenizer_files(tokenizer, model_max_length=shape["block_size"])
         config["bos_token_id"] = config["eos_token_id"] = tokenizer.end_of_text_id
-    texts[CONFIG_FILE] = _json(config)
+    texts[CONFIG_FILE] = to_json(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / WEIGHTS_FILE) as path:
@@ -82,9 +69,41 @@ def write_pretrained(
         for name, text in texts.items():
             with replacing(folder / name) as path:
                 path.write_bytes(text.encode())
+        for name in TOKENIZER_FILES if tokenizer is not None else ():
+            if name not in texts:
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise ModelError(f"{folder} cannot be written: {error}. Choose a folder that can.") from error
-    _verify(folder, state)
+
+
+@torch.no_grad()
+def check_written(folder: str | Path, model: "GPT", written: "GPT") -> None:
+    """Compare a model with what was read back of it: its shape, every bit of its tensors, the logits of a few tokens.
+
+    Args:
+        folder: where it was written, for messages.
+        model: what was written; its adapter, if it has one, may be merged or not.
+        written: what was read, on the CPU, in float32 and evaluation mode.
+
+    Raises:
+        ModelError: they differ.
+    """
+    wrong = "is not what was written: the disk may be full or failing"
+    if written.config != model.config:
+        raise ModelError(f"{Path(folder) / CONFIG_FILE} {wrong}. It reads {written.config}.")
+    tensors = written.state_dict()
+    for name, tensor in merged_state_dict(model).items():
+        if not torch.equal(tensors[name].to(tensor.dtype), tensor.cpu()):
+            raise ModelError(f"{name} in {folder} {wrong}.")
+    config = model.config
+    ids = torch.arange(min(config.block_size, _TOKENS_COMPARED))[None] * 7919 % config.vocab_size
+    with evaluating(model):
+        ours = model.forward(ids.to(model.device)).float().cpu()  # past a compiled call, which would be compiled anew
+    theirs = written(ids)
+    # The tensors are equal to the bit: what is left is rounding, of a GPU's float32 (TF32) or of half precision.
+    tolerance = 1e-2 if model.lm_head.weight.dtype == torch.float32 else 1e-1
+    if not (theirs - ours).abs().max() <= tolerance * ours.abs().max():
+        raise ModelError(f"The model in {folder} gives other logits than this one, from the same weights: report this.")
 
 
 def push_folder(folder: str | Path, repository: str, *, private: bool | None = None, api: HfApi | None = None) -> str:
@@ -102,72 +121,6 @@ def push_folder(folder: str | Path, repository: str, *, private: bool | None = N
     api = api or HfApi()
     api.create_repo(repository, private=private, exist_ok=True)
     return str(api.upload_folder(repo_id=repository, folder_path=folder).commit_url)
-
-
-def tokenizer_files(tokenizer: ExportableTokenizer, *, model_max_length: int) -> dict[str, str]:
-    """The files that transformers' GPT2Tokenizer reads, by name.
-
-    A byte-pair encoding is known by its tokens' bytes: ids are in the order in which pairs were merged, so
-    the pair that made a token is what its bytes come to under the merges before it.
-
-    Args:
-        tokenizer: GPT-2's, bytes, or any other of byte pairs.
-        model_max_length: the model's block size, in tokens.
-
-    Raises:
-        ModelError: a token is not made of two others.
-    """
-    end = tokenizer.end_of_text_id
-    tokens = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.vocab_size) if i != end}
-    merges = ["#version: 0.2"]
-    for token in tokens:
-        if len(token) > 1:
-            parts = _merged(token, tokens)
-            if len(parts) != 2 or not tokens.keys() >= set(parts):
-                raise ModelError(
-                    f"Token {tokens[token]} ({token.decode(errors='replace')!r}) is not made of two others, "
-                    f"so transformers' GPT-2 tokenizer cannot have it. Save the model without the tokenizer."
-                )
-            merges.append(" ".join(map(_printable, parts)))
-    vocabulary = {_printable(token): i for token, i in tokens.items()}
-    special = None if end is None else END_OF_TEXT
-    if end is not None:
-        vocabulary[END_OF_TEXT] = end
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": model_max_length,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), special),
-    }
-    return {
-        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-        "merges.txt": "\n".join(merges) + "\n",
-        "tokenizer_config.json": _json(settings),
-    }
-
-
-def _merged(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """The parts that a token's bytes come to under the merges that were made before it."""
-    parts = [bytes([byte]) for byte in token]
-    while True:
-        pairs = [ranks.get(a + b, len(ranks) + 1) for a, b in itertools.pairwise(parts)]
-        first = min(pairs, default=ranks[token])
-        if first >= ranks[token]:
-            return parts
-        at = pairs.index(first)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-
-
-def _printable(token: bytes) -> str:
-    """GPT-2's spelling of bytes: those that print as themselves, the others as characters from 256 on."""
-    return "".join(_SPELLING[byte] for byte in token)
-
-
-_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_SPELLING = {byte: chr(byte) for byte in _PRINTED} | {
-    byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
-}
 
 
 def _exported(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
@@ -191,15 +144,3 @@ def _config(shape: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         "eos_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def _verify(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """The same tensors are the same logits."""
-    written = open_pretrained(folder).read(state, torch.float32)
-    for name, tensor in state.items():
-        if not torch.equal(written[name].to(tensor.dtype), tensor.cpu()):
-            raise ModelError(f"{name} in {folder} is not what was written: the disk may be full or failing.")
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"

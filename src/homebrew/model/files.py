@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 
 from homebrew.errors import ModelError
@@ -90,6 +95,15 @@ class _Repository:
             ) from error
         except EntryNotFoundError:
             return None
+        except RepositoryNotFoundError as error:
+            raise ModelError(
+                f"{self.name} is neither a folder nor a repository of the hub that you can see. Check the name; for a "
+                f"private or gated one, log in with `hf auth login`."
+            ) from error
+        except RevisionNotFoundError as error:
+            raise ModelError(
+                f"{self.name} has no revision {self._revision!r}: give a branch, tag or commit."
+            ) from error
         except (OSError, ValueError) as error:  # the hub's own errors among them, whatever went wrong there
             reason = str(error).strip().split("\n")[0]
             raise ModelError(f"{self.name} cannot be had: {reason} Check the name and the revision.") from error

@@ -19,13 +19,14 @@ from homebrew.errors import ModelError
 from homebrew.model.attention import causal_attention
 from homebrew.model.cache import KeyValueCache, LayerCache
 from homebrew.model.config import GPTConfig
-from homebrew.model.export import ExportableTokenizer, push_folder, write_pretrained
+from homebrew.model.export import check_written, push_folder, write_pretrained
 from homebrew.model.generate import Overflow, Prompts, append_columns, append_lists, generate_steps
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.loss import compute_dtype, head_loss
 from homebrew.model.mlp import mlp
 from homebrew.model.pretrained import open_pretrained
 from homebrew.model.sampling import Sampling
+from homebrew.model.tokenizer_files import ExportableTokenizer
 
 
 class CausalSelfAttention(nn.Module):
@@ -224,9 +225,11 @@ class GPT(nn.Module):
             tokenizer: the one the model was trained with; without one no tokenizer is written.
 
         Raises:
-            ModelError: the folder cannot be written, or the tokenizer does not fit.
+            ModelError: the folder cannot be written, the tokenizer does not fit, or what was written has other
+                weights or gives other logits.
         """
         write_pretrained(folder, asdict(self.config), merged_state_dict(self), tokenizer)
+        check_written(folder, self, type(self).from_pretrained(folder))
 
     def push_to_hub(
         self, repository: str, tokenizer: ExportableTokenizer | None = None, *, private: bool | None = None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_json
+from homebrew.data.tokenizer import Tokenizer, tokenizer_from_json
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, TokenizerError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
@@ -16,6 +16,7 @@ from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_f
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.manifest import Checkpoint, open_checkpoint
 from homebrew.training.state import EMBEDDING, TIED
+from homebrew.training.tokenizers import find_tokenizer
 
 MODEL_FILE = "model"
 ADAPTER_FILE = "adapter"
@@ -26,8 +27,7 @@ def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tup
 
     Args:
         source: a run's folder, whose newest whole checkpoint is taken; a checkpoint's folder; or a folder or a hub
-            repository in transformers' GPT-2 format. That format does not say in a form we read which tokenizer
-            it was: where the vocabulary is no smaller than GPT-2's, it is taken to be GPT-2's.
+            repository in transformers' GPT-2 format, whose tokenizer is known if we exported it or it is GPT-2's.
         base: for a checkpoint that holds an adapter only, where the weights below it are; where the run had them
             from if not given.
 
@@ -44,7 +44,7 @@ def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tup
         model, tokenizer = _open(checkpoint, base)
     else:
         model = GPT.from_pretrained(source)
-        tokenizer = GPT2Tokenizer() if model.config.vocab_size >= GPT2Tokenizer.vocab_size else None
+        tokenizer = find_tokenizer(source, vocab_size=model.config.vocab_size)
     model.source = str(source)
     return model, tokenizer
 
