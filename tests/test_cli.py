@@ -12,11 +12,13 @@ import tomllib
 import typing
 from pathlib import Path
 
+import pexpect
 import pytest
 import torch
 from transformers import pipeline
 
 from homebrew import GPTConfig, TrainerConfig
+from homebrew.__main__ import run as run_program
 from homebrew.cli.doctor import examine
 from homebrew.cli.main import main
 from homebrew.cli.train import TRAINER_OPTIONS, Preset, Train
@@ -172,6 +174,7 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
         (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
         (["sample", "./none"], "no folder"),
         (["sample", "RUN", "--prompt", "a", "--top-k", "0"], "top_k=0"),
+        (["sample", "RUN", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens=-1"),
         (["sample", "RUN", "--prompt", "a", "--device", "cuda:99"], "cuda:99.*homebrew doctor"),
         (["eval", "RUN"], "--text"),
         (["eval", "RUN", "--text", "none.txt"], r"none\.txt"),
@@ -187,7 +190,8 @@ def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, 
     prepare([text], tokens, tokenizer="char")
     words = {"TEXT": text, "RUN": run, "TOKENS": tokens}
     assert main([str(words.get(word, word)) for word in arguments]) == 1
-    told = capsys.readouterr().err
+    out, told = capsys.readouterr()
+    assert out == ""
     assert told.startswith("homebrew: ")
     assert told.count("\n") == 1
     assert re.search(message, told)
@@ -287,6 +291,37 @@ def test_ctrl_c_is_quiet(run, text, tmp_path):
     assert (code, errors) == (130, b"")
     assert b"saving" in told
     load_run_model(tmp_path / "run")
+
+
+def test_ctrl_c_is_quiet_while_the_program_loads(monkeypatch, capsys):
+    class Loading:
+        @property
+        def main(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "homebrew.cli.main", Loading())
+    with pytest.raises(SystemExit) as caught:
+        run_program()
+    assert caught.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal(run):
+    """A conversation as a person has it, on a terminal that cannot show all that is written."""
+    program = [*HOMEBREW, "sample", str(run), "--max-new-tokens", "30", "--seed", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    terminal = pexpect.spawn(program[0], program[1:], env=environment, encoding="utf-8", timeout=60)
+    terminal.expect_exact("> ")
+    for line in ("Hello", "", "Thou"):
+        terminal.sendline(line)
+        terminal.expect_exact(f"{line}\r\n")
+        terminal.expect_exact("\r\n> ")
+        assert terminal.before.isascii()
+    terminal.sendintr()
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.before == "^C\r\n"
+    assert terminal.exitstatus == 130
 
 
 def test_a_reader_that_has_had_enough_gets_no_complaint(run):

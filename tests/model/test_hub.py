@@ -53,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
+            if name == "someone/forbidden":
+                return self.answer(403)
             if name in self.server.repositories:
                 return self.answer(409, {"error": "it is there", "url": f"{self.server.url}/{name}"})
             self.server.private.append(asked.get("private") or asked.get("visibility") == "private")
@@ -135,10 +137,15 @@ refused("someone/none")
 refused("someone/tiny", revision="v9")
 refused("someone/pickled")
 refused("someone/pickled", local_files_only=True)
-try:
-    load_adapter(first, "someone/tiny")
-except ModelError as error:
-    print(error)
+for attempt in (
+    lambda: load_adapter(first, "someone/tiny"),
+    lambda: first.push_to_hub("someone/forbidden"),
+    lambda: first.push_to_hub("no name"),
+):
+    try:
+        attempt()
+    except ModelError as error:
+        print(error)
 """
 
 
@@ -163,6 +170,8 @@ def test_there_and_back(hub, tmp_path):
     assert "pickled weights only (pytorch_model.bin)" in told[4]
     assert "someone/pickled has no model.safetensors" in told[5]  # what is not in the cache is not known of
     assert "someone/tiny has no adapter_config.json" in told[6]
+    assert re.match(r"someone/forbidden could not be uploaded: .*403.*hf auth login", told[7])
+    assert re.match(r"no name could not be uploaded: .*user/name", told[8])
     assert hub.private == [True]
     assert hub.tokens == {"Bearer hf_secret"}
     assert hub.repositories["someone/tiny"][1].keys() == {

@@ -24,9 +24,6 @@ Command = (
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
-INTERRUPTED = 130
-"""128 + SIGINT, as shells have it."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -35,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line's if not given.
 
     Returns:
-        The exit code: 0; 1 after an error of ours, which is one line on standard error; 130 after Ctrl-C.
+        The exit code: 0; 1 after an error of ours, which is one line on standard error.
 
     Raises:
         SystemExit: with 2, where the arguments are wrong; with 0 after --help.
+        KeyboardInterrupt: at Ctrl-C.
     """
     try:
         command = tyro.cli(
@@ -53,14 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HomebrewError as error:
         print(f"homebrew: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, `head` for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
         return 1
     return 0
-
-
-def run() -> None:
-    """The `homebrew` program."""
-    sys.exit(main())

@@ -1,17 +1,16 @@
 """`homebrew sample`."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tyro.conf import Positional, UseAppendAction
 
 from homebrew.cli.opened import Dtype, open_model
 
-if TYPE_CHECKING:
-    from homebrew.data.tokenizer import Tokenizer
-    from homebrew.model.gpt import GPT
+Write = Callable[[str, tuple[str, ...], int], Iterator[str]]
+"""What follows a text, in pieces: the text, strings to stop before, which turn it is."""
 
 
 @dataclass
@@ -53,18 +52,44 @@ class Sample:
 
     def run(self) -> None:
         """Do it."""
+        from homebrew.model.sampling import Sampling
+
+        sampling = Sampling(  # first of all: what is wrong here should not be said after a model is loaded
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
         model, tokenizer = open_model(
             self.checkpoint, self.device, self.dtype, base=self.base, tokenizer=self.tokenizer
         )
-        if self.prompt is not None:
-            _show(self.prompt)
-            for piece in self._write(model, tokenizer, self.prompt, self.stop, self.seed):
-                _show(piece)
-            _show("\n")
-        else:
-            self._converse(model, tokenizer)
 
-    def _converse(self, model: "GPT", tokenizer: "Tokenizer") -> None:
+        def write(text: str, stop: tuple[str, ...], turn: int) -> Iterator[str]:
+            from homebrew.model.text import generate_text
+
+            return generate_text(
+                model,
+                tokenizer,
+                text or "\n",  # a model needs a token to begin with
+                self.max_new_tokens,
+                sampling,
+                stop=stop,
+                eos_token_id=tokenizer.end_of_text_id,
+                seed=None if self.seed is None else self.seed + turn,
+            )
+
+        if self.prompt is None:
+            self._converse(write)
+            return
+        pieces = write(self.prompt, self.stop, 0)
+        first = next(pieces, "")  # or an error, before anything is shown
+        _show(self.prompt + first)
+        for piece in pieces:
+            _show(piece)
+        _show("\n")
+
+    def _converse(self, write: Write) -> None:
         ask = "> " if sys.stdin.isatty() else ""
         text, turn = "", 0
         while True:
@@ -72,38 +97,12 @@ class Sample:
                 text += input(ask) + "\n"
             except EOFError:
                 return
-            for piece in self._write(
-                model, tokenizer, text, self.stop or ("\n\n",), None if self.seed is None else self.seed + turn
-            ):
+            for piece in write(text, self.stop or ("\n\n",), turn):
                 _show(piece)
                 text += piece
             _show("\n")
             text += "\n\n"
             turn += 1
-
-    def _write(
-        self, model: "GPT", tokenizer: "Tokenizer", text: str, stop: tuple[str, ...], seed: int | None
-    ) -> Iterator[str]:
-        from homebrew.model.sampling import Sampling
-        from homebrew.model.text import generate_text
-
-        sampling = Sampling(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-        )
-        return generate_text(
-            model,
-            tokenizer,
-            text or "\n",  # a model needs a token to begin with
-            self.max_new_tokens,
-            sampling,
-            stop=stop,
-            eos_token_id=tokenizer.end_of_text_id,
-            seed=seed,
-        )
 
 
 def _show(text: str) -> None:

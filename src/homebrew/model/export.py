@@ -117,10 +117,20 @@ def push_folder(folder: str | Path, repository: str, *, private: bool | None = N
 
     Returns:
         The commit's address.
+
+    Raises:
+        ModelError: the hub does not answer, or does not let you.
     """
     api = api or HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repository, folder_path=folder).commit_url)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder).commit_url)
+    except Exception as error:  # of the hub's client, or of whichever HTTP library is under it
+        reason = next(iter(str(error).split("\n")), "") or type(error).__name__
+        raise ModelError(
+            f"{repository} could not be uploaded: {reason} Check the name (user/name) and the network, and log in with "
+            f"`hf auth login`."
+        ) from error
 
 
 def _exported(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
