@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    AutoModelForCausalLM,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -183,6 +185,45 @@ def test_the_distribution_is_that_of_transformers():
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5, msg=lambda m, s=settings: f"{s}: {m}")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.8, "top_k": 7},
+        {"top_p": 0.7, "min_p": 0.02},
+        {"repetition_penalty": 1.4, "temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_transformers_generate_draws_from_is_what_we_draw_from(model, tmp_path, settings):
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompts, num_new = torch.tensor(prompts_of(6, 6)), 12
+    told = theirs.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=num_new,
+        do_sample=True,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **{"top_k": 0} | settings,
+    )
+    decoder = Decoder(model, 2, 64, sampling := Sampling(**settings))
+    seen = torch.zeros(2, CONFIG.vocab_size, dtype=torch.bool).scatter_(1, prompts, value=True)
+    read = 0
+    for step, scores in enumerate(told.scores):
+        end = prompts.shape[1] + step
+        logits = decoder.logits(told.sequences[:, read:end], torch.arange(read, end))
+        torch.testing.assert_close(
+            sampling.adjust(logits, seen).softmax(-1), scores.float().softmax(-1), atol=1e-5, rtol=1e-3
+        )
+        seen.scatter_(1, told.sequences[:, end, None], value=True)
+        read = end
+    assert read == prompts.shape[1] + num_new - 1
+
+
 def test_tokens_are_drawn_as_often_as_they_are_probable():
     sampling = Sampling(temperature=1.3, top_k=6)
     generator = torch.Generator().manual_seed(0)
@@ -317,3 +358,21 @@ def test_a_captured_step_generates_what_the_cpu_does(model, compile):  # noqa: A
     gpu.load_state_dict(model.state_dict())
     assert gpu.generate(prompts, 40, temperature=0.0, repetition_penalty=1.1, compile=compile) == expected
     assert gpu.generate(prompts, 40, seed=1, top_k=5) == gpu.generate(prompts, 40, seed=1, top_k=5)
+
+
+def test_a_compiled_step_is_compiled_once_for_all_calls_of_a_size(model, monkeypatch):
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.append(len(inputs))
+        return graph.forward
+
+    compile_ = functools.partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile_)
+    torch.compiler.reset()
+    options = {"repetition_penalty": 1.1, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 3}
+    for lengths, num_tokens in (((3, 9), 6), ((7, 2), 14), ((1, 4), 30)):
+        prompts = prompts_of(*lengths)
+        expected = model.generate(prompts, num_tokens, **options)
+        assert model.generate(prompts, num_tokens, **options, compile=True) == expected
+    assert len(sizes) == 1
