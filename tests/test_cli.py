@@ -142,7 +142,9 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
     shutil.copytree(run, base)
     train = ["train", text, "--output-dir", lora, "--max-steps", 2, "--init-from", base, "--lora-rank", 2]
     train += ["--micro-batch-size", 8, "--learning-rate", 0.1]
-    within(*train)
+    told = within(*train)
+    trained = 2 * 2 * ((16 + 48) + (16 + 16) + (64 + 16))  # in two blocks, of rank 2
+    assert f"({trained:,} trained)" in told
     assert [path.name for path in lora.rglob("adapter.safetensors")]
     assert not [path.name for path in lora.rglob("model.safetensors")]
     assert "step 2 of 2" in within(*train, "--resume")

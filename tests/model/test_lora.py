@@ -123,6 +123,14 @@ def test_only_the_adapter_trains():
     assert all(tensor.any() for tensor in adapter_state_dict(model).values())
 
 
+def test_frozen_weights_cost_no_gradient_of_their_own():
+    plain, model = base(), trained()
+    adapter = sum(tensor.numel() for tensor in adapter_state_dict(model).values())
+    attention = 12 * 2 * 16 * 12
+    frozen = (plain.flops_per_token() - attention) // 6 * 4
+    assert model.flops_per_token() == frozen + 6 * adapter + attention
+
+
 def test_the_loss_falls():
     model = trained(steps=0)
     first = model(IDS[:, :-1], IDS[:, 1:])
@@ -221,10 +229,15 @@ def test_an_adapted_model_generates_and_compiles():
     plain.load_state_dict(merged_state_dict(model))
     prompts = [[1, 2, 3], [4]]
     assert model.generate(prompts, 8, temperature=0.0) == plain.generate(prompts, 8, temperature=0.0)
+
+    def loss_and_gradients(call):
+        model.train().zero_grad()
+        loss = call(IDS[:, :-1], IDS[:, 1:])
+        loss.backward()
+        return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    loss = compiled(IDS[:, :-1], IDS[:, 1:])
-    loss.backward()
-    torch.testing.assert_close(loss, model(IDS[:, :-1], IDS[:, 1:]))
+    torch.testing.assert_close(loss_and_gradients(compiled), loss_and_gradients(model))
 
 
 def test_training_keeps_the_mlps_widest_tensor_once_and_computes_little_again():

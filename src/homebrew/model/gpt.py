@@ -326,12 +326,16 @@ class GPT(nn.Module):
     def flops_per_token(self, sequence_length: int | None = None) -> int:
         """Floating-point operations of one token's forward and backward pass, recomputation not counted.
 
-        6 for each value of a matrix, and 12·L·C·T for attention (Chowdhery et al. 2022, PaLM, appendix B).
+        6 for each value of a matrix, 4 where it is frozen and so has no gradient, and 12·L·C·T for attention (Chowdhery
+        et al. 2022, PaLM, appendix B).
 
         Args:
             sequence_length: tokens in a sequence; `block_size` if not given.
         """
         config = self.config
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
-        matrices -= (config.padded_vocab_size - config.vocab_size) * config.n_embd
-        return 6 * matrices + 12 * config.n_layer * config.n_embd * (sequence_length or config.block_size)
+        sizes = [(p.numel(), 6 if p.requires_grad else 4) for p in self.parameters() if p.dim() == 2]
+        padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+        sizes.append((-padding, 6 if self.lm_head.weight.requires_grad else 4))
+        return sum(size * each for size, each in sizes) + 12 * config.n_layer * config.n_embd * (
+            sequence_length or config.block_size
+        )

@@ -86,8 +86,10 @@ class ProgressDisplay(Callback):
             return
         self._console = self._console or Console(file=sys.stdout, soft_wrap=True)
         model, batch = trainer.model, trainer.batch
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        part = f" ({trained:,} trained)" if any(not p.requires_grad for p in model.parameters()) else ""
         self._say(
-            f"{model.num_parameters():,} parameters on {trainer.accelerator.device} × "
+            f"{model.num_parameters():,} parameters{part} on {trainer.accelerator.device} × "
             f"{trainer.accelerator.num_processes}, precision {trainer.accelerator.mixed_precision}; "
             f"{batch.global_batch_size} sequences of {trainer.sequence_length} tokens a step in "
             f"{batch.accumulation_steps} micro-batches of {batch.micro_batch_size}; "
