@@ -137,7 +137,8 @@ def alternate(sides: Iterable[Side], *, rounds: int, steps: int, warmup: int = 1
             seconds[name].append(clock.seconds)
             if DEVICE.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated() - others
-        console.print(f"round {turn + 1} of {rounds}", style="dim")
+        done = ", ".join(f"{name} {number(1000 * seconds[name][-1])} ms" for name, *_ in loaded)
+        console.print(f"round {turn + 1} of {rounds}: {done}", style="dim", highlight=False)
     return [Measured(name, seconds[name], peaks.get(name), first) for name, *_, first in loaded]
 
 

@@ -350,6 +350,7 @@ def test_characters_come_whole_and_as_soon_as_they_are_known():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own doing
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_captured_step_generates_what_the_cpu_does(model, compile):  # noqa: A002
     prompts = prompts_of(3, 9)

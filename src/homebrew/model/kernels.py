@@ -5,7 +5,7 @@ Imported only where a tensor is on a GPU and Triton is installed.
 
 # Triton reads a kernel's annotations, and writes its constants in capitals.
 # ruff: noqa: ANN001, ANN202, N803
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 import torch
 import triton
@@ -13,12 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 SCORE_BLOCK = 4096
-"""Columns that a program of `score_` holds at a time, 4 for each thread."""
+"""Columns that a program of `score_` takes at a time, 4 for each thread."""
 
-GELU_BLOCK = (16, 256)
+SCORE_UNROLLED = 3
+"""As many times of them share one correction of the sum so far: a fifth fewer exponentials than one by one."""
+
+GELU_BLOCK = (32, 128)
 """Rows and columns that a program of `gelu_backward` holds at a time."""
 
-GELU_ROWS = 512
+GELU_ROWS = 256
 """Rows that one program of `gelu_backward` walks down, keeping its columns' sums."""
 
 
@@ -49,6 +52,7 @@ def score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool
         IGNORE_INDEX=ignore_index,
         WITH_GRADIENT=with_gradient,
         BLOCK=block,
+        UNROLLED=SCORE_UNROLLED,
         num_warps=max(block // 128, 1),
     )
     return losses.sum()
@@ -65,6 +69,7 @@ def _score_row(
     IGNORE_INDEX: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):
     log2_e: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
@@ -83,11 +88,17 @@ def _score_row(
         # Each lane keeps the maximum of the columns it saw and the sum of their powers of 2 relative to it.
         maximum = tl.full([BLOCK], -1e30, dtype=tl.float32)
         total = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, VOCAB_SIZE, BLOCK):
-            x = tl.load(logits + start + columns, mask=start + columns < VOCAB_SIZE, other=-1e30)
-            x = x.to(tl.float32) * log2_e
-            higher = tl.maximum(maximum, x)
-            total = total * tl.exp2(maximum - higher) + tl.exp2(x - higher)
+        for start in range(0, VOCAB_SIZE, UNROLLED * BLOCK):
+            held = ()
+            higher = maximum
+            for index in tl.static_range(UNROLLED):
+                offsets = start + index * BLOCK + columns
+                x = tl.load(logits + offsets, mask=offsets < VOCAB_SIZE, other=-1e30).to(tl.float32) * log2_e
+                held = held + (x,)  # noqa: RUF005 - Triton knows no unpacking
+                higher = tl.maximum(higher, x)
+            total *= tl.exp2(maximum - higher)
+            for index in tl.static_range(UNROLLED):
+                total += tl.exp2(held[index] - higher)
             maximum = higher
         highest = tl.max(maximum, axis=0)
         log2_total = highest + tl.log2(tl.sum(total * tl.exp2(maximum - highest), axis=0))
@@ -170,14 +181,20 @@ def _gelu_backward(
 ):
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     first = tl.program_id(1) * ROWS
+    skipped = first.to(tl.int64) * num_columns
+    x += skipped
+    d_y += skipped
+    y += skipped
+    d_x += skipped
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
-    for start in range(0, ROWS, BLOCK_ROWS):
-        rows = first + start + tl.arange(0, BLOCK_ROWS)[:, None]
-        inside = (rows < num_rows) & (columns < num_columns)
-        offsets = rows.to(tl.int64) * num_columns + columns
-        narrow = tl.load(x + offsets, mask=inside, other=0.0)
+    for start in tl.range(0, ROWS, BLOCK_ROWS, num_stages=3):
+        rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        inside = (first + rows < num_rows) & (columns < num_columns)
+        offsets = rows * num_columns + columns
+        # Every value is read once: it need not push others out of the cache.
+        narrow = tl.load(x + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
         value = narrow.to(tl.float32)
-        gradient = tl.load(d_y + offsets, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.load(d_y + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         gate = tl.sigmoid(_logistic_argument(value))
         slope = 1.5957691216057308 + 0.21406445 * value * value  # of the argument: 3 · 0.044715 · 1.59576912
         gradient *= gate * (1.0 + value * (1.0 - gate) * slope)
