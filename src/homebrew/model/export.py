@@ -4,10 +4,9 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +23,9 @@ from homebrew.model.pretrained import (
     WEIGHTS_FILE,
     open_pretrained,
 )
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -87,7 +89,7 @@ def write_pretrained(
     _verify(folder, state)
 
 
-def push_folder(folder: str | Path, repository: str, *, private: bool | None = None, api: HfApi | None = None) -> str:
+def push_folder(folder: str | Path, repository: str, *, private: bool | None = None, api: "HfApi | None" = None) -> str:
     """Upload a folder to the hub, in one commit; the repository is made if it is not there.
 
     Args:
@@ -99,6 +101,8 @@ def push_folder(folder: str | Path, repository: str, *, private: bool | None = N
     Returns:
         The commit's address.
     """
+    from huggingface_hub import HfApi
+
     api = api or HfApi()
     api.create_repo(repository, private=private, exist_ok=True)
     return str(api.upload_folder(repo_id=repository, folder_path=folder).commit_url)

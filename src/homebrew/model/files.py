@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from homebrew.errors import ModelError
@@ -75,6 +74,8 @@ class _Repository:
         self._snapshot: Path | None = None
 
     def find(self, filename: str) -> Path | None:
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
         try:
             path = Path(
                 huggingface_hub.hf_hub_download(

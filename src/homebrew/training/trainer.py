@@ -31,7 +31,6 @@ from homebrew.training.micro_batch import explained, plan_run
 from homebrew.training.optim import adamw
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
-from homebrew.training.saver import RunSaver
 from homebrew.training.schedule import Schedule
 from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
@@ -72,6 +71,7 @@ class Trainer:
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
+        self._tokenizer = getattr(train_dataset, "tokenizer", None)
         self._limits = {"block_size": self.model.config.block_size, "vocab_size": self.model.config.vocab_size}
         self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
@@ -87,6 +87,8 @@ class Trainer:
 
     def _prepare(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Place, compile and wrap the model."""
+        from homebrew.training.saver import RunSaver
+
         config, accelerator = self.config, self.accelerator
         if accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
@@ -121,9 +123,8 @@ class Trainer:
             accelerator.device,
             spike_zscore=config.loss_spike_zscore,
         )
-        tokenizer = getattr(self.train_dataset, "tokenizer", None)
         saved = (self.model, self._wrapped, self._optimizer, self._guard)
-        self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=tokenizer)
+        self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=self._tokenizer)
         self._loader = StepLoader(
             self.train_dataset,
             seed=config.seed,
@@ -331,13 +332,12 @@ class Trainer:
         Raises:
             ConfigError: the training dataset has no tokenizer.
         """
-        tokenizer = getattr(self.train_dataset, "tokenizer", None)
-        if tokenizer is None:
+        if self._tokenizer is None:
             raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
-        end = tokenizer.end_of_text_id
-        ids = list(tokenizer.encode(text or "\n")) if text or end is None else [end]
+        end = self._tokenizer.end_of_text_id
+        ids = list(self._tokenizer.encode(text or "\n")) if text or end is None else [end]
         written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
-        return str(tokenizer.decode(written if text else written[1:]))
+        return str(self._tokenizer.decode(written if text else written[1:]))
 
     @property
     def is_main_process(self) -> bool:
