@@ -19,7 +19,7 @@ from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.callbacks import Callback, ProgressDisplay
-from homebrew.training.compilation import compile_model
+from homebrew.training.compilation import compile_model, try_compiled
 from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
@@ -106,7 +106,7 @@ class Trainer:
             seed=config.seed,
         )
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
-        compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
+        self._untried = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._optimizer = optimizer or adamw(
             self.model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -173,6 +173,9 @@ class Trainer:
                 for micro_batches in steps:
                     if self.step >= self.config.max_steps or self._stopping:
                         break
+                    if self._untried:
+                        self._untried, evaluates = False, self.eval_dataset is not None
+                        try_compiled(self.accelerator, self._wrapped, micro_batches[0], evaluates=evaluates)
                     loss, grad_norm = self._take_step(micro_batches)
                     self._after_step(loss, grad_norm)
                     self._answer(signals, agreement)
