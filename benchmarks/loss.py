@@ -39,7 +39,7 @@ def main(options: Options) -> None:
     if options.processor_time:
         use_processor_time()
     report = Report(options.json)
-    plain_compiled = torch.compile(plain)
+    plain_compiled = torch.compile(plain, dynamic=False)
     rows = []
     for dtype in options.dtypes:
         for width in options.widths:

@@ -16,6 +16,7 @@ from alternating import DEVICE, GIB, Clock, Report, Stretch
 from sides import bare_loop, hf_model, hf_trainer, homebrew_trainer, nanogpt_loop, random_ids
 
 from homebrew import GPT, GPTConfig
+from homebrew.errors import TrainingError
 
 SideName = Literal["homebrew", "homebrew, checkpointing", "bare loop", "nanoGPT", "Hugging Face Trainer"]
 
@@ -54,7 +55,9 @@ def main(options: Options) -> None:
         peak = ask(options, side, options.micro_batch, 0.0)
         row = {"side": side, f"peak GiB at micro-batch {options.micro_batch}": "none fits" if peak is None else peak}
         if DEVICE.type == "cuda":
-            row[f"largest micro-batch in {options.cap_gib:g} GiB"] = str(largest(options, side))
+            row[f"largest micro-batch in {options.cap_gib:g} GiB"] = str(
+                largest(options, side, {} if peak is None else {options.micro_batch: float(peak)})
+            )
         rows.append(row)
     shape = GPTConfig.preset(options.model, block_size=options.block_size)
     report.add(f"{options.model}, sequences of {shape.block_size}, one micro-batch a step", rows)
@@ -67,7 +70,11 @@ def probe(options: Options, side: SideName, micro_batch: int, cap_gib: float) ->
         torch.cuda.set_per_process_memory_fraction(cap_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     try:
         build(options, side, micro_batch)(Clock(1, 2))
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
+        return {"peak": None}
+    except TrainingError as error:  # the Trainer's own word for it
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
         return {"peak": None}
     peak = torch.cuda.max_memory_allocated() / GIB if DEVICE.type == "cuda" else None
     return {"peak": "not measured" if peak is None else f"{peak:.2f}"}
@@ -100,18 +107,32 @@ def ask(options: Options, side: SideName, micro_batch: int, cap_gib: float) -> s
     return found
 
 
-def largest(options: Options, side: SideName) -> int:
-    """The largest micro-batch under the cap: doubled until it does not fit, then between, to a sixteenth."""
+def largest(options: Options, side: SideName, peaks: dict[int, float]) -> int:
+    """The largest micro-batch under the cap, to a sixteenth.
+
+    Memory grows in a straight line with the micro-batch: two points of it say where to look.
+
+    Args:
+        options: with the cap.
+        side: whose.
+        peaks: GiB without a cap, by micro-batch, where known.
+    """
     fits, too_large = 0, options.most + 1
     size = min(8, options.most)
     while too_large - fits > max(1, fits // 16):
-        if ask(options, side, size, options.cap_gib) is None:
+        peak = ask(options, side, size, options.cap_gib)
+        if peak is None:
             too_large = size
         else:
             fits = size
-        size = min(2 * fits, options.most) if too_large > options.most else (fits + too_large) // 2
-        if fits == options.most:
-            break
+            peaks = peaks | {size: float(peak)}
+        size = (fits + too_large) // 2
+        if len(peaks) > 1:
+            (low, least), (high, most) = min(peaks.items()), max(peaks.items())
+            guess = int(low + (options.cap_gib - least) * (high - low) / (most - least))
+            # Where the guess has been tried already, a sixteenth beside it.
+            size = min(max(guess, fits + max(1, fits // 16)), too_large - too_large // 17)
+            size = min(size, too_large - 1)
     return fits
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from alternating import DEVICE, Report, Side, alternate, use_processor_time
 from sides import bare_loop, homebrew_trainer, random_ids
@@ -12,11 +13,11 @@ from homebrew.training.launch import build_accelerator
 from homebrew.training.trainer import TrainerConfig
 
 CASES = {
-    # shape, sequences at once, micro-batches in a step
-    "large": (GPTConfig.preset("gpt2"), 64, 8),
-    "small": (GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 64, 1),
-    "baby": (GPTConfig.preset("baby"), 16, 1),
-    "tiny": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12, 1),
+    # shape, sequences at once, micro-batches in a step, steps that take about three seconds
+    "large": (GPTConfig.preset("gpt2"), 64, 8, 3),
+    "small": (GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65), 64, 1, 500),
+    "baby": (GPTConfig.preset("baby"), 16, 1, 6),
+    "tiny": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12, 1, 120),
 }
 
 
@@ -28,8 +29,8 @@ class Options:
     """Which of large, small (a GPU's), baby and tiny (a CPU's)."""
     rounds: int = 7
     """Stretches of each side."""
-    seconds: float = 3.0
-    """About how long a stretch is."""
+    steps: int | None = None
+    """Timed steps in a stretch; about three seconds' if not given."""
     processor_time: bool = False
     """One thread, and its own time instead of the wall's: for a CPU that others use meanwhile."""
     json: Path | None = None
@@ -43,7 +44,8 @@ def main(options: Options) -> None:
     on_gpu = DEVICE.type == "cuda"
     autocast = build_accelerator(TrainerConfig(output_dir=".", max_steps=1)).mixed_precision == "bf16"
     for case in options.cases:
-        shape, batch, accumulation = CASES[case]
+        torch._dynamo.reset()  # after another case's it would compile for shapes that vary
+        shape, batch, accumulation, usual_steps = CASES[case]
         tokens = batch * accumulation * shape.block_size
         ids = random_ids(max(4 * tokens, 200_000), shape.vocab_size)
         mode = "reduce-overhead" if on_gpu and case != "large" else None
@@ -61,9 +63,7 @@ def main(options: Options) -> None:
                 ),
             ),
         ]
-        probe = alternate(sides, rounds=1, steps=5, warmup=5)
-        steps = max(3, round(options.seconds / probe[1].median))
-        measured = alternate(sides, rounds=options.rounds, steps=steps, warmup=3)
+        measured = alternate(sides, rounds=options.rounds, steps=options.steps or usual_steps, warmup=3)
         title = f"{case} on {DEVICE.type}: {shape.n_layer} layers, {shape.n_embd} wide, {tokens:,} tokens a step"
         report.add_rates(title, measured, per_step=1, unit="steps/s")
     report.finish()

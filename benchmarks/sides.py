@@ -172,7 +172,8 @@ def compiled(model: nn.Module, wanted: bool, mode: str | None = None) -> Callabl
     """The model, through torch.compile if wanted."""
     if DEVICE.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    return torch.compile(model, mode=mode) if wanted else model
+    # Shapes are fixed, as they would be in a process that runs one side only: another side's are not to make them vary.
+    return torch.compile(model, mode=mode, dynamic=False) if wanted else model
 
 
 def bare_loop(

@@ -81,6 +81,19 @@ def test_importing_prints_nothing_and_starts_nothing():
     assert json.loads(done.stdout) == {"environment": True, "cuda": False, "handlers": 0, "heavy": [], "threads": 1}
 
 
+FACE = "import sys; from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig; print(*sys.modules)"
+SLOW = """
+sympy torch._dynamo torch._inductor torch.fx.experimental.symbolic_shapes torch.distributed.checkpoint
+torch.distributed.fsdp torch.distributed.tensor huggingface_hub.hf_api huggingface_hub.errors rich tyro transformers
+""".split()
+"""What would take the import half as long again: the functions that need it import it. See `benchmarks/startup.py`."""
+
+
+def test_importing_costs_little_more_than_torch_and_accelerate():
+    done = subprocess.run([sys.executable, "-c", FACE], capture_output=True, text=True, check=True)
+    assert set(SLOW) & set(done.stdout.split()) == set()
+
+
 def test_the_public_face():
     assert set(homebrew.__all__) == {
         "GPT",

@@ -43,7 +43,7 @@ def test_throughput(run):
 
 
 def test_overhead(run):
-    (rows,) = run("overhead", cases=("tiny",), rounds=1, seconds=0.01)
+    (rows,) = run("overhead", cases=("tiny",), rounds=1, steps=1)
     assert [row["side"] for row in rows] == ["homebrew Trainer", "bare loop"]
 
 
@@ -76,9 +76,17 @@ def test_memory(run):
 def test_the_largest_micro_batch_is_found_within_a_sixteenth(run, monkeypatch):
     memory = importlib.import_module("memory")
     for limit in (0, 1, 7, 60, 100, 256, 300):
-        monkeypatch.setattr(memory, "ask", lambda _o, _s, size, _c, limit=limit: "1.0" if size <= limit else None)
-        found = memory.largest(memory.Options(), "homebrew")
+        asked = []
+
+        def ask(_options, _side, size, _cap, limit=limit, asked=asked):
+            asked.append(size)
+            return f"{2 + 22 * size / limit:.2f}" if size <= limit else None  # 24 GiB at the limit
+
+        monkeypatch.setattr(memory, "ask", ask)
+        known = {64: 2 + 22 * 64 / limit} if limit else {}  # without a cap
+        found = memory.largest(memory.Options(), "homebrew", known)
         assert min(limit, 256) * 15 / 16 <= found <= min(limit, 256)
+        assert len(asked) <= 5  # each is a minute's compilation
 
 
 def test_loss(run):

@@ -249,6 +249,7 @@ def test_an_evaluation_scores_every_sample_once(samples, micro, ranks, own, limi
     assert len({len(part) for part in parts}) == 1, "every rank has as many batches: each is a collective"
     batches = [batch for turn in zip(*parts, strict=True) for batch in turn]
     assert {input_ids.shape for input_ids, _ in batches} == {(micro, 4)}
+    assert len({targets.stride() for _, targets in batches}) == 1, "a compiled model would be compiled again"
     assert all((input_ids >= 0).all() for input_ids, _ in batches), "what is not scored is still read"
     scored = [row.tolist() for _, targets in batches for row in targets if (row != -100).all()]
     unscored = [row for _, targets in batches for row in targets if (row == -100).any()]

@@ -115,10 +115,8 @@ def eval_batches(
     mine = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
     batches = reader(dataset, device, 0, 0.0, vocab_size)(iter([np.minimum(mine, samples - 1)]))
     for row, (input_ids, targets) in zip(mine, batches, strict=True):
-        scored = int((row < samples).sum())
-        if scored < micro_batch_size:
-            targets = targets.clone()
-            targets[scored:] = IGNORE_INDEX
+        targets = targets.clone()  # of every batch: one of other strides would be compiled for anew
+        targets[int((row < samples).sum()) :] = IGNORE_INDEX
         yield input_ids, targets
 
 

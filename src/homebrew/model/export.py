@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +25,8 @@ from homebrew.model.pretrained import (
 from homebrew.model.tokenizer_files import TOKENIZER_FILES, ExportableTokenizer, to_json, tokenizer_files
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
     from homebrew.model.gpt import GPT
 
 _TOKENS_COMPARED = 8
@@ -107,7 +108,7 @@ def check_written(folder: str | Path, model: "GPT", written: "GPT") -> None:
         raise ModelError(f"The model in {folder} gives other logits than this one, from the same weights: report this.")
 
 
-def push_folder(folder: str | Path, repository: str, *, private: bool | None = None, api: HfApi | None = None) -> str:
+def push_folder(folder: str | Path, repository: str, *, private: bool | None = None, api: "HfApi | None" = None) -> str:
     """Upload a folder to the hub, in one commit; the repository is made if it is not there.
 
     Args:
@@ -122,6 +123,8 @@ def push_folder(folder: str | Path, repository: str, *, private: bool | None = N
     Raises:
         ModelError: the hub does not answer, or does not let you.
     """
+    from huggingface_hub import HfApi
+
     api = api or HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)

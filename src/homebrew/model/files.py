@@ -10,12 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import huggingface_hub
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 
 from homebrew.errors import ModelError
@@ -80,6 +74,13 @@ class _Repository:
         self._snapshot: Path | None = None
 
     def find(self, filename: str) -> Path | None:
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
         try:
             path = Path(
                 huggingface_hub.hf_hub_download(

@@ -1,10 +1,15 @@
-"""Whether and how a model is compiled."""
+"""Whether and how a model is compiled, and what is done about a damaged cache of what was compiled before."""
 
+import warnings
 from typing import Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
+from torch import nn
 
+from homebrew.data.loader import Batch
+from homebrew.errors import HomebrewError
 from homebrew.model.gpt import GPT
 from homebrew.training.config import BatchPlan
 
@@ -19,7 +24,7 @@ def compile_model(
     batch: BatchPlan,
     *,
     micro_batch_flops: float,
-) -> None:
+) -> bool:
     """Compile a model in place, so that no wrapper prefixes the names in its state dict.
 
     Args:
@@ -28,14 +33,17 @@ def compile_model(
         accelerator: of the run; where its launcher asked for a compiler, that one is left to it.
         batch: of a step.
         micro_batch_flops: forward and backward of one micro-batch.
+
+    Returns:
+        Whether it will be compiled, when it is first called.
     """
     on_cuda = accelerator.device.type == "cuda"
     if not (on_cuda if wanted == "auto" else wanted) or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        return
+        return False
     if accelerator.is_fsdp2:
         for block in model.transformer.h:  # between them weights are gathered
             block.compile()
-        return
+        return True
     # A graph's replay reuses the memory of the one before, in which accumulated gradients would still lie.
     as_graph = (
         on_cuda
@@ -44,3 +52,50 @@ def compile_model(
         and accelerator.distributed_type == DistributedType.NO
     )
     model.compile(mode="reduce-overhead" if as_graph else None)
+    return True
+
+
+def try_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates: bool) -> None:
+    """Compile now, by a pass that leaves no trace; and again, without what earlier runs left, where that fails.
+
+    PyTorch and Triton keep what they compile, and read it unchecked: of a file that a power failure cut short they
+    make any error, in the forward or the backward pass. Here no process waits for another yet, so that one alone can
+    start over. The shards of FSDP do wait; under it nothing is done.
+
+    Args:
+        accelerator: of the run.
+        model: as `prepare` returned it.
+        batch: of the run's shape.
+        evaluates: whether the model will also be called for evaluation, which is compiled apart.
+    """
+    if accelerator.is_fsdp2:
+        return
+    try:
+        _pass(accelerator, model, batch, evaluates=evaluates)
+    except (HomebrewError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        from torch._inductor.utils import fresh_cache
+
+        warnings.warn(
+            f"The compiled model failed, and is compiled again without what earlier runs left in {cache_dir()}: if "
+            f"this run goes on, delete that folder, for it is damaged. The failure was {error!r:.500}",
+            stacklevel=3,
+        )
+        torch.compiler.reset()
+        with fresh_cache():
+            _pass(accelerator, model, batch, evaluates=evaluates)
+
+
+def _pass(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates: bool) -> None:
+    device, (input_ids, targets) = accelerator.device, batch
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.no_sync(model):
+            model(input_ids, targets).backward()
+            if evaluates:
+                with torch.no_grad():
+                    model.eval()(input_ids, targets.clone())  # as `eval_batches` has them
+    finally:
+        model.train()
+        model.zero_grad(set_to_none=True)

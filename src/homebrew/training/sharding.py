@@ -8,10 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.distributed.tensor import DTensor
 
 from homebrew.errors import LaunchError
 from homebrew.model.gpt import GPT, Block
@@ -37,6 +33,8 @@ def configure_sharding(accelerator: Accelerator) -> bool:
     plugin: FullyShardedDataParallelPlugin | None = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return False
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
     check_sharding(accelerator, plugin)
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = [Block.__name__]
@@ -58,6 +56,8 @@ def check_sharding(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
     Raises:
         LaunchError: see `configure_sharding`.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     wrong = []
     if plugin.fsdp_version != 2:
         wrong.append(f"fsdp_version: {plugin.fsdp_version} (FSDP1 is not supported; use 2)")
@@ -74,7 +74,7 @@ def check_sharding(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be shared out over the processes, as a plain one; collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def empty_copy(model: GPT) -> GPT:
@@ -93,6 +93,8 @@ def fill_copy(empty: GPT, wrapped: nn.Module) -> GPT:
         empty: of `empty_copy`; it is left as it is.
         wrapped: as `prepare` returned it.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     model = copy.deepcopy(empty)
     tensors: dict[str, Any] = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
     model.load_state_dict(tensors, assign=True)

@@ -19,7 +19,7 @@ from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.callbacks import Callback, ProgressDisplay
-from homebrew.training.compilation import compile_model
+from homebrew.training.compilation import compile_model, try_compiled
 from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
@@ -31,7 +31,6 @@ from homebrew.training.micro_batch import explained, plan_run
 from homebrew.training.optim import adamw
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
-from homebrew.training.saver import RunSaver
 from homebrew.training.schedule import Schedule
 from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
@@ -72,6 +71,7 @@ class Trainer:
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
+        self._tokenizer = getattr(train_dataset, "tokenizer", None)
         self._limits = {"block_size": self.model.config.block_size, "vocab_size": self.model.config.vocab_size}
         self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
@@ -87,6 +87,8 @@ class Trainer:
 
     def _prepare(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Place, compile and wrap the model."""
+        from homebrew.training.saver import RunSaver
+
         config, accelerator = self.config, self.accelerator
         if accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
@@ -104,7 +106,7 @@ class Trainer:
             seed=config.seed,
         )
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
-        compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
+        self._untried = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._optimizer = optimizer or adamw(
             self.model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -121,9 +123,8 @@ class Trainer:
             accelerator.device,
             spike_zscore=config.loss_spike_zscore,
         )
-        tokenizer = getattr(self.train_dataset, "tokenizer", None)
         saved = (self.model, self._wrapped, self._optimizer, self._guard)
-        self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=tokenizer)
+        self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=self._tokenizer)
         self._loader = StepLoader(
             self.train_dataset,
             seed=config.seed,
@@ -172,6 +173,9 @@ class Trainer:
                 for micro_batches in steps:
                     if self.step >= self.config.max_steps or self._stopping:
                         break
+                    if self._untried:
+                        self._untried, evaluates = False, self.eval_dataset is not None
+                        try_compiled(self.accelerator, self._wrapped, micro_batches[0], evaluates=evaluates)
                     loss, grad_norm = self._take_step(micro_batches)
                     self._after_step(loss, grad_norm)
                     self._answer(signals, agreement)
@@ -331,13 +335,12 @@ class Trainer:
         Raises:
             ConfigError: the training dataset has no tokenizer.
         """
-        tokenizer = getattr(self.train_dataset, "tokenizer", None)
-        if tokenizer is None:
+        if self._tokenizer is None:
             raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
-        end = tokenizer.end_of_text_id
-        ids = list(tokenizer.encode(text or "\n")) if text or end is None else [end]
+        end = self._tokenizer.end_of_text_id
+        ids = list(self._tokenizer.encode(text or "\n")) if text or end is None else [end]
         written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
-        return str(tokenizer.decode(written if text else written[1:]))
+        return str(self._tokenizer.decode(written if text else written[1:]))
 
     @property
     def is_main_process(self) -> bool:

@@ -1,0 +1,82 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from homebrew.training.compilation import try_compiled
+
+SCRIPT = """
+import sys, torch
+from homebrew import Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
+
+class Losses(Callback):
+    def on_step_end(self, trainer, metrics):
+        print("loss", metrics.loss)
+
+data = TokenDataset.from_tokens(torch.arange(400) % 61, 8, vocab_size=64)
+shape = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8, dropout=0.1)
+config = TrainerConfig(output_dir=sys.argv[1], max_steps=3, micro_batch_size=2, compile=True, log_every=1, eval_every=2)
+Trainer(shape, data, data, config=config, callbacks=[Losses()]).train()
+"""
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_only_costs_time(tmp_path):
+    cache = tmp_path / "cache"
+
+    def run(name):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if line.startswith("loss")], done.stderr
+
+    cold, said = run("cold")
+    assert len(cold) == 3
+    assert "damaged" not in said
+    for file in [path for path in cache.rglob("*") if path.suffix in (".py", ".so")]:
+        os.truncate(file, file.stat().st_size // 2)
+    again, said = run("damaged")
+    assert again == cold
+    assert f"left in {cache}" in said
+
+
+class Stumbling(nn.Module):
+    """Fails at its first call."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.error, self.modes = error, []
+
+    def forward(self, x, y):
+        self.modes.append(self.training)
+        if len(self.modes) == 1:
+            torch.rand(3)
+            raise self.error
+        return (self.weight * torch.rand(len(x)) * (x - y)).sum()
+
+
+BATCH = torch.ones(2), torch.zeros(2)
+
+
+def test_the_trial_starts_over_and_leaves_no_trace():
+    model, rng, environment = Stumbling(RuntimeError("cut short")), torch.get_rng_state(), dict(os.environ)
+    with pytest.warns(UserWarning, match="cut short"):
+        try_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True)
+    assert model.modes == [True, True, False]
+    assert model.training
+    assert model.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert {**os.environ, "TORCHINDUCTOR_CACHE_DIR": ""} == {**environment, "TORCHINDUCTOR_CACHE_DIR": ""}
+
+
+def test_what_no_cache_is_to_blame_for_is_not_tried_again():
+    model = Stumbling(torch.OutOfMemoryError("too large"))
+    with pytest.raises(torch.OutOfMemoryError):
+        try_compiled(Accelerator(cpu=True), model, BATCH, evaluates=False)
+    assert len(model.modes) == 1
