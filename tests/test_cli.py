@@ -174,6 +174,7 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
         ),
         (["train", "TOKENS", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN"], "tokenizer 'bytes'"),
         (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
+        (["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--lora-dropout", "0.1"], "--lora-rank"),
         (["sample", "./none"], "no folder"),
         (["sample", "RUN", "--prompt", "a", "--top-k", "0"], "top_k=0"),
         (["sample", "RUN", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens=-1"),
@@ -230,6 +231,7 @@ def test_help_says_something_of_every_option(capsys, command):
     assert caught.value.code == 0
     told = capsys.readouterr().out
     assert len(told) > 300
+    assert not re.search(r"^│ \[*(STR|PATH)", told, re.MULTILINE), "what stands without a name needs one"
     assert not re.search(r"--[a-z-]+ [A-Z]+ +\(", told), "an option has nothing but its default"
 
 

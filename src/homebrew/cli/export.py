@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from homebrew.errors import ConfigError
 
@@ -13,12 +14,12 @@ class Export:
     """Write a model as Hugging Face's transformers opens it, with its tokenizer.
 
     AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") open the folder directly. An adapter is merged.
-    What was written is read again and compared.
+    What was written is read again and compared, weights and logits.
     """
 
-    checkpoint: Positional[str]
+    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """A run's folder (its newest checkpoint) or a checkpoint."""
-    folder: Positional[Path | None] = None
+    folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]")]] = None
     """Where to; files of the same names are replaced."""
     base: str | None = None
     """For a run that trained an adapter, where its base is now, if not where the run had it from."""
@@ -27,7 +28,7 @@ class Export:
     private: bool = False
     """Make the repository private, if it has to be made."""
     no_tokenizer: bool = False
-    """Leave the tokenizer out, for one that transformers' GPT-2 cannot have."""
+    """Leave its files out."""
 
     def run(self) -> None:
         """Do it."""

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from homebrew.cli.opened import Dtype, open_model
 
@@ -21,7 +21,7 @@ class Sample:
     line or --stop; Ctrl-D ends it. Text comes as it is written.
     """
 
-    checkpoint: Positional[str]
+    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """A run's folder (its newest checkpoint), a checkpoint, or a folder or hub repository in transformers' format."""
     base: str | None = None
     """For a run that trained an adapter, where its base is now, if not where the run had it from."""
