@@ -157,6 +157,8 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
     within("export", lora, tmp_path / "exported", "--base", tmp_path / "moved")
     pipe = pipeline("text-generation", str(tmp_path / "exported"), device="cpu")
     assert said == pipe("Hello", max_new_tokens=10, do_sample=False)[0]["generated_text"] + "\n"
+    within("export", lora, tmp_path / "adapter", "--base", tmp_path / "moved", "--adapter")
+    assert said == within(*greedily, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +186,8 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
         (["eval", "RUN", "--hellaswag", "TEXT"], "line 1 is not JSON"),
         (["eval", "RUN", "--hellaswag", "TEXT", "--limit", "0"], "--limit 0"),
         (["export", "RUN"], "Say where to"),
+        (["export", "RUN", "--adapter", "--push-to-hub", "a/b"], "give one"),
+        (["export", "RUN", "x", "--adapter"], "no adapter to save"),
         (["prepare", "--output", "x"], "no text"),
     ],
 )

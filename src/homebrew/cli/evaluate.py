@@ -24,9 +24,10 @@ class Eval:
     """
 
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
-    """A run's folder (its newest checkpoint), a checkpoint, or a folder or hub repository in transformers' format."""
+    """A run's folder (its newest checkpoint), a checkpoint, a folder or hub repository in transformers' format, or an
+    adapter's folder in PEFT's."""
     base: str | None = None
-    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
+    """For an adapter, where its base is now, if not where it was trained on it."""
     text: Path | None = None
     """A UTF-8 text file: its loss (nats a token), perplexity and bits per byte."""
     stride: int | None = None

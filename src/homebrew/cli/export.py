@@ -18,15 +18,17 @@ class Export:
     """
 
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
-    """A run's folder (its newest checkpoint) or a checkpoint."""
+    """A run's folder (its newest checkpoint), a checkpoint, or an adapter in PEFT's format."""
     folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]")]] = None
     """Where to; files of the same names are replaced."""
     base: str | None = None
-    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
+    """For an adapter, where its base is now, if not where it was trained on it."""
     push_to_hub: str | None = None
     """Upload to this repository, user/name; log in first with `hf auth login`."""
     private: bool = False
     """Make the repository private, if it has to be made."""
+    adapter: bool = False
+    """Write the adapter alone, in PEFT's format, for its base."""
     no_tokenizer: bool = False
     """Leave its files out."""
 
@@ -34,10 +36,17 @@ class Export:
         """Do it."""
         if self.folder is None and self.push_to_hub is None:
             raise ConfigError("Say where to: a folder, --push-to-hub, or both.")
+        if self.adapter and (self.folder is None or self.push_to_hub is not None):
+            raise ConfigError("--adapter writes to a folder, and only there: give one, and no --push-to-hub.")
+        from homebrew.model.adapters import save_adapter
         from homebrew.training.saved import load_run_model
 
         model, tokenizer = load_run_model(self.checkpoint, base=self.base)
         chosen = None if self.no_tokenizer else tokenizer
+        if self.folder is not None and self.adapter:
+            save_adapter(model, self.folder, base_model=model.source)
+            print(f"{self.folder} is written: an adapter of {model.source}. To try it: homebrew sample {self.folder}")
+            return
         if self.folder is not None:
             model.save_pretrained(self.folder, chosen)
             print(f"{self.folder} is written, and reads as it was written. To try it:")

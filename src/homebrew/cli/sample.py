@@ -22,9 +22,10 @@ class Sample:
     """
 
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
-    """A run's folder (its newest checkpoint), a checkpoint, or a folder or hub repository in transformers' format."""
+    """A run's folder (its newest checkpoint), a checkpoint, a folder or hub repository in transformers' format, or an
+    adapter's folder in PEFT's."""
     base: str | None = None
-    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
+    """For an adapter, where its base is now, if not where it was trained on it."""
     prompt: str | None = None
     """Text to go on from; it is written too."""
     max_new_tokens: int = 200
