@@ -157,6 +157,8 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
     within("export", lora, tmp_path / "exported", "--base", tmp_path / "moved")
     pipe = pipeline("text-generation", str(tmp_path / "exported"), device="cpu")
     assert said == pipe("Hello", max_new_tokens=10, do_sample=False)[0]["generated_text"] + "\n"
+    within("export", lora, tmp_path / "adapter", "--base", tmp_path / "moved", "--adapter")
+    assert said == within(*greedily, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +176,7 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
         ),
         (["train", "TOKENS", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN"], "tokenizer 'bytes'"),
         (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
+        (["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--lora-dropout", "0.1"], "--lora-rank"),
         (["sample", "./none"], "no folder"),
         (["sample", "RUN", "--prompt", "a", "--top-k", "0"], "top_k=0"),
         (["sample", "RUN", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens=-1"),
@@ -183,6 +186,8 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
         (["eval", "RUN", "--hellaswag", "TEXT"], "line 1 is not JSON"),
         (["eval", "RUN", "--hellaswag", "TEXT", "--limit", "0"], "--limit 0"),
         (["export", "RUN"], "Say where to"),
+        (["export", "RUN", "--adapter", "--push-to-hub", "a/b"], "give one"),
+        (["export", "RUN", "x", "--adapter"], "no adapter to save"),
         (["prepare", "--output", "x"], "no text"),
     ],
 )
@@ -230,6 +235,7 @@ def test_help_says_something_of_every_option(capsys, command):
     assert caught.value.code == 0
     told = capsys.readouterr().out
     assert len(told) > 300
+    assert not re.search(r"^│ \[*(STR|PATH)", told, re.MULTILINE), "what stands without a name needs one"
     assert not re.search(r"--[a-z-]+ [A-Z]+ +\(", told), "an option has nothing but its default"
 
 

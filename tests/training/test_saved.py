@@ -3,6 +3,7 @@ import torch
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import CheckpointError, CorruptCheckpoint, ModelError
+from homebrew.model.adapters import save_adapter
 from homebrew.model.lora import LoRAConfig
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.saved import load_run_model
@@ -145,3 +146,29 @@ def test_an_adapters_base_is_no_adapter(adapted):
     folder, _ = adapted
     with pytest.raises(CheckpointError, match="holds an adapter only"):
         load_run_model(folder / "run", base=folder / "run")
+
+
+def test_an_adapter_that_is_trained_on_keeps_its_base(adapted):
+    folder, _ = adapted
+    model, tokenizer = load_run_model(folder / "run")
+    assert model.source == str(folder / "base")
+    data = TokenDataset.from_text("To be, or not to be. " * 20, 16, tokenizer=tokenizer)
+    config = TrainerConfig(output_dir=folder / "more", max_steps=1, micro_batch_size=2, mixed_precision="no")
+    Trainer(model, data, config=config).train()
+    again, _ = load_run_model(folder / "more")
+    ids = torch.randint(0, 256, (2, 16))
+    assert torch.equal(again(ids), model.eval()(ids))
+
+
+def test_an_adapter_in_pefts_format_opens_on_its_base(adapted):
+    folder, trained = adapted
+    ids = torch.randint(0, 256, (2, 16))
+    save_adapter(trained, folder / "adapter", base_model=trained.source)
+    model, _ = load_run_model(folder / "adapter")
+    torch.testing.assert_close(model(ids), trained(ids))
+    assert model.source == str(folder / "base")
+    moved, _ = load_run_model(folder / "adapter", base=(folder / "base").rename(folder / "moved"))
+    assert torch.equal(moved(ids), model(ids))
+    save_adapter(trained, folder / "adapter")
+    with pytest.raises(CheckpointError, match="does not say where its base is"):
+        load_run_model(folder / "adapter")

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from homebrew.cli.opened import Dtype, open_model
 from homebrew.errors import ConfigError, DataError
@@ -23,10 +23,11 @@ class Eval:
     for GPT-2 small on all 10,042 questions.
     """
 
-    checkpoint: Positional[str]
-    """A run's folder (its newest checkpoint), a checkpoint, or a folder or hub repository in transformers' format."""
+    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
+    """A run's folder (its newest checkpoint), a checkpoint, a folder or hub repository in transformers' format, or an
+    adapter's folder in PEFT's."""
     base: str | None = None
-    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
+    """For an adapter, where its base is now, if not where it was trained on it."""
     text: Path | None = None
     """A UTF-8 text file: its loss (nats a token), perplexity and bits per byte."""
     stride: int | None = None

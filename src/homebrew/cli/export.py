@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from homebrew.errors import ConfigError
 
@@ -13,30 +14,39 @@ class Export:
     """Write a model as Hugging Face's transformers opens it, with its tokenizer.
 
     AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") open the folder directly. An adapter is merged.
-    What was written is read again and compared.
+    What was written is read again and compared, weights and logits.
     """
 
-    checkpoint: Positional[str]
-    """A run's folder (its newest checkpoint) or a checkpoint."""
-    folder: Positional[Path | None] = None
+    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
+    """A run's folder (its newest checkpoint), a checkpoint, or an adapter in PEFT's format."""
+    folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]")]] = None
     """Where to; files of the same names are replaced."""
     base: str | None = None
-    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
+    """For an adapter, where its base is now, if not where it was trained on it."""
     push_to_hub: str | None = None
     """Upload to this repository, user/name; log in first with `hf auth login`."""
     private: bool = False
     """Make the repository private, if it has to be made."""
+    adapter: bool = False
+    """Write the adapter alone, in PEFT's format, for its base."""
     no_tokenizer: bool = False
-    """Leave the tokenizer out, for one that transformers' GPT-2 cannot have."""
+    """Leave its files out."""
 
     def run(self) -> None:
         """Do it."""
         if self.folder is None and self.push_to_hub is None:
             raise ConfigError("Say where to: a folder, --push-to-hub, or both.")
+        if self.adapter and (self.folder is None or self.push_to_hub is not None):
+            raise ConfigError("--adapter writes to a folder, and only there: give one, and no --push-to-hub.")
+        from homebrew.model.adapters import save_adapter
         from homebrew.training.saved import load_run_model
 
         model, tokenizer = load_run_model(self.checkpoint, base=self.base)
         chosen = None if self.no_tokenizer else tokenizer
+        if self.folder is not None and self.adapter:
+            save_adapter(model, self.folder, base_model=model.source)
+            print(f"{self.folder} is written: an adapter of {model.source}. To try it: homebrew sample {self.folder}")
+            return
         if self.folder is not None:
             model.save_pretrained(self.folder, chosen)
             print(f"{self.folder} is written, and reads as it was written. To try it:")

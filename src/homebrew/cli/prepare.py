@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 
 @dataclass
@@ -14,7 +14,7 @@ class Prepare:
     The file also says which tokenizer made it and what its tokens' SHA-256 is.
     """
 
-    texts: Positional[tuple[Path, ...]]
+    texts: Positional[Annotated[tuple[Path, ...], arg(metavar="TEXT [TEXT ...]")]]
     """UTF-8 text files. With GPT-2's tokenizer an end-of-text token stands between two."""
     output: Path
     """The token file to write; one that is there is replaced."""

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from homebrew.cli.opened import Dtype, open_model
 
@@ -21,10 +21,11 @@ class Sample:
     line or --stop; Ctrl-D ends it. Text comes as it is written.
     """
 
-    checkpoint: Positional[str]
-    """A run's folder (its newest checkpoint), a checkpoint, or a folder or hub repository in transformers' format."""
+    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
+    """A run's folder (its newest checkpoint), a checkpoint, a folder or hub repository in transformers' format, or an
+    adapter's folder in PEFT's."""
     base: str | None = None
-    """For a run that trained an adapter, where its base is now, if not where the run had it from."""
+    """For an adapter, where its base is now, if not where it was trained on it."""
     prompt: str | None = None
     """Text to go on from; it is written too."""
     max_new_tokens: int = 200

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from homebrew.cli.opened import choose_tokenizer
 from homebrew.errors import ConfigError, DataError
@@ -27,7 +27,7 @@ class Train:
     Ctrl-C finishes the step, saves and leaves; --resume goes on.
     """
 
-    data: Positional[tuple[Path, ...]]
+    data: Positional[Annotated[tuple[Path, ...], arg(metavar="DATA [DATA ...]")]]
     """A UTF-8 text file, or token files that `homebrew prepare` wrote."""
     output_dir: Path
     """Folder for checkpoints, metrics.jsonl and run.json."""
@@ -127,6 +127,9 @@ class Train:
         tokenizer: Tokenizer | str = self.tokenizer or "gpt2"
         sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout")}
         sizes = {name: size for name, size in sizes.items() if size is not None}
+        shaped = (self.lora_alpha, self.lora_dropout, self.lora_targets) != (None, 0.0, ("c_attn", "c_proj"))
+        if shaped and self.lora_rank is None:
+            raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets shape an adapter: give its --lora-rank.")
         if self.init_from is not None:
             if given := sorted(({"preset"} if self.preset else set()) | (sizes.keys() - {"block_size"})):
                 raise ConfigError(f"--init-from brings its own shape, so {', '.join(given)} cannot be given with it.")

@@ -10,9 +10,19 @@ from torch import Tensor
 
 from homebrew.data.tokenizer import Tokenizer, tokenizer_from_json
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, TokenizerError
+from homebrew.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from homebrew.model.adapters import load_adapter
 from homebrew.model.config import GPTConfig
+from homebrew.model.files import read_json
 from homebrew.model.gpt import GPT
-from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint, load_adapter_state_dict
+from homebrew.model.lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    add_lora,
+    base_fingerprint,
+    load_adapter_state_dict,
+    lora_layers,
+)
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.manifest import Checkpoint, open_checkpoint
 from homebrew.training.state import EMBEDDING, TIED
@@ -26,10 +36,10 @@ def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tup
     """A model on the CPU, in evaluation mode, and the tokenizer it was trained with.
 
     Args:
-        source: a run's folder, whose newest whole checkpoint is taken; a checkpoint's folder; or a folder or a hub
-            repository in transformers' GPT-2 format, whose tokenizer is known if we exported it or it is GPT-2's.
-        base: for a checkpoint that holds an adapter only, where the weights below it are; where the run had them
-            from if not given.
+        source: a run's folder, whose newest whole checkpoint is taken; a checkpoint's folder; a folder or a hub
+            repository in transformers' GPT-2 format, whose tokenizer is known if we exported it or it is GPT-2's; or
+            the folder of an adapter in PEFT's format.
+        base: for an adapter, where the weights below it are; where it says they are if not given.
 
     Returns:
         The model, and the tokenizer, None where there is none or it is not known.
@@ -42,10 +52,13 @@ def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tup
     checkpoint = _find(Path(source))
     if checkpoint is not None:
         model, tokenizer = _open(checkpoint, base)
+    elif Path(source, ADAPTER_CONFIG).is_file():
+        model, tokenizer = _open_adapter(Path(source), base)
     else:
         model = GPT.from_pretrained(source)
         tokenizer = find_tokenizer(source, vocab_size=model.config.vocab_size)
-    model.source = str(source)
+    if not lora_layers(model):  # else it is where the adapter's base is from
+        model.source = str(source)
     return model, tokenizer
 
 
@@ -72,6 +85,17 @@ def _open(checkpoint: Checkpoint, base: str | Path | None) -> tuple[GPT, Tokeniz
     saved = checkpoint.state.get("tokenizer")
     model = _adapted_model(checkpoint, base) if ADAPTER_FILE in checkpoint.names else checkpoint_model(checkpoint)
     return model, None if saved is None else _tokenizer(saved, checkpoint)
+
+
+def _open_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
+    source = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(source, str | Path):
+        raise CheckpointError(
+            f"The adapter in {folder} does not say where its base is: give the base's folder, run or repository."
+        )
+    model, tokenizer = load_run_model(source)
+    load_adapter(model, folder)
+    return model.eval(), tokenizer
 
 
 def _tokenizer(saved: Any, checkpoint: Checkpoint) -> Tokenizer:  # noqa: ANN401 - whatever the file holds
@@ -123,6 +147,7 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
     except (TypeError, ValueError, KeyError) as error:
         raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe an adapter: {error!r}") from error
     model = _base_model(source)
+    model.source = str(source)
     add_lora(model, config)
     if (found := base_fingerprint(model)) != expected:
         raise CheckpointError(
