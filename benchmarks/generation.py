@@ -25,6 +25,8 @@ class Options:
     """Tokens given."""
     new_tokens: int = 512
     """Tokens written."""
+    eager_tokens: int | None = None
+    """Tokens written in transformers' default way, if other: the host takes the same time for each, and much of it."""
     top_k: int = 50
     """Ids drawn from."""
     compiled: bool = DEVICE.type == "cuda"
@@ -48,18 +50,19 @@ def main(options: Options) -> None:
         prompt = random_ids(batch * options.prompt, shape.vocab_size).view(batch, -1).to(DEVICE)
         sampling = {"top_k": options.top_k}
 
-        def write(model: Any, prompt: torch.Tensor = prompt, **how: Any) -> Callable[[], Stretch]:
+        def write(
+            model: Any, prompt: torch.Tensor = prompt, count: int = options.new_tokens, **how: Any
+        ) -> Callable[[], Stretch]:
             def text() -> None:
-                count = {"max_new_tokens": options.new_tokens}
                 with torch.no_grad():
-                    written = model.generate(prompt, **count, **how)
-                if written.shape[1] != options.prompt + options.new_tokens:
-                    raise SystemExit(f"{written.shape[1]} tokens were written instead of {options.new_tokens}.")
+                    written = model.generate(prompt, max_new_tokens=count, **how)
+                if written.shape[1] != options.prompt + count:
+                    raise SystemExit(f"{written.shape[1] - options.prompt} tokens were written instead of {count}.")
 
             def stretch(clock: Clock) -> None:
-                text()
                 while not clock.tick():
                     text()
+                clock.seconds *= options.new_tokens / count
 
             return lambda: stretch
 
@@ -67,7 +70,8 @@ def main(options: Options) -> None:
         sides = []
         if options.compiled:
             sides += [Side("homebrew, compile=True", write(ours, **sampling, compile=True))]
-        sides += [Side("homebrew", write(ours, **sampling)), Side("transformers", write(theirs, **hf))]
+        default = write(theirs, count=options.eager_tokens or options.new_tokens, **hf)
+        sides += [Side("homebrew", write(ours, **sampling)), Side("transformers", default)]
         if options.compiled:
             static = write(theirs, **hf, cache_implementation="static")
             sides += [Side("transformers, static cache, compiled", static)]

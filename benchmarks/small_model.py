@@ -125,6 +125,7 @@ def time_runs(options: Options, report: Report, target: float) -> None:
             row["at step"] = "" if reached is None else str(reached[0])
             row |= {"best": f"{best[1]:.4f}", "best at step": str(best[0]), "seconds in all": number(seconds)}
             rows.append(row)
+            print(", ".join(f"{key}: {value}" for key, value in row.items()), file=sys.stderr)
     report.add(f"Whole runs of at most {options.max_steps} steps, nothing compiled before", rows)
 
 
