@@ -51,7 +51,8 @@ class Samples:
 class Strike(Callback):
     """Sends this process signals at a moment of its run: "step", "backward", "data", "evaluation" or "save"."""
 
-    def __init__(self, signals=(), where=None, step=0, delay=0.0, operation=0):
+    def __init__(self, signals=(), where=None, step=0, delay=0.0, operation=0, note=None):
+        self.note = note  # a file to say in whether a save was going on
         self.signals, self.where, self.at, self.delay, self.operation = signals, where, step, delay, operation
         self.step = self.sent = None
         if where == "save":
@@ -60,6 +61,9 @@ class Strike(Callback):
     def strike(self):
         if self.sent is None:
             self.sent = time.monotonic()
+            if self.note is not None:
+                saving = any(thread.name.startswith("checkpoint-") for thread in threading.enumerate())
+                Path(self.note).write_text(json.dumps({"saving": saving}))
             for name in self.signals:
                 os.kill(os.getpid(), getattr(signal, name))
 

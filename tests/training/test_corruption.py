@@ -54,14 +54,18 @@ def other_damage(data, rng):
     yield data + b"\0"
 
 
-@pytest.fixture
-def pair(store, tiny):
-    """A checkpoint, and another of the same run."""
-    rng_files = [{"rng-0": rng_state() | {"numpy_gauss": torch.tensor([float(step)])}} for step in (6, 7)]
-    return [
-        store.save(step, tiny["full"](step) | files, tiny["state"], score=float(step))
-        for step, files in zip((6, 7), rng_files, strict=True)
-    ]
+@pytest.fixture(params=["full", "adapter"])
+def pair(request, store, tiny):
+    """A checkpoint with a file of every kind, and another of the same run."""
+
+    def files(step):
+        guard = {"history": torch.tensor([2.5, 0.1, step]), "in_a_row": torch.tensor(step)}
+        rng = {
+            f"rng-{rank}": rng_state() | {"numpy_gauss": torch.tensor([float(step + rank / 2)])} for rank in range(2)
+        }
+        return tiny[request.param](step) | {"guard": guard} | rng
+
+    return [store.save(step, files(step), tiny["state"], score=float(step)) for step in (6, 7)]
 
 
 def test_no_damage_is_loaded_silently(pair):
@@ -69,7 +73,7 @@ def test_no_damage_is_loaded_silently(pair):
     rng = random.Random(0)
     original = content(path)
     names = sorted(file.name for file in path.iterdir())
-    assert len(names) == 5
+    assert len(names) == 7
     tried = loaded = 0
 
     def attempt():
