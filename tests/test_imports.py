@@ -13,7 +13,7 @@ ROOT = Path(homebrew.__file__).parent
 ORDER = """
 errors
 data.files data.sources data.tokenizer data.corpora data.shards data.tokens data.order data.dataset data.check
-data.loader data.hellaswag data.prepare
+data.draws data.loader data.hellaswag data.prepare
 model.config model.attention model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained
 model.export model.cache model.sampling model.generate model.text model.gpt
 training.schedule training.optim training.guard training.config training.launch training.compilation training.metrics

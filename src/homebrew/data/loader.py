@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from homebrew.data.check import IGNORE_INDEX, check_ids, check_sample
 from homebrew.data.dataset import TokenDataset
+from homebrew.data.draws import DrawingDataset
 from homebrew.data.order import sample_indices
 from homebrew.errors import DataError
 
@@ -35,7 +36,7 @@ class StepLoader:
 
     Args:
         dataset: a `TokenDataset`, or any map-style dataset of (input_ids, targets).
-        seed: of the order.
+        seed: of the order, and of what the dataset draws at random.
         global_batch_size: samples a step, over all ranks.
         micro_batch_size: samples a rank takes at once.
         rank: of this process.
@@ -68,7 +69,7 @@ class StepLoader:
         self._accumulation = global_batch_size // (num_ranks * micro_batch_size)
         if isinstance(dataset, TokenDataset) and device.type == "cuda" and dataset.nbytes <= RESIDENT_BYTES:
             dataset = dataset.to(device)
-        self._read = reader(dataset, device, num_workers, timeout_seconds, vocab_size)
+        self._read = reader(dataset, device, num_workers, timeout_seconds, vocab_size, seed)
 
     def sample_ids(self, step: int, num_steps: int = 1) -> NDArray[np.int64]:
         """The samples of a step and of those after it, over all ranks, (num_steps · global_batch_size,)."""
@@ -77,13 +78,16 @@ class StepLoader:
 
     def steps(self, first_step: int) -> Generator[list[Batch]]:
         """This rank's micro-batches of `first_step` and of every step after it."""
-        num_steps = max(1, IDS_AT_ONCE // self._global_batch_size)
-        batches = self._read(
-            self.sample_ids(step, num_steps).reshape(self._shape)[:, self._rank]
-            for step in count(first_step, num_steps)
-        )
+        batches = self._read(self._blocks(first_step))
         while True:
             yield [next(batches) for _ in range(self._accumulation)]
+
+    def _blocks(self, first_step: int) -> Iterator["Block"]:
+        num_steps = max(1, IDS_AT_ONCE // self._global_batch_size)
+        for step in count(first_step, num_steps):
+            ids = self.sample_ids(step, num_steps)
+            positions = np.arange(len(ids)) + step * self._global_batch_size
+            yield positions.reshape(self._shape)[:, self._rank], ids.reshape(self._shape)[:, self._rank]
 
 
 def eval_batches(
@@ -113,7 +117,7 @@ def eval_batches(
     num_batches = -(-samples // (micro_batch_size * num_ranks))
     positions = np.arange(num_batches * num_ranks * micro_batch_size)
     mine = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
-    batches = reader(dataset, device, 0, 0.0, vocab_size)(iter([np.minimum(mine, samples - 1)]))
+    batches = reader(dataset, device, 0, 0.0, vocab_size, 0)(iter([(mine, np.minimum(mine, samples - 1))]))
     for row, (input_ids, targets) in zip(mine, batches, strict=True):
         scored = int((row < samples).sum())
         if scored < micro_batch_size:
@@ -122,29 +126,33 @@ def eval_batches(
         yield input_ids, targets
 
 
-Reader = Callable[[Iterator[NDArray[np.int64]]], Iterator[Batch]]
-"""Turns blocks of sample ids, (n, B), into batches on the device, one for each row."""
+Block = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Positions in the run, and the ids of the samples there, each (n, B)."""
+
+Reader = Callable[[Iterator[Block]], Iterator[Batch]]
+"""Turns blocks into batches on the device, one for each row."""
 
 
 def reader(
-    dataset: Dataset[Any], device: torch.device, num_workers: int, timeout_seconds: float, vocab_size: int
+    dataset: Dataset[Any], device: torch.device, num_workers: int, timeout_seconds: float, vocab_size: int, seed: int
 ) -> Reader:
     """How a dataset is read."""
     if isinstance(dataset, TokenDataset):
         return lambda blocks: _gather(dataset, blocks, device)
-    return lambda blocks: _load(dataset, blocks, device, num_workers, timeout_seconds, vocab_size)
+    drawing = DrawingDataset(dataset, seed)
+    return lambda blocks: _load(drawing, blocks, device, num_workers, timeout_seconds, vocab_size)
 
 
-def _gather(dataset: TokenDataset, blocks: Iterator[NDArray[np.int64]], device: torch.device) -> Iterator[Batch]:
-    for block in blocks:
-        for indices in _send(torch.from_numpy(block), dataset.device):
+def _gather(dataset: TokenDataset, blocks: Iterator[Block], device: torch.device) -> Iterator[Batch]:
+    for _, ids in blocks:
+        for indices in _send(torch.from_numpy(ids), dataset.device):
             input_ids, targets = dataset.batch(indices)
             yield _send(input_ids, device), _send(targets, device)
 
 
 def _load(
-    dataset: Dataset[Any],
-    blocks: Iterator[NDArray[np.int64]],
+    dataset: DrawingDataset,
+    blocks: Iterator[Block],
     device: torch.device,
     num_workers: int,
     timeout_seconds: float,
@@ -189,13 +197,15 @@ def worker_errors(timeout_seconds: float) -> Iterator[None]:
 
 
 class _Rows:
-    """Sample ids as the batch sampler a DataLoader takes."""
+    """Positions and sample ids as the batch sampler a DataLoader takes."""
 
-    def __init__(self, blocks: Iterator[NDArray[np.int64]]) -> None:
+    def __init__(self, blocks: Iterator[Block]) -> None:
         self._blocks = blocks
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (row.tolist() for block in self._blocks for row in block)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for positions, ids in self._blocks:
+            for row in zip(positions.tolist(), ids.tolist(), strict=True):
+                yield list(zip(*row, strict=True))
 
 
 class _Collate:
