@@ -1,5 +1,6 @@
 """A step's micro-batches for one process: which ones is a pure function of (seed, step)."""
 
+import signal
 from collections.abc import Callable, Generator, Iterator, Sized
 from contextlib import contextmanager
 from itertools import count
@@ -164,6 +165,7 @@ def _load(
         collate_fn=_Collate(vocab_size),
         num_workers=num_workers,
         timeout=timeout_seconds if num_workers else 0,
+        worker_init_fn=_heed_no_signals,
         # Its own generator: a loader without one draws from the global state, and dropout would differ on resume.
         generator=torch.Generator(),
     )
@@ -177,6 +179,13 @@ def _load(
             batches._shutdown_workers()
             for worker in batches._workers:
                 worker.kill()  # one that was stopped heeds no SIGTERM, and this process would wait for it at its end
+
+
+def _heed_no_signals(_worker: int) -> None:
+    """Ctrl-C, and many a scheduler's SIGTERM, come to workers too, whom the run needs until it has saved."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @contextmanager
