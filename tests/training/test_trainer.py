@@ -190,9 +190,33 @@ def no_space(path):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+class Counting(torch.optim.Optimizer):
+    """Keeps plain numbers, for each parameter and for all of them, as many optimizers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "seen": 0, "distance": 1e-6})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["seen"] += 1
+            group["distance"] *= 1.7
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": 0, "decay": 0.5, "odd": False, "moment": torch.zeros_like(parameter)}
+                state["step"] += 1
+                state["decay"] *= 0.9
+                state["odd"] = not state["odd"]
+                state["moment"].lerp_(parameter.grad, state["decay"])
+                scale = group["lr"] * (1 + group["distance"] + state["odd"]) / (state["step"] + group["seen"])
+                parameter.sub_(state["moment"], alpha=scale)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
+        Counting,
         lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
         lambda parameters: torch.optim.Adafactor(parameters, lr=0.1),
@@ -208,6 +232,22 @@ def test_your_own_optimizer_resumes_bitwise(tmp_path, optimizer):
             trainer.train(resume=True)
         runs.append(weights(trainer))
     assert same(*runs)
+
+
+def test_what_an_optimizer_keeps_and_no_checkpoint_can_is_told_once(tmp_path):
+    class Hoarding(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            for group in self.param_groups:
+                group["log"] = [*group.get("log", []), torch.tensor(0)]
+                for parameter in group["params"]:
+                    self.state[parameter]["words"] = "many"
+
+    model = GPT(SHAPE)
+    trainer = make(tmp_path, model=model, optimizer=Hoarding(model.parameters(), lr=0.1), save_every=2)
+    with pytest.warns(UserWarning, match="Hoarding keeps words, log, which") as told:
+        trainer.train()
+    assert len(told) == 1
 
 
 def test_frozen_weights_are_saved_too(tmp_path):
