@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 
 from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_json
-from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, TokenizerError
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, ModelError, TokenizerError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
-from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint, load_adapter_state_dict
+from homebrew.model.lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    add_lora,
+    base_fingerprint,
+    check_adapter_fits,
+    load_adapter_state_dict,
+)
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.manifest import Checkpoint, open_checkpoint
 from homebrew.training.state import EMBEDDING, TIED
@@ -123,13 +130,18 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
     except (TypeError, ValueError, KeyError) as error:
         raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe an adapter: {error!r}") from error
     model = _base_model(source)
-    add_lora(model, config)
     if (found := base_fingerprint(model)) != expected:
         raise CheckpointError(
             f"The weights of {source} have SHA-256 {found}, but the adapter in {checkpoint.path} was trained on "
             f"{expected}: give the base it was trained on."
         )
-    _check_tensors(path, tensors := checkpoint.tensors(ADAPTER_FILE), adapter_state_dict(model))
+    tensors = checkpoint.tensors(ADAPTER_FILE)
+    try:
+        check_adapter_fits(model, config, tensors)
+    except ModelError as error:
+        raise CorruptCheckpoint(f"{path} does not fit what state.json says of it: {error}") from error
+    add_lora(model, config)
+    _check_tensors(path, tensors, adapter_state_dict(model))
     load_adapter_state_dict(model, tensors)
     return model.eval()
 
