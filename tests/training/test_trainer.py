@@ -140,7 +140,7 @@ def test_uneven_targets_weigh_by_token(tmp_path):
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("stop", [1, 5, 7])
+@pytest.mark.parametrize("stop", range(1, 9))
 def test_stop_and_resume_is_bitwise_the_unbroken_run(tmp_path, stop):
     shape = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
     data = dataset(40 * 16 + 1)  # 40 samples: epochs end in the middle of a step
@@ -484,6 +484,31 @@ def test_another_datasets_checkpoint_is_named(tmp_path):
     other = make(tmp_path, train=dataset(seed=9), max_steps=2)
     with pytest.raises(ResumeMismatch, match="dataset"):
         other.train(resume=True)
+
+
+CHANGES = {
+    "dataset": {"train": dataset(seed=9)},
+    "model": {"model": GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)},
+    "schedule": {"schedule": lambda step: 0.5},
+    "peak": {"learning_rate": 2e-2},
+    "global_batch_size": {"global_batch_tokens": 16 * 16},
+    "seed": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_run_is_named_and_goes_on_knowingly(tmp_path, change):
+    make(tmp_path, max_steps=4, callbacks=[StopAt(2)]).train()
+    trainer, aspect = make(tmp_path, max_steps=4, **CHANGES[change]), {"peak": "schedule"}.get(change, change)
+    with pytest.raises(ResumeMismatch, match=rf"(?s)\n  {aspect}: .*accept_changes=\('{aspect}',\)") as told:
+        trainer.train(resume=True)
+    assert str(told.value).count("\n  ") == 1  # and no other
+    if aspect == "model":  # what is not there cannot be gone on with
+        with pytest.raises(CorruptCheckpoint, match="unknown tensor"):
+            trainer.train(resume=True, accept_changes=[aspect])
+    else:
+        trainer.train(resume=True, accept_changes=[aspect])
+        assert trainer.step == 4
 
 
 @pytest.mark.parametrize(
