@@ -2,6 +2,9 @@ import errno
 import hashlib
 import json
 import math
+import os
+import signal
+import sys
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ from homebrew.errors import (
 )
 from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint
 from homebrew.training.callbacks import Callback
+from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.signals import HANDLED
 
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 
@@ -162,6 +167,24 @@ def test_stop_and_resume_is_bitwise_the_unbroken_run(tmp_path, stop):
 def test_a_run_that_a_callback_stops_is_saved(tmp_path):
     make(tmp_path, callbacks=[StopAt(2)]).train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_in_a_notebook_a_stop_is_a_keyboard_interrupt_after_the_save(tmp_path, monkeypatch, number):
+    class Stop(Callback):
+        def on_step_end(self, trainer, metrics):
+            if trainer.step == 3:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    handlers = [signal.getsignal(each) for each in HANDLED]
+    trainer = make(tmp_path, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt, match=f"{number.name} after saving"):
+        trainer.train()
+    assert CheckpointStore(tmp_path).latest()[0].step == 3
+    assert [signal.getsignal(each) for each in HANDLED] == handlers
+    trainer.train(resume=True)  # the next cell
+    assert trainer.step == 6
 
 
 def test_a_guard_that_raised_does_not_hold_back_what_comes_after(tmp_path):
