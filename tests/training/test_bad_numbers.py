@@ -124,3 +124,16 @@ def test_the_host_reads_no_number_between_reports(tmp_path, settings):
     with Reads() as reads:
         trainer.train()
     assert counts[1] == counts[4] < counts[5] == counts[9] < counts[10] == counts[11]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("settings", [{}, {"non_finite": "skip"}, {"loss_spike_zscore": 5.0}])
+def test_a_gpu_is_not_waited_for_between_reports(tmp_path, settings):
+    class Strict(Callback):
+        def on_step_end(self, trainer, metrics):
+            torch.cuda.set_sync_debug_mode("error" if trainer.step in (6, 7) else "default")
+
+    try:
+        make(tmp_path, callbacks=[Strict()], log_every=5, max_steps=12, **settings).train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

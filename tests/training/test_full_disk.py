@@ -38,7 +38,7 @@ def test_a_limit_on_file_size_at_every_size(store):
     before = big_files(1)["model"]["w"].tolist()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     largest = max(path.stat().st_size for path in store.path(1).iterdir())
-    for limit in [0, 1, 7, *range(100, largest, 499), largest - 1]:
+    for limit in [0, 1, 7, *range(100, largest, 64), largest - 1]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             check_failure(store, before)
