@@ -65,11 +65,11 @@ def poison(trainer, where, value):
 def make(folder, optimizer="fused AdamW", callbacks=(), **settings):
     ids = torch.randint(0, 50, (1200,), generator=torch.Generator().manual_seed(0))
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16))
-    settings = {"max_steps": 6, "global_batch_tokens": 8 * 16, "micro_batch_size": 2, "log_every": 2} | settings
+    fixed = {"max_steps": 6, "global_batch_tokens": 8 * 16, "micro_batch_size": 2, "log_every": 2, "compile": False}
     return Trainer(
         model,
         TokenDataset.from_tokens(ids, block_size=16, vocab_size=50),
-        config=TrainerConfig(output_dir=folder, mixed_precision="no", **settings),
+        config=TrainerConfig(output_dir=folder, mixed_precision="no", **fixed | settings),
         optimizer=OPTIMIZERS[optimizer](model.parameters()),
         callbacks=callbacks,
     )
