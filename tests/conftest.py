@@ -1,7 +1,10 @@
 """What every test starts from."""
 
+import contextlib
 import os
+import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,3 +23,20 @@ def fresh_accelerate(monkeypatch):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def bounded_memory():
+    """A context in which the process can take 256 MiB more than it has: beyond, allocations fail."""
+
+    @contextlib.contextmanager
+    def bounded():
+        usual = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, usual[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, usual)
+
+    return bounded

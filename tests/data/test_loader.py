@@ -1,4 +1,5 @@
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -113,10 +114,55 @@ def test_workers_give_what_this_process_gives():
     assert [int(row[0]) for row in here[0]] == loader(Own()).sample_ids(0).tolist()
 
 
-def test_reading_draws_no_random_numbers():
-    before = torch.get_rng_state()
-    steps(3, dataset=Own(), num_workers=2, timeout_seconds=30)
-    assert torch.equal(torch.get_rng_state(), before)
+def noisy(index, sample):
+    """A sample changed by chance, from each of the generators there are."""
+    drawn = torch.tensor([random.randrange(500), np.random.randint(500), int(torch.randint(500, ())), 0])  # noqa: NPY002
+    return sample[0], sample[1] + drawn
+
+
+class Fetched(Own):
+    """A dataset that gives many samples at once, as Hugging Face's do."""
+
+    def __getitems__(self, indices):
+        return [noisy(index, self[index]) for index in indices]
+
+
+def targets(number, first=0, **options):
+    return [torch.cat([each for _, each in step]) for step in islice(loader(**options).steps(first), number)]
+
+
+NOISY = Own(spoil=noisy)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_what_a_dataset_draws_is_a_function_of_seed_and_step(num_workers):
+    options = {"num_workers": num_workers, "timeout_seconds": 30 * bool(num_workers)}
+    for dataset in (NOISY, Fetched()):
+        whole = targets(9, dataset=dataset)
+        random.seed(1)
+        torch.manual_seed(1)
+        again = targets(9, dataset=dataset, **options)
+        assert all(map(torch.equal, again, whole))
+        assert all(map(torch.equal, targets(4, 5, dataset=dataset, **options), whole[5:]))
+        assert not any(map(torch.equal, targets(9, dataset=dataset, seed=4, **options), whole))
+    drawn = torch.cat([each[:, :3] - each[:, 3:] for each in targets(9, dataset=NOISY)])
+    assert len({tuple(row) for row in drawn.tolist()}) == 72, "each sample has its own, a repeated one too"
+
+
+def test_what_a_dataset_draws_does_not_depend_on_the_number_of_ranks():
+    alone = targets(3, dataset=NOISY, micro_batch_size=8)
+    shared = [targets(3, dataset=NOISY, rank=rank, num_ranks=2, micro_batch_size=4) for rank in range(2)]
+    assert all(torch.equal(torch.cat(parts), whole) for *parts, whole in zip(*shared, alone, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_reading_leaves_the_runs_generators_alone(num_workers):
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
+    steps(3, dataset=NOISY, num_workers=num_workers, timeout_seconds=30)
+    list(eval_batches(NOISY, micro_batch_size=4, rank=0, num_ranks=1, device=CPU, vocab_size=1000))
+    after = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
 
 
 def kill(index, sample):
@@ -127,21 +173,17 @@ def hang(index, sample):
     time.sleep(600)
 
 
-def test_a_killed_worker_is_an_error_at_once():
-    began = time.monotonic()
+def test_a_killed_worker_is_an_error():
     with pytest.raises(DataError, match="worker died or took over 30 seconds"):
         steps(9, dataset=Own(spoil=lambda i, sample: kill(i, sample) if i == 7 else sample), num_workers=2,
               timeout_seconds=30)  # fmt: skip
-    assert time.monotonic() - began < 10
 
 
 def test_a_hanging_worker_is_an_error_within_the_time_out(monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-    began = time.monotonic()
     with pytest.raises(DataError, match=r"took over 0\.5 seconds.*raise loader_timeout_seconds"):
         steps(9, dataset=Own(spoil=lambda i, sample: hang(i, sample) if i == 7 else sample), num_workers=2,
               timeout_seconds=0.5)  # fmt: skip
-    assert time.monotonic() - began < 10
 
 
 STOPPED = """

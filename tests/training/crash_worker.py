@@ -8,6 +8,7 @@ import contextlib
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +16,8 @@ import threading
 import time
 import traceback
 from pathlib import Path
+
+import torch
 
 from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.training.callbacks import Callback
@@ -34,9 +37,10 @@ OPERATIONS = ("mkdir", "open", "write", "fsync", "close", "rename", "unlink", "r
 
 
 class Samples:
-    """A dataset that tells when it is read."""
+    """A dataset that tells when it is read, may take its time, and may change what it gives by chance."""
 
-    def __init__(self, tell):
+    def __init__(self, tell, slow=0.0, noisy=False):
+        self.slow, self.noisy = slow, noisy
         self.dataset, self.tell = TokenDataset.from_text(TEXT, block_size=16, tokenizer="bytes"), tell
         self.fingerprint = self.dataset.fingerprint
 
@@ -45,13 +49,17 @@ class Samples:
 
     def __getitem__(self, i):
         self.tell()
-        return self.dataset[i]
+        time.sleep(self.slow)
+        input_ids, targets = self.dataset[i]
+        return input_ids, torch.where(torch.rand(16) < 0.2, -100, targets) if self.noisy else targets
 
 
 class Strike(Callback):
     """Sends this process signals at a moment of its run: "step", "backward", "data", "evaluation" or "save"."""
 
-    def __init__(self, signals=(), where=None, step=0, delay=0.0, operation=0):
+    def __init__(self, signals=(), where=None, step=0, delay=0.0, operation=0, note=None, workers=False):
+        self.note = note  # a file to say in whether a save was going on
+        self.workers = workers  # whether the loader's are struck too, as by Ctrl-C and by many schedulers
         self.signals, self.where, self.at, self.delay, self.operation = signals, where, step, delay, operation
         self.step = self.sent = None
         if where == "save":
@@ -60,8 +68,13 @@ class Strike(Callback):
     def strike(self):
         if self.sent is None:
             self.sent = time.monotonic()
+            if self.note is not None:
+                saving = any(thread.name.startswith("checkpoint-") for thread in threading.enumerate())
+                Path(self.note).write_text(json.dumps({"saving": saving}))
+            workers = [worker.pid for worker in multiprocessing.active_children()] if self.workers else []
             for name in self.signals:
-                os.kill(os.getpid(), getattr(signal, name))
+                for process in (*workers, os.getpid()):
+                    os.kill(process, getattr(signal, name))
 
     def moment(self, where):
         if where == self.where and self.step == self.at:
@@ -123,7 +136,7 @@ def run(job):
     try:
         trainer = Trainer(
             GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
-            Samples(lambda: strike.moment("data")),
+            Samples(lambda: strike.moment("data"), job.get("slow", 0.0), job.get("noisy", False)),
             Samples(lambda: strike.moment("evaluation")),
             config=TrainerConfig(**SETTINGS | job["config"]),
             callbacks=[strike, resources],

@@ -3,11 +3,12 @@
 import itertools
 import json
 import random
+from datetime import timedelta
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from homebrew.errors import CheckpointError, CorruptCheckpoint
@@ -21,7 +22,9 @@ from homebrew.training.manifest import (
 )
 from homebrew.training.rng import restore_rng, rng_state
 
-MANY = settings(max_examples=3000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+MANY = settings(
+    max_examples=3000, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def content(path):
@@ -54,14 +57,18 @@ def other_damage(data, rng):
     yield data + b"\0"
 
 
-@pytest.fixture
-def pair(store, tiny):
-    """A checkpoint, and another of the same run."""
-    rng_files = [{"rng-0": rng_state() | {"numpy_gauss": torch.tensor([float(step)])}} for step in (6, 7)]
-    return [
-        store.save(step, tiny["full"](step) | files, tiny["state"], score=float(step))
-        for step, files in zip((6, 7), rng_files, strict=True)
-    ]
+@pytest.fixture(params=["full", "adapter"])
+def pair(request, store, tiny):
+    """A checkpoint with a file of every kind, and another of the same run."""
+
+    def files(step):
+        guard = {"history": torch.tensor([2.5, 0.1, step]), "in_a_row": torch.tensor(step)}
+        rng = {
+            f"rng-{rank}": rng_state() | {"numpy_gauss": torch.tensor([float(step + rank / 2)])} for rank in range(2)
+        }
+        return tiny[request.param](step) | {"guard": guard} | rng
+
+    return [store.save(step, files(step), tiny["state"], score=float(step)) for step in (6, 7)]
 
 
 def test_no_damage_is_loaded_silently(pair):
@@ -69,7 +76,7 @@ def test_no_damage_is_loaded_silently(pair):
     rng = random.Random(0)
     original = content(path)
     names = sorted(file.name for file in path.iterdir())
-    assert len(names) == 5
+    assert len(names) == 7
     tried = loaded = 0
 
     def attempt():
@@ -133,10 +140,11 @@ MANIFESTS = st.fixed_dictionaries(
 @pytest.mark.slow
 @MANY
 @given(st.binary(max_size=200) | MANIFESTS.map(lambda value: json.dumps(value).encode()))
-def test_any_manifest(tmp_path_factory, data):
+def test_any_manifest(tmp_path_factory, bounded_memory, data):
     path = tmp_path_factory.getbasetemp() / "manifest.json"
     try:
-        manifest = Manifest.from_json(data, path)
+        with bounded_memory():
+            manifest = Manifest.from_json(data, path)
     except CorruptCheckpoint as error:
         assert str(path) in str(error)
     else:
@@ -148,10 +156,11 @@ def test_any_manifest(tmp_path_factory, data):
 @pytest.mark.slow
 @MANY
 @given(st.binary(max_size=200) | st.fixed_dictionaries({"step": JSON, "score": JSON, "state": JSON}).map(json.dumps))
-def test_any_state(tmp_path_factory, data):
+def test_any_state(tmp_path_factory, bounded_memory, data):
     path = tmp_path_factory.getbasetemp() / "state.json"
     try:
-        state = parse_state(data, path, Manifest(3, None, {}))
+        with bounded_memory():
+            state = parse_state(data, path, Manifest(3, None, {}))
     except CorruptCheckpoint as error:
         assert str(path) in str(error)
     else:
@@ -186,10 +195,12 @@ def with_header(header, data):
 @pytest.mark.slow
 @MANY
 @given(st.binary(max_size=100) | st.builds(with_header, HEADERS, st.binary(max_size=32)))
-def test_any_tensors(tmp_path_factory, data):
+@example((2**60).to_bytes(8, "little") + b"{}")
+def test_any_tensors(tmp_path_factory, bounded_memory, data):
     path = tmp_path_factory.getbasetemp() / "model.safetensors"
     try:
-        tensors = parse_tensors(data, path)
+        with bounded_memory():
+            tensors = parse_tensors(data, path)
     except CorruptCheckpoint as error:
         assert str(path) in str(error)
     else:
@@ -207,13 +218,14 @@ TENSORS = st.sampled_from([torch.int64, torch.float64, torch.uint8, torch.bool])
 @pytest.mark.slow
 @MANY
 @given(st.data())
-def test_any_random_states(data):
+def test_any_random_states(bounded_memory, data):
     whole = rng_state()
     state = {name: data.draw(TENSORS) if data.draw(st.booleans()) else tensor for name, tensor in whole.items()}
     for name in data.draw(st.lists(st.sampled_from(sorted(whole)), max_size=1)):
         del state[name]
     try:
-        restore_rng(state)
+        with bounded_memory():
+            restore_rng(state)
     except CheckpointError as error:
         assert "random states cannot be restored" in str(error)
     finally:

@@ -28,13 +28,14 @@ class Server:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    def run(self, folder, processes=1, strike=None, struck=0, measure_every=None, **config):
+    def run(self, folder, processes=1, strike=None, struck=0, measure_every=None, data=None, **config):
         """One go of a run, on from where it is: exit codes, and what the first process tells."""
         answer = folder / "answer.json"
         for old in (answer, self.log):
             old.unlink(missing_ok=True)
         settings = {"output_dir": str(folder), "max_steps": STEPS, "save_every": EVERY, "eval_every": 10}
         job = {"config": settings | config, "processes": processes, "struck": struck, "measure_every": measure_every}
+        job |= data or {}
         job |= {"answer": str(answer), "log": str(self.log), "port": free_port()}
         folder.mkdir(exist_ok=True)
         print(json.dumps(job | ({"strike": strike} if strike else {})), file=self.process.stdin, flush=True)
@@ -90,7 +91,7 @@ def kills(rng, first_in_save, processes):
     steps = sorted(rng.sample(range(EVERY, STEPS - EVERY, EVERY), KILLS))
     for i, step in enumerate(steps):
         if (i % 2 == 0) == first_in_save:
-            yield 0, {"where": "save", "step": step, "operation": rng.randrange(240)}  # most have about as many
+            yield 0, {"where": "save", "step": step, "operation": rng.randrange(200)}  # all have more
         else:
             delay = rng.choice([0.0, rng.uniform(0, 0.003)])
             yield rng.randrange(processes), {"where": "step", "step": step + rng.randrange(EVERY), "delay": delay}
@@ -102,10 +103,15 @@ def kills(rng, first_in_save, processes):
 )
 def test_a_run_killed_five_times_ends_as_the_unbroken_one(server, unbroken, tmp_path, processes, number):
     rng = random.Random(f"{processes} {number}")
+    note, during_saves = tmp_path / "note", 0
     for struck, strike in kills(rng, number % 2 == 0, processes):
-        codes, _ = server.run(tmp_path, processes, strike | {"signals": ["SIGKILL"]}, struck)
+        codes, _ = server.run(tmp_path, processes, strike | {"signals": ["SIGKILL"], "note": str(note)}, struck)
         assert -9 in codes, server.log.read_text()
+        saving = json.loads(note.read_text())["saving"]
+        assert saving or strike["where"] != "save"
+        during_saves += saving
         assert 0 not in codes  # the other one is killed too, or has noticed by itself
+    assert during_saves >= 3 - number % 2  # half of all
     codes, _ = server.run(tmp_path, processes)
     assert codes == [0] * processes, server.log.read_text()
     assert left_by(tmp_path) == unbroken(processes)
@@ -135,6 +141,28 @@ def test_a_stopped_run_goes_on_to_the_unbroken_ones_end(server, unbroken, tmp_pa
         assert left_by(tmp_path)[0] == step + 1
     assert server.run(tmp_path)[0] == [0]
     assert left_by(tmp_path) == unbroken(1)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_stop_that_strikes_loader_workers_too_saves_and_leaves(server, tmp_path, number, code):
+    strike = {"where": "step", "step": 5, "delay": 0.02, "signals": [number], "workers": True}
+    codes, answer = server.run(tmp_path, strike=strike, num_workers=2, data={"slow": 0.01})  # it waits for data
+    assert codes == [code], server.log.read_text()
+    assert answer["raised"] == "SystemExit"
+    assert left_by(tmp_path)[0] in (6, 7)
+
+
+def test_three_resumes_with_loader_workers_and_data_changed_by_chance(server, tmp_path):
+    data, whole, parts = {"noisy": True}, tmp_path / "whole", tmp_path / "parts"
+    assert server.run(whole, data=data)[0] == [0]
+    for step in (7, 20, 30):  # an epoch has 21 steps
+        codes, _ = server.run(
+            parts, data=data, num_workers=2, strike={"where": "backward", "step": step, "signals": ["SIGTERM"]}
+        )
+        assert codes == [143], server.log.read_text()
+        assert left_by(parts)[0] == step + 1
+    assert server.run(parts, data=data, num_workers=1)[0] == [0]
+    assert left_by(parts) == left_by(whole)
 
 
 @pytest.mark.parametrize("where", ["backward", "data", "evaluation", "save"])

@@ -180,6 +180,24 @@ def test_every_layout_goes_on_from_every_others_checkpoint(runs, tmp_path, layou
         assert_close(run, expected, tmp_path / f"task{i}", unbroken / "task0", skip=10)
 
 
+POISONS = [{"where": w, "value": v} for w in ("loss", "micro-batch", "gradient") for v in ("nan", "inf")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
+def test_a_bad_number_of_one_process_changes_no_bit_on_any(tmp_path, layout):
+    tasks = [{"poison": poison, "max_steps": 4} for poison in POISONS]
+    for i, found in enumerate(launch(tmp_path, layout, *tasks)):
+        assert found["processes"] == 2
+        for rank in range(2):
+            digests = json.loads((tmp_path / f"task{i}" / f"digests-{rank}.json").read_text())
+            assert digests[1] == digests[2], POISONS[i]  # the third step
+            assert len(set(digests)) == 3
+        events = map(json.loads, (tmp_path / f"task{i}" / "metrics.jsonl").read_text().splitlines())
+        held_back = [(event["step"], event["reason"]) for event in events if event["event"] == "held_back"]
+        assert held_back == [(2, "non_finite")]
+
+
 def errors_in(text):
     """(process, last line of its traceback), in the order they were shown."""
     return re.findall(r"^\[rank(\d)\]: (\S*(?:Error|Exception)\b.*)$", text, re.MULTILINE)

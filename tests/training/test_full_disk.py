@@ -1,6 +1,7 @@
 """Saves on full disks, real ones."""
 
 import ctypes
+import json
 import os
 import resource
 import traceback
@@ -12,6 +13,7 @@ import torch
 
 from homebrew.errors import CheckpointError
 from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.metrics import MetricsLog
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FAILED, MOUNTS_NOTHING = 1, 77
@@ -36,7 +38,7 @@ def test_a_limit_on_file_size_at_every_size(store):
     before = big_files(1)["model"]["w"].tolist()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     largest = max(path.stat().st_size for path in store.path(1).iterdir())
-    for limit in [0, 1, 7, *range(100, largest, 499), largest - 1]:
+    for limit in [0, 1, 7, *range(100, largest, 64), largest - 1]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             check_failure(store, before)
@@ -44,6 +46,24 @@ def test_a_limit_on_file_size_at_every_size(store):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     store.save(2, big_files(2), {})
     assert store.latest()[0].step == 2
+
+
+def test_figures_that_do_not_fit_are_told_of_and_the_run_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write("step", step=1)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 10):  # nothing of the line fits, or a part
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, usual[1]))
+        try:
+            with pytest.warns(UserWarning, match=r"metrics\.jsonl could not be written: .* Free some space"):
+                log.write("step", step=2)
+            log.write("step", step=3)  # told once, until there is space again
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        log.write("step", step=4)
+    log.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 4, 4]
 
 
 def mount_small_disk(folder, size):

@@ -174,6 +174,9 @@ def test_the_order_of_a_save(scene):
     order += [where["entries"], where["renamed"], where["parent"], *where["removed"]]
     assert order == sorted(order)
     assert where["removed"] or not (scene.keep_last == 1 or scene.next == 4)
+    for at, (kind, moved) in enumerate(done):  # a checkpoint's files go once it no longer has its name
+        if kind == "rename" and moved != temporary and where["removed"] and at > where["parent"]:
+            assert done[at + 1] == ("fsync", "checkpoints")
     aside = [at for at, operation in enumerate(done) if operation == ("rename", name)]
     assert aside == ([where["renamed"] - 1] if scene.next == 4 else [])
 
@@ -205,16 +208,23 @@ class Disk:
         if name == "fsync":
             self.sync(Path(f"/proc/self/fd/{args[0]}").readlink())
 
-    def lay_out(self, target, number):
-        """Only what was synced: nothing else had reached the disk."""
+    def lay_out(self, target, number, gone=()):
+        """Only what was synced: nothing else had reached the disk, but that the files `gone` were removed."""
+        if number in gone:
+            return
         if number in self.files:
             target.write_bytes(self.files[number])
         elif number in self.folders:
             target.mkdir()
             for name, child in self.folders[number].items():
-                self.lay_out(target / name, child)
+                self.lay_out(target / name, child, gone)
         else:
             target.touch()
+
+    def lay_out_removed(self, target):
+        """What was synced, but that every removal of a file since has reached the disk before any renaming."""
+        present = {self.number(path) for path in (self.root, *self.root.rglob("*"))}
+        self.lay_out(target, self.number(self.root), self.files.keys() - present)
 
     def lay_out_zeroed(self, target):
         """All names as they are, and zeros in what was not synced."""
@@ -230,17 +240,18 @@ def test_power_lost_after_every_operation(scene):
     before = scene.folder / "before"
     store = scene.store(before)
     disk = Disk(before)
-    left = []
+    kinds, left = ("synced", "removed", "zeroed"), []
 
     def tell(name, args, result):
         disk.tell(name, args, result)
         if result is not None:
             number = len(left)
-            left.extend(scene.folder / f"{kind}-{number}" for kind in ("synced", "zeroed"))
-            disk.lay_out(left[-2], disk.number(before))
+            left.extend(scene.folder / f"{kind}-{number}" for kind in kinds)
+            disk.lay_out(left[-3], disk.number(before))
+            disk.lay_out_removed(left[-2])
             disk.lay_out_zeroed(left[-1])
 
     with watched(tell):
         scene.work(store)
-    told = {kind: [scene.check(folder) for folder in left if kind in folder.name] for kind in ("synced", "zeroed")}
+    told = {kind: [scene.check(folder) for folder in left if kind in folder.name] for kind in kinds}
     assert all(len(steps) > 30 and set(steps) == {4, 5} for steps in told.values())

@@ -172,3 +172,14 @@ def test_an_adapter_in_pefts_format_opens_on_its_base(adapted):
     save_adapter(trained, folder / "adapter")
     with pytest.raises(CheckpointError, match="does not say where its base is"):
         load_run_model(folder / "adapter")
+
+
+@pytest.mark.parametrize("rank", [3, 2**40])
+def test_an_adapters_rank_is_that_of_its_tensors_before_memory_is_taken(adapted, bounded_memory, rank):
+    folder, _ = adapted
+    checkpoint, _ = CheckpointStore(folder / "run").latest()
+    identity = checkpoint.state["identity"]
+    lying = checkpoint.state | {"identity": identity | {"adapter": identity["adapter"] | {"rank": rank}}}
+    path = CheckpointStore(folder / "other").save(1, {"adapter": checkpoint.tensors("adapter")}, lying)
+    with bounded_memory(), pytest.raises(CorruptCheckpoint, match=r"adapter\.safetensors does not fit"):
+        load_run_model(path)

@@ -2,6 +2,9 @@ import errno
 import hashlib
 import json
 import math
+import os
+import signal
+import sys
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ from homebrew.errors import (
 )
 from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint
 from homebrew.training.callbacks import Callback
+from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.signals import HANDLED
 
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 
@@ -140,7 +145,7 @@ def test_uneven_targets_weigh_by_token(tmp_path):
     assert runs[0] == pytest.approx(runs[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("stop", [1, 5, 7])
+@pytest.mark.parametrize("stop", range(1, 9))
 def test_stop_and_resume_is_bitwise_the_unbroken_run(tmp_path, stop):
     shape = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
     data = dataset(40 * 16 + 1)  # 40 samples: epochs end in the middle of a step
@@ -162,6 +167,24 @@ def test_stop_and_resume_is_bitwise_the_unbroken_run(tmp_path, stop):
 def test_a_run_that_a_callback_stops_is_saved(tmp_path):
     make(tmp_path, callbacks=[StopAt(2)]).train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_in_a_notebook_a_stop_is_a_keyboard_interrupt_after_the_save(tmp_path, monkeypatch, number):
+    class Stop(Callback):
+        def on_step_end(self, trainer, metrics):
+            if trainer.step == 3:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    handlers = [signal.getsignal(each) for each in HANDLED]
+    trainer = make(tmp_path, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt, match=f"{number.name} after saving"):
+        trainer.train()
+    assert CheckpointStore(tmp_path).latest()[0].step == 3
+    assert [signal.getsignal(each) for each in HANDLED] == handlers
+    trainer.train(resume=True)  # the next cell
+    assert trainer.step == 6
 
 
 def test_a_guard_that_raised_does_not_hold_back_what_comes_after(tmp_path):
@@ -190,9 +213,33 @@ def no_space(path):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+class Counting(torch.optim.Optimizer):
+    """Keeps plain numbers, for each parameter and for all of them, as many optimizers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "seen": 0, "distance": 1e-6})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["seen"] += 1
+            group["distance"] *= 1.7
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": 0, "decay": 0.5, "odd": False, "moment": torch.zeros_like(parameter)}
+                state["step"] += 1
+                state["decay"] *= 0.9
+                state["odd"] = not state["odd"]
+                state["moment"].lerp_(parameter.grad, state["decay"])
+                scale = group["lr"] * (1 + group["distance"] + state["odd"]) / (state["step"] + group["seen"])
+                parameter.sub_(state["moment"], alpha=scale)
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
+        Counting,
         lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
         lambda parameters: torch.optim.Adafactor(parameters, lr=0.1),
@@ -208,6 +255,22 @@ def test_your_own_optimizer_resumes_bitwise(tmp_path, optimizer):
             trainer.train(resume=True)
         runs.append(weights(trainer))
     assert same(*runs)
+
+
+def test_what_an_optimizer_keeps_and_no_checkpoint_can_is_told_once(tmp_path):
+    class Hoarding(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            for group in self.param_groups:
+                group["log"] = [*group.get("log", []), torch.tensor(0)]
+                for parameter in group["params"]:
+                    self.state[parameter]["words"] = "many"
+
+    model = GPT(SHAPE)
+    trainer = make(tmp_path, model=model, optimizer=Hoarding(model.parameters(), lr=0.1), save_every=2)
+    with pytest.warns(UserWarning, match="Hoarding keeps words, log, which") as told:
+        trainer.train()
+    assert len(told) == 1
 
 
 def test_frozen_weights_are_saved_too(tmp_path):
@@ -444,6 +507,31 @@ def test_another_datasets_checkpoint_is_named(tmp_path):
     other = make(tmp_path, train=dataset(seed=9), max_steps=2)
     with pytest.raises(ResumeMismatch, match="dataset"):
         other.train(resume=True)
+
+
+CHANGES = {
+    "dataset": {"train": dataset(seed=9)},
+    "model": {"model": GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)},
+    "schedule": {"schedule": lambda step: 0.5},
+    "peak": {"learning_rate": 2e-2},
+    "global_batch_size": {"global_batch_tokens": 16 * 16},
+    "seed": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_run_is_named_and_goes_on_knowingly(tmp_path, change):
+    make(tmp_path, max_steps=4, callbacks=[StopAt(2)]).train()
+    trainer, aspect = make(tmp_path, max_steps=4, **CHANGES[change]), {"peak": "schedule"}.get(change, change)
+    with pytest.raises(ResumeMismatch, match=rf"(?s)\n  {aspect}: .*accept_changes=\('{aspect}',\)") as told:
+        trainer.train(resume=True)
+    assert str(told.value).count("\n  ") == 1  # and no other
+    if aspect == "model":  # what is not there cannot be gone on with
+        with pytest.raises(CorruptCheckpoint, match="unknown tensor"):
+            trainer.train(resume=True, accept_changes=[aspect])
+    else:
+        trainer.train(resume=True, accept_changes=[aspect])
+        assert trainer.step == 4
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ The job names a layout, time-outs and tasks; each task is a run of a Trainer. Wh
 goes into the job's result file, what every process read into the task's folder.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
@@ -74,6 +76,37 @@ class Watch(Callback):
         self.evaluations.append([metrics.loss, metrics.num_tokens])
 
 
+class Poison(Callback):
+    """Puts a number into one process's third step; keeps what this process's weights and optimizer hash to."""
+
+    def __init__(self, where=None, value=0.0):
+        self.where, self.value, self.losses, self.digests = where, float(value), 0, []
+
+    def on_train_begin(self, trainer):
+        def into_loss(module, inputs, loss):
+            if trainer.step != 2:
+                return loss
+            self.losses += 1
+            return loss + self.value if self.where == "loss" or self.losses == 2 else loss
+
+        def into_gradient(module, inputs, output):
+            if trainer.step == 2:
+                output.register_hook(lambda gradient: gradient * self.value)
+
+        if self.where == "gradient":
+            trainer.model.transformer.h[1].register_forward_hook(into_gradient)
+        elif self.where is not None:
+            trainer.model.register_forward_hook(into_loss)
+
+    def on_step_end(self, trainer, metrics):
+        digest = hashlib.sha256()
+        states = [state[key] for state in trainer._optimizer.state.values() for key in sorted(state)]
+        for tensor in (*trainer.model.state_dict().values(), *states):
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            digest.update(local.contiguous().numpy().tobytes())
+        self.digests.append(digest.hexdigest())
+
+
 def limit_memory(model, most):
     """Run out of memory with more sequences than this, as a GPU would."""
 
@@ -87,7 +120,7 @@ def limit_memory(model, most):
 def build(task, rank):
     broken = task.get("break") if rank == 1 else None
     train = [] if broken == "startup" else Ragged(breaks_at=40 + 1 if broken == "data" else None)
-    watch = Watch(task)
+    watch, poison = Watch(task), Poison(**task.get("poison", {}) if rank == 1 else {})
     shape = GPTConfig(
         block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
     )
@@ -109,15 +142,16 @@ def build(task, rank):
             keep_every=task.get("save_every"),
             eval_every=task.get("eval_every"),
             compile=task.get("compile", False),
+            non_finite="skip" if "poison" in task else "raise",
             collective_timeout_seconds=task.get("timeout", 120),
         ),
-        callbacks=[watch],
+        callbacks=[watch, poison],
     )
-    return trainer, train, watch
+    return trainer, train, watch, poison
 
 
 def run(task, rank):
-    trainer, train, watch = build(task, rank)
+    trainer, train, watch, poison = build(task, rank)
     if task.get("profile"):
         with torch.profiler.profile() as profiler:
             trainer.train()
@@ -126,6 +160,7 @@ def run(task, rank):
     trainer.train(resume=task.get("resume", False))
     folder = Path(task["output_dir"])
     (folder / f"read-{rank}.json").write_text(json.dumps(train.read))
+    (folder / f"digests-{rank}.json").write_text(json.dumps(poison.digests))
     model = trainer.whole_model()
     if trainer.is_main_process:
         weights = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}

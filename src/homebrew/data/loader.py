@@ -1,5 +1,6 @@
 """A step's micro-batches for one process: which ones is a pure function of (seed, step)."""
 
+import signal
 from collections.abc import Callable, Generator, Iterator, Sized
 from contextlib import contextmanager
 from itertools import count
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from homebrew.data.check import IGNORE_INDEX, check_ids, check_sample
 from homebrew.data.dataset import TokenDataset
+from homebrew.data.draws import DrawingDataset
 from homebrew.data.order import sample_indices
 from homebrew.errors import DataError
 
@@ -35,7 +37,7 @@ class StepLoader:
 
     Args:
         dataset: a `TokenDataset`, or any map-style dataset of (input_ids, targets).
-        seed: of the order.
+        seed: of the order, and of what the dataset draws at random.
         global_batch_size: samples a step, over all ranks.
         micro_batch_size: samples a rank takes at once.
         rank: of this process.
@@ -68,7 +70,7 @@ class StepLoader:
         self._accumulation = global_batch_size // (num_ranks * micro_batch_size)
         if isinstance(dataset, TokenDataset) and device.type == "cuda" and dataset.nbytes <= RESIDENT_BYTES:
             dataset = dataset.to(device)
-        self._read = reader(dataset, device, num_workers, timeout_seconds, vocab_size)
+        self._read = reader(dataset, device, num_workers, timeout_seconds, vocab_size, seed)
 
     def sample_ids(self, step: int, num_steps: int = 1) -> NDArray[np.int64]:
         """The samples of a step and of those after it, over all ranks, (num_steps · global_batch_size,)."""
@@ -77,13 +79,16 @@ class StepLoader:
 
     def steps(self, first_step: int) -> Generator[list[Batch]]:
         """This rank's micro-batches of `first_step` and of every step after it."""
-        num_steps = max(1, IDS_AT_ONCE // self._global_batch_size)
-        batches = self._read(
-            self.sample_ids(step, num_steps).reshape(self._shape)[:, self._rank]
-            for step in count(first_step, num_steps)
-        )
+        batches = self._read(self._blocks(first_step))
         while True:
             yield [next(batches) for _ in range(self._accumulation)]
+
+    def _blocks(self, first_step: int) -> Iterator["Block"]:
+        num_steps = max(1, IDS_AT_ONCE // self._global_batch_size)
+        for step in count(first_step, num_steps):
+            ids = self.sample_ids(step, num_steps)
+            positions = np.arange(len(ids)) + step * self._global_batch_size
+            yield positions.reshape(self._shape)[:, self._rank], ids.reshape(self._shape)[:, self._rank]
 
 
 def eval_batches(
@@ -113,36 +118,40 @@ def eval_batches(
     num_batches = -(-samples // (micro_batch_size * num_ranks))
     positions = np.arange(num_batches * num_ranks * micro_batch_size)
     mine = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
-    batches = reader(dataset, device, 0, 0.0, vocab_size)(iter([np.minimum(mine, samples - 1)]))
+    batches = reader(dataset, device, 0, 0.0, vocab_size, 0)(iter([(mine, np.minimum(mine, samples - 1))]))
     for row, (input_ids, targets) in zip(mine, batches, strict=True):
         targets = targets.clone()  # of every batch: one of other strides would be compiled for anew
         targets[int((row < samples).sum()) :] = IGNORE_INDEX
         yield input_ids, targets
 
 
-Reader = Callable[[Iterator[NDArray[np.int64]]], Iterator[Batch]]
-"""Turns blocks of sample ids, (n, B), into batches on the device, one for each row."""
+Block = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Positions in the run, and the ids of the samples there, each (n, B)."""
+
+Reader = Callable[[Iterator[Block]], Iterator[Batch]]
+"""Turns blocks into batches on the device, one for each row."""
 
 
 def reader(
-    dataset: Dataset[Any], device: torch.device, num_workers: int, timeout_seconds: float, vocab_size: int
+    dataset: Dataset[Any], device: torch.device, num_workers: int, timeout_seconds: float, vocab_size: int, seed: int
 ) -> Reader:
     """How a dataset is read."""
     if isinstance(dataset, TokenDataset):
         return lambda blocks: _gather(dataset, blocks, device)
-    return lambda blocks: _load(dataset, blocks, device, num_workers, timeout_seconds, vocab_size)
+    drawing = DrawingDataset(dataset, seed)
+    return lambda blocks: _load(drawing, blocks, device, num_workers, timeout_seconds, vocab_size)
 
 
-def _gather(dataset: TokenDataset, blocks: Iterator[NDArray[np.int64]], device: torch.device) -> Iterator[Batch]:
-    for block in blocks:
-        for indices in _send(torch.from_numpy(block), dataset.device):
+def _gather(dataset: TokenDataset, blocks: Iterator[Block], device: torch.device) -> Iterator[Batch]:
+    for _, ids in blocks:
+        for indices in _send(torch.from_numpy(ids), dataset.device):
             input_ids, targets = dataset.batch(indices)
             yield _send(input_ids, device), _send(targets, device)
 
 
 def _load(
-    dataset: Dataset[Any],
-    blocks: Iterator[NDArray[np.int64]],
+    dataset: DrawingDataset,
+    blocks: Iterator[Block],
     device: torch.device,
     num_workers: int,
     timeout_seconds: float,
@@ -154,6 +163,7 @@ def _load(
         collate_fn=_Collate(vocab_size),
         num_workers=num_workers,
         timeout=timeout_seconds if num_workers else 0,
+        worker_init_fn=_heed_no_signals,
         # Its own generator: a loader without one draws from the global state, and dropout would differ on resume.
         generator=torch.Generator(),
     )
@@ -167,6 +177,13 @@ def _load(
             batches._shutdown_workers()
             for worker in batches._workers:
                 worker.kill()  # one that was stopped heeds no SIGTERM, and this process would wait for it at its end
+
+
+def _heed_no_signals(_worker: int) -> None:
+    """Ctrl-C, and many a scheduler's SIGTERM, come to workers too, whom the run needs until it has saved."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @contextmanager
@@ -187,13 +204,15 @@ def worker_errors(timeout_seconds: float) -> Iterator[None]:
 
 
 class _Rows:
-    """Sample ids as the batch sampler a DataLoader takes."""
+    """Positions and sample ids as the batch sampler a DataLoader takes."""
 
-    def __init__(self, blocks: Iterator[NDArray[np.int64]]) -> None:
+    def __init__(self, blocks: Iterator[Block]) -> None:
         self._blocks = blocks
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (row.tolist() for block in self._blocks for row in block)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for positions, ids in self._blocks:
+            for row in zip(positions.tolist(), ids.tolist(), strict=True):
+                yield list(zip(*row, strict=True))
 
 
 class _Collate:

@@ -19,9 +19,9 @@ from homebrew.model.lora import (
     LoRAConfig,
     adapter_state_dict,
     add_lora,
+    check_adapter_fits,
     load_adapter_state_dict,
     lora_layers,
-    remove_lora,
 )
 
 CONFIG_FILE = "adapter_config.json"
@@ -127,13 +127,14 @@ def load_adapter(
             name = key.removeprefix(PREFIX).removesuffix(".weight")
             if not re.search(r"\.lora_[AB]$", name):
                 raise ModelError(f"{weights_path} has {key}, which is no part of a plain LoRA adapter.")
-            state[name if name.startswith("transformer.") else f"transformer.{name}"] = file.get_tensor(key)
-    add_lora(model, _config(settings, state, config_path))
-    try:
-        load_adapter_state_dict(model, state)
-    except ModelError:
-        remove_lora(model)
-        raise
+            tensor = file.get_tensor(key)
+            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+                raise ModelError(f"{key} in {weights_path} is {tensor.dtype}, and not all of it are finite numbers.")
+            state[name if name.startswith("transformer.") else f"transformer.{name}"] = tensor
+    config = _config(settings, state, config_path)
+    check_adapter_fits(model, config, state)
+    add_lora(model, config)
+    load_adapter_state_dict(model, state)
 
 
 def _plain_settings(path: Path) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class _Folder:
 
     def find(self, filename: str) -> Path | None:
         path = Path(self.name, filename)
+        # The hub's cache has nothing but links in its snapshots, to the blobs beside them.
+        if path.is_symlink() and path.resolve().parent != (path.parent.resolve() / "../../blobs").resolve():
+            raise ModelError(f"{path} is a link, which is not followed: put the file itself there.")
         return path if path.is_file() else None
 
     def filenames(self) -> list[str]:

@@ -110,6 +110,14 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 42) -> None:
     Raises:
         ModelError: it has an adapter already, or no module has a target's name.
     """
+    layers = _targets(model, config)
+    model.requires_grad_(requires_grad=False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, linear in layers.items():
+        model.set_submodule(name, LoRALinear(linear, config, generator).train(linear.training))
+
+
+def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
     if lora_layers(model):
         raise ModelError("The model has an adapter already: merge it and save the model, or start from the base.")
     layers = {
@@ -117,10 +125,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 42) -> None:
     }
     if not layers:
         raise ModelError(f"No layer of the model is named {' or '.join(config.target_modules)}.")
-    model.requires_grad_(requires_grad=False)
-    generator = torch.Generator().manual_seed(seed)
-    for name, linear in layers.items():
-        model.set_submodule(name, LoRALinear(linear, config, generator).train(linear.training))
+    return layers
 
 
 def remove_lora(model: nn.Module) -> None:
@@ -190,18 +195,39 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     Raises:
         ModelError: names or shapes are not those of the model's adapter.
     """
-    expected = adapter_state_dict(model)
+    _compare({name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}, state)
+    model.load_state_dict(dict(state), strict=False)
+
+
+def check_adapter_fits(model: nn.Module, config: LoRAConfig, state: Mapping[str, Tensor]) -> None:
+    """Refuse values that are not of such an adapter, before there is one: a stranger's rank may be any number.
+
+    Args:
+        model: without an adapter.
+        config: what `add_lora` is to be given.
+        state: what `load_adapter_state_dict` is.
+
+    Raises:
+        ModelError: as they do.
+    """
+    expected = {}
+    for name, linear in _targets(model, config).items():
+        expected[f"{name}.lora_A"] = (config.rank, linear.in_features)
+        expected[f"{name}.lora_B"] = (linear.out_features, config.rank)
+    _compare(expected, state)
+
+
+def _compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
     wrong = sorted(
         name
         for name in expected.keys() | state.keys()
-        if name not in expected or name not in state or expected[name].shape != state[name].shape
+        if name not in expected or name not in state or expected[name] != tuple(state[name].shape)
     )
     if wrong:
         raise ModelError(
             f"{len(wrong)} tensors, such as {wrong[0]}, are missing, unknown or of another shape than the "
             f"model's adapter has: give the model the LoRAConfig that the adapter was trained with."
         )
-    model.load_state_dict(dict(state), strict=False)
 
 
 def base_fingerprint(model: nn.Module) -> str:

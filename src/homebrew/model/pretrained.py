@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from homebrew.errors import ModelError
+from homebrew.errors import ConfigError, ModelError
+from homebrew.model.config import GPTConfig
 from homebrew.model.files import Source, open_source, open_tensors, read_json
 
 CONFIG_FILE = "config.json"
@@ -78,7 +79,7 @@ class Pretrained:
             the embedding.
 
         Raises:
-            ModelError: a tensor is missing, there is one too many, or one has another shape.
+            ModelError: a tensor is missing, there is one too many, or one has another shape or is not finite.
         """
         names = expected.keys() - {HEAD}
         missing, unknown = names - self.tensors.keys(), self.tensors.keys() - names - {HEAD}
@@ -112,7 +113,10 @@ class Pretrained:
             tensor: Tensor = file.get_tensor(key)
         if not tensor.is_floating_point():
             raise ModelError(f"{key} in {path} is {tensor.dtype}: weights must be floating-point numbers.")
-        return tensor.to(dtype)
+        tensor = tensor.to(dtype)
+        if not tensor.isfinite().all():
+            raise ModelError(f"{key} in {path} has numbers that are not finite in {dtype}: take weights that are.")
+        return tensor
 
     def check_shape(self, name: str, shape: list[int]) -> None:
         """Compare a tensor's shape on disk with the one it must have, without reading it.
@@ -157,6 +161,10 @@ def open_pretrained(
         raise ModelError(f"{config_path} has n_layer={shape['n_layer']!r}, but there are {num_layers} layers.")
     pretrained.check_shape(EMBEDDING, [shape["vocab_size"], shape["n_embd"]])
     pretrained.check_shape("transformer.wpe.weight", [shape["block_size"], shape["n_embd"]])
+    try:
+        GPTConfig(**shape)
+    except ConfigError as error:
+        raise ModelError(f"{config_path} does not describe a GPT-2: {error}") from error
     return pretrained
 
 
@@ -226,7 +234,7 @@ def _read_shape(path: Path) -> dict[str, Any]:
         wrong.append(f"{', '.join(DROPOUTS)}={dropouts!r} (must be numbers)")
     if wrong:
         raise ModelError(f"{path} asks for what this GPT-2 does not compute: {', '.join(wrong)}.")
-    return {**shape, "dropout": float(max(dropouts))}
+    return {**shape, "dropout": float(min(max(dropouts), 1e9))}  # a longer whole number has no float
 
 
 def _some(names: Iterable[str]) -> str:

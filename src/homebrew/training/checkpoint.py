@@ -302,6 +302,7 @@ def _discard(path: Path, moved: Path | None = None) -> None:
     try:
         if moved is not None:
             rename(path, moved)
+            sync_folder(path.parent)  # else its files may be gone from the disk, and its name still there
         remove_folder(moved or path)
     except OSError as error:
         warnings.warn(f"{path} could not be removed: {error.strerror}.", stacklevel=2)

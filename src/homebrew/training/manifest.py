@@ -224,9 +224,16 @@ def _is_entry(entry: object) -> bool:
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CorruptCheckpoint(f"{path} must hold a JSON object.")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names differ: of two that one flipped bit has made equal, Python would drop the first."""
+    if len(value := dict(pairs)) < len(pairs):
+        raise ValueError("an object has a name twice")
     return value

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -101,18 +102,33 @@ def memory_bytes(device: torch.device) -> int | None:
 class MetricsLog:
     """A file of JSON lines, one event each, that a kill leaves with at most its last line torn.
 
+    What a full disk has no room for is left out, and told of once: figures are not worth a run.
+
     Args:
         path: appended to; a torn last line of a killed run is cut off.
     """
 
     def __init__(self, path: Path) -> None:
         _cut_torn_line(path)
+        self._path = path
+        self._told = False
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def write(self, event: str, **values: Any) -> None:  # noqa: ANN401 - any JSON value
         """Append an event; numbers that are not finite become null, which JSON has."""
-        line = json.dumps({"event": event} | {key: _finite(value) for key, value in values.items()})
-        os.write(self._file, line.encode() + b"\n")
+        line = json.dumps({"event": event} | {key: _finite(value) for key, value in values.items()}).encode() + b"\n"
+        end = os.fstat(self._file).st_size
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            os.ftruncate(self._file, end)  # half a line would spoil the next
+            if not self._told:
+                reason = f"{self._path} could not be written: {error.strerror}. The run goes on without its figures."
+                warnings.warn(f"{reason} Free some space.", stacklevel=5)
+            self._told = True
+        else:
+            self._told = False
 
     def close(self) -> None:
         """Close the file."""

@@ -28,7 +28,8 @@ def identity(
 ) -> dict[str, Any]:
     """What decides a run's every step, one JSON value for each of `ASPECTS`.
 
-    The schedule, any function, is told by its values at evenly spaced steps.
+    The schedule, any function of the step, the learning rate or what it is multiplied by, is told by its values at
+    evenly spaced steps.
     """
     probes = sorted({max_steps * i // _PROBES for i in range(_PROBES + 1)})
     return {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from homebrew.data.tokenizer import Tokenizer, tokenizer_from_json
-from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, TokenizerError
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, ModelError, TokenizerError
 from homebrew.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from homebrew.model.adapters import load_adapter
 from homebrew.model.config import GPTConfig
@@ -20,6 +20,7 @@ from homebrew.model.lora import (
     adapter_state_dict,
     add_lora,
     base_fingerprint,
+    check_adapter_fits,
     load_adapter_state_dict,
     lora_layers,
 )
@@ -148,13 +149,18 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
         raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe an adapter: {error!r}") from error
     model = _base_model(source)
     model.source = str(source)
-    add_lora(model, config)
     if (found := base_fingerprint(model)) != expected:
         raise CheckpointError(
             f"The weights of {source} have SHA-256 {found}, but the adapter in {checkpoint.path} was trained on "
             f"{expected}: give the base it was trained on."
         )
-    _check_tensors(path, tensors := checkpoint.tensors(ADAPTER_FILE), adapter_state_dict(model))
+    tensors = checkpoint.tensors(ADAPTER_FILE)
+    try:
+        check_adapter_fits(model, config, tensors)
+    except ModelError as error:
+        raise CorruptCheckpoint(f"{path} does not fit what state.json says of it: {error}") from error
+    add_lora(model, config)
+    _check_tensors(path, tensors, adapter_state_dict(model))
     load_adapter_state_dict(model, tensors)
     return model.eval()
 

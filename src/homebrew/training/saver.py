@@ -17,7 +17,8 @@ from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.collective import on_main
 from homebrew.training.config import TrainerConfig
 from homebrew.training.guard import Guard
-from homebrew.training.manifest import Checkpoint
+from homebrew.training.manifest import STATE, Checkpoint
+from homebrew.training.optimizer_numbers import OptimizerNumbers
 from homebrew.training.resume import check_identity
 from homebrew.training.state import Files, check_files, gather_run, reserve_staging, scatter_run
 
@@ -54,6 +55,8 @@ class RunSaver:
         self._bare = bare
         self._model = model
         self._optimizer = optimizer
+        self._numbers = OptimizerNumbers(bare, optimizer)
+        self._told_of_lost = False
         self._guard = guard
         self._config = config
         self._identity = identity
@@ -94,6 +97,7 @@ class RunSaver:
         if start["found"]:
             files, self._found = self._found, {}
             scatter_run(accelerator, self._model, self._optimizer, self._guard, files, seed=seed + step)
+            self._numbers.restore(start["optimizer"])
         reserve_staging(accelerator, self._model)
         return step
 
@@ -118,7 +122,9 @@ class RunSaver:
         self._warn_of_processes(checkpoint)
         self._found = checkpoint.files()
         check_files(checkpoint.path, self._found, self._bare, self._optimizer)
-        return {"found": True, "step": checkpoint.step, "eval_loss": checkpoint.state.get("eval_loss")}
+        self._numbers.check(checkpoint.state.get("optimizer"), checkpoint.path / STATE)
+        facts = {name: checkpoint.state.get(name) for name in ("eval_loss", "optimizer")}
+        return {"found": True, "step": checkpoint.step} | facts
 
     def _warn_of_processes(self, checkpoint: Checkpoint) -> None:
         saved, ours = checkpoint.state.get("num_processes"), self._accelerator.num_processes
@@ -150,7 +156,16 @@ class RunSaver:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors: only what is no function of the step."""
+        numbers, lost = self._numbers.state()
+        if lost and not self._told_of_lost:
+            warnings.warn(
+                f"{type(self._optimizer).__name__} keeps {', '.join(lost)}, which is neither a tensor nor a number: "
+                f"no checkpoint holds it, so a resumed run may differ from an unbroken one.",
+                stacklevel=6,
+            )
+            self._told_of_lost = True
         return {
+            "optimizer": numbers,
             "identity": self._identity,
             "tokenizer": self._tokenizer,
             "base": self._bare.source,

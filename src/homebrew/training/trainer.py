@@ -100,7 +100,7 @@ class Trainer:
         run = identity(  # before the weights may be shared out
             dataset=self.train_dataset,
             model=self.model,
-            schedule=self.schedule,
+            schedule=lambda step: config.learning_rate * self.schedule(step),
             max_steps=config.max_steps,
             global_batch_size=self.batch.global_batch_size,
             seed=config.seed,
