@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from operator import truediv
 from pathlib import Path
 from statistics import median
 
@@ -46,13 +47,12 @@ def main(options: Options) -> None:
     report = Report(options.json)
     if options.runs:
         times = time_imports(options.runs, processor_time=options.processor_time)
-        base = median(times[BASE])
         rows = [
             {
                 "process": name,
                 "median s": f"{median(seconds):.3f}",
                 "fastest–slowest": f"{min(seconds):.3f}–{max(seconds):.3f}",
-                "of torch, accelerate": f"{median(seconds) / base:.3f} ×",
+                "of torch, accelerate": f"{median(map(truediv, seconds, times[BASE])):.3f} ×",
             }
             for name, seconds in times.items()
         ]

@@ -135,7 +135,11 @@ def main(options: Options) -> None:
         if ON_GPU or name not in NEEDS_A_GPU:
             on |= {name}
             batch = 64 if "micro-batch 64" in on else 8
-            seconds = time_step(config, on, batch, options.steps)
+            try:
+                seconds = time_step(config, on, batch, options.steps)
+            except torch.OutOfMemoryError:
+                print(f"{name}: does not fit on this GPU", flush=True)
+                continue
             rungs.append((name, batch * config.block_size / seconds, seconds, why))
             print(f"{name}: {rungs[-1][1]:,.0f} tokens/s", flush=True)
     show(rungs, options)
@@ -146,6 +150,8 @@ def main(options: Options) -> None:
 def time_step(config: GPTConfig, on: Switches, batch: int, steps: int) -> float:
     """Median seconds of a training step: forward, backward, clipping, AdamW."""
     gc.collect()  # the model of the rung before
+    if ON_GPU:
+        torch.cuda.empty_cache()
     torch._dynamo.reset()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if "TF32" in on else "highest")

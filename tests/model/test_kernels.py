@@ -34,14 +34,15 @@ only_with_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reas
 @pytest.mark.parametrize(
     ("rows", "columns", "vocab_size", "block"), [(5, 128, 65, 4096), (7, 384, 300, 128), (4, 128, 1, 64)]
 )
-def test_score_equals_cross_entropy(monkeypatch, rows, columns, vocab_size, block, dtype):
+@pytest.mark.parametrize("scored", [True, False])
+def test_score_equals_cross_entropy(monkeypatch, rows, columns, vocab_size, block, dtype, scored):
     from homebrew.model import kernels
 
     monkeypatch.setattr(kernels, "SCORE_BLOCK", block)
     generator = torch.Generator().manual_seed(rows)
     logits = (3 * torch.randn(rows, columns, generator=generator)).to(DEVICE, dtype)
     targets = torch.randint(0, vocab_size, (rows,), generator=generator).to(DEVICE)
-    targets[1] = -100
+    targets[1 if scored else slice(None)] = -100
     plain = logits[:, :vocab_size].float().requires_grad_()
     right = F.cross_entropy(plain, targets, ignore_index=-100, reduction="sum")
     right.backward()
