@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from homebrew import GPT, GPTConfig
 from homebrew.model.adapters import load_adapter
@@ -66,3 +67,27 @@ def test_speed_ladder(tmp_path):
     assert rungs[0] == "float32"
     assert rungs[-1] == "fused head and loss"
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+STUBS = {
+    "scontrol": 'test "$*" = "show hostnames $SLURM_JOB_NODELIST" && printf "node7\\nnode9\\n"',
+    "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+    "accelerate": 'printf "%s\\n" "$@" > "$SLURM_SUBMIT_DIR/launched-$SLURM_NODEID"',
+}
+
+
+def test_slurm_starts_one_launcher_a_node(tmp_path):
+    for name, script in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"JOB_NODELIST": "node[7,9]", "JOB_ID": "1234567", "NNODES": "2", "SUBMIT_DIR": str(tmp_path)}
+    environment = {f"SLURM_{name}": value for name, value in variables.items()} | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["bash", EXAMPLES / "slurm.sh"], cwd=EXAMPLES.parent, env=environment, check=True)
+    for rank in (0, 1):
+        command, *arguments = (tmp_path / f"launched-{rank}").read_text().splitlines()
+        asked = launch_command_parser().parse_args(arguments)
+        assert (command, asked.machine_rank, asked.num_machines, asked.num_processes) == ("launch", rank, 2, 16)
+        assert (asked.main_process_ip, asked.main_process_port) == ("node7", 24567)
+        assert (EXAMPLES.parent / asked.config_file).exists()
+        assert (EXAMPLES.parent / asked.training_script).exists()
+        assert asked.training_script_args == ["--output-dir", f"{tmp_path}/runs/shakespeare", "--resume"]

@@ -22,10 +22,21 @@ def adapter_files(step):
     return {"adapter": {"w": torch.full((3,), float(step))}, "optimizer": {"w//step": torch.tensor(float(step))}}
 
 
+def piece_files(step):
+    """The files of a checkpoint that two processes write, the second one's last."""
+    rows = torch.full((3, 4), float(step)).split(2)
+    first, second = ({"w": part, "w[rows]": torch.tensor([at, 3])} for at, part in zip((0, 2), rows, strict=True))
+    return {
+        "model-00001-of-00002": first,
+        "optimizer": {"w//step": torch.tensor(float(step))},
+        "model-00002-of-00002": second,
+    }
+
+
 @pytest.fixture
 def tiny():
     """What checkpoints hold: by kind the files of a step, and a state."""
-    return {"full": run_files, "adapter": adapter_files, "state": STATE}
+    return {"full": run_files, "adapter": adapter_files, "pieces": piece_files, "state": STATE}
 
 
 @pytest.fixture

@@ -320,7 +320,7 @@ def test_links_and_pipes_are_not_followed(tmp_path, saved, name, kind):
 
 @pytest.mark.parametrize("header", [b"\xff" * 8, (17 << 20).to_bytes(8, "little"), b"\x10" + b"\0" * 7 + b"{" * 16])
 def test_hostile_headers(store, tiny, header, monkeypatch):
-    monkeypatch.setattr("homebrew.training.checkpoint.serialised", lambda tensors: [header])
+    monkeypatch.setattr("homebrew.training.writing.serialised", lambda tensors: [header])
     path = store.save(1, tiny["full"](1), tiny["state"])
     with pytest.raises(CorruptCheckpoint, match="is not a safetensors file"):
         open_checkpoint(path).files()
@@ -333,7 +333,7 @@ def test_no_pickle_is_opened(store, tiny, monkeypatch):
     store.save(1, tiny["full"](1), tiny["state"])
     pickled = pickle.dumps({"w": [os.getpid]})
     with monkeypatch.context() as patch:
-        patch.setattr("homebrew.training.checkpoint.serialised", lambda tensors: [pickled])
+        patch.setattr("homebrew.training.writing.serialised", lambda tensors: [pickled])
         store.save(2, tiny["full"](2), tiny["state"])
     store.path(3).mkdir()
     (store.path(3) / "manifest.json").write_bytes(pickled)

@@ -7,10 +7,14 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.manifest import open_checkpoint
 
 WORKER = Path(__file__).with_name("worker.py")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -24,11 +28,11 @@ LAYOUTS = {  # processes, machines, whether sharded, copies of the shards
 }
 
 
-def start(folder, layout, *tasks):
-    """Launch the worker on these tasks; its launchers, one a machine."""
+def start(folder, layout, **tasks):
+    """Launch the worker on these tasks, each in a folder of its name; its launchers, one a machine."""
     processes, machines, sharded, replicas = LAYOUTS[layout]
     folder.mkdir(exist_ok=True)
-    tasks = [{"output_dir": str(folder / f"task{i}")} | task for i, task in enumerate(tasks)]
+    tasks = {name: {"output_dir": str(folder / name)} | task for name, task in tasks.items()}
     job = {"sharded": sharded, "replicas": replicas, "tasks": tasks, "result": str(folder / "result.json")}
     options = ["--num_processes", str(processes), "--num_machines", str(machines), "--main_process_ip", "127.0.0.1"]
     options += ["--multi_gpu"] if processes > 1 else ["--cpu"]
@@ -45,9 +49,9 @@ def start(folder, layout, *tasks):
     ]
 
 
-def launch(folder, layout, *tasks):
+def launch(folder, layout, **tasks):
     """Run the worker on these tasks; what it found of each."""
-    launchers = start(folder, layout, *tasks)
+    launchers = start(folder, layout, **tasks)
     outputs = [launcher.communicate(timeout=200) for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), outputs
     return json.loads((folder / "result.json").read_text())
@@ -59,6 +63,11 @@ def free_port():
         return listener.getsockname()[1]
 
 
+TOGETHER = {"gather_limit_bytes": 0}
+"""Every process writes its part of a checkpoint."""
+DROPOUT = {"dropout": 0.1, "max_steps": 12}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Each layout's first launch, made when it is first asked for: (its folder, what it found of each task)."""
@@ -66,15 +75,24 @@ def runs(tmp_path_factory):
 
     def get(layout):
         if layout not in made:
-            tasks = [{"save_every": 10, "eval_every": 10}]
+            tasks = {"plain": {"save_every": 10, "eval_every": 10}}
             if layout in ("ddp2", "fsdp2"):
-                tasks += [{"dropout": 0.1, "max_steps": 12}]
-                tasks += [{"max_steps": 3, "profile": True, "micro_batch_size": size} for size in (4, 1)]
-                tasks += [{"max_steps": 3, "micro_batch_size": "auto", "memory": [4, 2]}]
-            made[layout] = folder / layout, launch(folder / layout, layout, *tasks)
+                tasks["dropout"] = DROPOUT
+                tasks["profiled"] = {"max_steps": 3, "profile": True, "micro_batch_size": 4}
+                tasks["accumulated"] = tasks["profiled"] | {"micro_batch_size": 1}
+                tasks["fitted"] = {"max_steps": 3, "micro_batch_size": "auto", "memory": [4, 2]}
+            if layout in ("fsdp2", "hybrid"):
+                tasks["together"] = tasks["plain"] | TOGETHER
+            if layout in ("one", "fsdp2"):
+                tasks["adapter"] = tasks["plain"] | TOGETHER | {"lora": True}
+            made[layout] = folder / layout, launch(folder / layout, layout, **tasks)
         return made[layout]
 
     return get
+
+
+def checkpoint_of(folder, step):
+    return folder / "checkpoints" / f"step-{step:08}"
 
 
 def assert_close(run, other, folder, other_folder, skip=0):
@@ -104,11 +122,12 @@ def samples(folder, steps=20, per_step=8):
     ],
 )
 def test_every_layout_makes_the_run_of_one_process(runs, layout, kind):
-    (alone, [one, *_]), (folder, [run, *_]) = runs("one"), runs(layout)
+    (alone, expected), (folder, found) = runs("one"), runs(layout)
+    one, run = expected["plain"], found["plain"]
     assert (one["processes"], one["kind"], len(one["losses"])) == (1, "GPT", 20)
     assert (run["processes"], run["kind"]) == (LAYOUTS[layout][0], kind)
-    assert_close(run, one, folder / "task0", alone / "task0")
-    assert samples(folder / "task0") == samples(alone / "task0")
+    assert_close(run, one, folder / "plain", alone / "plain")
+    assert samples(folder / "plain") == samples(alone / "plain")
     for (loss, targets), (loss_of_one, targets_of_one) in zip(run["evaluations"], one["evaluations"], strict=True):
         assert loss == pytest.approx(loss_of_one, abs=1e-5)
         assert targets == targets_of_one
@@ -126,58 +145,108 @@ def gradient_sums(found, layout, steps=3):
 
 @pytest.mark.parametrize(("layout", "units"), [("ddp2", 1), ("fsdp2", 3)])
 def test_gradients_are_summed_once_a_step(runs, layout, units):
-    _, [_, _, whole, parts, _] = runs(layout)
-    assert gradient_sums(whole, layout) == gradient_sums(parts, layout) == units
+    _, found = runs(layout)
+    assert gradient_sums(found["profiled"], layout) == gradient_sums(found["accumulated"], layout) == units
 
 
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
 def test_the_largest_micro_batch_is_the_one_that_fits_everywhere(runs, layout):
-    _, [*_, fitted] = runs(layout)
-    assert fitted["micro_batch_size"] == 2  # of 4 that each has to do, and 4 fit on the first process
+    _, found = runs(layout)
+    assert found["fitted"]["micro_batch_size"] == 2  # of 4 that each has to do, and 4 fit on the first process
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "units"), [("ddp2", 1), ("fsdp2", 3)])
 def test_gradients_are_summed_once_a_compiled_step(tmp_path, layout, units):
-    [parts] = launch(tmp_path, layout, {"max_steps": 3, "profile": True, "micro_batch_size": 1, "compile": True})
-    assert gradient_sums(parts, layout) == units
+    task = {"max_steps": 3, "profile": True, "micro_batch_size": 1, "compile": True}
+    assert gradient_sums(launch(tmp_path, layout, run=task)["run"], layout) == units
 
 
-def checkpoint_of(folder, step):
-    return folder / "checkpoints" / f"step-{step:08}"
+def assert_same_files(ours, theirs):
+    """Two checkpoints hold the same, bitwise."""
+    ours, theirs = open_checkpoint(ours).files(), open_checkpoint(theirs).files()
+    assert ours.keys() == theirs.keys() >= {"optimizer", "guard", "rng-0"}
+    for name in theirs:
+        assert ours[name].keys() == theirs[name].keys()
+        assert all(ours[name][key].equal(theirs[name][key]) or "gauss" in key for key in theirs[name]), name
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", pytest.param("hybrid", marks=pytest.mark.slow)])
+def test_all_processes_write_together_what_one_would(runs, layout):
+    folder, found = runs(layout)
+    if layout == "fsdp2":
+        assert (checkpoint_of(folder / "adapter", 20) / "adapter-00002-of-00002.safetensors").exists()
+    assert found["together"]["losses"] == found["plain"]["losses"]
+    for step in (10, 20):
+        saved = checkpoint_of(folder / "together", step)
+        for name in ("model", "optimizer"):  # of the copies of a shard one
+            files = sorted(path.name for path in saved.glob(f"{name}*"))
+            assert files == [f"{name}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+            sizes = [(saved / file).stat().st_size for file in files]
+            assert max(sizes) < 2 * min(sizes)
+        assert_same_files(saved, checkpoint_of(folder / "plain", step))
+
+
+KILLED = {  # layout, what is asked of it, when a process kills itself
+    "ddp2": ("ddp2", {"signal": "SIGKILL"}),
+    "fsdp2": ("fsdp2", {"signal": "SIGKILL"}),
+    "the first in its part of a save": ("fsdp2", TOGETHER | {"kill_in_save": [0, 6]}),
+    "the second in its part of a save": ("fsdp2", TOGETHER | {"kill_in_save": [1, 6]}),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
-def test_killed_and_resumed_is_bitwise_the_unbroken_run(runs, tmp_path, layout):
-    folder, [_, unbroken, *_] = runs(layout)
-    task = {"dropout": 0.1, "max_steps": 12, "save_every": 2, "output_dir": str(tmp_path / "run")}
-    [launcher] = start(tmp_path, layout, task | {"signal": "SIGKILL"})
-    launcher.communicate(timeout=100)
+@pytest.mark.parametrize("how", KILLED)
+def test_killed_and_resumed_is_bitwise_the_unbroken_run(runs, tmp_path, how):
+    layout, killed = KILLED[how]
+    folder, found = runs(layout)
+    task = DROPOUT | {"save_every": 2, "output_dir": str(tmp_path / "run"), "timeout": 60} | killed
+    [launcher] = start(tmp_path, layout, run=task)
+    _, text = launcher.communicate(timeout=100)
     assert launcher.returncode != 0
+    assert "TrainingError: Of 2 processes no longer there, or stuck: " in text
     assert not checkpoint_of(tmp_path / "run", 8).exists()
-    [resumed] = launch(tmp_path, layout, task | {"resume": True})
+    if "kill_in_save" in task:
+        assert CheckpointStore(tmp_path / "run").latest()[0].step == 4
+        assert not checkpoint_of(tmp_path / "run", 6).exists()
+    task = {key: value for key, value in task.items() if key not in ("signal", "kill_in_save")}
+    resumed = launch(tmp_path, layout, run=task | {"resume": True})["run"]
     left = len(resumed["losses"])
     assert 6 <= left <= 10  # it had saved, and not finished
-    assert resumed["losses"] == unbroken["losses"][-left:]
-    saved, expected = checkpoint_of(tmp_path / "run", 12), checkpoint_of(folder / "task1", 12)
-    names = sorted(path.name for path in expected.glob("*.safetensors"))
-    assert len(names) >= 4
-    for name in names:
-        ours, theirs = load_file(saved / name), load_file(expected / name)
-        assert ours.keys() == theirs.keys()
-        assert all(ours[key].equal(theirs[key]) or "gauss" in key for key in theirs), name
+    assert resumed["losses"] == found["dropout"]["losses"][-left:]
+    assert_same_files(checkpoint_of(tmp_path / "run", 12), checkpoint_of(folder / "dropout", 12))
+    left_over = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert left_over == []
+
+
+SOURCES = [
+    "one plain",
+    "ddp2 plain",
+    "fsdp2 plain",
+    "fsdp2 together",
+    "hybrid together",
+    "one adapter",
+    "fsdp2 adapter",
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", "ddp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["one", "ddp2", "fsdp2", "hybrid"])
 def test_every_layout_goes_on_from_every_others_checkpoint(runs, tmp_path, layout):
-    unbroken, [expected, *_] = runs("one")
-    sources = ["one", "ddp2", "fsdp2"]
-    tasks = [{"resume": str(checkpoint_of(runs(source)[0] / "task0", 10)), "eval_every": 10} for source in sources]
-    for i, run in enumerate(launch(tmp_path, layout, *tasks)):
+    (alone, expected), (folder, found) = runs("one"), runs(layout)
+    tasks = {}
+    for source in SOURCES:
+        saver, task = source.split()
+        saved = checkpoint_of(runs(saver)[0] / task, 10)
+        tasks[source] = {"resume": str(saved), "lora": task == "adapter", "eval_every": 10}
+    for source, run in launch(tmp_path, layout, **tasks).items():
+        saver, task = source.split()
+        kind = "adapter" if task == "adapter" else "plain"
         assert len(run["losses"]) == 10
-        assert_close(run, expected, tmp_path / f"task{i}", unbroken / "task0", skip=10)
+        assert_close(run, expected[kind], tmp_path / source, alone / kind, skip=10)
+        if saver == layout:
+            assert run["losses"] == found[task]["losses"][10:]
+            assert_same_files(checkpoint_of(tmp_path / source, 20), checkpoint_of(folder / task, 20))
 
 
 POISONS = [{"where": w, "value": v} for w in ("loss", "micro-batch", "gradient") for v in ("nan", "inf")]
@@ -212,39 +281,48 @@ def left_behind(folder):
     return found
 
 
-BROKEN = {  # how: which process's error comes first, and what it says
-    "startup": ("1", "DataError: train_dataset is empty"),
-    "data": ("1", "ValueError: this sample cannot be read"),
-    "step": ("1", "ValueError: this step cannot be taken"),
-    "evaluation": ("1", "ValueError: this sample cannot be read"),
-    "save": ("0", "CheckpointError: "),
-    "SIGKILL": ("0", "TrainingError: Of 2 processes no longer there, or stuck: 1 on "),
-    "SIGSTOP": ("0", "TrainingError: Of 2 processes no longer there, or stuck: 1 on "),
+BROKEN = {  # how: its layout, which process's error comes first, and what it says
+    "SIGSTOP": ("ddp2", "0", "TrainingError: Of 2 processes no longer there, or stuck: 1 on "),
+    "SIGKILL": ("ddp2", "0", "TrainingError: Of 2 processes no longer there, or stuck: 1 on "),
+    "startup": ("ddp2", "1", "DataError: train_dataset is empty"),
+    "data": ("ddp2", "1", "ValueError: this sample cannot be read"),
+    "step": ("ddp2", "1", "ValueError: this step cannot be taken"),
+    "evaluation": ("ddp2", "1", "ValueError: this sample cannot be read"),
+    "save": ("ddp2", "0", "CheckpointError: "),
+    "part": ("fsdp2", "1", "CheckpointError: "),
+    "disk": ("fsdp2", "01", "ConfigError: output_dir="),
 }
 
 
 @pytest.fixture(scope="module")
 def broken_jobs(tmp_path_factory):
-    """All of them at once: most of their time is waiting for one another."""
-    folder, jobs = tmp_path_factory.mktemp("broken"), {}
-    for how in BROKEN:
+    """Several at once, for most of their time is waiting; not all, or one process would be late for another."""
+    folder = tmp_path_factory.mktemp("broken")
+
+    def job(how):
         task = {"signal": how} if how.startswith("SIG") else {"break": how}
-        task |= {"save_every": 2, "eval_every": 4, "max_steps": 12, "timeout": 15}
-        jobs[how] = folder / how, *start(folder / how, "ddp2", task)
-    yield jobs
-    for _, launcher in jobs.values():
-        launcher.kill()
-        launcher.wait()
+        task |= {"save_every": 2, "eval_every": 4, "max_steps": 12, "timeout": 20 if how == "SIGSTOP" else 120}
+        layout, *_ = BROKEN[how]
+        [launcher] = start(folder / how, layout, run=task | (TOGETHER if layout == "fsdp2" else {}))
+        try:
+            _, text = launcher.communicate(timeout=200)  # the launcher itself gives a stopped process 30 seconds
+        finally:
+            launcher.kill()
+        return folder / how, launcher.returncode, text
+
+    with ThreadPoolExecutor(4) as pool:
+        yield {how: pool.submit(job, how) for how in BROKEN}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_process_that_breaks_ends_the_job_with_its_own_error_first(broken_jobs, how):
-    folder, launcher = broken_jobs[how]
-    _, text = launcher.communicate(timeout=200)  # the launcher itself gives a stopped process 30 seconds
-    assert launcher.returncode != 0
-    rank, told = BROKEN[how]
+    folder, code, text = broken_jobs[how].result()
+    assert code != 0
+    _, ranks, told = BROKEN[how]
     shown = errors_in(text)
-    assert shown[0][0] == rank
-    assert told in "".join(error for of, error in shown if of == rank)
+    assert shown[0][0] in ranks
+    assert told in "".join(error for rank, error in shown if rank in ranks)
     assert left_behind(folder) == []
+    if how == "part":
+        assert "CheckpointError: Process 1 on " in "".join(error for rank, error in shown if rank == "0")

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
+from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training.callbacks import Callback
 
 VOCABULARY = 50
@@ -67,7 +69,8 @@ class Watch(Callback):
 
     def on_step_end(self, trainer, metrics):
         self.losses.append(metrics.loss)
-        if trainer.step == 3 and self.task.get("break") == "save" and trainer.is_main_process:
+        full = {"save": 0, "part": 1}.get(self.task.get("break"))
+        if trainer.step == 3 and trainer.accelerator.process_index == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))  # as a full disk would
         if trainer.step == 7 and trainer.accelerator.process_index == 1 and "signal" in self.task:
             os.kill(os.getpid(), getattr(signal, self.task["signal"]))
@@ -117,14 +120,30 @@ def limit_memory(model, most):
     model.register_forward_pre_hook(hook)
 
 
+def kill_in_save(step):
+    """Before a file of this step's checkpoint is on the disk."""
+
+    def fsync(descriptor, sync=os.fsync):
+        if threading.current_thread().name == f"checkpoint-{step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    os.fsync = fsync
+
+
 def build(task, rank):
     broken = task.get("break") if rank == 1 else None
     train = [] if broken == "startup" else Ragged(breaks_at=40 + 1 if broken == "data" else None)
     watch, poison = Watch(task), Poison(**task.get("poison", {}) if rank == 1 else {})
+    killed, step = task.get("kill_in_save", (None, None))
+    if rank == killed:
+        kill_in_save(step)
     shape = GPTConfig(
         block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
     )
     model = GPT(shape)
+    if task.get("lora"):
+        add_lora(model, LoRAConfig(rank=3))
     if "memory" in task:
         limit_memory(model, task["memory"][rank])
     trainer = Trainer(
@@ -132,7 +151,7 @@ def build(task, rank):
         train,
         Ragged(breaks_at=1 if broken == "evaluation" else None),
         config=TrainerConfig(
-            output_dir=task["output_dir"],
+            output_dir=task["output_dir"] + (" elsewhere" if broken == "disk" else ""),
             max_steps=task.get("max_steps", 20),
             global_batch_tokens=8 * 16,
             micro_batch_size=task.get("micro_batch_size", 2),
@@ -141,6 +160,7 @@ def build(task, rank):
             save_every=task.get("save_every"),
             keep_every=task.get("save_every"),
             eval_every=task.get("eval_every"),
+            gather_limit_bytes=task.get("gather_limit_bytes", 1 << 30),
             compile=task.get("compile", False),
             non_finite="skip" if "poison" in task else "raise",
             collective_timeout_seconds=task.get("timeout", 120),
@@ -191,8 +211,8 @@ def main():
     job = json.loads(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
     if job["sharded"]:
-        shard(job["replicas"], int(os.environ["WORLD_SIZE"]), job["tasks"][0].get("timeout", 120))
-    results = [run(task, rank) for task in job["tasks"]]
+        shard(job["replicas"], int(os.environ["WORLD_SIZE"]), next(iter(job["tasks"].values())).get("timeout", 120))
+    results = {name: run(task, rank) for name, task in job["tasks"].items()}
     if rank == 0:
         Path(job["result"]).write_text(json.dumps(results))
 

@@ -8,48 +8,21 @@ While a step is saved a second time, its first checkpoint stands aside, where a 
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, NonFiniteError
-from homebrew.training.files import (
-    make_folder,
-    remove_folder,
-    rename,
-    sync_folder,
-    unwritable,
-    write_durably,
-)
-from homebrew.training.manifest import (
-    FOLDER,
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    MAX_STATE_BYTES,
-    STATE,
-    Checkpoint,
-    Entry,
-    Manifest,
-    has_its_files,
-    not_finite,
-    open_checkpoint,
-    parse_state,
-    read_manifest,
-    state_to_json,
-)
-from homebrew.training.tensors import serialised
-
-Files = Mapping[str, Mapping[str, Tensor]]
-"""Tensors by name, by file name without suffix."""
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
+from homebrew.training.files import make_folder, remove_folder, rename, sync_folder, unwritable
+from homebrew.training.manifest import FOLDER, Checkpoint, has_its_files, open_checkpoint, read_manifest
+from homebrew.training.writing import Files, Others, write_checkpoint
 
 _LEFT = re.compile(r"\.(step-\d{8})\.(writing|removing|aside)", re.ASCII)
 
@@ -95,6 +68,10 @@ class CheckpointStore:
         """The folder of a step's checkpoint, whether it exists or not."""
         return self.folder / f"step-{step:08}"
 
+    def temporary(self, step: int) -> Path:
+        """The folder that a step's checkpoint is written in."""
+        return self.folder / f".{self.path(step).name}.writing"
+
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, whole or not, in order."""
         return sorted(self._folders())
@@ -108,7 +85,32 @@ class CheckpointStore:
                 found.setdefault(int(match[1]), []).append(path)
         return found
 
-    def save(self, step: int, files: Files, state: Mapping[str, Any], *, score: float | None = None) -> Path:
+    def start(self, step: int) -> None:
+        """Make the folder that a step's checkpoint is written in, after clearing what a killed save has left.
+
+        Raises:
+            CheckpointError: it could not be made.
+        """
+        if not FOLDER.fullmatch(self.path(step).name):
+            raise CheckpointError(f"step={step} cannot be saved: it must be from 0 to 99,999,999.")
+        with self._undone_on_error(step, {}):
+            make_folder(self.folder)
+            self._clean()
+            self.temporary(step).mkdir()
+
+    def cancel(self, step: int) -> None:
+        """Remove what `start` has made."""
+        _discard(self.temporary(step))
+
+    def save(
+        self,
+        step: int,
+        files: Files,
+        state: Mapping[str, Any],
+        *,
+        score: float | None = None,
+        others: Others | None = None,
+    ) -> Path:
         """Write a checkpoint, and remove those no longer kept.
 
         Args:
@@ -116,6 +118,7 @@ class CheckpointStore:
             files: CPU tensors.
             state: JSON.
             score: the evaluation loss; the lowest of those kept is kept. One that is not finite is none.
+            others: what other processes write into the folder, which `start` has then been called for.
 
         Returns:
             Its folder.
@@ -125,34 +128,52 @@ class CheckpointStore:
             NonFiniteError: a tensor holds a number that is not finite; the same holds.
         """
         score = None if score is None or not math.isfinite(score) else float(score)
-        path = self.path(step)
-        if not FOLDER.fullmatch(path.name):
-            raise CheckpointError(f"step={step} cannot be saved: it must be from 0 to 99,999,999.")
-        temporary, aside = (self.folder / f".{path.name}.{suffix}" for suffix in ("writing", "aside"))
-        try:
-            make_folder(self.folder)
-            self._clean()
-            _write_folder(temporary, step, files, state, score)
+        path, temporary = self.path(step), self.temporary(step)
+        aside = self.folder / f".{path.name}.aside"
+        if others is None:
+            self.start(step)
+        with self._undone_on_error(step, files):
+            write_checkpoint(temporary, step, files, state, score, others)
             if os.path.lexists(path):
                 rename(path, aside)
             rename(temporary, path)
             sync_folder(self.folder)
-        except BaseException as error:
-            with contextlib.suppress(OSError):  # the error is the one to tell of
-                self._clean()
-            if isinstance(error, OSError):
-                num_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-                raise unwritable(path, num_bytes, error) from error
-            raise
         self._verified[step] = True
         _discard(aside)
         self._prune(step)
         return path
 
+    @contextlib.contextmanager
+    def _undone_on_error(self, step: int, files: Files) -> Iterator[None]:
+        """Clear what a save that fails leaves, and have its error say what could not be written."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # the error is the one to tell of
+                self._clean()
+            if isinstance(error, OSError):
+                num_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+                raise unwritable(self.path(step), num_bytes, error) from error
+            raise
+
     def save_in_background(
-        self, step: int, files: Files, state: Mapping[str, Any], *, score: float | None = None
+        self,
+        step: int,
+        files: Files,
+        state: Mapping[str, Any],
+        *,
+        score: float | None = None,
+        others: Others | None = None,
     ) -> None:
         """`save`, in a thread; one at a time, so this waits for the last.
+
+        Raises:
+            CheckpointError: an earlier one failed.
+        """
+        self.in_background(step, partial(self.save, step, files, state, score=score, others=others))
+
+    def in_background(self, step: int, write: Callable[[], object]) -> None:
+        """Call `write` as `save_in_background` does `save`: it may be a part of what another process saves.
 
         Raises:
             CheckpointError: an earlier one failed.
@@ -161,7 +182,7 @@ class CheckpointStore:
 
         def work() -> None:
             try:
-                self.save(step, files, state, score=score)
+                write()
             except BaseException as error:
                 self._error = error
 
@@ -173,10 +194,14 @@ class CheckpointStore:
         """Whether a background save has failed."""
         return self._error is not None
 
+    def take_error(self) -> BaseException | None:
+        """What a background save has failed with, once."""
+        error, self._error = self._error, None
+        return error
+
     def check(self) -> None:
         """Raise what a background save has failed with."""
-        if self._error is not None:
-            error, self._error = self._error, None
+        if (error := self.take_error()) is not None:
             raise error
 
     def wait(self) -> None:
@@ -259,39 +284,6 @@ class CheckpointStore:
             except CorruptCheckpoint:
                 self._verified[step] = False
         return self._verified[step]
-
-
-def _write_folder(folder: Path, step: int, files: Files, state: Mapping[str, Any], score: float | None) -> None:
-    """Write a checkpoint's files into a new folder and wait until they are on the disk, the manifest last.
-
-    Raises:
-        CheckpointError: a file could not be written, or could not be read again as what it is.
-        NonFiniteError: a tensor holds a number that is not finite.
-    """
-    folder.mkdir()
-    entries = {}
-    for name, tensors in files.items():
-        if bad := not_finite(name, tensors):
-            raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {name} is not finite.")
-        entries[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", *serialised(tensors))
-    facts = state_to_json(state, step, score)
-    entries[STATE] = _write(folder / STATE, facts)
-    manifest = Manifest(step, score, entries)
-    data = manifest.to_json()
-    if len(facts) > MAX_STATE_BYTES or len(data) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{folder}: a state of {len(facts):,} bytes is too long, or {len(files)} files too many.")
-    parse_state(facts, folder / STATE, Manifest.from_json(data, folder / MANIFEST))
-    _write(folder / MANIFEST, data)
-    sync_folder(folder)
-
-
-def _write(path: Path, *pieces: bytes | memoryview) -> Entry:
-    """Write a file and describe it for the manifest."""
-    write_durably(path, *pieces)
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return Entry(sum(map(len, pieces)), digest.hexdigest())
 
 
 def _discard(path: Path, moved: Path | None = None) -> None:

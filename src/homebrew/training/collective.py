@@ -1,13 +1,16 @@
 """What processes tell each other besides gradients: bytes and JSON, never pickles."""
 
 import json
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from homebrew import errors
 from homebrew.errors import HomebrewError
@@ -58,6 +61,31 @@ def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:  # noqa: 
         kind: type[HomebrewError] = getattr(errors, answer["error"], HomebrewError)
         raise kind(answer["message"])
     return answer["result"]
+
+
+def connect(timeout_seconds: float) -> TCPStore | None:
+    """A connection to the launcher's store, for what is told beside the collectives, from any thread.
+
+    Args:
+        timeout_seconds: how long to wait for the store, now and in each call.
+
+    Returns:
+        It, or None where the processes met by other means.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds))
+    except RuntimeError:
+        return None
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether this is a collective's own error: another process is gone, hangs or cannot be reached."""
+    if isinstance(error, HomebrewError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _to_bytes(row: Tensor) -> bytes:

@@ -69,6 +69,10 @@ class TrainerConfig:
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Checkpoints at multiples of this step are kept for good."""
+    gather_limit_bytes: int = 32_000_000_000
+    """Under FSDP, the largest checkpoint (12 bytes a trained parameter) that is gathered on the first process, which
+    writes it. Of a larger one every process writes what it has; `output_dir` must then be on a file system that all
+    share. Both are opened, and gone on from, everywhere."""
     num_workers: int = 0
     """Processes that read ahead, for datasets of your own that are slow to read."""
     loader_timeout_seconds: float = 600.0
@@ -101,7 +105,7 @@ class TrainerConfig:
             wrong.append("micro_batch_size='auto': needs global_batch_tokens, for the step to stay the same.")
         wrong += [
             f"{name}={getattr(self, name)!r}: must be a whole number of at least 0."
-            for name in ("seed", "num_workers", "non_finite_limit", "warmup_steps")
+            for name in ("seed", "num_workers", "non_finite_limit", "warmup_steps", "gather_limit_bytes")
             if getattr(self, name) is not None and not _is_count(getattr(self, name), least=0)
         ]
         wrong += [

@@ -1,18 +1,18 @@
 """Which process is missing when the processes can no longer talk to each other."""
 
-import os
 import socket
 import threading
 import time
-from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
 from accelerate import Accelerator
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from homebrew.errors import HomebrewError, TrainingError
+from homebrew.errors import TrainingError
+from homebrew.training.collective import connect, is_lost
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 INTERVAL_SECONDS = 1.0
 """Between two beats."""
@@ -38,27 +38,19 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._num_processes > 1 and "MASTER_ADDR" in os.environ:
-            try:
-                self._store = TCPStore(
-                    os.environ["MASTER_ADDR"],
-                    int(os.environ["MASTER_PORT"]),
-                    is_master=False,
-                    timeout=timedelta(seconds=PATIENCE_SECONDS),
-                )
-                self._store.set(self._key("host", self._rank), socket.gethostname())
-                self._store.add(self._key("beats", self._rank), 1)
-            except RuntimeError:  # the processes met by other means: no names, then
-                self._store = None
-            else:
-                self._thread.start()
+        if self._num_processes > 1 and (store := connect(PATIENCE_SECONDS)) is not None:
+            self._store = store
+            store.set(self._key("host", self._rank), socket.gethostname())
+            store.delete_key(self._key("left", self._rank))  # of an earlier start
+            store.add(self._key("beats", self._rank), 1)
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         missing = None
-        if error is not None and _is_collective(error):
+        if is_lost(error):
             missing = self._missing()
         self._ended.set()
         if missing is not None:
@@ -77,9 +69,15 @@ class Heartbeat:
             return None
         others = [rank for rank in range(self._num_processes) if rank != self._rank]
         try:
+            self._store.set(self._key("left", self._rank), "")  # because of another: not what others look for
             before = {rank: self._store.add(self._key("beats", rank), 0) for rank in others}
             time.sleep(PATIENCE_SECONDS)
-            silent = [rank for rank in others if self._store.add(self._key("beats", rank), 0) == before[rank]]
+            silent = [
+                rank
+                for rank in others
+                if self._store.add(self._key("beats", rank), 0) == before[rank]
+                and not self._store.check([self._key("left", rank)])
+            ]
             return [f"{rank} on {self._store.get(self._key('host', rank)).decode()}" for rank in silent]
         except RuntimeError:  # the store ended with its launcher
             return None
@@ -87,12 +85,6 @@ class Heartbeat:
     @staticmethod
     def _key(fact: str, rank: int) -> str:
         return f"homebrew/{fact}/{rank}"
-
-
-def _is_collective(error: BaseException) -> bool:
-    if isinstance(error, HomebrewError):
-        return False
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _message(missing: list[str], num_processes: int) -> str:

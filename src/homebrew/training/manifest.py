@@ -14,6 +14,7 @@ from torch import Tensor
 
 from homebrew.errors import CorruptCheckpoint
 from homebrew.training.files import is_regular, read_bounded, read_verified, verify
+from homebrew.training.pieces import find_pieces, join
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -75,7 +76,17 @@ class Manifest:
             and all((name == STATE or _FILE.fullmatch(name)) and _is_entry(entry) for name, entry in files.items())
         ):
             raise CorruptCheckpoint(f"{path} is not a checkpoint's manifest (format {FORMAT}).")
-        return cls(step, score, {name: Entry(entry["size"], entry["sha256"]) for name, entry in files.items()})
+        manifest = cls(step, score, {name: Entry(entry["size"], entry["sha256"]) for name, entry in files.items()})
+        manifest.pieces(path)
+        return manifest
+
+    def pieces(self, path: Path) -> dict[str, list[str]]:
+        """Its tensor files, each with the files that hold it, in order, all without suffix.
+
+        Raises:
+            CorruptCheckpoint: a piece is missing; the message names `path`.
+        """
+        return find_pieces((name.removesuffix(_TENSORS) for name in self.files if name.endswith(_TENSORS)), path)
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,8 @@ class Checkpoint:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its tensor files, without suffix."""
-        return tuple(name.removesuffix(_TENSORS) for name in self.manifest.files if name.endswith(_TENSORS))
+        """Its tensor files, without suffix; one in several pieces counts as one."""
+        return tuple(self.manifest.pieces(self.path / MANIFEST))
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """All tensors, on the CPU, by file and name.
@@ -102,14 +113,21 @@ class Checkpoint:
         return {name: self.tensors(name) for name in self.names}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """One file's tensors, on the CPU.
+        """One file's tensors, on the CPU; if it is in pieces they are put together, one in memory at a time.
 
         Args:
             name: one of `names`.
 
         Raises:
-            CorruptCheckpoint: as `files`.
+            CorruptCheckpoint: as `files`, or the pieces do not fit together.
         """
+        pieces = self.manifest.pieces(self.path / MANIFEST)[name]
+        if pieces == [name]:
+            return self._read(name)
+        num_bytes = sum(self.manifest.files[f"{piece}{_TENSORS}"].size for piece in pieces)
+        return join(((self.path / f"{piece}{_TENSORS}", self._read(piece)) for piece in pieces), max_bytes=num_bytes)
+
+    def _read(self, name: str) -> dict[str, Tensor]:
         path = self.path / f"{name}{_TENSORS}"
         tensors = parse_tensors(read_verified(path, **asdict(self.manifest.files[path.name])), path)
         if bad := not_finite(name, tensors):

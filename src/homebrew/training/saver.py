@@ -1,9 +1,14 @@
 """Saves a run and brings it back: what the run is, what it holds, and the checkpoints on the disk, together."""
 
+import json
+import socket
+import time
 import warnings
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -14,17 +19,23 @@ from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import CheckpointError, ConfigError
 from homebrew.model.gpt import GPT
 from homebrew.training.checkpoint import CheckpointStore
-from homebrew.training.collective import on_main
+from homebrew.training.collective import gather_bytes, is_lost, on_main
 from homebrew.training.config import TrainerConfig
 from homebrew.training.guard import Guard
+from homebrew.training.heartbeat import PATIENCE_SECONDS
 from homebrew.training.manifest import STATE, Checkpoint
 from homebrew.training.optimizer_numbers import OptimizerNumbers
+from homebrew.training.reports import SHARE, Reports
 from homebrew.training.resume import check_identity
-from homebrew.training.state import Files, check_files, gather_run, reserve_staging, scatter_run
+from homebrew.training.sharding import is_sharded
+from homebrew.training.state import Files, check_files, gather_run, reserve_staging, run_bytes, scatter_run
+from homebrew.training.writing import write_files
 
 
 class RunSaver:
     """The checkpoints of one run; every method is collective.
+
+    While it is entered the run trains; at the end it waits for the writer, whatever becomes of it.
 
     Args:
         accelerator: of the run.
@@ -62,6 +73,11 @@ class RunSaver:
         self._identity = identity
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
         self._store = CheckpointStore(config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every)
+        self._reports: Reports | None = None
+        """What the others write, where all write together."""
+        several = is_sharded(accelerator) and accelerator.num_processes > 1
+        if several and run_bytes(bare) > config.gather_limit_bytes:
+            self._reports = Reports(accelerator, config.collective_timeout_seconds)
         self._saved_step: int | None = None
         self._began = False
         self._found: Files = {}
@@ -98,7 +114,9 @@ class RunSaver:
             files, self._found = self._found, {}
             scatter_run(accelerator, self._model, self._optimizer, self._guard, files, seed=seed + step)
             self._numbers.restore(start["optimizer"])
-        reserve_staging(accelerator, self._model)
+        if self._reports is not None:
+            self._check_shared(step)
+        reserve_staging(accelerator, self._model, in_pieces=self._reports is not None)
         return step
 
     def _find(self, resume: bool | str | Path, accept_changes: Collection[str]) -> dict[str, Any]:
@@ -145,10 +163,40 @@ class RunSaver:
         Raises:
             CheckpointError: an earlier checkpoint could not be written.
         """
-        files = gather_run(self._accelerator, self._model, self._optimizer, self._guard)
+        reports, store = self._reports, self._store
+        others = None
+        if reports is not None:
+            self.wait()  # on every process, so that an error is one on every process
+            token = on_main(self._accelerator, partial(self._start, step))
+            others = partial(reports.collect, token, store.temporary(step))
+        files = gather_run(self._accelerator, self._model, self._optimizer, self._guard, in_pieces=reports is not None)
         if self._accelerator.is_main_process:
-            self._store.save_in_background(step, files, self._state(), score=self.eval_loss)
+            store.save_in_background(step, files, self._state(), score=self.eval_loss, others=others)
+        elif reports is not None:
+            write = partial(write_files, store.temporary(step), step, files)
+            store.in_background(step, partial(reports.send, token, write))
         self._saved_step = step
+
+    def _start(self, step: int) -> str:
+        """On the first process: make the folder that all write into."""
+        self._store.start(step)
+        return Reports.new_token()
+
+    def _check_shared(self, step: int) -> None:
+        """Learn before the run, and not at its first save, whether all processes see the same folder.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        on_main(self._accelerator, partial(self._start, step))
+        seen = [self._store.temporary(step).is_dir(), socket.gethostname()]
+        found = [json.loads(answer) for answer in gather_bytes(self._accelerator, json.dumps(seen).encode())]
+        on_main(self._accelerator, partial(self._store.cancel, step))
+        if blind := [f"{rank} on {host}" for rank, (sees, host) in enumerate(found) if not sees]:
+            raise ConfigError(
+                f"output_dir={str(self._config.output_dir)!r} as the first process sees it is not there for process "
+                f"{', '.join(blind)}. {SHARE}"
+            )
 
     def is_saved(self, step: int) -> bool:
         """Whether this step has been handed to the writer."""
@@ -175,27 +223,46 @@ class RunSaver:
 
     @property
     def failed(self) -> bool:
-        """Whether the writer has failed; only the first process knows."""
+        """Whether this process's writer has failed."""
         return self._store.failed
 
     def raise_failure(self) -> None:
-        """Raise what the writer has failed with, once any process knows that it has.
+        """Raise what a writer has failed with, once any process knows that one has: its own error, or what it says.
 
         Raises:
-            CheckpointError: always.
+            CheckpointError: always, if not what the writer has failed with.
         """
         self._saved_step = None
-        self._store.check()
-        raise CheckpointError("The first process could not write a checkpoint; its own error says why.")
+        own = self._store.take_error()
+        told = gather_bytes(self._accelerator, json.dumps(own and str(own)).encode())
+        failed = {rank: text for rank, text in enumerate(map(json.loads, told)) if text is not None}
+        rank = max(failed)  # the first process's error may be about another's
+        if rank != self._accelerator.process_index:
+            time.sleep(PATIENCE_SECONDS)  # its own error is to be shown first
+        raise own or CheckpointError(f"Process {rank} could not write a checkpoint: {failed[rank]}")
 
     def wait(self) -> None:
-        """Wait for the writer, and raise what it failed with."""
+        """Wait for the writer, and raise what it failed with.
+
+        Where all write together, for the others' first: a process that is lost is then a collective's error.
+        """
+        if self._reports is not None:
+            if not self._accelerator.is_main_process:
+                self._store.close()
+            if any(map(int, gather_bytes(self._accelerator, b"%d" % self._store.failed))):
+                self.raise_failure()
         try:
             self._store.wait()
         except BaseException:
             self._saved_step = None
             raise
 
-    def close(self) -> None:
-        """Wait for the writer, whatever becomes of it."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._reports is not None and error is not None and (is_lost(error) or is_lost(error.__cause__)):
+            self._reports.give_up()
         self._store.close()

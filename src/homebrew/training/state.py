@@ -26,6 +26,7 @@ from homebrew.errors import CorruptCheckpoint
 from homebrew.model.lora import LoRALinear
 from homebrew.training.collective import broadcast_bytes, gather_bytes
 from homebrew.training.guard import Guard
+from homebrew.training.pieces import cut, my_shard, own_rows, piece_name
 from homebrew.training.rng import check_rng, restore_rng, rng_state
 
 TIED = "lm_head.weight"
@@ -38,7 +39,24 @@ Files = dict[str, dict[str, Tensor]]
 """A checkpoint's tensor files, by name without suffix."""
 
 
-def gather_run(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> Files:
+def run_bytes(model: nn.Module) -> int:
+    """What a run's checkpoint takes: the weights, and Adam's two moments of those that train.
+
+    Args:
+        model: as `prepare` returned it, or the bare one.
+    """
+    kept = 0 if _weights_file(model) == "adapter" else 1
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else kept) for p in model.parameters())
+
+
+def gather_run(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    *,
+    in_pieces: bool = False,
+) -> Files:
     """All tensors a run goes on from: the weights that train, the optimizer's, and every process's random states.
 
     Args:
@@ -46,18 +64,24 @@ def gather_run(accelerator: Accelerator, model: nn.Module, optimizer: torch.opti
         model: as `prepare` returned it.
         optimizer: not as `prepare` returned it.
         guard: of the run's updates.
+        in_pieces: leave weights and optimizer where they are sharded.
 
     Returns:
-        The files' tensors, on the CPU, copies that training will not change; on all but the first process
-        something not to be used.
+        The files' tensors, on the CPU, copies that training will not change: all of them on the first process and
+        none on the others, or on each its own piece of weights and optimizer, of which there may be none.
     """
     states = gather_bytes(accelerator, save(rng_state()))
-    options = _gathered(accelerator, model)
+    options = _options(accelerator, model, gathered=not in_pieces)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
     weights.pop(TIED, None)
     files = {_weights_file(model): weights, "optimizer": _optimizer_tensors(model, optimizer, options)}
+    if in_pieces:
+        shard = my_shard(model)
+        files = {piece_name(name, *shard): cut(files[name], shard[0]) for name in files} if shard else {}
+    elif not accelerator.is_main_process:
+        files = {}
     if not accelerator.is_main_process:
-        return {}
+        return _copied(files)
     files["guard"] = guard.state()
     return _copied(files) | {f"rng-{rank}": load(state) for rank, state in enumerate(states)}
 
@@ -93,7 +117,7 @@ def scatter_run(
                 set_seed(seed, device_specific=True)
 
 
-def reserve_staging(accelerator: Accelerator, model: nn.Module) -> None:
+def reserve_staging(accelerator: Accelerator, model: nn.Module, *, in_pieces: bool = False) -> None:
     """Have pinned memory ready for `gather_run`'s copies: page-locking it takes longer than a step.
 
     PyTorch keeps pinned memory once it has been freed. Adam's moments are what is reckoned with.
@@ -101,9 +125,10 @@ def reserve_staging(accelerator: Accelerator, model: nn.Module) -> None:
     Args:
         accelerator: of the run.
         model: as `prepare` returned it; on a GPU, else there is nothing to do.
+        in_pieces: as `gather_run` will be told.
     """
-    if accelerator.device.type == "cuda" and accelerator.is_main_process:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if accelerator.device.type == "cuda" and (in_pieces or accelerator.is_main_process):
+        trained = [own_rows(p) if in_pieces else p for p in model.parameters() if p.requires_grad]
         with contextlib.suppress(RuntimeError):  # no more can be locked: copies will be slower
             _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in range(3)]
 
@@ -183,21 +208,22 @@ def _scatter_optimizer(
 ) -> None:
     if broadcast_bytes(accelerator, b"1" if tensors else b"0") == b"0":
         return  # plain SGD has nothing to remember
-    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_gathered(accelerator, model))
+    # Of the state that is there only the groups are of use: it is not gathered.
+    options = _options(accelerator, model, gathered=False)
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     state: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(_SEPARATOR)
         state.setdefault(parameter, {})[key] = tensor
-    if whole:
-        whole["state"] = state
+    whole["state"] = state
     set_optimizer_state_dict(model, optimizer, whole, options=_scattered(model))
 
 
-def _gathered(accelerator: Accelerator, model: nn.Module) -> StateDictOptions:
+def _options(accelerator: Accelerator, model: nn.Module, *, gathered: bool) -> StateDictOptions:
     """Sharded tensors are gathered one by one onto the CPU; whole ones are only named here, and copied once."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     adapted = _weights_file(model) == "adapter"
-    return StateDictOptions(full_state_dict=True, cpu_offload=sharded, ignore_frozen_params=adapted)
+    return StateDictOptions(full_state_dict=gathered, cpu_offload=gathered and sharded, ignore_frozen_params=adapted)
 
 
 def _scattered(model: nn.Module) -> StateDictOptions:

@@ -164,6 +164,7 @@ class Trainer:
         try:
             agreement = Agreement(self.accelerator)
             with (
+                self._saver,
                 SignalWatch() as signals,
                 Heartbeat(self.accelerator),
                 explained(self.accelerator, self.batch),
@@ -185,7 +186,6 @@ class Trainer:
         finally:
             self._running = False
             self._tell("on_train_end")
-            self._saver.close()
 
     def _begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
         """Bring everything to where the run starts or goes on."""
