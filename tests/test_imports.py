@@ -84,7 +84,7 @@ def test_importing_prints_nothing_and_starts_nothing():
 FACE = "import sys; from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig; print(*sys.modules)"
 SLOW = """
 sympy torch._dynamo torch._inductor torch.fx.experimental.symbolic_shapes torch.distributed.checkpoint
-torch.distributed.fsdp torch.distributed.tensor huggingface_hub.hf_api huggingface_hub.errors rich tyro transformers
+torch.distributed.fsdp torch.distributed.tensor huggingface_hub.hf_api huggingface_hub.errors tyro transformers
 """.split()
 """What would take the import half as long again: the functions that need it import it. See `benchmarks/startup.py`."""
 

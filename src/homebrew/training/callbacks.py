@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
 from homebrew.errors import ConfigError
 from homebrew.training.guard import HeldBack
 from homebrew.training.metrics import EvalMetrics, StepMetrics
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
-
     from homebrew.training.trainer import Trainer
 
 
@@ -74,7 +75,7 @@ class ProgressDisplay(Callback):
         console: where to; standard output if None.
     """
 
-    def __init__(self, console: "Console | None" = None) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self._console = console
         self._live: Live | None = None
         self._evaluation: EvalMetrics | None = None
@@ -83,9 +84,6 @@ class ProgressDisplay(Callback):
         """Say where the run starts."""
         if not trainer.is_main_process:
             return
-        from rich.console import Console
-        from rich.live import Live
-
         self._console = self._console or Console(file=sys.stdout, soft_wrap=True)
         model, batch = trainer.model, trainer.batch
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -135,7 +133,7 @@ class ProgressDisplay(Callback):
 
     def _say(self, line: str) -> None:
         if self._console is not None:
-            self._console.out(line, highlight=False)
+            self._console.print(Text(line))
 
 
 def figures(metrics: StepMetrics, max_steps: int) -> list[tuple[str, str]]:
@@ -156,9 +154,7 @@ def figures(metrics: StepMetrics, max_steps: int) -> list[tuple[str, str]]:
     ]
 
 
-def _table(row: list[tuple[str, str]], evaluation: EvalMetrics | None) -> "Table":
-    from rich.table import Table
-
+def _table(row: list[tuple[str, str]], evaluation: EvalMetrics | None) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
     cells = row if evaluation is None else [*row, ("val loss", f"{evaluation.loss:.4f}")]
     for name, _ in cells:
