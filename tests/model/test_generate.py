@@ -17,6 +17,7 @@ from transformers import (
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.model.config import GPTConfig
+from homebrew.model.cache import KeyValueCache
 from homebrew.model.generate import Decoder, generate_steps
 from homebrew.model.gpt import GPT
 from homebrew.model.sampling import Sampling
@@ -347,6 +348,15 @@ def test_characters_come_whole_and_as_soon_as_they_are_known():
             seen.append(byte)
 
     assert [(text, len(seen)) for text in whole_text(pieces())] == [("a", 0), ("é", 2), ("€", 5), ("b", 6)]
+
+
+def test_every_layers_cache_is_a_tensor_of_its_own():
+    """Of a part of one tensor for all layers, a compiled step writes the whole anew in each layer."""
+    config = GPTConfig(block_size=8, vocab_size=5, n_layer=3, n_head=2, n_embd=8)
+    cache = KeyValueCache(config, 2, 8, device=torch.device("cpu"), dtype=torch.float32)
+    tensors = [tensor for index in range(3) for tensor in cache.layer(index)[:2]]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 6
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

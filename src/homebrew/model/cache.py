@@ -47,9 +47,11 @@ class KeyValueCache:
     def __init__(
         self, config: "GPTConfig", batch_size: int, length: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        shape = (config.n_layer, batch_size, config.n_head, length, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        # Each layer's in tensors of its own: of a part of one for all, a compiled step would write all anew.
+        shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)
+        self.keys, self.values = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
+        )
         self.start = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)
         self.move_to(torch.zeros(1, device=device, dtype=torch.int64))
 
@@ -59,13 +61,13 @@ class KeyValueCache:
         Args:
             slots: (T,), int64, consecutive.
         """
-        every = torch.arange(self.keys.shape[3], device=slots.device)  # (L,)
+        every = torch.arange(self.keys[0].shape[2], device=slots.device)  # (L,)
         here = every == slots[:, None]  # (T, L); padding before a start sees itself, or its softmax is 0 / 0
         visible = (every <= slots[:, None]) & (every >= self.start[:, :, None])  # (B, T, L)
         self.slots = slots
         # Added to the scores: every layer would make this of a mask of truth values, in kernels of its own.
         unseen = ~(visible | here)[:, None]
-        self.mask = torch.zeros_like(unseen, dtype=self.keys.dtype).masked_fill_(unseen, -torch.inf)  # (B, 1, T, L)
+        self.mask = torch.zeros_like(unseen, dtype=self.keys[0].dtype).masked_fill_(unseen, -torch.inf)  # (B, 1, T, L)
         self.positions = (slots - self.start).clamp(min=0)  # (B, T)
 
     def layer(self, index: int) -> LayerCache:

@@ -51,7 +51,8 @@ def compile_model(
         and batch.accumulation_steps == 1
         and accelerator.distributed_type == DistributedType.NO
     )
-    model.compile(mode="reduce-overhead" if as_graph else None)
+    # Not for sizes that vary, as PyTorch would for a second Trainer in the process whose batches have another size.
+    model.compile(mode="reduce-overhead" if as_graph else None, dynamic=False)
     return True
 
 
