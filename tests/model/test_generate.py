@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.model.config import GPTConfig
 from homebrew.model.cache import KeyValueCache
+from homebrew.model.config import GPTConfig
 from homebrew.model.generate import Decoder, generate_steps
 from homebrew.model.gpt import GPT
 from homebrew.model.sampling import Sampling

@@ -255,14 +255,14 @@ POISONS = [{"where": w, "value": v} for w in ("loss", "micro-batch", "gradient")
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
 def test_a_bad_number_of_one_process_changes_no_bit_on_any(tmp_path, layout):
-    tasks = [{"poison": poison, "max_steps": 4} for poison in POISONS]
-    for i, found in enumerate(launch(tmp_path, layout, *tasks)):
+    tasks = {f"{poison['where']} {poison['value']}": {"poison": poison, "max_steps": 4} for poison in POISONS}
+    for name, found in launch(tmp_path, layout, **tasks).items():
         assert found["processes"] == 2
         for rank in range(2):
-            digests = json.loads((tmp_path / f"task{i}" / f"digests-{rank}.json").read_text())
-            assert digests[1] == digests[2], POISONS[i]  # the third step
+            digests = json.loads((tmp_path / name / f"digests-{rank}.json").read_text())
+            assert digests[1] == digests[2], name  # the third step
             assert len(set(digests)) == 3
-        events = map(json.loads, (tmp_path / f"task{i}" / "metrics.jsonl").read_text().splitlines())
+        events = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         held_back = [(event["step"], event["reason"]) for event in events if event["event"] == "held_back"]
         assert held_back == [(2, "non_finite")]
 

@@ -12,7 +12,6 @@ import torch
 from homebrew import GPT, GPTConfig, HomebrewError, TokenDataset, Trainer, TrainerConfig
 from homebrew.model.adapters import load_adapter, save_adapter
 from homebrew.model.lora import LoRAConfig, add_lora
-from homebrew.training import checkpoint as checkpoint_module
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.saved import load_run_model
 
@@ -40,7 +39,7 @@ def checkpoints(folder, pickled, monkeypatch):
     trainer(folder).train()
     whole, _ = CheckpointStore(folder).latest()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "serialised", lambda tensors: [pickled])
+        patch.setattr("homebrew.training.writing.serialised", lambda tensors: [pickled])
         sealed = CheckpointStore(folder).save(3, whole.files(), whole.state)
     bare = sealed.with_name("step-00000004")
     bare.mkdir()
