@@ -240,12 +240,8 @@ class Trainer:
         reported = None
         if last or self.step % config.log_every == 0 or self.step == 1:
             self._check_guard()
-            reported = self._meter.measure(
-                self.step,
-                loss=loss.item(),
-                grad_norm=grad_norm.item(),
-                learning_rate=self._optimizer.param_groups[0]["lr"],
-            )
+            rate = self._optimizer.param_groups[0]["lr"]
+            reported = self._meter.measure(self.step, loss=loss.item(), grad_norm=grad_norm.item(), learning_rate=rate)
         self._tell("on_step_end", reported)
         if self.eval_dataset is not None and (last or is_due(self.step, config.eval_every)):
             with self._meter.paused():
