@@ -368,6 +368,12 @@ def test_the_doctor_says_what_keeps_a_run_from_starting(tmp_path, monkeypatch):
     assert "started 2 processes" in launch.fix
 
 
+def test_the_doctor_fails_where_a_run_would_not_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor", "--output-dir", str(tmp_path)]) == 1
+    assert "would not start" in capsys.readouterr().err
+
+
 def test_the_program_is_declared():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     module, function = project["scripts"]["homebrew"].split(":")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from homebrew.errors import HomebrewError
+from homebrew.errors import HomebrewError, LaunchError
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,8 @@ _OPTIONAL = {
     "transformers": ("transformers", "opening what `homebrew export` writes"),
 }
 """Packages that some things need: what pip brings each with, and what for."""
+
+_NO_START = "a run would not start"
 
 _LITTLE_DISK = 10 * 2**30
 """Below this many free bytes a run with checkpoints of GPT-2 small (1.5 GB each) may not end."""
@@ -49,7 +51,11 @@ class Doctor:
     """Where runs are to be written."""
 
     def run(self) -> None:
-        """Do it."""
+        """Do it.
+
+        Raises:
+            LaunchError: a run would not start.
+        """
         from rich.console import Console
         from rich.table import Table
 
@@ -62,6 +68,8 @@ class Doctor:
         Console().print(table)
         advised = sum(bool(finding.fix) for finding in findings)
         print(f"{advised} thing(s) could be better." if advised else "Nothing is missing.")
+        if any(finding.found == _NO_START for finding in findings):
+            raise LaunchError("A run would not start here: the table says why.")
 
 
 def examine(output_dir: Path) -> Iterator[Finding]:
@@ -101,7 +109,7 @@ def _run() -> Iterator[Finding]:
     try:
         accelerator = build_accelerator(TrainerConfig(output_dir="runs", max_steps=1))
     except HomebrewError as error:
-        yield Finding("launch", "a run would not start", str(error))
+        yield Finding("launch", _NO_START, str(error))
         return
     device = accelerator.device
     yield _hardware(device)

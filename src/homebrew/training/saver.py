@@ -125,7 +125,7 @@ class RunSaver:
         if not resume and self._store.steps():
             raise ConfigError(
                 f"output_dir={str(self._config.output_dir)!r} already holds a run. Go on with it by "
-                f"train(resume=True), or choose another folder."
+                f"train(resume=True), which is --resume on the command line, or choose another folder."
             )
         checkpoint = None
         if resume is True:
