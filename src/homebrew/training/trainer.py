@@ -18,6 +18,7 @@ from homebrew.errors import ConfigError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
+from homebrew.training.allocation import freed_memory_kept
 from homebrew.training.callbacks import Callback, ProgressDisplay
 from homebrew.training.compilation import compile_model, try_compiled
 from homebrew.training.config import TrainerConfig, is_due
@@ -149,8 +150,7 @@ class Trainer:
         """Train to `max_steps`, evaluating and saving as configured, and at the end.
 
         Args:
-            resume: True goes on from the newest whole checkpoint in `output_dir`, from the start if there is
-                none; a path goes on from that checkpoint.
+            resume: True goes on from `output_dir`'s newest whole checkpoint, if there is one; a path from that one.
             accept_changes: what may differ from the run that saved: "dataset", "model", "adapter", "schedule",
                 "global_batch_size", "seed".
 
@@ -165,6 +165,7 @@ class Trainer:
             agreement = Agreement(self.accelerator)
             with (
                 self._saver,
+                freed_memory_kept(self.accelerator.device),
                 SignalWatch() as signals,
                 Heartbeat(self.accelerator),
                 explained(self.accelerator, self.batch),

@@ -1,0 +1,35 @@
+import resource
+import sys
+
+import pytest
+import torch
+
+from homebrew.training.allocation import freed_memory_kept
+
+CPU = torch.device("cpu")
+
+
+def faults():
+    """Pages that are touched for the first time by a large tensor, after others of its size have come and gone."""
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(48 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_what_is_freed_is_taken_again_without_the_system():
+    with freed_memory_kept(CPU):
+        assert faults() < 10
+    taken_anew = faults()
+    with freed_memory_kept(CPU):
+        assert faults() < 10
+    assert taken_anew > 10
+
+
+def test_elsewhere_nothing_happens(monkeypatch):
+    with freed_memory_kept(torch.device("meta")):
+        pass
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with freed_memory_kept(CPU):
+        pass
