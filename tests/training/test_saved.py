@@ -183,3 +183,14 @@ def test_an_adapters_rank_is_that_of_its_tensors_before_memory_is_taken(adapted,
     path = CheckpointStore(folder / "other").save(1, {"adapter": checkpoint.tensors("adapter")}, lying)
     with bounded_memory(), pytest.raises(CorruptCheckpoint, match=r"adapter\.safetensors does not fit"):
         load_run_model(path)
+
+
+def test_an_export_after_a_run_in_half_precision_is_compared_in_full(tmp_path):
+    data = TokenDataset.from_text(TEXT, 8, tokenizer="bytes")
+    settings = {"micro_batch_size": 2, "mixed_precision": "bf16", "compile": False}
+    model = Trainer(GPTConfig(**SHAPE), data, config=TrainerConfig(output_dir=tmp_path, max_steps=1, **settings)).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # so that bfloat16's rounding is seen
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "out").lm_head.weight, model.lm_head.weight)
