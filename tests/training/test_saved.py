@@ -1,10 +1,11 @@
+import huggingface_hub
 import pytest
 import torch
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import CheckpointError, CorruptCheckpoint, ModelError
 from homebrew.model.adapters import save_adapter
-from homebrew.model.lora import LoRAConfig
+from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.saved import load_run_model
 
@@ -68,6 +69,9 @@ def test_tensors_that_are_not_the_models_are_named(tmp_path, edit, message):
         load_run_model(saved(tmp_path, edit))
 
 
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -77,15 +81,16 @@ def test_tensors_that_are_not_the_models_are_named(tmp_path, edit, message):
         {"identity": {"model": SHAPE | {"n_embd": 15}}},
         {"identity": {"model": SHAPE | {"colour": "red"}}},
         {"identity": {"model": SHAPE | {"dropout": "high"}}},
-        {"identity": {"model": SHAPE | {"n_layer": 10**9}}},
+        *({"identity": {"model": SHAPE | {name: size}}} for name in SIZES for size in (2**62, 10**30, 10**400)),
         {"tokenizer": "gpt2"},
         {"tokenizer": {"name": "char"}},
         {"tokenizer": {"name": "char", "alphabet": 5}},
     ],
 )
-def test_a_state_that_describes_no_model_is_refused(tmp_path, state):
-    with pytest.raises(CorruptCheckpoint, match=r"state\.json|n_layer=1000000000"):
-        load_run_model(saved(tmp_path, state=state))
+def test_a_state_that_describes_no_model_is_refused(tmp_path, bounded_memory, state):
+    path = saved(tmp_path, state=state)
+    with bounded_memory(), pytest.raises(CorruptCheckpoint, match=r"state\.json|n_layer=\d+|wpe|wte"):
+        load_run_model(path)
 
 
 def test_a_checkpoint_without_weights(tmp_path):
@@ -172,6 +177,59 @@ def test_an_adapter_in_pefts_format_opens_on_its_base(adapted):
     save_adapter(trained, folder / "adapter")
     with pytest.raises(CheckpointError, match="does not say where its base is"):
         load_run_model(folder / "adapter")
+
+
+def adapter_of(folder, base):
+    """An adapter in PEFT's format that says its base is there."""
+    model = GPT(GPTConfig(**SHAPE))
+    add_lora(model, LoRAConfig(rank=2))
+    save_adapter(model, folder, base_model=base)
+    return folder
+
+
+def checkpoint_of(folder, base):
+    """An adapter's checkpoint that does."""
+    shape = {"rank": 2, "alpha": None, "dropout": 0.0, "target_modules": ["c_fc"], "base_sha256": "0" * 64}
+    return saved(folder, state={"identity": {"adapter": shape}, "base": base}, file="adapter")
+
+
+BASES = [
+    "a" * 5000,
+    "./" + "a" * 5000,
+    "a/" * 2040 + "a",
+    "a" * 300,
+    "",
+    "step-\0",
+    "step-\ud800",
+    "\0",
+    "./\0",
+    "/a\0",
+]
+
+
+@pytest.mark.parametrize("base", BASES, ids=[ascii(base[:9]) + str(len(base)) for base in BASES])
+@pytest.mark.parametrize("make", [adapter_of, checkpoint_of])
+def test_a_base_that_can_be_no_path_is_an_error(tmp_path, monkeypatch, make, base):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    path = make(tmp_path / "adapter", base)
+    with pytest.raises((CheckpointError, ModelError)):
+        load_run_model(path)
+
+
+def test_an_adapters_base_cannot_be_itself_or_another(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for base in (first, second):
+        adapter_of(first, str(base)), adapter_of(second, str(first))
+        with pytest.raises(CheckpointError, match="holds an adapter only"):
+            load_run_model(first)
+
+
+def test_an_adapters_description_that_is_a_link_is_not_read(tmp_path):
+    path = adapter_of(tmp_path / "adapter", "nowhere/at-all") / "adapter_config.json"
+    path.symlink_to(path.rename(tmp_path / "elsewhere"))
+    with pytest.raises(ModelError, match="is a link"):
+        load_run_model(path.parent)
 
 
 @pytest.mark.parametrize("rank", [3, 2**40])
