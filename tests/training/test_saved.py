@@ -1,13 +1,19 @@
-import huggingface_hub
+import contextlib
+from dataclasses import asdict, replace
+
 import pytest
 import torch
+from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import CheckpointError, CorruptCheckpoint, ModelError
 from homebrew.model.adapters import save_adapter
-from homebrew.model.lora import LoRAConfig, add_lora
+from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint
 from homebrew.training.checkpoint import CheckpointStore
-from homebrew.training.saved import load_run_model
+from homebrew.training.manifest import open_checkpoint
+from homebrew.training.saved import _open, load_run_model
 
 SHAPE = {"block_size": 8, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0}
 TEXT = "Now is the winter of our discontent made glorious summer by this sun of York. " * 10
@@ -211,10 +217,48 @@ BASES = [
 @pytest.mark.parametrize("make", [adapter_of, checkpoint_of])
 def test_a_base_that_can_be_no_path_is_an_error(tmp_path, monkeypatch, make, base):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     path = make(tmp_path / "adapter", base)
     with pytest.raises((CheckpointError, ModelError)):
         load_run_model(path)
+
+
+ANY = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([2**62, 10**400, *BASES])
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(
+    kind=st.sampled_from(["model", "adapter"]),
+    model=st.dictionaries(st.sampled_from(sorted(SHAPE)), ANY, min_size=1, max_size=2),
+    adapter=st.dictionaries(st.sampled_from(["rank", "alpha", "dropout", "target_modules", "base_sha256"]), ANY),
+    base=st.just("whole") | ANY,
+)
+def test_any_state_that_describes_a_model(checkpoints, bounded_memory, kind, model, adapter, base):
+    path, state = checkpoints[kind]
+    identity = state["identity"]
+    described = {"model": SHAPE | model, "adapter": identity.get("adapter", {}) | adapter}
+    base = str(checkpoints["model"][0]) if base == "whole" else base
+    checkpoint = replace(open_checkpoint(path), state=state | {"identity": described, "base": base})
+    with contextlib.suppress(CheckpointError, ModelError), bounded_memory():
+        opened, _ = _open(checkpoint, None)
+        assert all(tensor.isfinite().all() for tensor in opened.state_dict().values())
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A whole model's checkpoint and one of an adapter on it, and what is in their states."""
+    whole = open_checkpoint(saved(tmp_path_factory.mktemp("whole")))
+    model, _ = load_run_model(whole.path)
+    shape = asdict(LoRAConfig(rank=2)) | {"base_sha256": base_fingerprint(model)}
+    add_lora(model, LoRAConfig(rank=2))
+    store = CheckpointStore(tmp_path_factory.mktemp("adapter"))
+    state = {"identity": {"adapter": shape}, "tokenizer": None, "base": str(whole.path)}
+    path = store.save(1, {"adapter": adapter_state_dict(model)}, state)
+    load_run_model(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        patch.chdir(path.parent)
+        yield {"model": (whole.path, whole.state), "adapter": (path, state)}
 
 
 def test_an_adapters_base_cannot_be_itself_or_another(tmp_path):
