@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, random_split
 
 from homebrew.data import loader as loader_module
 from homebrew.data.dataset import TokenDataset
@@ -149,9 +149,10 @@ def test_what_a_dataset_draws_is_a_function_of_seed_and_step(num_workers):
     assert len({tuple(row) for row in drawn.tolist()}) == 72, "each sample has its own, a repeated one too"
 
 
-def test_what_a_dataset_draws_does_not_depend_on_the_number_of_ranks():
-    alone = targets(3, dataset=NOISY, micro_batch_size=8)
-    shared = [targets(3, dataset=NOISY, rank=rank, num_ranks=2, micro_batch_size=4) for rank in range(2)]
+@pytest.mark.parametrize("dataset", [NOISY, Subset(NOISY, range(50)), random_split(NOISY, [40, 10])[0]])
+def test_what_a_dataset_draws_does_not_depend_on_the_number_of_ranks(dataset):
+    alone = targets(3, dataset=dataset, micro_batch_size=8)
+    shared = [targets(3, dataset=dataset, rank=rank, num_ranks=2, micro_batch_size=4) for rank in range(2)]
     assert all(torch.equal(torch.cat(parts), whole) for *parts, whole in zip(*shared, alone, strict=True))
 
 

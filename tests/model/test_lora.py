@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import peft
@@ -267,6 +268,9 @@ def test_training_keeps_the_mlps_widest_tensor_once_and_computes_little_again():
         ({"rank": 0}, "rank=0"),
         ({"rank": 2.0}, "rank=2.0"),
         ({"alpha": 0.0}, "alpha=0.0"),
+        ({"alpha": 1e300}, "alpha=1e\\+300"),
+        ({"alpha": 10**400}, "alpha=1000"),
+        ({"alpha": math.nan}, "alpha=nan"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"target_modules": ("wte",)}, r"target_modules=\('wte',\)"),
         ({"target_modules": ()}, r"target_modules=\(\)"),

@@ -67,7 +67,7 @@ def attempt(folder, name, data, kind, bounded_memory):
         shutil.copyfile(folder / "whole" / name, damaged / name)
 
 
-HUGE = st.sampled_from([2**31, 2**60, 10**30, -1, 0, math.inf, math.nan])
+HUGE = st.sampled_from([2**31, 2**60, 10**30, 10**400, 1e300, -1, 0, math.inf, math.nan])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | HUGE,
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
@@ -139,7 +139,16 @@ def damaged_tensors(whole):
     edits = st.lists(
         st.tuples(st.integers(0, len(whole)), st.integers(0, 6), st.binary(max_size=6)), min_size=1, max_size=3
     )
-    return st.binary(max_size=60) | headers | edits.map(spliced)
+    return st.binary(max_size=60) | headers | edits.map(spliced) | EMPTY.map(lambda shape: of_nothing(names, shape))
+
+
+EMPTY = st.lists(st.sampled_from([0, 1, 8, 2**31, 2**62, 2**63 - 1, 2**64 - 1]), min_size=1, max_size=3)
+"""Shapes of tensors that, with a 0 in them, have no bytes."""
+
+
+def of_nothing(names, shape):
+    text = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name in names}).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 @pytest.mark.slow
@@ -152,6 +161,29 @@ def test_any_tensors(folder, bounded_memory, kind, name):
         attempt(folder, name, data, kind, bounded_memory)
 
     check()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("model", "model.safetensors"), ("adapter", "adapter_model.safetensors")])
+@pytest.mark.parametrize("shape", [[0, 2**62, 2**62], [0, 2**63 - 1], [0, 2**64 - 1], [2**63 - 1, 0]])
+def test_tensors_of_no_bytes_and_any_shape_are_refused(folder, kind, name, shape):
+    names = load_file(folder / "whole" / name)
+    (folder / "damaged" / name).write_bytes(of_nothing(names, shape))
+    try:
+        with pytest.raises(ModelError):
+            opened(kind, folder / "damaged")
+    finally:
+        shutil.copyfile(folder / "whole" / name, folder / "damaged" / name)
+
+
+@pytest.mark.parametrize("value", [10**400, 1e300, 1e7], ids=["long", "large", "above"])
+def test_an_adapters_scale_is_bounded(folder, value):
+    whole = json.loads((folder / "whole" / "adapter_config.json").read_text())
+    (folder / "damaged" / "adapter_config.json").write_text(json.dumps(whole | {"lora_alpha": value}))
+    try:
+        with pytest.raises(ModelError, match="alpha"):
+            opened("adapter", folder / "damaged")
+    finally:
+        shutil.copyfile(folder / "whole" / "adapter_config.json", folder / "damaged" / "adapter_config.json")
 
 
 @pytest.mark.parametrize("rank", [2**20, 2**40, 10**30])
@@ -195,3 +227,17 @@ def test_links_out_of_a_folder_are_not_followed(folder, tmp_path, kind, name):
     path.symlink_to(folder / "whole" / name)
     with pytest.raises(ModelError, match=f"{name} is a link"):
         opened(kind, tmp_path / "linked")
+
+
+def test_links_of_a_cache_lead_to_blobs_beside_it_that_are_none_themselves(folder, tmp_path):
+    snapshot, blobs, secret = tmp_path / "cache" / "snapshots" / "x", tmp_path / "cache" / "blobs", tmp_path / "secret"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder / "whole", secret)
+    for path in secret.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs", path.name))
+    blobs.symlink_to(secret)
+    with pytest.raises(ModelError, match=r"config\.json is a link"):
+        GPT.from_pretrained(snapshot)
+    blobs.unlink()
+    secret.rename(blobs)
+    GPT.from_pretrained(snapshot)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from homebrew.training.compilation import try_compiled
+from homebrew.training.compilation import _rng_forked, try_compiled
 
 SCRIPT = """
 import sys, torch
@@ -73,6 +74,17 @@ def test_the_trial_starts_over_and_leaves_no_trace():
     assert model.weight.grad is None
     assert torch.equal(torch.get_rng_state(), rng)
     assert {**os.environ, "TORCHINDUCTOR_CACHE_DIR": ""} == {**environment, "TORCHINDUCTOR_CACHE_DIR": ""}
+
+
+def test_the_trial_leaves_mpss_generator_alone(monkeypatch):
+    states = [torch.tensor([1])]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    with contextlib.suppress(RuntimeError), _rng_forked(torch.device("mps")):
+        states.append(torch.tensor([2]))
+        raise RuntimeError("cut short")
+    assert len(states) == 3
+    assert states[-1] is states[0]
 
 
 def test_what_no_cache_is_to_blame_for_is_not_tried_again():

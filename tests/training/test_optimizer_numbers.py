@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,26 @@ def test_numbers_come_back_and_settings_stay_the_runs_own():
     assert fresh.state[other.weight] == {"step": 3, "odd": True}
     group = fresh.param_groups[0]
     assert [group[key] for key in ("lr", "distance", "momentum", "weight_decay")] == [0.1, 0.1, 0.8, 0.5]
+
+
+def test_what_a_group_had_from_the_start_and_no_checkpoint_holds_is_named_once_changed():
+    model = torch.nn.Linear(2, 2)
+    group = {"lr": torch.tensor(0.1), "betas": (0.9, 0.99), "log": [1], "many": np.ones(3), "kind": "a", "d": None}
+    optimizer = torch.optim.SGD([{"params": model.parameters(), **group}])
+    numbers = OptimizerNumbers(model, optimizer)
+    assert numbers.state() == ({"parameters": {}, "groups": [{}]}, [])
+    optimizer.param_groups[0] |= {"betas": (0.9, 0.98), "new": "word", "momentum": None}
+    optimizer.param_groups[0]["log"].append(2)
+    optimizer.param_groups[0]["many"] += 1
+    state, lost = numbers.state()
+    assert state["groups"] == [{}]
+    assert sorted(lost) == ["betas", "log", "many", "momentum", "new"]
+
+
+def test_a_groups_tensor_is_named_for_it_may_change_in_place():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": 0.1, "scale": torch.ones(2)}])
+    assert OptimizerNumbers(model, optimizer).state()[1] == ["scale"]
 
 
 GOOD = {"parameters": {}, "groups": [{}]}

@@ -115,6 +115,10 @@ WRONG = {
     "not two": (set_rows(0, 5, 5), 1),
     "more than memory": (set_rows(0, 1 << 60), 1),
     "more than the files": (set_rows(0, 100_000), 1),
+    "more than a size can be": (
+        lambda p: p[0].update({"w": torch.zeros(0, 2**40, 0), "w[rows]": torch.tensor([0, (1 << 63) - 1])}),
+        1,
+    ),
 }
 
 
@@ -146,12 +150,15 @@ NUMBERS = st.integers(-3, 8) | st.sampled_from([1 << 40, (1 << 63) - 1, -(1 << 6
 
 
 @settings(max_examples=300, deadline=None)
-@given(rows=st.lists(st.tuples(NUMBERS, NUMBERS, st.integers(0, 4)), min_size=1, max_size=3))
-def test_any_rows(tmp_path_factory, rows):
-    pieces = [{"w": torch.ones(count, 2), "w[rows]": torch.tensor([first, total])} for first, total, count in rows]
+@given(
+    rows=st.lists(st.tuples(NUMBERS, NUMBERS, st.integers(0, 4)), min_size=1, max_size=3),
+    width=st.sampled_from([(2,), (), (0,), (0, 1 << 40), (1 << 40, 0), (0, (1 << 63) - 1)]),
+)
+def test_any_rows(tmp_path_factory, rows, width):
+    pieces = [{"w": torch.ones(n, *width), "w[rows]": torch.tensor([first, total])} for first, total, n in rows]
     path = tmp_path_factory.getbasetemp()
     try:
         [(_, found)] = join(((path, piece) for piece in pieces), max_bytes=1000).items()
     except CorruptCheckpoint:
         return
-    assert found.equal(torch.ones(sum(count for _, _, count in rows), 2))  # every row once, none made up
+    assert found.equal(torch.ones(sum(count for _, _, count in rows), *width))  # every row once, none made up

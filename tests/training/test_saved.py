@@ -1,12 +1,19 @@
+import contextlib
+from dataclasses import asdict, replace
+
 import pytest
 import torch
+from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import CheckpointError, CorruptCheckpoint, ModelError
 from homebrew.model.adapters import save_adapter
-from homebrew.model.lora import LoRAConfig
+from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint
 from homebrew.training.checkpoint import CheckpointStore
-from homebrew.training.saved import load_run_model
+from homebrew.training.manifest import open_checkpoint
+from homebrew.training.saved import _open, load_run_model
 
 SHAPE = {"block_size": 8, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0}
 TEXT = "Now is the winter of our discontent made glorious summer by this sun of York. " * 10
@@ -68,6 +75,9 @@ def test_tensors_that_are_not_the_models_are_named(tmp_path, edit, message):
         load_run_model(saved(tmp_path, edit))
 
 
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -77,15 +87,16 @@ def test_tensors_that_are_not_the_models_are_named(tmp_path, edit, message):
         {"identity": {"model": SHAPE | {"n_embd": 15}}},
         {"identity": {"model": SHAPE | {"colour": "red"}}},
         {"identity": {"model": SHAPE | {"dropout": "high"}}},
-        {"identity": {"model": SHAPE | {"n_layer": 10**9}}},
+        *({"identity": {"model": SHAPE | {name: size}}} for name in SIZES for size in (2**62, 10**30, 10**400)),
         {"tokenizer": "gpt2"},
         {"tokenizer": {"name": "char"}},
         {"tokenizer": {"name": "char", "alphabet": 5}},
     ],
 )
-def test_a_state_that_describes_no_model_is_refused(tmp_path, state):
-    with pytest.raises(CorruptCheckpoint, match=r"state\.json|n_layer=1000000000"):
-        load_run_model(saved(tmp_path, state=state))
+def test_a_state_that_describes_no_model_is_refused(tmp_path, bounded_memory, state):
+    path = saved(tmp_path, state=state)
+    with bounded_memory(), pytest.raises(CorruptCheckpoint, match=r"state\.json|n_layer=\d+|wpe|wte"):
+        load_run_model(path)
 
 
 def test_a_checkpoint_without_weights(tmp_path):
@@ -174,6 +185,97 @@ def test_an_adapter_in_pefts_format_opens_on_its_base(adapted):
         load_run_model(folder / "adapter")
 
 
+def adapter_of(folder, base):
+    """An adapter in PEFT's format that says its base is there."""
+    model = GPT(GPTConfig(**SHAPE))
+    add_lora(model, LoRAConfig(rank=2))
+    save_adapter(model, folder, base_model=base)
+    return folder
+
+
+def checkpoint_of(folder, base):
+    """An adapter's checkpoint that does."""
+    shape = {"rank": 2, "alpha": None, "dropout": 0.0, "target_modules": ["c_fc"], "base_sha256": "0" * 64}
+    return saved(folder, state={"identity": {"adapter": shape}, "base": base}, file="adapter")
+
+
+BASES = [
+    "a" * 5000,
+    "./" + "a" * 5000,
+    "a/" * 2040 + "a",
+    "a" * 300,
+    "",
+    "step-\0",
+    "step-\ud800",
+    "\0",
+    "./\0",
+    "/a\0",
+]
+
+
+@pytest.mark.parametrize("base", BASES, ids=[ascii(base[:9]) + str(len(base)) for base in BASES])
+@pytest.mark.parametrize("make", [adapter_of, checkpoint_of])
+def test_a_base_that_can_be_no_path_is_an_error(tmp_path, monkeypatch, make, base):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    path = make(tmp_path / "adapter", base)
+    with pytest.raises((CheckpointError, ModelError)):
+        load_run_model(path)
+
+
+ANY = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([2**62, 10**400, *BASES])
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(
+    kind=st.sampled_from(["model", "adapter"]),
+    model=st.dictionaries(st.sampled_from(sorted(SHAPE)), ANY, min_size=1, max_size=2),
+    adapter=st.dictionaries(st.sampled_from(["rank", "alpha", "dropout", "target_modules", "base_sha256"]), ANY),
+    base=st.just("whole") | ANY,
+)
+def test_any_state_that_describes_a_model(checkpoints, bounded_memory, kind, model, adapter, base):
+    path, state = checkpoints[kind]
+    identity = state["identity"]
+    described = {"model": SHAPE | model, "adapter": identity.get("adapter", {}) | adapter}
+    base = str(checkpoints["model"][0]) if base == "whole" else base
+    checkpoint = replace(open_checkpoint(path), state=state | {"identity": described, "base": base})
+    with contextlib.suppress(CheckpointError, ModelError), bounded_memory():
+        opened, _ = _open(checkpoint, None)
+        assert all(tensor.isfinite().all() for tensor in opened.state_dict().values())
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A whole model's checkpoint and one of an adapter on it, and what is in their states."""
+    whole = open_checkpoint(saved(tmp_path_factory.mktemp("whole")))
+    model, _ = load_run_model(whole.path)
+    shape = asdict(LoRAConfig(rank=2)) | {"base_sha256": base_fingerprint(model)}
+    add_lora(model, LoRAConfig(rank=2))
+    store = CheckpointStore(tmp_path_factory.mktemp("adapter"))
+    state = {"identity": {"adapter": shape}, "tokenizer": None, "base": str(whole.path)}
+    path = store.save(1, {"adapter": adapter_state_dict(model)}, state)
+    load_run_model(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        patch.chdir(path.parent)
+        yield {"model": (whole.path, whole.state), "adapter": (path, state)}
+
+
+def test_an_adapters_base_cannot_be_itself_or_another(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for base in (first, second):
+        adapter_of(first, str(base)), adapter_of(second, str(first))
+        with pytest.raises(CheckpointError, match="holds an adapter only"):
+            load_run_model(first)
+
+
+def test_an_adapters_description_that_is_a_link_is_not_read(tmp_path):
+    path = adapter_of(tmp_path / "adapter", "nowhere/at-all") / "adapter_config.json"
+    path.symlink_to(path.rename(tmp_path / "elsewhere"))
+    with pytest.raises(ModelError, match="is a link"):
+        load_run_model(path.parent)
+
+
 @pytest.mark.parametrize("rank", [3, 2**40])
 def test_an_adapters_rank_is_that_of_its_tensors_before_memory_is_taken(adapted, bounded_memory, rank):
     folder, _ = adapted
@@ -183,3 +285,14 @@ def test_an_adapters_rank_is_that_of_its_tensors_before_memory_is_taken(adapted,
     path = CheckpointStore(folder / "other").save(1, {"adapter": checkpoint.tensors("adapter")}, lying)
     with bounded_memory(), pytest.raises(CorruptCheckpoint, match=r"adapter\.safetensors does not fit"):
         load_run_model(path)
+
+
+def test_an_export_after_a_run_in_half_precision_is_compared_in_full(tmp_path):
+    data = TokenDataset.from_text(TEXT, 8, tokenizer="bytes")
+    settings = {"micro_batch_size": 2, "mixed_precision": "bf16", "compile": False}
+    model = Trainer(GPTConfig(**SHAPE), data, config=TrainerConfig(output_dir=tmp_path, max_steps=1, **settings)).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # so that bfloat16's rounding is seen
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "out").lm_head.weight, model.lm_head.weight)

@@ -1,9 +1,12 @@
 """Which tokenizer a model in transformers' format has."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from homebrew import GPT, GPTConfig, get_tokenizer
@@ -62,7 +65,12 @@ def test_another_tokenizer_of_gpt2s_size_is_not_taken_for_it(tmp_path):
     assert find_tokenizer(tmp_path, vocab_size=50_257) is None
 
 
-@pytest.mark.parametrize("model", [None, [], {"vocab": [["a", 0.5]]}, {"vocab": {"a": 0}, "merges": 5}])
+MERGES = [5, [[1, 2]], [None], ["a b", ["a", ["b"]]], [{"a": "b"}]]
+
+
+@pytest.mark.parametrize(
+    "model", [None, [], {"vocab": [["a", 0.5]]}, *({"vocab": {"a": 0}, "merges": merges} for merges in MERGES)]
+)
 def test_other_kinds_of_tokenizer_are_not_known(tmp_path, model):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
     assert find_tokenizer(tmp_path, vocab_size=50_257) is None
@@ -73,3 +81,34 @@ def test_a_damaged_description_is_an_error(tmp_path, saved):
     (tmp_path / OUR_FILE).write_text(json.dumps(saved))
     with pytest.raises(ModelError, match=OUR_FILE):
         find_tokenizer(tmp_path, vocab_size=50_257)
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json", "tokenizer.json", OUR_FILE])
+@pytest.mark.parametrize("content", ["long", b"\xff"])
+def test_a_file_that_is_no_description_is_refused_in_bounded_memory(tmp_path, bounded_memory, name, content):
+    for other in ("merges.txt", "vocab.json"):
+        (tmp_path / other).write_text("{}")
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(700 * 2**20) if content == "long" else file.write(content)
+    with bounded_memory(), pytest.raises(ModelError, match=name):
+        find_tokenizer(tmp_path, vocab_size=50_257)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3),
+    max_leaves=6,
+)
+MODELS = st.fixed_dictionaries({"vocab": st.just({"a": 0}) | JSON, "merges": st.lists(JSON, max_size=3) | JSON})
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(MODELS, st.binary(max_size=20))
+def test_any_tokenizer(tmp_path_factory, model, merges):
+    folder = tmp_path_factory.mktemp("any")
+    for name, content in (("tokenizer.json", {"model": model}), (OUR_FILE, model), ("vocab.json", model["vocab"])):
+        (folder / "merges.txt").write_bytes(merges)
+        (folder / name).write_text(json.dumps(content))
+        with contextlib.suppress(ModelError):
+            assert find_tokenizer(folder, vocab_size=50_257) is None
+        (folder / name).unlink()

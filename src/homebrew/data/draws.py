@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 
 class DrawingDataset(Dataset[Any]):
@@ -16,6 +16,10 @@ class DrawingDataset(Dataset[Any]):
     Each starts from random states of its own, so that neither the number of processes or of loader workers nor a
     resume changes what it draws from Python's, NumPy's and PyTorch's global generators. Those of this process are
     afterwards as they were: a run's dropout does not notice that a dataset draws.
+
+    Of a dataset that itself fetches many samples at once (`__getitems__`) all of one fetch share a start, the first
+    one's: there the size of micro-batches and the number of processes do matter. PyTorch's `Subset` has that method
+    too, and is fetched from one by one.
 
     Args:
         dataset: map-style.
@@ -27,12 +31,9 @@ class DrawingDataset(Dataset[Any]):
         self._seed = seed
 
     def __getitems__(self, row: Sequence[tuple[int, int]]) -> list[Any]:
-        """Samples by position in the run and index in the dataset.
-
-        A dataset that itself fetches many at once has one start for all of them, the first one's.
-        """
+        """Samples by position in the run and index in the dataset."""
         with _put_back():
-            if hasattr(self._dataset, "__getitems__"):
+            if hasattr(self._dataset, "__getitems__") and type(self._dataset) is not Subset:
                 self._start(row[0][0])
                 return list(self._dataset.__getitems__([index for _, index in row]))
             samples = []

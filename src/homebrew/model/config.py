@@ -1,6 +1,5 @@
 """The shape of a GPT."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -72,4 +71,4 @@ class GPTConfig:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the head in memory; those from `vocab_size` on are never used."""
-        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from homebrew.errors import ModelError
 
-MAX_JSON_BYTES = 16 * 2**20
+MAX_TEXT_BYTES = 16 * 2**20
 """Longer descriptions are not read; the index of GPT-2 XL has 0.05 MB."""
 
 
@@ -43,7 +43,9 @@ def open_source(name_or_folder: str | Path, *, revision: str | None = None, loca
             the repository cannot be had.
     """
     name = str(name_or_folder)
-    if Path(name).is_dir():
+    with named(name):
+        is_folder = Path(name).is_dir()
+    if is_folder:
         if revision is not None:
             raise ModelError(f"revision={revision!r} was given, but {name} is a folder, which has none.")
         return _Folder(name)
@@ -52,16 +54,30 @@ def open_source(name_or_folder: str | Path, *, revision: str | None = None, loca
     return _Repository(name, revision, local_files_only=local_files_only)
 
 
+@contextmanager
+def named(name: str | Path) -> Iterator[None]:
+    """While a path is looked for that a stranger may have named: its name may be longer than a path's can be.
+
+    Raises:
+        ModelError: the system refuses to look.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{str(name)[:100]!r} cannot be looked for: {error.strerror}.") from error
+
+
 class _Folder:
     def __init__(self, name: str) -> None:
         self.name = name
 
     def find(self, filename: str) -> Path | None:
         path = Path(self.name, filename)
-        # The hub's cache has nothing but links in its snapshots, to the blobs beside them.
-        if path.is_symlink() and path.resolve().parent != (path.parent.resolve() / "../../blobs").resolve():
-            raise ModelError(f"{path} is a link, which is not followed: put the file itself there.")
-        return path if path.is_file() else None
+        # The hub's cache has nothing but links in its snapshots, to the blobs beside them; `blobs` itself is no link.
+        with named(path):
+            if path.is_symlink() and path.resolve().parent != path.parent.resolve().parent.parent / "blobs":
+                raise ModelError(f"{path} is a link, which is not followed: put the file itself there.")
+            return path if path.is_file() else None
 
     def filenames(self) -> list[str]:
         return sorted(path.name for path in Path(self.name).iterdir())
@@ -133,17 +149,34 @@ def _check_blob(path: Path) -> None:
         raise ModelError(f"{path} has SHA-256 {found}, not {blob.name}: delete {blob} and download it again.")
 
 
+def read_text(path: Path) -> str:
+    """A description's text.
+
+    Raises:
+        ModelError: it is too long, not UTF-8, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise ModelError(f"{path} is too long: a description has at most {MAX_TEXT_BYTES} bytes.")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not text in UTF-8: {error}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Raises:
         ModelError: it is too long, or holds something else.
     """
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ModelError(f"{path} has {size} bytes: a description has at most {MAX_JSON_BYTES}.")
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -161,8 +194,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read as safetensors: {error}. Copy or download it again.") from error
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two are PyTorch's, at huge shapes
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{path} cannot be read as safetensors: {reason}. Copy or download it again.") from error
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from homebrew.errors import ConfigError, ModelError
 
+MAX_ALPHA = 1e6
+"""More is no scale that anybody trains with, and makes infinities of weights that are finite."""
+
 TARGETS = ("c_attn", "c_proj", "c_fc", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 """Matrices that can be adapted; "c_proj" is both attention's and the MLP's."""
 
@@ -39,8 +42,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ConfigError(f"rank={self.rank!r}: must be a whole number of at least 1.")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ConfigError(f"alpha={self.alpha!r}: must be above 0; leave it out for 2 * rank.")
+        if self.alpha is not None and not 0 < self.alpha <= MAX_ALPHA:
+            raise ConfigError(f"alpha={self.alpha!r}: must be above 0, {MAX_ALPHA:g} at most; without it, 2 * rank.")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout!r}: must be at least 0 and less than 1.")
         unknown = sorted(set(self.target_modules) - set(TARGETS))

@@ -1,6 +1,8 @@
 """Whether and how a model is compiled, and what is done about a damaged cache of what was compiled before."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -92,7 +94,7 @@ def try_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *, ev
 def _pass(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates: bool) -> None:
     device, (input_ids, targets) = accelerator.device, batch
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), accelerator.no_sync(model):
+        with _rng_forked(device), accelerator.no_sync(model):
             model(input_ids, targets).backward()
             if evaluates:
                 with torch.no_grad():
@@ -100,3 +102,15 @@ def _pass(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates
     finally:
         model.train()
         model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _rng_forked(device: torch.device) -> Iterator[None]:
+    """Afterwards PyTorch's generators are where they were; MPS has one, which `fork_rng` does not know."""
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if mps is not None:
+            torch.mps.set_rng_state(mps)

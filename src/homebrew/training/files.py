@@ -137,8 +137,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file and its size."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path} cannot be opened: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # the latter of a name that no file can have
+        raise CorruptCheckpoint(f"{path} cannot be opened: {getattr(error, 'strerror', error)}.") from error
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):

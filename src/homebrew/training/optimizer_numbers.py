@@ -26,19 +26,24 @@ class OptimizerNumbers:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._model = model
         self._optimizer = optimizer
-        self._settings = [dict(group) for group in optimizer.param_groups]
+        self._settings = [_remembered(group) for group in optimizer.param_groups]
 
     def state(self) -> tuple[dict[str, Any], list[str]]:
-        """The numbers, and the names of what is neither a number nor a tensor and cannot be kept."""
+        """The numbers, and the names of what cannot be kept.
+
+        That is what is neither a number nor a tensor, if a parameter has it, or a group and the optimizer has changed
+        it; and a group's tensors.
+        """
         parameters, groups, lost = {}, [], []
         for name, parameter in self._model.named_parameters():
             values = self._optimizer.state.get(parameter, {})
             parameters[name] = {key: value for key, value in values.items() if _is_number(value)}
             lost += [key for key, value in values.items() if not (_is_number(value) or _is_kept_elsewhere(value))]
         for group, settings in zip(self._optimizer.param_groups, self._settings, strict=True):
-            ours = {key: value for key, value in group.items() if key not in _NOT_KEPT}
-            groups.append({k: v for k, v in ours.items() if _is_number(v) and v != settings.get(k)})
-            lost += [key for key, value in ours.items() if key not in settings and not _is_number(value)]
+            changed = {key: group[key] for key, value in _remembered(group).items() if value != settings.get(key)}
+            groups.append({key: value for key, value in changed.items() if _is_number(value)})
+            lost += [key for key, value in changed.items() if not _is_number(value)]
+            lost += [key for key, value in group.items() if key not in _NOT_KEPT and isinstance(value, Tensor)]
         return {
             "parameters": {name: numbers for name, numbers in parameters.items() if numbers},
             "groups": groups,
@@ -77,6 +82,18 @@ class OptimizerNumbers:
             self._optimizer.state[named[name]].update(numbers)
         for group, numbers in zip(self._optimizer.param_groups, state["groups"], strict=True):
             group.update(numbers)
+
+
+def _remembered(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings, so that a change is seen: of what can change in place, what it looks like.
+
+    Tensors are left out: they may be large, and on a GPU. A tuple is as a list, which PyTorch makes of it on a resume.
+    """
+    return {
+        key: value if _is_number(value) else repr(list(value) if isinstance(value, tuple) else value)
+        for key, value in group.items()
+        if key not in _NOT_KEPT and not isinstance(value, Tensor)
+    }
 
 
 def _is_number(value: object) -> bool:

@@ -115,7 +115,8 @@ def join(files: Iterable[tuple[Path, Mapping[str, Tensor]]], *, max_bytes: int) 
             first, total = _rows(path, name, tensors)
             if name not in whole:
                 shape = (total, *piece.shape[1:]) if piece.dim() else ()
-                max_bytes -= math.prod(shape) * piece.element_size()
+                # A row of no bytes counts too: else a size of 0 would let the others be any.
+                max_bytes -= math.prod(max(size, 1) for size in shape) * piece.element_size()
                 if max_bytes < 0:
                     raise CorruptCheckpoint(f"{path}: {name} is of shape {shape}, more than its files can hold.")
                 whole[name], filled[name] = torch.empty(shape, dtype=piece.dtype), 0

@@ -13,7 +13,7 @@ from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, Dat
 from homebrew.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from homebrew.model.adapters import load_adapter
 from homebrew.model.config import GPTConfig
-from homebrew.model.files import read_json
+from homebrew.model.files import named, open_source, read_json
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import (
     LoRAConfig,
@@ -29,6 +29,7 @@ from homebrew.training.manifest import Checkpoint, open_checkpoint
 from homebrew.training.state import EMBEDDING, TIED
 from homebrew.training.tokenizers import find_tokenizer
 
+POSITIONS = "transformer.wpe.weight"
 MODEL_FILE = "model"
 ADAPTER_FILE = "adapter"
 
@@ -53,7 +54,7 @@ def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tup
     checkpoint = _find(Path(source))
     if checkpoint is not None:
         model, tokenizer = _open(checkpoint, base)
-    elif Path(source, ADAPTER_CONFIG).is_file():
+    elif _is_adapter(source):
         model, tokenizer = _open_adapter(Path(source), base)
     else:
         model = GPT.from_pretrained(source)
@@ -65,11 +66,18 @@ def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tup
 
 def _find(folder: Path) -> Checkpoint | None:
     """The checkpoint that a folder is, or holds as a run; None if it is neither."""
-    if (folder / "checkpoints").is_dir():
+    with named(folder):
+        is_run = (folder / "checkpoints").is_dir()
+        is_checkpoint = folder.name.startswith("step-") or (folder / "manifest.json").exists()
+    if is_run:
         return _newest(folder)
-    if folder.name.startswith("step-") or (folder / "manifest.json").exists():
-        return open_checkpoint(folder)
-    return None
+    return open_checkpoint(folder) if is_checkpoint else None
+
+
+def _is_adapter(source: str | Path) -> bool:
+    """Whether this is a folder with an adapter in PEFT's format."""
+    with named(source):
+        return Path(source, ADAPTER_CONFIG).is_file()
 
 
 def _newest(folder: Path) -> Checkpoint:
@@ -89,11 +97,14 @@ def _open(checkpoint: Checkpoint, base: str | Path | None) -> tuple[GPT, Tokeniz
 
 
 def _open_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
-    source = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    path = open_source(folder).find(ADAPTER_CONFIG)
+    source = base or (read_json(path).get("base_model_name_or_path") if path else None)
     if not isinstance(source, str | Path):
         raise CheckpointError(
             f"The adapter in {folder} does not say where its base is: give the base's folder, run or repository."
         )
+    if _is_adapter(source):  # which might lead back to this one
+        raise CheckpointError(f"{source} holds an adapter only: give the base that it was trained on itself.")
     model, tokenizer = load_run_model(source)
     load_adapter(model, folder)
     return model.eval(), tokenizer
@@ -121,9 +132,11 @@ def checkpoint_model(checkpoint: Checkpoint) -> GPT:
     tensors = checkpoint.tensors(MODEL_FILE)
     if config.n_layer > len(tensors):  # before a model of that size is built
         raise CorruptCheckpoint(f"{path} has {len(tensors)} tensors, too few for n_layer={config.n_layer}.")
+    sizes = {EMBEDDING: (config.padded_vocab_size, config.n_embd), POSITIONS: (config.block_size, config.n_embd)}
+    _check_tensors(path, {name: tensor for name, tensor in tensors.items() if name in sizes}, sizes)
     with torch.device("meta"):
         model = GPT(config)
-    _check_tensors(path, tensors, {name: t for name, t in model.state_dict().items() if name != TIED})
+    _check_tensors(path, tensors, {name: tuple(t.shape) for name, t in model.state_dict().items() if name != TIED})
     state = {name: tensor.float() for name, tensor in tensors.items()}
     model.load_state_dict(state | {TIED: state[EMBEDDING]}, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
@@ -160,7 +173,7 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
     except ModelError as error:
         raise CorruptCheckpoint(f"{path} does not fit what state.json says of it: {error}") from error
     add_lora(model, config)
-    _check_tensors(path, tensors, adapter_state_dict(model))
+    _check_tensors(path, tensors, {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()})
     load_adapter_state_dict(model, tensors)
     return model.eval()
 
@@ -184,13 +197,13 @@ def _config(checkpoint: Checkpoint) -> GPTConfig:
         raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe a model: {error}") from error
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Any]) -> None:
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise CorruptCheckpoint(f"{path} has no tensor {name}, which its model has.")
         if name not in expected:
             raise CorruptCheckpoint(f"{path} has a tensor {name}, which its model has not.")
-        found, needed = tensors[name], tuple(expected[name].shape)
+        found, needed = tensors[name], expected[name]
         if tuple(found.shape) != needed or not found.is_floating_point():
             raise CorruptCheckpoint(
                 f"{path}: {name} is {found.dtype} of shape {tuple(found.shape)}, but its model's is of {needed}."

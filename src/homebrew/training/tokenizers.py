@@ -7,7 +7,7 @@ from typing import Any
 
 from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, gpt2_files, tokenizer_from_json
 from homebrew.errors import DataError, ModelError, TokenizerError
-from homebrew.model.files import Source, open_source, read_json
+from homebrew.model.files import Source, open_source, read_json, read_text
 from homebrew.model.pretrained import CONFIG_FILE
 from homebrew.model.tokenizer_files import END_OF_TEXT, OUR_FILE
 
@@ -66,12 +66,18 @@ def _byte_pairs(source: Source) -> _BytePairs | None:
         if path is None or merges_path is None:
             return None
         vocabulary = read_json(path)
-        lines = merges_path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_text(merges_path).split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
     if not isinstance(vocabulary, dict) or not isinstance(merges, list):
         return None
-    pairs = [" ".join(pair) if isinstance(pair, list) else pair for pair in merges]
+    pairs = [" ".join(pair) if _is_texts(pair) else pair for pair in merges]
+    if not _is_texts(pairs):
+        return None
     return {token: i for token, i in vocabulary.items() if token != END_OF_TEXT}, pairs
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _is_gpt2s(found: _BytePairs | None) -> bool:
