@@ -51,7 +51,7 @@ def main(options: Options) -> None:
     trainer.train(resume=options.resume)
     said = trainer.sample("ROMEO:", max_new_tokens=100, top_k=50, seed=options.seed)
     trainer.accelerator.print(f"\n{said}\n\nCheckpoints, metrics.jsonl and run.json are in {options.output_dir}.")
-    trainer.accelerator.print("To go on from the newest checkpoint: run this again with --resume.")
+    trainer.accelerator.print("A run that was stopped before its last step goes on with --resume.")
 
 
 if __name__ == "__main__":

@@ -368,6 +368,13 @@ def test_the_doctor_says_what_keeps_a_run_from_starting(tmp_path, monkeypatch):
     assert "started 2 processes" in launch.fix
 
 
+def test_what_the_doctor_advises_is_printed_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("homebrew.cli.doctor.version", lambda _: None)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor", "--output-dir", str(tmp_path)]) == 0
+    assert "pip install 'homebrew-gpt[plot]'" in capsys.readouterr().out
+
+
 def test_the_doctor_fails_where_a_run_would_not_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["doctor", "--output-dir", str(tmp_path)]) == 1

@@ -57,6 +57,7 @@ class Doctor:
             LaunchError: a run would not start.
         """
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title="homebrew doctor", title_justify="left")
@@ -64,7 +65,8 @@ class Doctor:
             table.add_column(column, overflow="fold")
         findings = list(examine(self.output_dir))
         for finding in findings:
-            table.add_row(finding.topic, finding.found, finding.fix, style="yellow" if finding.fix else None)
+            cells = (finding.topic, escape(finding.found), escape(finding.fix))  # 'homebrew-gpt[plot]' is no markup
+            table.add_row(*cells, style="yellow" if finding.fix else None)
         Console().print(table)
         advised = sum(bool(finding.fix) for finding in findings)
         print(f"{advised} thing(s) could be better." if advised else "Nothing is missing.")
@@ -149,16 +151,16 @@ def _processes(accelerator: "Accelerator") -> Finding:
 
 
 def _precision(accelerator: "Accelerator") -> Finding:
-    import torch
+    from homebrew.training.launch import multiplies_bf16
 
     precision = accelerator.mixed_precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     found = f"{precision}, as the launcher says" if launched else str(precision)
     fix = ""
-    if accelerator.device.type == "cuda" and precision == "no":
-        fix = "accelerate launch --mixed_precision bf16 is several times as fast."
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            fix = "This GPU has no bfloat16: --mixed-precision fp16 is faster."
+    if precision == "no" and multiplies_bf16():
+        fix = "The launcher asks for float32: accelerate launch --mixed_precision bf16, or plain python, is faster."
+    elif precision == "no" and accelerator.device.type == "cuda":
+        fix = "This GPU has no bfloat16: --mixed-precision fp16 is faster."
     return Finding("precision", found, fix)
 
 

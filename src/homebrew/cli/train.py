@@ -85,7 +85,7 @@ class Train:
     seed: int = 42
     """Of the weights, the split, the order of samples and dropout."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto: what the launcher chose, else bf16 on a GPU that has it."""
+    """auto: what the launcher chose, else bf16 on a GPU or CPU that multiplies it."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Whether to compile the model; auto: on a GPU."""
     eval_every: int | None = None

@@ -44,11 +44,13 @@ def open_source(name_or_folder: str | Path, *, revision: str | None = None, loca
     """
     name = str(name_or_folder)
     with named(name):
-        is_folder = Path(name).is_dir()
+        is_folder, is_file = Path(name).is_dir(), Path(name).is_file()
     if is_folder:
         if revision is not None:
             raise ModelError(f"revision={revision!r} was given, but {name} is a folder, which has none.")
         return _Folder(name)
+    if is_file:
+        raise ModelError(f"{name} is a file: give the folder it is in, a run's folder, or a repository's name.")
     if isinstance(name_or_folder, Path) or name.startswith((".", "~", "/")):
         raise ModelError(f"There is no folder {name}. Give one that exists, or a repository's name.")
     return _Repository(name, revision, local_files_only=local_files_only)

@@ -70,10 +70,10 @@ def _mixed_precision(wanted: str) -> str | None:
         return wanted
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return None
-    return "bf16" if _multiplies_bf16() else None
+    return "bf16" if multiplies_bf16() else None
 
 
-def _multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool:
     """Whether the device has instructions for products of bfloat16, and does not emulate them."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

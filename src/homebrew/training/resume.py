@@ -68,9 +68,9 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
     saved = saved if isinstance(saved, dict) else {}
     differing = [name for name in ASPECTS if saved.get(name) != ours[name] and name not in accept_changes]
     if differing:
-        lines = "\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)
+        lines = ";\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)
         raise ResumeMismatch(
-            f"The checkpoint belongs to another run:\n  {lines}\nGive this run the same, use a new output_dir, or "
+            f"The checkpoint belongs to another run:\n  {lines}.\nGive this run the same, use a new output_dir, or "
             f"go on knowingly with train(resume=True, accept_changes={tuple(differing)!r})."
         )
 
