@@ -290,6 +290,8 @@ BROKEN = {  # how: its layout, which process's error comes first, and what it sa
     "evaluation": ("ddp2", "1", "ValueError: this sample cannot be read"),
     "save": ("ddp2", "0", "CheckpointError: "),
     "part": ("fsdp2", "1", "CheckpointError: "),
+    "commit": ("fsdp2", "0", "CheckpointError: "),
+    "lone commit": ("ddp2", "0", "CheckpointError: "),
     "disk": ("fsdp2", "01", "ConfigError: output_dir="),
 }
 
@@ -326,3 +328,5 @@ def test_a_process_that_breaks_ends_the_job_with_its_own_error_first(broken_jobs
     assert left_behind(folder) == []
     if how == "part":
         assert "CheckpointError: Process 1 on " in "".join(error for rank, error in shown if rank == "0")
+    if how.endswith("commit"):
+        assert "CheckpointError: Process 0 could not write " in "".join(error for rank, error in shown if rank == "1")
