@@ -187,6 +187,14 @@ def test_all_processes_write_together_what_one_would(runs, layout):
         assert_same_files(saved, checkpoint_of(folder / "plain", step))
 
 
+def test_what_an_optimizer_does_not_shard_is_saved_once_and_goes_on_bitwise(tmp_path):
+    task = {"row_rms": True, "max_steps": 8, "save_every": 4} | TOGETHER
+    resumed = task | {"resume": str(checkpoint_of(tmp_path / "whole", 4))}
+    found = launch(tmp_path, "fsdp2", whole=task, resumed=resumed)
+    assert found["resumed"]["losses"] == found["whole"]["losses"][4:]
+    assert_same_files(checkpoint_of(tmp_path / "resumed", 8), checkpoint_of(tmp_path / "whole", 8))
+
+
 KILLED = {  # layout, what is asked of it, when a process kills itself
     "ddp2": ("ddp2", {"signal": "SIGKILL"}),
     "fsdp2": ("fsdp2", {"signal": "SIGKILL"}),
