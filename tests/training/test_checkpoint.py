@@ -231,6 +231,24 @@ def test_an_error_in_the_background_is_raised_once_by_its_name(store, tiny):
     assert names(store) == []
 
 
+@pytest.mark.parametrize("error", [None, CheckpointError("Process 1 could not write its part")])
+def test_a_part_that_fails_waits_for_the_others_before_the_folder_is_cleared(store, tiny, error):
+    found = []
+
+    def others():
+        found.extend(names(store))
+        if error is not None:
+            raise error
+        return {}
+
+    store.start(1)
+    files = tiny["full"](1) | {"model": {"w": torch.tensor(float("nan"))}}
+    with pytest.raises(NonFiniteError, match="step 1 was not saved"):
+        store.save(1, files, tiny["state"], others=others)
+    assert found == [".step-00000001.writing"]
+    assert names(store) == []
+
+
 # --- folders from strangers
 
 

@@ -187,6 +187,14 @@ def test_all_processes_write_together_what_one_would(runs, layout):
         assert_same_files(saved, checkpoint_of(folder / "plain", step))
 
 
+def test_what_an_optimizer_does_not_shard_is_saved_once_and_goes_on_bitwise(tmp_path):
+    task = {"row_rms": True, "max_steps": 8, "save_every": 4} | TOGETHER
+    resumed = task | {"resume": str(checkpoint_of(tmp_path / "whole", 4))}
+    found = launch(tmp_path, "fsdp2", whole=task, resumed=resumed)
+    assert found["resumed"]["losses"] == found["whole"]["losses"][4:]
+    assert_same_files(checkpoint_of(tmp_path / "resumed", 8), checkpoint_of(tmp_path / "whole", 8))
+
+
 KILLED = {  # layout, what is asked of it, when a process kills itself
     "ddp2": ("ddp2", {"signal": "SIGKILL"}),
     "fsdp2": ("fsdp2", {"signal": "SIGKILL"}),
@@ -290,6 +298,8 @@ BROKEN = {  # how: its layout, which process's error comes first, and what it sa
     "evaluation": ("ddp2", "1", "ValueError: this sample cannot be read"),
     "save": ("ddp2", "0", "CheckpointError: "),
     "part": ("fsdp2", "1", "CheckpointError: "),
+    "commit": ("fsdp2", "0", "CheckpointError: "),
+    "lone commit": ("ddp2", "0", "CheckpointError: "),
     "disk": ("fsdp2", "01", "ConfigError: output_dir="),
 }
 
@@ -326,3 +336,5 @@ def test_a_process_that_breaks_ends_the_job_with_its_own_error_first(broken_jobs
     assert left_behind(folder) == []
     if how == "part":
         assert "CheckpointError: Process 1 on " in "".join(error for rank, error in shown if rank == "0")
+    if how.endswith("commit"):
+        assert "CheckpointError: Process 0 could not write " in "".join(error for rank, error in shown if rank == "1")

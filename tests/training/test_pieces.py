@@ -4,10 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from homebrew.errors import CorruptCheckpoint
+from homebrew.errors import CheckpointError, CorruptCheckpoint
 from homebrew.training.manifest import open_checkpoint
-from homebrew.training.pieces import cut, find_pieces, join, piece_name
+from homebrew.training.pieces import check_placements, cut, find_pieces, join, piece_name
 
 WHOLE = {"w": torch.arange(20.0).view(5, 4), "b": torch.arange(3, dtype=torch.int64), "step": torch.tensor(7.0)}
 NAMES = [piece_name("model", index, 3) for index in range(3)]
@@ -41,6 +44,27 @@ def test_what_was_split_is_whole_again(store):
 def test_what_is_not_shared_out_is_the_first_shards():
     assert cut(WHOLE, 0) == WHOLE
     assert cut(WHOLE, 1) == {}
+
+
+@pytest.fixture
+def placed():
+    """Puts a tensor on a mesh of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda tensor, placement: DTensor.from_local(tensor, mesh, [placement], run_check=False)
+    torch.distributed.destroy_process_group()
+
+
+def test_only_what_is_sharded_has_rows(placed):
+    tensors = {"w": placed(WHOLE["w"], Shard(0)), "b": placed(WHOLE["b"], Replicate()), "step": WHOLE["step"]}
+    assert cut(tensors, 0).keys() == {"w", "w[rows]", "b", "step"}
+    assert cut(tensors, 1).keys() == {"w", "w[rows]"}
+
+
+@pytest.mark.parametrize("placement", [Shard(1), Partial(), _StridedShard(0, split_factor=2)])
+def test_what_is_shared_out_otherwise_is_an_error_when_it_is_saved(placed, placement):
+    with pytest.raises(CheckpointError, match=r"w//rows is .*gather_limit_bytes"):
+        check_placements({"w//rows": placed(WHOLE["w"], placement)})
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,17 @@ def test_another_processs_error_is_the_firsts_by_name(reports, tmp_path, error, 
         first.collect("token", tmp_path)
 
 
+def test_the_first_error_is_told_once_no_other_process_writes(reports, tmp_path):
+    with pytest.raises(CheckpointError):
+        reports(1).send("token", fails(CheckpointError("no space")))
+    later = threading.Timer(0.2, lambda: reports(2).send("token", lambda: write(tmp_path, "b.safetensors")))
+    later.start()
+    with pytest.raises(CheckpointError, match=r"Process 1 on .* could not write its part: CheckpointError: no space"):
+        reports(0).collect("token", tmp_path)
+    assert (tmp_path / "b.safetensors").exists()
+    later.join()
+
+
 def test_a_process_that_does_not_report_is_named(reports, tmp_path):
     reports(1).send("token", dict)
     reports(2).send("an earlier token", dict)

@@ -5,6 +5,8 @@ import math
 import os
 import signal
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,6 +189,63 @@ def test_in_a_notebook_a_stop_is_a_keyboard_interrupt_after_the_save(tmp_path, m
     assert trainer.step == 6
 
 
+def test_a_save_that_fails_while_the_run_ends_otherwise_is_told_of_and_over(tmp_path, monkeypatch):
+    class Break(Callback):
+        def on_save(self, trainer, path):
+            if broken:
+                raise ValueError("a callback's own")
+
+    def full(*_):
+        raise CheckpointError("no space")
+
+    broken = True
+    trainer = make(tmp_path, max_steps=4, save_every=2, callbacks=[Break()])
+    with monkeypatch.context() as patch:
+        patch.setattr("homebrew.training.checkpoint.write_checkpoint", full)
+        with (
+            pytest.warns(UserWarning, match="A checkpoint could not be written either: no space"),
+            pytest.raises(ValueError, match="a callback's own"),
+        ):
+            trainer.train()
+    broken = False
+    assert trainer.save().is_dir()  # this step is not taken to be saved
+    trainer.train(resume=True)
+    assert trainer.step == 4
+
+
+def test_processes_that_wait_for_a_writer_ask_again_and_again(tmp_path, monkeypatch):
+    asked, enough = [], threading.Event()
+
+    def gather(accelerator, data):
+        asked.append(json.loads(data))
+        if len(asked) == 3:
+            enough.set()
+        return [data]
+
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    trainer._saver._store.in_background(1, enough.wait)  # a disk that is slower than any collective may be
+    monkeypatch.setattr("homebrew.training.saver._ASK_SECONDS", 0.01)
+    monkeypatch.setattr("homebrew.training.saver.gather_bytes", gather)
+    trainer._saver.wait()
+    assert asked[:3] == [[True, False]] * 3
+    assert asked[-1] == [False, False]
+
+
+def test_a_save_outside_a_run_does_not_wait_for_a_process_that_is_lost(tmp_path, monkeypatch):
+    def lost(*_):
+        raise torch.distributed.DistNetworkError("Connection closed by peer")
+
+    given_up = []
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    trainer._saver._reports = SimpleNamespace(give_up=lambda: given_up.append(True))
+    monkeypatch.setattr("homebrew.training.saver.gather_bytes", lost)
+    with pytest.raises(torch.distributed.DistNetworkError):
+        trainer.save()
+    assert given_up == [True]
+
+
 def test_a_guard_that_raised_does_not_hold_back_what_comes_after(tmp_path):
     trainer = make(tmp_path, max_steps=4)
     before = {name: value.clone() for name, value in weights(trainer).items()}
@@ -315,6 +374,7 @@ def test_one_seed_sets_model_order_and_dropout(tmp_path):
     assert not same(runs[0], runs[2])
 
 
+@pytest.mark.filterwarnings("ignore:A checkpoint could not be written either")  # unless it is the first to be told
 @pytest.mark.parametrize("where", ["weights", "gradient"])
 def test_a_number_that_is_not_finite_stops_the_run_before_the_weights(tmp_path, where):
     trainer = make(tmp_path, max_steps=6, log_every=3, save_every=1, callbacks=[])

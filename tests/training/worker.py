@@ -4,6 +4,7 @@ The job names a layout, time-outs and tasks; each task is a run of a Trainer. Wh
 goes into the job's result file, what every process read into the task's folder.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
 from homebrew.model.lora import LoRAConfig, add_lora
+from homebrew.training import checkpoint
 from homebrew.training.callbacks import Callback
 
 VOCABULARY = 50
@@ -72,6 +74,9 @@ class Watch(Callback):
         full = {"save": 0, "part": 1}.get(self.task.get("break"))
         if trainer.step == 3 and trainer.accelerator.process_index == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))  # as a full disk would
+        commits = trainer.step == trainer.config.max_steps and trainer.accelerator.process_index == 0
+        if commits and self.task.get("break", "").endswith("commit"):
+            checkpoint.rename = no_space
         if trainer.step == 7 and trainer.accelerator.process_index == 1 and "signal" in self.task:
             os.kill(os.getpid(), getattr(signal, self.task["signal"]))
 
@@ -108,6 +113,32 @@ class Poison(Callback):
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             digest.update(local.contiguous().numpy().tobytes())
         self.digests.append(digest.hexdigest())
+
+
+class RowRMS(torch.optim.Optimizer):
+    """RMSprop with one number a row: of a sharded parameter this is a replicated tensor."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["rows"] = parameter.new_zeros(len(parameter), *[1] * (parameter.dim() - 1))
+                square = parameter.grad.square()
+                square = square.mean(-1, keepdim=True) if square.dim() > 1 else square
+                state["rows"].mul_(0.9).add_(square, alpha=0.1)
+                parameter.sub_(group["lr"] * parameter.grad / (state["rows"].sqrt() + 1e-8))
+
+
+def no_space(*_):
+    """A commit that fails, the parts being there."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def limit_memory(model, most):
@@ -166,6 +197,7 @@ def build(task, rank):
             collective_timeout_seconds=task.get("timeout", 120),
         ),
         callbacks=[watch, poison],
+        optimizer=RowRMS(model.parameters()) if task.get("row_rms") else None,
     )
     return trainer, train, watch, poison
 

@@ -211,9 +211,15 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Wait for a background save, whatever becomes of it."""
+        self.is_writing(None)
+
+    def is_writing(self, seconds: float | None) -> bool:
+        """Whether a background save is still under way after so many seconds; None: wait for its end."""
         if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+            self._writer.join(seconds)
+            if not self._writer.is_alive():
+                self._writer = None
+        return self._writer is not None
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole.

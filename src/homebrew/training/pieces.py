@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from homebrew.errors import CorruptCheckpoint
+from homebrew.errors import CheckpointError, CorruptCheckpoint
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -74,16 +74,30 @@ def own_rows(tensor: Tensor) -> Tensor:
     return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
+def check_placements(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what `cut` cannot: these tensors' rows would not come together again.
+
+    Raises:
+        CheckpointError: a tensor is neither sharded by rows nor the same on every process.
+    """
+    for name, tensor in tensors.items():
+        if _is_sharded(tensor) and not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
+            raise CheckpointError(
+                f"{name} is shared out as {tensor.placements}: processes can write together only what is sharded by "
+                f"rows, Shard(0), or whole. Raise gather_limit_bytes, and process 0 writes alone."
+            )
+
+
 def cut(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
     """The rows that this process has of each tensor, and which they are; whole tensors are the first shard's.
 
     Args:
-        tensors: sharded by rows, or plain and the same on every process.
+        tensors: sharded by rows, or the same on every process, plain or replicated.
         index: of this process's shard.
     """
     pieces = {}
     for name, tensor in tensors.items():
-        if _is_sharded(tensor) and tensor.dim():
+        if _is_sharded(tensor) and any(placement.is_shard() for placement in tensor.placements):
             [chunk] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
             if chunk.sizes[0]:  # of few rows, some shards have none
                 pieces[name] = own_rows(tensor)

@@ -73,7 +73,7 @@ class Reports:
             self._store.set(_key(token, self._rank), json.dumps(report))
 
     def collect(self, token: str, folder: Path) -> dict[str, Entry]:
-        """On the first process: wait for the others.
+        """On the first process: wait for the others, for all of them also where one has failed.
 
         Args:
             token: of the save.
@@ -88,19 +88,14 @@ class Reports:
         """
         deadline = time.monotonic() + self._timeout_seconds
         entries: dict[str, Entry] = {}
+        first_error: HomebrewError | None = None
         for rank in self._others:
-            report = self._await(token, rank, folder, deadline)
-            who = f"Process {rank} on {report['host']}"
-            if "error" in report:
-                kind = getattr(errors, report["error"], CheckpointError)
-                kind = kind if issubclass(kind, HomebrewError) else CheckpointError
-                raise kind(f"{who} could not write its part: {report['error']}: {report['message']}")
-            for name, entry in report["files"].items():
-                entries[name] = Entry(**entry)
-                if not is_regular(folder / name, size=entries[name].size):
-                    raise CheckpointError(
-                        f"{who} has written {folder / name}, but it is not there for process 0. {SHARE}"
-                    )
+            try:
+                entries |= _entries(self._await(token, rank, folder, deadline), rank, folder)
+            except HomebrewError as error:
+                first_error = first_error or error
+        if first_error is not None:  # not before: the folder is then cleared, and none may still write into it
+            raise first_error
         return entries
 
     def give_up(self) -> None:
@@ -132,6 +127,20 @@ SHARE = (
     "Processes that write a checkpoint together need an output_dir on a file system that all share; or raise "
     "gather_limit_bytes, and process 0 writes alone."
 )
+
+
+def _entries(report: Mapping[str, Any], rank: int, folder: Path) -> dict[str, Entry]:
+    """The files that a report tells of, once they are seen to be there; or the error it tells of, raised."""
+    who = f"Process {rank} on {report['host']}"
+    if "error" in report:
+        kind = getattr(errors, report["error"], CheckpointError)
+        kind = kind if issubclass(kind, HomebrewError) else CheckpointError
+        raise kind(f"{who} could not write its part: {report['error']}: {report['message']}")
+    entries = {name: Entry(**entry) for name, entry in report["files"].items()}
+    for name, entry in entries.items():
+        if not is_regular(folder / name, size=entry.size):
+            raise CheckpointError(f"{who} has written {folder / name}, but it is not there for process 0. {SHARE}")
+    return entries
 
 
 def _key(token: str, rank: int) -> str:

@@ -31,6 +31,9 @@ from homebrew.training.sharding import is_sharded
 from homebrew.training.state import Files, check_files, gather_run, reserve_staging, run_bytes, scatter_run
 from homebrew.training.writing import write_files
 
+_ASK_SECONDS = 1.0
+"""How long a process waits for its own writer before it asks for the others'."""
+
 
 class RunSaver:
     """The checkpoints of one run; every method is collective.
@@ -165,11 +168,11 @@ class RunSaver:
         """
         reports, store = self._reports, self._store
         others = None
+        self.wait()
+        files = gather_run(self._accelerator, self._model, self._optimizer, self._guard, in_pieces=reports is not None)
         if reports is not None:
-            self.wait()  # on every process, so that an error is one on every process
             token = on_main(self._accelerator, partial(self._start, step))
             others = partial(reports.collect, token, store.temporary(step))
-        files = gather_run(self._accelerator, self._model, self._optimizer, self._guard, in_pieces=reports is not None)
         if self._accelerator.is_main_process:
             store.save_in_background(step, files, self._state(), score=self.eval_loss, others=others)
         elif reports is not None:
@@ -226,12 +229,30 @@ class RunSaver:
         """Whether this process's writer has failed."""
         return self._store.failed
 
-    def raise_failure(self) -> None:
-        """Raise what a writer has failed with, once any process knows that one has: its own error, or what it says.
+    def wait(self) -> None:
+        """Wait until no process writes any more.
+
+        They ask each other again and again: no collective waits for a disk, and a process that is lost is soon a
+        collective's error, on the first process too, whose writer may wait for that one's part.
 
         Raises:
-            CheckpointError: always, if not what the writer has failed with.
+            CheckpointError: on every process, if not what its own writer has failed with: one could not write.
         """
+        writing = failed = True
+        while writing:
+            mine = [self._store.is_writing(_ASK_SECONDS), self._store.failed]
+            told = gather_bytes(self._accelerator, json.dumps(mine).encode())
+            writing, failed = map(any, zip(*map(json.loads, told), strict=True))
+        if failed:
+            self._raise_failure()
+
+    def finish(self) -> None:
+        """`wait`, outside a run: here too a process that is lost ends the first one's wait for its part."""
+        with self:
+            self.wait()
+
+    def _raise_failure(self) -> None:
+        """Raise what a writer has failed with, once all know that one has: its own error, or what it says."""
         self._saved_step = None
         own = self._store.take_error()
         told = gather_bytes(self._accelerator, json.dumps(own and str(own)).encode())
@@ -240,22 +261,6 @@ class RunSaver:
         if rank != self._accelerator.process_index:
             time.sleep(PATIENCE_SECONDS)  # its own error is to be shown first
         raise own or CheckpointError(f"Process {rank} could not write a checkpoint: {failed[rank]}")
-
-    def wait(self) -> None:
-        """Wait for the writer, and raise what it failed with.
-
-        Where all write together, for the others' first: a process that is lost is then a collective's error.
-        """
-        if self._reports is not None:
-            if not self._accelerator.is_main_process:
-                self._store.close()
-            if any(map(int, gather_bytes(self._accelerator, b"%d" % self._store.failed))):
-                self.raise_failure()
-        try:
-            self._store.wait()
-        except BaseException:
-            self._saved_step = None
-            raise
 
     def __enter__(self) -> Self:
         return self
@@ -266,3 +271,7 @@ class RunSaver:
         if self._reports is not None and error is not None and (is_lost(error) or is_lost(error.__cause__)):
             self._reports.give_up()
         self._store.close()
+        if error is not None:
+            self._saved_step = None  # who asks for this step's save again does not know whether it was written
+            if own := self._store.take_error():
+                warnings.warn(f"A checkpoint could not be written either: {own}", stacklevel=3)

@@ -26,7 +26,7 @@ from homebrew.errors import CorruptCheckpoint
 from homebrew.model.lora import LoRALinear
 from homebrew.training.collective import broadcast_bytes, gather_bytes
 from homebrew.training.guard import Guard
-from homebrew.training.pieces import cut, my_shard, own_rows, piece_name
+from homebrew.training.pieces import check_placements, cut, my_shard, own_rows, piece_name
 from homebrew.training.rng import check_rng, restore_rng, rng_state
 
 TIED = "lm_head.weight"
@@ -69,6 +69,9 @@ def gather_run(
     Returns:
         The files' tensors, on the CPU, copies that training will not change: all of them on the first process and
         none on the others, or on each its own piece of weights and optimizer, of which there may be none.
+
+    Raises:
+        CheckpointError: on every process, a tensor cannot be left where it is.
     """
     states = gather_bytes(accelerator, save(rng_state()))
     options = _options(accelerator, model, gathered=not in_pieces)
@@ -76,6 +79,8 @@ def gather_run(
     weights.pop(TIED, None)
     files = {_weights_file(model): weights, "optimizer": _optimizer_tensors(model, optimizer, options)}
     if in_pieces:
+        for tensors in files.values():  # on every process, also those that write no shard
+            check_placements(tensors)
         shard = my_shard(model)
         files = {piece_name(name, *shard): cut(files[name], shard[0]) for name in files} if shard else {}
     elif not accelerator.is_main_process:

@@ -264,7 +264,7 @@ class Trainer:
         *asked, stop, writer_failed = agreement.exchange(flags)
         self._stopping = self._stopping or stop
         if writer_failed:
-            self._saver.raise_failure()
+            self._saver.wait()  # raises it, on every process
         for number in (number for number, flag in zip(HANDLED, asked, strict=True) if flag):
             self.save()
             if number in (signal.SIGTERM, signal.SIGINT):
@@ -314,7 +314,7 @@ class Trainer:
                 self._saver.save(self.step)
             self._tell("on_save", path)
         if not self._running:
-            self._saver.wait()
+            self._saver.finish()
         return path
 
     def whole_model(self) -> GPT:

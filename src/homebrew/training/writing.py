@@ -1,5 +1,6 @@
 """A checkpoint's files, written into the folder it is made in, the manifest last."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from homebrew.errors import CheckpointError, NonFiniteError
+from homebrew.errors import CheckpointError, HomebrewError, NonFiniteError
 from homebrew.training.files import sync_folder, write_durably
 from homebrew.training.manifest import (
     MANIFEST,
@@ -60,7 +61,13 @@ def write_checkpoint(
         CheckpointError: a file could not be written, or could not be read again as what it is.
         NonFiniteError: a tensor holds a number that is not finite.
     """
-    entries = write_files(folder, step, files)
+    try:
+        entries = write_files(folder, step, files)
+    except BaseException:
+        if others is not None:
+            with contextlib.suppress(HomebrewError):  # the error is the one to tell of
+                others()  # until then the folder is not to be cleared: they write into it
+        raise
     if others is not None:
         entries |= others()
     facts = state_to_json(state, step, score)
