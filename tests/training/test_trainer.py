@@ -569,6 +569,18 @@ def test_another_datasets_checkpoint_is_named(tmp_path):
         other.train(resume=True)
 
 
+def test_another_way_to_launch_is_told(tmp_path):
+    make(tmp_path, max_steps=4, callbacks=[StopAt(2)]).train()
+    store = CheckpointStore(tmp_path)
+    found, _ = store.latest()
+    store.save(3, found.files(), found.state | {"mixed_precision": "bf16", "num_processes": 2})
+    with (
+        pytest.warns(UserWarning, match="saved by 2 process"),
+        pytest.warns(UserWarning, match="trained with mixed_precision='bf16', this run has 'no'"),
+    ):
+        make(tmp_path, max_steps=4).train(resume=True)
+
+
 CHANGES = {
     "dataset": {"train": dataset(seed=9)},
     "model": {"model": GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)},

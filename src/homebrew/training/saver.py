@@ -140,14 +140,22 @@ class RunSaver:
         if checkpoint is None:
             return {"found": False, "step": 0, "eval_loss": None}
         check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
-        self._warn_of_processes(checkpoint)
+        self._warn_of_differences(checkpoint)
         self._found = checkpoint.files()
         check_files(checkpoint.path, self._found, self._bare, self._optimizer)
         self._numbers.check(checkpoint.state.get("optimizer"), checkpoint.path / STATE)
         facts = {name: checkpoint.state.get(name) for name in ("eval_loss", "optimizer")}
         return {"found": True, "step": checkpoint.step} | facts
 
-    def _warn_of_processes(self, checkpoint: Checkpoint) -> None:
+    def _warn_of_differences(self, checkpoint: Checkpoint) -> None:
+        """Say what does not keep a run from going on, but from going on bitwise."""
+        saved, ours = checkpoint.state.get("mixed_precision"), self._accelerator.mixed_precision
+        if saved != ours:
+            warnings.warn(
+                f"{checkpoint.path} was trained with mixed_precision={saved!r}, this run has {ours!r}: was it launched "
+                f"in another way? It goes on, but not as the run it was.",
+                stacklevel=7,
+            )
         saved, ours = checkpoint.state.get("num_processes"), self._accelerator.num_processes
         if saved != ours:
             warnings.warn(
@@ -210,8 +218,8 @@ class RunSaver:
         numbers, lost = self._numbers.state()
         if lost and not self._told_of_lost:
             warnings.warn(
-                f"{type(self._optimizer).__name__} keeps {', '.join(lost)}, which is neither a tensor nor a number: "
-                f"no checkpoint holds it, so a resumed run may differ from an unbroken one.",
+                f"{type(self._optimizer).__name__} keeps {', '.join(lost)}, which no checkpoint holds: a resumed run "
+                f"may differ from an unbroken one.",
                 stacklevel=6,
             )
             self._told_of_lost = True
@@ -221,6 +229,7 @@ class RunSaver:
             "tokenizer": self._tokenizer,
             "base": self._bare.source,
             "num_processes": self._accelerator.num_processes,
+            "mixed_precision": self._accelerator.mixed_precision,
             "eval_loss": self.eval_loss,
         }
 
