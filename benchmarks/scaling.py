@@ -1,7 +1,7 @@
 """How training scales over the GPUs of one machine: DDP and FSDP2, each against one GPU measured in the same call.
 
 python benchmarks/scaling.py                 # GPT-2 small and medium over 1, 2, 4 and 8 GPUs, as many as there are
-python benchmarks/scaling.py --check         # and the losses of 1 and 2 GPUs, and a resumed run on 2
+python benchmarks/scaling.py --check         # and the losses of 1 and 2 GPUs, and resumed runs on 2
 python benchmarks/scaling.py --cpu           # a baby model over 1 and 2 CPU processes: whether the script works
 """
 
@@ -41,7 +41,7 @@ class Options:
     steps: int = 20
     """Timed steps."""
     check: bool = False
-    """Also compare the losses of 1 and 2 processes over 50 steps, and of a resumed run with an unbroken one."""
+    """Also compare the losses of 1 and 2 processes over 50 steps, and of resumed runs with unbroken ones."""
     cpu: bool = False
     """A baby model over gloo instead, DDP only: the figures mean nothing."""
     json: Path | None = None
@@ -131,20 +131,23 @@ def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]
 
 
 def check(options: Options) -> dict[str, Any]:
-    """The losses of one and of two processes, and of a run that was resumed on two."""
+    """The losses of one and of two processes, and of runs that were resumed on two, by every way to save."""
     model, steps = options.models[0], 4 if options.cpu else 50
-    task = {"mode": "losses", "model": model, "steps": steps}
-    one, two = (launch(options, "none" if n == 1 else "ddp", n, task) for n in (1, 2))
-    resumed = launch(options, "ddp", 2, task | {"mode": "resume"})
-    differences = [abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)]
-    return {
-        "steps": steps,
-        "largest difference of losses, 1 and 2 processes": max(differences),
-        "last loss, 1 process": one["losses"][-1],
-        "last loss, 2 processes": two["losses"][-1],
-        "resumed in the middle on 2 processes, losses bitwise equal": resumed["losses"] == two["losses"],
-        "resumed in the middle on 2 processes, weights bitwise equal": resumed["weights"] == two["weights"],
-    }
+    task = {"mode": "losses", "model": model, "steps": steps, "settings": {}}
+    one = launch(options, "none", 1, task)
+    found: dict[str, Any] = {"steps": steps, "last loss, 1 process": one["losses"][-1]}
+    for strategy in options.strategies:
+        two = launch(options, strategy, 2, task)
+        name = f"{strategy} over 2"
+        found[f"{name}, last loss"] = two["losses"][-1]
+        differences = [abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)]
+        found[f"{name}, largest difference from 1 process"] = max(differences)
+        saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all processes": {"gather_limit_bytes": 0}}
+        for how, settings in saves.items():
+            resumed = launch(options, strategy, 2, task | {"mode": "resume", "settings": settings})
+            for facts in ("losses", "weights"):
+                found[f"{name}, resumed in the middle{how}, {facts} bitwise equal"] = resumed[facts] == two[facts]
+    return found
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 def losses(task: dict[str, Any], *, resume: bool) -> dict[str, Any]:
     """A run's losses and the hash of its weights; in one go, or in two Trainers with a checkpoint between them."""
     middle = task["steps"] // 2
-    settings = {"max_steps": task["steps"], "log_every": 1, "save_every": middle}
+    settings = {"max_steps": task["steps"], "log_every": 1, "save_every": middle, **task["settings"]}
     before, after = Losses(until=middle), Losses()
     if resume:
         trainer_of(task, before, "run", **settings).train()
