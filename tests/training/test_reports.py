@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,7 @@ def test_another_processs_error_is_the_firsts_by_name(reports, tmp_path, error, 
     first = reports(0)
     with pytest.raises(type(error)):
         reports(1).send("token", fails(error))
+    reports(2).send("token", dict)  # until it has, the first one waits
     with pytest.raises(kind, match=rf"Process 1 on .* could not write its part: {type(error).__name__}: no space"):
         first.collect("token", tmp_path)
 
@@ -114,6 +116,8 @@ def test_processes_that_met_by_other_means(monkeypatch):
 def test_reports_do_not_stay_in_the_store(reports, tmp_path):
     first, second, third = reports(0), reports(1), reports(2)
     second.send("token", dict), third.send("token", dict)
+    while not second._store.check(["homebrew/saved/token/2"]):  # `set` returns before it has arrived
+        time.sleep(0.01)
     before = second._store.num_keys()
     assert json.loads(second._store.get("homebrew/saved/token/1"))["files"] == {}
     first.collect("token", tmp_path)
