@@ -1,5 +1,6 @@
 """Who is named when processes lose each other, here threads over a store like the launcher's."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -57,3 +58,23 @@ def test_an_error_of_its_own_names_nobody(beat):
 def test_all_are_there(beat):
     first, _, _ = (beat(rank).__enter__() for rank in range(3))
     assert "though all of them are there" in ends(first, LOST)
+
+
+def test_the_beats_have_ended_when_it_is_left(monkeypatch):
+    """A thread still in the store while Python ends would take the process down with SIGABRT."""
+    beating, released = threading.Event(), threading.Event()
+
+    class Slow:
+        set = delete_key = staticmethod(lambda *_: None)
+
+        def add(self, *_):
+            if threading.current_thread() is not threading.main_thread():
+                beating.set()
+                released.wait(1)
+
+    monkeypatch.setattr(heartbeat, "connect", lambda _: Slow())
+    monkeypatch.setattr(heartbeat, "INTERVAL_SECONDS", 0.01)
+    with Heartbeat(SimpleNamespace(process_index=0, num_processes=2)) as entered:
+        assert beating.wait(10)
+        threading.Timer(0.1, released.set).start()
+    assert not entered._thread.is_alive()

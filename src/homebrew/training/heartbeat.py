@@ -53,6 +53,8 @@ class Heartbeat:
         if is_lost(error):
             missing = self._missing()
         self._ended.set()
+        if self._thread.is_alive():  # in the store while Python ends, it would take the process down by SIGABRT
+            self._thread.join(PATIENCE_SECONDS)
         if missing is not None:
             raise TrainingError(_message(missing, self._num_processes)) from error
 
