@@ -338,3 +338,26 @@ def test_a_process_that_breaks_ends_the_job_with_its_own_error_first(broken_jobs
         assert "CheckpointError: Process 1 on " in "".join(error for rank, error in shown if rank == "0")
     if how.endswith("commit"):
         assert "CheckpointError: Process 0 could not write " in "".join(error for rank, error in shown if rank == "1")
+
+
+ENDS_AT_ONCE = """
+import sys, torch
+from homebrew.training.config import TrainerConfig
+from homebrew.training.launch import build_accelerator
+accelerator = build_accelerator(TrainerConfig(output_dir=sys.argv[1], max_steps=1))
+gathered = [torch.empty(3) for _ in range(4)]
+torch.distributed.all_gather(gathered, torch.ones(3))
+"""
+
+
+def test_a_process_may_end_right_after_a_collective(tmp_path):
+    """Of four, one was aborted by gloo's threads in most launches."""
+    script = tmp_path / "script.py"
+    script.write_text(ENDS_AT_ONCE)
+    options = ["--multi_gpu", "--num_processes", "4", "--main_process_port", str(free_port())]
+    subprocess.run(
+        [*LAUNCH, *options, str(script), str(tmp_path)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        check=True,
+        timeout=120,
+    )

@@ -1,6 +1,8 @@
 """The Accelerator of a run, and the check that the launcher got the processes it asked for."""
 
+import atexit
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from accelerate.utils import (
 from homebrew.errors import ConfigError, LaunchError
 from homebrew.training.config import TrainerConfig
 
+_SETTLE_SECONDS = 0.1
 _NOT_OURS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
@@ -46,7 +49,7 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
             f"mixed_precision={config.mixed_precision!r} is not what an earlier Trainer or Accelerator of this process "
             f"chose, and Accelerate keeps one for all. Use that one's, or restart Python (in a notebook, the kernel)."
         ) from error
-    check_world(accelerator)
+    enter_world(accelerator)
     _share_cores(accelerator)
     return accelerator
 
@@ -86,8 +89,8 @@ def _share_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def check_world(accelerator: Accelerator) -> None:
-    """Refuse a world that is not the one the launcher asked for; Accelerate itself says nothing.
+def enter_world(accelerator: Accelerator) -> None:
+    """Refuse a world that is not the one the launcher asked for, of which Accelerate says nothing; see to its end.
 
     Raises:
         LaunchError: the numbers of processes differ, or what was asked for is not there.
@@ -129,6 +132,18 @@ def check_world(accelerator: Accelerator) -> None:
             f"mixed_precision={accelerator.mixed_precision!r} cannot be used on {accelerator.device.type} (Accelerate "
             f"would run float32 in its place). Choose 'bf16' or 'no'."
         )
+    if got > 1:
+        atexit.unregister(_leave_world)
+        atexit.register(_leave_world)
+
+
+def _leave_world() -> None:
+    """Before Python ends, let gloo's threads drop the tensors of the last collectives.
+
+    They need the interpreter for it, and abort the process where they find that ending (pytorch/pytorch#190489). No
+    collective may tell when they are done: at an error the others are not there to answer.
+    """
+    time.sleep(_SETTLE_SECONDS)
 
 
 def _accelerate_launched() -> bool:

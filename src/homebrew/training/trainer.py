@@ -25,7 +25,7 @@ from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
 from homebrew.training.heartbeat import Heartbeat
-from homebrew.training.launch import build_accelerator, check_world
+from homebrew.training.launch import build_accelerator, enter_world
 from homebrew.training.meter import StepMeter
 from homebrew.training.metrics import EvalMetrics
 from homebrew.training.micro_batch import explained, plan_run
@@ -68,7 +68,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.accelerator = accelerator or build_accelerator(config)
-        check_world(self.accelerator)
+        enter_world(self.accelerator)
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
