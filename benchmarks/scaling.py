@@ -1,12 +1,14 @@
 """How training scales over the GPUs of one machine: DDP and FSDP2, each against one GPU measured in the same call.
 
 python benchmarks/scaling.py                 # GPT-2 small and medium over 1, 2, 4 and 8 GPUs, as many as there are
+python benchmarks/scaling.py --models gpt2 --processes 1 --rounds 3   # what each costs on one GPU, with one process
 python benchmarks/scaling.py --check         # and the losses of 1 and 2 GPUs, and resumed runs on 2
 python benchmarks/scaling.py --cpu           # a baby model over 1 and 2 CPU processes: whether the script works
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,7 @@ class Options:
     processes: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of GPUs; those the machine does not have are left out, and said so."""
     strategies: tuple[str, ...] = ("ddp", "fsdp2")
-    """Of more than one process; FSDP2 also of one, against no wrapper."""
+    """Over every number of processes; over one also none, which all others are compared with."""
     tokens: int = 524_288
     """In a step."""
     micro_batch: int = 32
@@ -40,6 +42,8 @@ class Options:
     """Steps before the clock starts."""
     steps: int = 20
     """Timed steps."""
+    rounds: int = 1
+    """Launches of each, in turns, every other round backwards."""
     check: bool = False
     """Also compare the losses of 1 and 2 processes over 50 steps, and of resumed runs with unbroken ones."""
     cpu: bool = False
@@ -62,15 +66,15 @@ def main(options: Options) -> None:
     print(f"{device}, PyTorch {torch.__version__}, {options.tokens:,} tokens a step, NCCL_NVLS_ENABLE=0\n")
     found: list[dict[str, Any]] = []
     for model in options.models:
-        print(f"### {model}\n\n{HEADER}")
-        for strategy, count in layouts(options.strategies, counts):
-            row = {"model": model, "strategy": strategy, "processes": count}
-            row |= launch(options, strategy, count, {"mode": "measure", "model": model})
-            one = next((r for r in [*found, row] if r["model"] == model and r["processes"] == 1), row)
-            row["efficiency"] = row["tokens_per_second"] * one["processes"] / (count * one["tokens_per_second"])
-            found.append(row)
-            print(as_row(row), flush=True)
-        print()
+        runs: list[dict[str, Any]] = []
+        wanted = layouts(options.strategies, counts)
+        for turn in range(options.rounds):
+            for strategy, count in wanted if turn % 2 == 0 else reversed(wanted):
+                row = {"model": model, "strategy": strategy, "processes": count, "round": turn}
+                runs.append(row | launch(options, strategy, count, {"mode": "measure", "model": model}))
+                print(f"round {turn}: {strategy} × {count}: {runs[-1]['tokens_per_second']:,.0f}", file=sys.stderr)
+        print("\n".join([f"### {model}", "", HEADER, *table(runs, wanted), ""]), flush=True)
+        found += runs
     facts: dict[str, Any] = {"device": device, "torch": torch.__version__, "rows": found}
     if options.check and 2 in counts:
         facts["check"] = check(options)
@@ -84,17 +88,24 @@ HEADER = """\
 |---|---|---|---|---|---|---|"""
 
 
-def as_row(row: dict[str, Any]) -> str:
-    memory = "n/a" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
-    cells = [row["strategy"], row["processes"], f"{row['tokens_per_second']:,.0f}", f"{row['efficiency']:.3f}", memory]
-    cells += [f"{row['collectives']:.1%}", "n/a" if row["exposed"] is None else f"{row['exposed']:.1%}"]
-    return "| " + " | ".join(map(str, cells)) + " |"
+def table(runs: list[dict[str, Any]], wanted: list[tuple[str, int]]) -> list[str]:
+    """A row for each layout: its run of middle speed, and the median efficiency against its round's first layout."""
+    speeds = {(run["round"], run["strategy"], run["processes"]): run["tokens_per_second"] for run in runs}
+    rows = []
+    for layout in wanted:
+        own = [run for run in runs if (run["strategy"], run["processes"]) == layout]
+        middle = sorted(own, key=lambda run: run["tokens_per_second"])[len(own) // 2]
+        ratios = [run["tokens_per_second"] / speeds[run["round"], *wanted[0]] / run["processes"] for run in own]
+        memory = "n/a" if middle["peak_bytes"] is None else f"{middle['peak_bytes'] / 2**30:.1f}"
+        hidden = "n/a" if middle["exposed"] is None else f"{middle['exposed']:.1%}"
+        cells = [*layout, f"{middle['tokens_per_second']:,.0f}", f"{statistics.median(ratios):.3f}", memory]
+        rows.append("| " + " | ".join(map(str, [*cells, f"{middle['collectives']:.1%}", hidden])) + " |")
+    return rows
 
 
 def layouts(strategies: tuple[str, ...], counts: list[int]) -> list[tuple[str, int]]:
     """One process without a wrapper first: what all others are compared with."""
-    alone = [("none", 1)] + ([("fsdp2", 1)] if "fsdp2" in strategies else [])
-    return alone + [(strategy, count) for strategy in strategies for count in counts if count > 1]
+    return [("none", 1)] + [(strategy, count) for strategy in strategies for count in counts]
 
 
 def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]) -> dict[str, Any]:
@@ -103,24 +114,20 @@ def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]
         result = Path(folder) / "result.json"
         facts = ("tokens", "micro_batch", "block_size", "warmup", "steps")
         task = {name: getattr(options, name) for name in facts} | {"folder": folder, "result": str(result)} | task
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_machines",
-            "1",
-            "--main_process_port",
-            "0",
-        ]
-        command += ["--num_processes", str(processes), "--mixed_precision", "no" if options.cpu else "bf16"]
-        command += ["--dynamo_backend", "no"]
-        if strategy == "fsdp2":
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+        command += ["--main_process_port", "0", "--num_processes", str(processes)]
+        precision = "no" if options.cpu else "bf16"
+        command += ["--mixed_precision", precision, "--dynamo_backend", "no"]
+        if (strategy, processes) == ("ddp", 1):  # `accelerate launch` would start it without
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        elif strategy == "fsdp2":
             command += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
             command += ["--fsdp_transformer_layer_cls_to_wrap", "Block", "--fsdp_cpu_ram_efficient_loading", "false"]
         elif processes > 1:
             command += ["--multi_gpu"]
         # NVLink multicast needs rights that containers often lack, and then NCCL fails at the first collective.
-        environment = os.environ | {"NCCL_NVLS_ENABLE": "0"} | ({"ACCELERATE_USE_CPU": "true"} if options.cpu else {})
+        environment = os.environ | {"NCCL_NVLS_ENABLE": "0", "ACCELERATE_MIXED_PRECISION": precision}
+        environment |= {"ACCELERATE_USE_CPU": "true"} if options.cpu else {}
         done = subprocess.run(
             [*command, str(WORKER), json.dumps(task)], env=environment, capture_output=True, text=True, check=False
         )
