@@ -21,10 +21,11 @@ from homebrew import GPTConfig, TrainerConfig
 from homebrew.__main__ import run as run_program
 from homebrew.cli.doctor import examine
 from homebrew.cli.main import main
-from homebrew.cli.train import TRAINER_OPTIONS, Preset, Train
+from homebrew.cli.train import TRAINER_OPTIONS, Aspect, Preset, Train
 from homebrew.data.prepare import prepare
 from homebrew.model.sampling import Sampling
 from homebrew.model.text import generate_text
+from homebrew.training.resume import ASPECTS
 from homebrew.training.saved import load_run_model
 
 HOMEBREW = [sys.executable, "-m", "homebrew"]
@@ -123,6 +124,20 @@ def test_a_run_goes_on_and_only_when_asked(text, tmp_path, capsys):
     assert told.count("\n") == 1
     assert main([*train, "--resume"]) == 0
     assert "step 2 of 2" in capsys.readouterr().out
+
+    other = [*train, "--resume", "--seed", "7"]
+    assert main(other) == 1
+    assert "On the command line: --accept-changes dataset seed." in capsys.readouterr().err
+    assert main([*other, "--accept-changes", "dataset", "seed"]) == 0
+    assert typing.get_args(Aspect) == ASPECTS
+
+
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/bok", "runs/book/checkpoints"):
+        assert main(["sample", name]) == 1
+        assert capsys.readouterr().err.startswith(f"homebrew: There is no folder {name}.")
 
 
 def test_training_goes_on_from_weights_and_adapts_them(run, text, tmp_path):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
     from homebrew.model.gpt import GPT
 
+Aspect = Literal["dataset", "model", "adapter", "schedule", "global_batch_size", "seed"]
 Preset = Literal["baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
@@ -35,6 +36,8 @@ class Train:
     """Optimizer steps in the run."""
     resume: bool = False
     """Go on from the newest whole checkpoint in the output folder."""
+    accept_changes: tuple[Aspect, ...] = ()
+    """With --resume: what may differ from the run that saved."""
 
     eval_data: Path | None = None
     """A text or token file to evaluate on, instead of a part of the data."""
@@ -113,7 +116,7 @@ class Train:
         )
         model, train, evaluate = self._model_and_data()
         trainer = Trainer(model, train, eval_dataset=evaluate, config=config)
-        trainer.train(resume=self.resume)
+        trainer.train(resume=self.resume, accept_changes=self.accept_changes)
         if trainer.is_main_process:
             print(f"The model is in {self.output_dir}. To see what it writes: homebrew sample {self.output_dir}")
 

@@ -51,8 +51,13 @@ def open_source(name_or_folder: str | Path, *, revision: str | None = None, loca
         return _Folder(name)
     if is_file:
         raise ModelError(f"{name} is a file: give the folder it is in, a run's folder, or a repository's name.")
-    if isinstance(name_or_folder, Path) or name.startswith((".", "~", "/")):
+    if isinstance(name_or_folder, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1:
         raise ModelError(f"There is no folder {name}. Give one that exists, or a repository's name.")
+    if "/" in name and revision is None and Path(name).parent.is_dir():  # a slip; offline the hub takes half a minute
+        raise ModelError(
+            f"There is no folder {name}. Give one that exists; or, as {Path(name).parent} is a folder here, for a "
+            f'repository of that name also its revision, such as "main".'
+        )
     return _Repository(name, revision, local_files_only=local_files_only)
 
 

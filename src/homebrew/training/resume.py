@@ -71,7 +71,8 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
         lines = ";\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)
         raise ResumeMismatch(
             f"The checkpoint belongs to another run:\n  {lines}.\nGive this run the same, use a new output_dir, or "
-            f"go on knowingly with train(resume=True, accept_changes={tuple(differing)!r})."
+            f"go on knowingly with train(resume=True, accept_changes={tuple(differing)!r}). On the command line: "
+            f"--accept-changes {' '.join(differing)}."
         )
 
 
