@@ -292,7 +292,7 @@ def test_a_repository_is_read_from_the_cache(cached):
         with pytest.raises(ModelError, match="nor in the local cache"):
             GPT.from_pretrained(name, revision=revision, local_files_only=True)
     with pytest.raises(ModelError, match="cannot be had"):
-        GPT.from_pretrained("not a//name", local_files_only=True)
+        GPT.from_pretrained("not a/name", local_files_only=True)
 
 
 def test_a_damaged_file_in_the_cache_is_found_out(cached):
