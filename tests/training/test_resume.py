@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from homebrew import GPT, GPTConfig
+from homebrew import GPT, GPTConfig, TrainerConfig
 from homebrew.errors import ConfigError, ResumeMismatch
 from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training.resume import check_identity, identity
@@ -20,14 +21,14 @@ def gpt(*, lora=None, seed=42, **shape):
     return model
 
 
-def make(**changes):
+def make(*, seed=42, lr=0.1, momentum=0.0, **changes):
     arguments = {
         "dataset": Samples(range(10)),
         "model": gpt(),
+        "optimizer": torch.optim.SGD([torch.zeros(1)], lr=lr, momentum=momentum),
         "schedule": warmup_cosine(warmup_steps=5, max_steps=100),
-        "max_steps": 100,
+        "config": TrainerConfig(output_dir="none", max_steps=100, seed=seed),
         "global_batch_size": 8,
-        "seed": 42,
     }
     return identity(**arguments | changes)
 
@@ -36,6 +37,7 @@ CHANGES = {
     "dataset": ({"dataset": Samples(range(11))}, "'10 samples'"),
     "model": ({"model": gpt(n_layer=3)}, "n_layer was 3, is 1"),
     "adapter": ({"model": gpt(lora=LoRAConfig(rank=2))}, "adapter: was {'rank': 2"),
+    "optimizer": ({"momentum": 0.9}, "momentum was '0.9', is '0.0'"),
     "schedule": ({"schedule": warmup_cosine(warmup_steps=9, max_steps=100)}, "first value that differs"),
     "global_batch_size": ({"global_batch_size": 16}, "was 16, is 8"),
     "seed": ({"seed": 1}, "was 1, is 42"),
@@ -55,6 +57,16 @@ def test_another_run_is_named_by_what_differs_and_can_be_accepted(aspect):
     assert told in str(caught.value)
     assert f"accept_changes=('{aspect}',)" in str(caught.value)
     check_identity(saved, ours, (aspect,))
+
+
+def test_the_peak_is_the_optimizer_s():
+    with pytest.raises(ResumeMismatch, match="schedule: the first value that differs was"):
+        check_identity(make(lr=0.1), make(lr=1.0), ())
+
+
+def test_how_an_optimizer_computes_is_no_difference():
+    slow, fast = (torch.optim.SGD([torch.zeros(1)], lr=0.1, foreach=foreach) for foreach in (False, True))
+    check_identity(make(optimizer=slow), make(optimizer=fast), ())
 
 
 def test_unknown_aspect():

@@ -3,13 +3,16 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
@@ -26,6 +29,7 @@ from homebrew.errors import (
 from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint
 from homebrew.training.callbacks import Callback
 from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.manifest import open_checkpoint
 from homebrew.training.signals import HANDLED
 
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
@@ -407,6 +411,15 @@ def test_skip_leaves_the_bad_step_out_and_says_so(tmp_path):
     assert [(event["step"], event["reason"]) for event in held_back] == [(2, "non_finite")]
 
 
+def test_under_a_loss_scaler_no_step_is_called_a_spike(tmp_path):
+    accelerator = Accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu")  # which has the last word on what is left out
+    settings = {"max_steps": 70, "micro_batch_size": 8, "learning_rate": 1e-9, "loss_spike_zscore": 1e-3}
+    config = TrainerConfig(output_dir=tmp_path, **settings)
+    Trainer(SHAPE, dataset(), config=config, accelerator=accelerator).train()
+    assert not [event for event in events(tmp_path) if event["event"] == "held_back"]
+
+
 def test_a_loss_spike_is_left_out_on_request(tmp_path):
     trainer = make(tmp_path, loss_spike_zscore=6.0, max_steps=60, learning_rate=1e-4)
     trainer.model.transformer.ln_f.register_forward_hook(lambda *args: args[-1] * 50 if trainer.step == 55 else None)
@@ -467,6 +480,32 @@ def test_a_checkpoint_with_other_tensors_is_refused_by_name(tmp_path, file, dama
     with pytest.raises(CorruptCheckpoint, match=told):
         trainer.train(resume=path)
     assert same(before, weights(trainer))
+
+
+def test_a_run_is_not_taken_up_where_it_has_gone_further(tmp_path):
+    make(tmp_path, save_every=2, max_steps=6, keep_every=2).train()
+    old = tmp_path / "checkpoints" / "step-00000002"
+    for source in (old, shutil.copytree(old, tmp_path / "copy" / old.name)):
+        with pytest.raises(ConfigError, match=r"older than .*step-00000006, .* Choose another output_dir"):
+            make(tmp_path).train(resume=source)
+
+    elsewhere = make(tmp_path / "elsewhere", max_steps=6, callbacks=[StopAt(2)])
+    elsewhere.train(resume=old)
+    assert elsewhere.save().is_dir()  # of the step it came with, here as well
+
+
+def test_a_checkpoint_is_ranked_by_its_own_step_s_evaluation(tmp_path):
+    make(tmp_path, evaluate=dataset(300), eval_every=3, save_every=2, keep_every=2, max_steps=6).train()
+    scored = {
+        step: open_checkpoint(tmp_path / "checkpoints" / f"step-0000000{step}").manifest.score for step in (2, 4, 6)
+    }
+    assert [step for step, score in scored.items() if score is not None] == [6]
+
+
+def test_a_schedule_that_gives_other_numbers_than_python_s(tmp_path):
+    make(tmp_path, schedule=lambda step: np.float32(0.5), max_steps=1).train()
+    with pytest.raises(ConfigError, match=r"schedule\(0\) is None: it must be a number"):
+        make(tmp_path, schedule=lambda step: None)
 
 
 def test_metrics_file_and_run_file(tmp_path):
@@ -586,6 +625,8 @@ CHANGES = {
     "model": {"model": GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)},
     "schedule": {"schedule": lambda step: 0.5},
     "peak": {"learning_rate": 2e-2},
+    "optimizer": {"weight_decay": 0.2},
+    "clipping": {"max_grad_norm": 0.5},
     "global_batch_size": {"global_batch_tokens": 16 * 16},
     "seed": {"seed": 1},
 }
@@ -594,7 +635,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_run_is_named_and_goes_on_knowingly(tmp_path, change):
     make(tmp_path, max_steps=4, callbacks=[StopAt(2)]).train()
-    trainer, aspect = make(tmp_path, max_steps=4, **CHANGES[change]), {"peak": "schedule"}.get(change, change)
+    trainer = make(tmp_path, max_steps=4, **CHANGES[change])
+    aspect = {"peak": "schedule", "clipping": "optimizer"}.get(change, change)
     with pytest.raises(ResumeMismatch, match=rf"(?s)\n  {aspect}: .*accept_changes=\('{aspect}',\)") as told:
         trainer.train(resume=True)
     assert str(told.value).count("\n  ") == 1  # and no other

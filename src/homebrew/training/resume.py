@@ -4,42 +4,68 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from homebrew.errors import ConfigError, ResumeMismatch
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import base_fingerprint, lora_layers
+from homebrew.training.config import TrainerConfig
 from homebrew.training.schedule import Schedule
 
-ASPECTS = ("dataset", "model", "adapter", "schedule", "global_batch_size", "seed")
+ASPECTS = ("dataset", "model", "adapter", "optimizer", "schedule", "global_batch_size", "seed")
 """What a checkpoint remembers of its run, and `accept_changes` may name."""
 
 _PROBES = 16
+_HOW_NOT_WHAT = ("fused", "foreach", "capturable", "differentiable")
+"""Settings of an optimizer that change its speed, and differ between devices."""
 
 
 def identity(
     *,
     dataset: Dataset[Any],
     model: GPT,
+    optimizer: torch.optim.Optimizer,
     schedule: Schedule,
-    max_steps: int,
+    config: TrainerConfig,
     global_batch_size: int,
-    seed: int,
 ) -> dict[str, Any]:
     """What decides a run's every step, one JSON value for each of `ASPECTS`.
 
-    The schedule, any function of the step, the learning rate or what it is multiplied by, is told by its values at
-    evenly spaced steps.
+    The schedule, any function of the step, is told by the learning rates it makes at evenly spaced steps.
+
+    Raises:
+        ConfigError: the schedule does not give a number.
     """
-    probes = sorted({max_steps * i // _PROBES for i in range(_PROBES + 1)})
+    probes = sorted({config.max_steps * i // _PROBES for i in range(_PROBES + 1)})
+    peaks = sorted({float(group["lr"]) for group in optimizer.param_groups})
     return {
         "dataset": getattr(dataset, "fingerprint", f"{len(dataset)} samples"),  # type: ignore[arg-type]
         "model": asdict(model.config),
         "adapter": _adapter(model),
-        "schedule": [[step, schedule(step)] for step in probes],
+        "optimizer": _settings(optimizer) | {"max_grad_norm": config.max_grad_norm},
+        "schedule": [[step, *(peak * _factor(schedule, step) for peak in peaks)] for step in probes],
         "global_batch_size": global_batch_size,
-        "seed": seed,
+        "seed": config.seed,
     }
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its class, and its groups' settings as far as they are plain values; the learning rate is the schedule's."""
+    found: dict[str, list[str]] = {}
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name not in ("params", "lr", *_HOW_NOT_WHAT) and isinstance(value, str | float | int | tuple | None):
+                found.setdefault(name, []).append(repr(value))
+    return {"class": type(optimizer).__name__} | {name: ", ".join(values) for name, values in found.items()}
+
+
+def _factor(schedule: Schedule, step: int) -> float:
+    value: Any = schedule(step)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"schedule({step}) is {value!r}: it must be the number the peak is multiplied by.") from error
 
 
 def _adapter(model: GPT) -> dict[str, Any] | None:

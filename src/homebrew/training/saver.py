@@ -63,8 +63,8 @@ class RunSaver:
         identity: dict[str, Any],
         tokenizer: Tokenizer | None,
     ) -> None:
-        self.eval_loss: float | None = None
-        """Of the last evaluation; checkpoints are ranked by it."""
+        self.evaluated: tuple[int, float] | None = None
+        """The last evaluation's step and loss; the checkpoint of that step is ranked by it."""
         self._accelerator = accelerator
         self._bare = bare
         self._model = model
@@ -111,8 +111,8 @@ class RunSaver:
             )
         self._began = True
         step: int = start["step"]
-        self.eval_loss = start["eval_loss"]
-        self._saved_step = step if start["found"] else None
+        self.evaluated = None
+        self._saved_step = step if start["ours"] else None
         if start["found"]:
             files, self._found = self._found, {}
             scatter_run(accelerator, self._model, self._optimizer, self._guard, files, seed=seed + step)
@@ -137,15 +137,30 @@ class RunSaver:
                 warnings.warn(f"Passed over a checkpoint: {reason}", stacklevel=6)
         elif resume:
             checkpoint = self._store.open(resume)
+            self._check_newest(checkpoint)
         if checkpoint is None:
-            return {"found": False, "step": 0, "eval_loss": None}
+            return {"found": False, "ours": False, "step": 0}
         check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
         self._warn_of_differences(checkpoint)
         self._found = checkpoint.files()
         check_files(checkpoint.path, self._found, self._bare, self._optimizer)
         self._numbers.check(checkpoint.state.get("optimizer"), checkpoint.path / STATE)
-        facts = {name: checkpoint.state.get(name) for name in ("eval_loss", "optimizer")}
-        return {"found": True, "step": checkpoint.step} | facts
+        ours = checkpoint.path.resolve().parent == self._store.folder.resolve()
+        numbers = checkpoint.state.get("optimizer")
+        return {"found": True, "ours": ours, "step": checkpoint.step, "optimizer": numbers}
+
+    def _check_newest(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint where the run has a newer one: the next resume would go on from that.
+
+        Raises:
+            ConfigError: it has.
+        """
+        newest, _ = self._store.latest()
+        if newest is not None and newest.step > checkpoint.step:
+            raise ConfigError(
+                f"resume={str(checkpoint.path)!r} is older than {newest.path}, which a later train(resume=True) would "
+                f"go on from. Choose another output_dir, move the newer ones away, or go on with train(resume=True)."
+            )
 
     def _warn_of_differences(self, checkpoint: Checkpoint) -> None:
         """Say what does not keep a run from going on, but from going on bitwise."""
@@ -182,7 +197,8 @@ class RunSaver:
             token = on_main(self._accelerator, partial(self._start, step))
             others = partial(reports.collect, token, store.temporary(step))
         if self._accelerator.is_main_process:
-            store.save_in_background(step, files, self._state(), score=self.eval_loss, others=others)
+            score = self.evaluated[1] if self.evaluated and self.evaluated[0] == step else None
+            store.save_in_background(step, files, self._state(), score=score, others=others)
         elif reports is not None:
             write = partial(write_files, store.temporary(step), step, files)
             store.in_background(step, partial(reports.send, token, write))
@@ -230,7 +246,6 @@ class RunSaver:
             "base": self._bare.source,
             "num_processes": self._accelerator.num_processes,
             "mixed_precision": self._accelerator.mixed_precision,
-            "eval_loss": self.eval_loss,
         }
 
     @property

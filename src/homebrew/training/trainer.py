@@ -98,18 +98,18 @@ class Trainer:
         if configure_sharding(accelerator) or config.activation_checkpointing:
             self.model.checkpoint_activations()
         self.batch = plan_run(accelerator, self.model, config, self.sequence_length)
-        run = identity(  # before the weights may be shared out
-            dataset=self.train_dataset,
-            model=self.model,
-            schedule=lambda step: config.learning_rate * self.schedule(step),
-            max_steps=config.max_steps,
-            global_batch_size=self.batch.global_batch_size,
-            seed=config.seed,
-        )
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
         self._untried = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._optimizer = optimizer or adamw(
             self.model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        run = identity(  # before the weights may be shared out
+            dataset=self.train_dataset,
+            model=self.model,
+            optimizer=self._optimizer,
+            schedule=self.schedule,
+            config=config,
+            global_batch_size=self.batch.global_batch_size,
         )
         self._peak_lrs = [group["lr"] for group in self._optimizer.param_groups]
         self._wrapped, prepared = accelerator.prepare(self.model, self._optimizer)
@@ -122,7 +122,7 @@ class Trainer:
             "skip" if scaled else config.non_finite,  # the scaler finds its scale by steps that overflow
             config.non_finite_limit,
             accelerator.device,
-            spike_zscore=config.loss_spike_zscore,
+            spike_zscore=None if scaled else config.loss_spike_zscore,
         )
         saved = (self.model, self._wrapped, self._optimizer, self._guard)
         self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=self._tokenizer)
@@ -151,8 +151,8 @@ class Trainer:
 
         Args:
             resume: True goes on from `output_dir`'s newest whole checkpoint, if there is one; a path from that one.
-            accept_changes: what may differ from the run that saved: "dataset", "model", "adapter", "schedule",
-                "global_batch_size", "seed".
+            accept_changes: what may differ from the run that saved: "dataset", "model", "adapter", "optimizer",
+                "schedule", "global_batch_size", "seed".
 
         Raises:
             ConfigError: `output_dir` holds a run and `resume` is False, or cannot be written.
@@ -210,7 +210,7 @@ class Trainer:
             clipping: float32 scalars on the device.
         """
         accelerator = self.accelerator
-        factor = self.schedule(self.step)
+        factor = float(self.schedule(self.step))
         for group, peak in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
 
@@ -247,7 +247,7 @@ class Trainer:
         if self.eval_dataset is not None and (last or is_due(self.step, config.eval_every)):
             with self._meter.paused():
                 metrics = self.evaluate()
-            self._saver.eval_loss = metrics.loss
+            self._saver.evaluated = self.step, metrics.loss
             self._tell("on_evaluate", metrics)
         if last or is_due(self.step, config.save_every):
             self.save()
