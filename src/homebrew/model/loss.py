@@ -7,6 +7,7 @@ classifier and of Hsu et al. 2024, "Liger Kernel").
 """
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class _Buffers:
 
     def __init__(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> None:
         by_kernel = hidden.is_cuda and _HAS_TRITON
-        in_one = hidden.is_cuda or hidden.dtype == weight.dtype
+        in_one = hidden.is_cuda or hidden.dtype == _summed(weight.dtype)
         self.logits = hidden.new_empty(len(hidden), len(weight))
         self.scores = hidden.new_empty(len(hidden), 0 if by_kernel else vocab_size, dtype=torch.float32)
         self.product = hidden.new_empty((0,) if in_one else weight.shape)
@@ -121,14 +122,21 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> None:
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool) -> tuple[Tensor, Tensor]:
     d_hidden = hidden.new_empty(hidden.shape if grad_hidden else (0,))
-    d_weight = weight.new_empty(weight.shape if grad_weight else (0,))
+    d_weight = weight.new_empty(weight.shape if grad_weight else (0,), dtype=_summed(weight.dtype))
     return d_hidden, d_weight
 
 
+def _summed(dtype: torch.dtype) -> torch.dtype:
+    """What the chunks' gradients of a weight of some dtype are summed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _keep_gradients(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]
+    ctx: Any,  # noqa: ANN401 - autograd's own
+    inputs: tuple[Any, ...],
+    output: tuple[Tensor, ...],
 ) -> None:
-    del inputs
+    ctx.weight_dtype = inputs[1].dtype
     _, d_hidden, d_weight = output
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.mark_non_differentiable(d_hidden, d_weight)
@@ -136,12 +144,15 @@ def _keep_gradients(
 
 
 def _scale_gradients(
-    ctx: torch.autograd.function.BackwardCFunction, grad_total: Tensor, *_: None
+    ctx: Any,  # noqa: ANN401 - autograd's own
+    grad_total: Tensor,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients at hand, times the loss's own; in float32, for a bfloat16 factor would shift them all."""
+    dtypes = (ctx.saved_tensors[0].dtype, ctx.weight_dtype)
     d_hidden, d_weight = (
-        (saved.float() * grad_total).to(saved.dtype) if needed else None
-        for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        (saved.float() * grad_total).to(dtype) if needed else None
+        for saved, dtype, needed in zip(ctx.saved_tensors, dtypes, ctx.needs_input_grad, strict=False)
     )
     return d_hidden, d_weight, None, None, None, None
 
