@@ -371,6 +371,21 @@ def test_a_captured_step_generates_what_the_cpu_does(model, compile):  # noqa: A
     assert gpu.generate(prompts, 40, seed=1, top_k=5) == gpu.generate(prompts, 40, seed=1, top_k=5)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_need_not_be_on_the_current_gpu(model):
+    ids = torch.tensor(prompts_of(9))
+    losses, texts = [], []
+    for device in ("cuda:0", "cuda:1"):
+        gpu = GPT(CONFIG).to(device)
+        gpu.load_state_dict(model.state_dict())
+        loss = gpu(ids.to(device), ids.to(device))
+        loss.backward()
+        losses.append((loss.item(), gpu.lm_head.weight.grad.norm().item()))
+        texts.append(gpu.generate(prompts_of(3, 9), 40, temperature=0.0))
+    assert losses[0] == pytest.approx(losses[1])
+    assert texts[0] == texts[1]
+
+
 def test_a_compiled_step_is_compiled_once_for_all_calls_of_a_size(model, monkeypatch):
     sizes = []
 

@@ -40,6 +40,8 @@ def open_model(
         dtype = "bfloat16" if has_bfloat16 else "float32"
     try:
         model = model.to(device, getattr(torch, dtype))
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # what comes after need not mind which it is
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"device={device!r} cannot be used: {reason} See `homebrew doctor`.") from error

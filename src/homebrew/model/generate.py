@@ -98,7 +98,8 @@ class Decoder:
         self._draw_noise()
         if self.ids.is_cuda and self._graph is None and self._steps == _EAGER_STEPS:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # PyTorch's own stream for captures is of whichever device was the first.
+            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(self.ids.device)):
                 self._one_step()
         if self._graph is not None:
             self._graph.replay()

@@ -42,19 +42,20 @@ def score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(SCORE_BLOCK, triton.next_power_of_2(columns))
-    _score_row[(rows,)](
-        logits,
-        targets,
-        losses,
-        logits.stride(0),
-        VOCAB_SIZE=vocab_size,
-        NUM_COLUMNS=columns,
-        IGNORE_INDEX=ignore_index,
-        WITH_GRADIENT=with_gradient,
-        BLOCK=block,
-        UNROLLED=SCORE_UNROLLED,
-        num_warps=max(block // 128, 1),
-    )
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        _score_row[(rows,)](
+            logits,
+            targets,
+            losses,
+            logits.stride(0),
+            VOCAB_SIZE=vocab_size,
+            NUM_COLUMNS=columns,
+            IGNORE_INDEX=ignore_index,
+            WITH_GRADIENT=with_gradient,
+            BLOCK=block,
+            UNROLLED=SCORE_UNROLLED,
+            num_warps=max(block // 128, 1),
+        )
     return losses.sum()
 
 
@@ -118,7 +119,8 @@ def _score_row(
 def gelu(x: Tensor) -> Tensor:
     """The tanh GELU of a contiguous tensor."""
     y = torch.empty_like(x)
-    _gelu[(triton.cdiv(x.numel(), 2048),)](x, y, x.numel(), BLOCK=2048)
+    with torch.cuda.device_of(x):
+        _gelu[(triton.cdiv(x.numel(), 2048),)](x, y, x.numel(), BLOCK=2048)
     return y
 
 
@@ -136,19 +138,20 @@ def gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y, d_x = torch.empty_like(x), torch.empty_like(x)
     parts = triton.cdiv(rows, GELU_ROWS)
     sums = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
-    _gelu_backward[(triton.cdiv(columns, GELU_BLOCK[1]), parts)](
-        x,
-        d_y,
-        y,
-        d_x,
-        sums,
-        rows,
-        columns,
-        ROWS=GELU_ROWS,
-        BLOCK_ROWS=GELU_BLOCK[0],
-        BLOCK_COLUMNS=GELU_BLOCK[1],
-        num_warps=8,
-    )
+    with torch.cuda.device_of(x):
+        _gelu_backward[(triton.cdiv(columns, GELU_BLOCK[1]), parts)](
+            x,
+            d_y,
+            y,
+            d_x,
+            sums,
+            rows,
+            columns,
+            ROWS=GELU_ROWS,
+            BLOCK_ROWS=GELU_BLOCK[0],
+            BLOCK_COLUMNS=GELU_BLOCK[1],
+            num_warps=8,
+        )
     return y, d_x, sums.sum(0)
 
 
