@@ -2,12 +2,15 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from homebrew.training import compilation
 from homebrew.training.compilation import _rng_forked, try_compiled
 
 SCRIPT = """
@@ -65,7 +68,9 @@ class Stumbling(nn.Module):
 BATCH = torch.ones(2), torch.zeros(2)
 
 
-def test_the_trial_starts_over_and_leaves_no_trace():
+def test_the_trial_starts_over_and_leaves_no_trace(monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(compilation, "atexit", SimpleNamespace(register=at_exit.append))
     model, rng, environment = Stumbling(RuntimeError("cut short")), torch.get_rng_state(), dict(os.environ)
     with pytest.warns(UserWarning, match="cut short"):
         try_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True)
@@ -73,6 +78,10 @@ def test_the_trial_starts_over_and_leaves_no_trace():
     assert model.training
     assert model.weight.grad is None
     assert torch.equal(torch.get_rng_state(), rng)
+    fresh = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert fresh.is_dir()  # as long as this process may compile
+    at_exit[0]()
+    assert not fresh.exists()
     assert {**os.environ, "TORCHINDUCTOR_CACHE_DIR": ""} == {**environment, "TORCHINDUCTOR_CACHE_DIR": ""}
 
 

@@ -99,7 +99,8 @@ class Decoder:
         if self.ids.is_cuda and self._graph is None and self._steps == _EAGER_STEPS:
             self._graph = torch.cuda.CUDAGraph()
             # PyTorch's own stream for captures is of whichever device was the first.
-            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(self.ids.device)):
+            stream = torch.cuda.Stream(self.ids.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(self._graph, stream=stream):
                 self._one_step()
         if self._graph is not None:
             self._graph.replay()

@@ -42,7 +42,7 @@ def score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(SCORE_BLOCK, triton.next_power_of_2(columns))
-    with torch.cuda.device_of(logits):  # Triton launches on the current device
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call] # where Triton launches
         _score_row[(rows,)](
             logits,
             targets,
@@ -119,7 +119,7 @@ def _score_row(
 def gelu(x: Tensor) -> Tensor:
     """The tanh GELU of a contiguous tensor."""
     y = torch.empty_like(x)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _gelu[(triton.cdiv(x.numel(), 2048),)](x, y, x.numel(), BLOCK=2048)
     return y
 
@@ -138,7 +138,7 @@ def gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y, d_x = torch.empty_like(x), torch.empty_like(x)
     parts = triton.cdiv(rows, GELU_ROWS)
     sums = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _gelu_backward[(triton.cdiv(columns, GELU_BLOCK[1]), parts)](
             x,
             d_y,

@@ -1,8 +1,9 @@
 """Whether and how a model is compiled, and what is done about a damaged cache of what was compiled before."""
 
+import atexit
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -87,8 +88,10 @@ def try_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *, ev
             stacklevel=3,
         )
         torch.compiler.reset()
-        with fresh_cache():
-            _pass(accelerator, model, batch, evaluates=evaluates)
+        cache = ExitStack()
+        atexit.register(cache.close)  # not before: what this process compiles later would read the damaged one
+        cache.enter_context(fresh_cache())
+        _pass(accelerator, model, batch, evaluates=evaluates)
 
 
 def _pass(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates: bool) -> None:
