@@ -80,6 +80,18 @@ def test_micro_batches_share_a_step_among_ranks_in_turn():
             assert torch.equal(targets, input_ids + 1)
 
 
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("dataset", [TOKENS, Own()])
+def test_training_and_evaluation_have_batches_of_one_layout(dataset, micro):
+    """Else a compiled model would be compiled twice."""
+    settings = {"micro_batch_size": micro, "device": CPU, "vocab_size": 500}
+    loader = StepLoader(dataset, seed=0, global_batch_size=micro, rank=0, num_ranks=1, **settings)
+    trained = next(loader.steps(0))[0]
+    evaluated = next(eval_batches(dataset, rank=0, num_ranks=1, **settings))
+    for tensor in (*trained, *evaluated):
+        assert tensor.stride() == (tensor.shape[1], 1)
+
+
 def test_an_epoch_of_steps_reads_every_sample_once():
     dataset = TokenDataset.from_tokens(torch.arange(48 * 8 + 1), 8)
     first_epoch = torch.cat(steps(6, dataset=dataset))[:, 0] // 8

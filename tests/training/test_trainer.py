@@ -504,7 +504,7 @@ def test_a_checkpoint_is_ranked_by_its_own_step_s_evaluation(tmp_path):
 
 def test_a_schedule_that_gives_other_numbers_than_python_s(tmp_path):
     make(tmp_path, schedule=lambda step: np.float32(0.5), max_steps=1).train()
-    with pytest.raises(ConfigError, match=r"schedule\(0\) is None: it must be a number"):
+    with pytest.raises(ConfigError, match=r"schedule\(0\) is None: it must be the number"):
         make(tmp_path, schedule=lambda step: None)
 
 

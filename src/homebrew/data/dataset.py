@@ -259,7 +259,9 @@ class TokenDataset(Dataset[Pair]):
     def batch(self, indices: Tensor) -> Pair:
         """The windows at `indices`, (B,), int64, where the tokens are: input_ids and targets, (B, T), int64."""
         windows = self.tokens.windows(self.starts[indices], self.block_size + 1)
-        return windows[:, :-1], windows[:, 1:]
+        # Copies: a copy to another device has other strides than a view, for which a model would be compiled anew.
+        whole = torch.contiguous_format
+        return windows[:, :-1].clone(memory_format=whole), windows[:, 1:].clone(memory_format=whole)
 
     def to(self, device: torch.device) -> Self:
         """The same dataset with its tokens on another device."""

@@ -120,7 +120,6 @@ def eval_batches(
     mine = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
     batches = reader(dataset, device, 0, 0.0, vocab_size, 0)(iter([(mine, np.minimum(mine, samples - 1))]))
     for row, (input_ids, targets) in zip(mine, batches, strict=True):
-        targets = targets.clone()  # of every batch: one of other strides would be compiled for anew
         targets[int((row < samples).sum()) :] = IGNORE_INDEX
         yield input_ids, targets
 

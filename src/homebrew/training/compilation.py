@@ -101,7 +101,7 @@ def _pass(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates
             model(input_ids, targets).backward()
             if evaluates:
                 with torch.no_grad():
-                    model.eval()(input_ids, targets.clone())  # as `eval_batches` has them
+                    model.eval()(input_ids, targets)
     finally:
         model.train()
         model.zero_grad(set_to_none=True)

@@ -125,14 +125,16 @@ def scatter_run(
 def reserve_staging(accelerator: Accelerator, model: nn.Module, *, in_pieces: bool = False) -> None:
     """Have pinned memory ready for `gather_run`'s copies: page-locking it takes longer than a step.
 
-    PyTorch keeps pinned memory once it has been freed. Adam's moments are what is reckoned with.
+    PyTorch keeps pinned memory once it has been freed. Adam's moments are what is reckoned with. What is sharded and
+    gathered comes through memory of PyTorch's own.
 
     Args:
         accelerator: of the run.
         model: as `prepare` returned it; on a GPU, else there is nothing to do.
         in_pieces: as `gather_run` will be told.
     """
-    if accelerator.device.type == "cuda" and (in_pieces or accelerator.is_main_process):
+    alone = accelerator.is_main_process and accelerator.distributed_type != DistributedType.FSDP
+    if accelerator.device.type == "cuda" and (in_pieces or alone):
         trained = [own_rows(p) if in_pieces else p for p in model.parameters() if p.requires_grad]
         with contextlib.suppress(RuntimeError):  # no more can be locked: copies will be slower
             _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in range(3)]
@@ -240,13 +242,16 @@ def _scattered(model: nn.Module) -> StateDictOptions:
 
 
 def _copied(files: Files) -> Files:
-    """Copies on the CPU: from a GPU all are under way at once, into pinned memory, before one wait."""
-    copies = {
-        file: {
-            name: tensor.detach().to("cpu", copy=True, non_blocking=tensor.is_cuda) for name, tensor in tensors.items()
-        }
-        for file, tensors in files.items()
-    }
+    """The files with copies on the CPU: from a GPU all are under way at once, into pinned memory, before one wait.
+
+    A copy takes its tensor's place, so that of what was gathered there are not two at a time.
+    """
+    for tensors in files.values():
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.detach().to("cpu", copy=True, non_blocking=tensor.is_cuda)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return {file: {name: t.contiguous() for name, t in tensors.items()} for file, tensors in copies.items()}
+    for tensors in files.values():
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.contiguous()
+    return files
