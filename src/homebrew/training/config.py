@@ -74,7 +74,7 @@ class TrainerConfig:
     writes it. Of a larger one every process writes what it has; `output_dir` must then be on a file system that all
     share. Both are opened, and gone on from, everywhere."""
     num_workers: int = 0
-    """Processes that read ahead, for datasets of your own that are slow to read."""
+    """Processes that read ahead, for slow datasets of your own; an evaluation reads in the main process."""
     loader_timeout_seconds: float = 600.0
     """How long to wait for such a process."""
 
