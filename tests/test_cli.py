@@ -19,7 +19,7 @@ from transformers import pipeline
 
 from homebrew import GPTConfig, TrainerConfig
 from homebrew.__main__ import run as run_program
-from homebrew.cli.doctor import examine
+from homebrew.cli.doctor import _compilation, examine
 from homebrew.cli.main import main
 from homebrew.cli.train import TRAINER_OPTIONS, Aspect, Preset, Train
 from homebrew.data.prepare import prepare
@@ -394,6 +394,23 @@ def test_the_doctor_fails_where_a_run_would_not_start(tmp_path, monkeypatch, cap
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["doctor", "--output-dir", str(tmp_path)]) == 1
     assert "would not start" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("triton", "compiler", "found", "fix"),
+    [
+        (True, True, "on", ""),
+        (False, True, "would fail: there is no triton package", "Install it, or train with --compile no, .*"),
+        (True, False, "would fail, and so would --compile no: .* no C compiler", "Install one.*"),
+        (False, False, "would fail: .* no triton package and no C compiler", "Install both, or .* --compile no, .*"),
+    ],
+)
+def test_the_doctor_says_what_a_gpus_kernels_need(monkeypatch, triton, compiler, found, fix):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/cc" if compiler else None)
+    finding = _compilation(torch.device("cuda"))
+    assert re.fullmatch(found, finding.found)
+    assert re.fullmatch(fix, finding.fix)
 
 
 def test_the_program_is_declared():
