@@ -105,6 +105,16 @@ def go_the_whole_way(homebrew, text, tmp_path, tokenizer):
     assert len(theirs) > len("ROMEO:")
 
 
+def test_data_may_be_named_by_links(within, text, tmp_path):
+    tokens, link = tmp_path / "text.tokens", tmp_path / "link"
+    within("prepare", text, "--output", tokens, "--tokenizer", "bytes")
+    for number, file in enumerate((text, tokens)):
+        link.symlink_to(file)
+        train = ["train", link, "--eval-data", link, "--output-dir", tmp_path / f"run{number}", "--max-steps", 1, *TINY]
+        assert "step 1/1" in within(*train, "--tokenizer", "bytes")
+        link.unlink()
+
+
 def test_a_run_goes_on_and_only_when_asked(text, tmp_path, capsys):
     train = [
         "train",
