@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from homebrew.errors import ConfigError
-from homebrew.training.guard import NonFinitePolicy
 from homebrew.training.schedule import Schedule, warmup_cosine
+
+NonFinitePolicy = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class TrainerConfig:
     global_batch_tokens: int | None = None
     """Tokens a step, over all processes and micro-batches; one micro-batch a process if not given."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Sequences a process runs through the model at once; the device's usual if not given. "auto": the most that fit
-    in every process's memory, which is tried before the run; needs `global_batch_tokens`."""
+    """Sequences a process runs through the model at once; the device's usual if not given.
+    "auto": the most that fit in every process's memory, which is tried before the run; needs `global_batch_tokens`."""
     learning_rate: float = 6e-4
     """The schedule's peak."""
     warmup_steps: int | None = None
@@ -45,10 +46,10 @@ class TrainerConfig:
     non_finite_limit: int = 10
     """Steps in a row that may be left out."""
     loss_spike_zscore: float | None = None
-    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if None.
+    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if not given.
     Not in fp16, whose scaler alone decides which steps are taken."""
     seed: int = 42
-    """Of the order of samples and of dropout; and of the weights, if the Trainer is given a `GPTConfig`."""
+    """Of the order of samples and of dropout; and of the weights, where the Trainer or the command line makes them."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """"auto": what the launcher chose, else bf16 on a GPU or CPU that multiplies it, else none."""
     compile: bool | Literal["auto"] = "auto"
@@ -72,9 +73,9 @@ class TrainerConfig:
     keep_every: int | None = None
     """Checkpoints at multiples of this step are kept for good."""
     gather_limit_bytes: int = 32_000_000_000
-    """Under FSDP, the largest checkpoint (12 bytes a trained parameter) that is gathered on the first process, which
-    writes it. Of a larger one every process writes what it has; `output_dir` must then be on a file system that all
-    share. Both are opened, and gone on from, everywhere."""
+    """Under FSDP, the largest checkpoint (12 bytes a trained parameter) that the first process gathers and writes.
+    Of a larger one every process writes what it has; `output_dir` must then be on a file system that all share.
+    Both are opened, and gone on from, everywhere."""
     num_workers: int = 0
     """Processes that read ahead, for slow datasets of your own; an evaluation reads in the main process."""
     loader_timeout_seconds: float = 600.0
