@@ -19,9 +19,9 @@ from transformers import pipeline
 
 from homebrew import GPTConfig, TrainerConfig
 from homebrew.__main__ import run as run_program
-from homebrew.cli.doctor import examine
+from homebrew.cli.doctor import _compilation, examine
 from homebrew.cli.main import main
-from homebrew.cli.train import TRAINER_OPTIONS, Aspect, Preset, Train
+from homebrew.cli.train import Aspect, Preset, Train
 from homebrew.data.prepare import prepare
 from homebrew.model.sampling import Sampling
 from homebrew.model.text import generate_text
@@ -105,6 +105,16 @@ def go_the_whole_way(homebrew, text, tmp_path, tokenizer):
     assert len(theirs) > len("ROMEO:")
 
 
+def test_data_may_be_named_by_links(within, text, tmp_path):
+    tokens, link = tmp_path / "text.tokens", tmp_path / "link"
+    within("prepare", text, "--output", tokens, "--tokenizer", "bytes")
+    for number, file in enumerate((text, tokens)):
+        link.symlink_to(file)
+        train = ["train", link, "--eval-data", link, "--output-dir", tmp_path / f"run{number}", "--max-steps", 1, *TINY]
+        assert "step 1/1" in within(*train, "--tokenizer", "bytes")
+        link.unlink()
+
+
 def test_a_run_goes_on_and_only_when_asked(text, tmp_path, capsys):
     train = [
         "train",
@@ -183,6 +193,10 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
         (["train", "TEXT", "TEXT", "--output-dir", "x", "--max-steps", "1"], "2 text files"),
         (["train", "--output-dir", "x", "--max-steps", "1"], "no data"),
         (["train", "TEXT", "--output-dir", "x", "--max-steps", "0"], "max_steps=0"),
+        (
+            ["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--micro-batch-size", "auto"],
+            "global_batch_tokens",
+        ),
         (["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--lora-rank", "8"], "--init-from"),
         (["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN", "--n-layer", "3"], "n_layer"),
         (
@@ -227,6 +241,9 @@ def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, 
         (["eval", "x", "--strid", "4"], "--stride"),
         (["smaple"], "sample"),
         (["train", "x", "--output-dir", "y"], "--max-steps"),
+        (["train", "x", "--output-dir", "y", "--max-steps", "1", "--mirco-batch-size", "4"], "--micro-batch-size"),
+        (["train", "x", "--output-dir", "y", "--max-steps", "1", "--compile", "True"], "'yes'"),
+        (["train", "x", "--output-dir", "y", "--max-steps", "1", "--num-workers", "1"], "Unrecognized"),
         (["prepare", "x", "--output", "y", "--tokenizer", "gpt3"], "gpt2"),
         ([], "train, prepare, sample, eval, export, doctor"),
     ],
@@ -268,10 +285,75 @@ except SystemExit:
 """
 
 
-def test_what_train_says_is_what_the_trainer_does():
-    ours = {field.name: field.default for field in dataclasses.fields(Train)}
-    theirs = {field.name: field.default for field in dataclasses.fields(TrainerConfig)}
-    assert {name: ours[name] for name in TRAINER_OPTIONS} == {name: theirs[name] for name in TRAINER_OPTIONS}
+SETTINGS = {
+    "output_dir": Path("runs/own"),
+    "max_steps": 7,
+    "global_batch_tokens": 64,
+    "micro_batch_size": "auto",
+    "learning_rate": 0.5,
+    "warmup_steps": 3,
+    "min_lr_ratio": 0.25,
+    "betas": (0.8, 0.9),
+    "weight_decay": 0.0,
+    "max_grad_norm": 2.0,
+    "non_finite": "skip",
+    "non_finite_limit": 4,
+    "loss_spike_zscore": 5.0,
+    "seed": 1,
+    "mixed_precision": "no",
+    "compile": True,
+    "activation_checkpointing": True,
+    "collective_timeout_seconds": 30.0,
+    "eval_every": 2,
+    "eval_batches": 9,
+    "log_every": 8,
+    "log_with": "tensorboard",
+    "save_every": 6,
+    "keep_last": 12,
+    "keep_every": 13,
+    "gather_limit_bytes": 14,
+}
+"""Of each field of TrainerConfig that the command line has, a value that is not its default."""
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """What `homebrew train` makes of its arguments."""
+    found = []
+    monkeypatch.setattr(Train, "run", lambda command: found.append(command))
+
+    def parse(*arguments):
+        assert main(["train", "text.txt", *arguments]) == 0
+        return found.pop()
+
+    return parse
+
+
+def test_every_setting_of_a_run_is_an_option(parsed):
+    words = []
+    for name, value in SETTINGS.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if name == "compile":
+            words.append("yes")
+        elif value is not True:
+            words += map(str, value if isinstance(value, tuple) else [value])
+    config = parsed(*words).settings
+    assert dataclasses.asdict(config) == SETTINGS | {"num_workers": 0, "loader_timeout_seconds": 600.0}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainerConfig)}
+    assert not [name for name, value in SETTINGS.items() if value == defaults[name]]
+
+
+def test_without_options_a_run_has_the_trainers_defaults(parsed):
+    config = parsed("--output-dir", "x", "--max-steps", "1").settings
+    assert dataclasses.asdict(config) == dataclasses.asdict(TrainerConfig(output_dir=Path("x"), max_steps=1))
+
+
+@pytest.mark.parametrize(("word", "value"), [("auto", "auto"), ("yes", True), ("no", False)])
+def test_whether_to_compile_is_said_in_words(parsed, word, value):
+    assert parsed("--output-dir", "x", "--max-steps", "1", "--compile", word).settings.compile is value
+
+
+def test_every_preset_there_is():
     for preset in typing.get_args(Preset):
         GPTConfig.preset(preset)
 
@@ -394,6 +476,23 @@ def test_the_doctor_fails_where_a_run_would_not_start(tmp_path, monkeypatch, cap
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["doctor", "--output-dir", str(tmp_path)]) == 1
     assert "would not start" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("triton", "compiler", "found", "fix"),
+    [
+        (True, True, "on", ""),
+        (False, True, "would fail: there is no triton package", "Install it, or train with --compile no, .*"),
+        (True, False, "would fail, and so would --compile no: .* no C compiler", "Install one.*"),
+        (False, False, "would fail: .* no triton package and no C compiler", "Install both, or .* --compile no, .*"),
+    ],
+)
+def test_the_doctor_says_what_a_gpus_kernels_need(monkeypatch, triton, compiler, found, fix):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/cc" if compiler else None)
+    finding = _compilation(torch.device("cuda"))
+    assert re.fullmatch(found, finding.found)
+    assert re.fullmatch(fix, finding.fix)
 
 
 def test_the_program_is_declared():

@@ -16,7 +16,7 @@ data.files data.sources data.tokenizer data.corpora data.shards data.tokens data
 data.draws data.loader data.hellaswag data.prepare
 model.config model.attention model.kernels model.loss model.mlp model.lora model.files model.adapters model.pretrained
 model.cache model.sampling model.generate model.tokenizer_files model.export model.text model.gpt
-training.schedule training.optim training.guard training.config training.launch training.compilation training.metrics
+training.schedule training.optim training.config training.guard training.launch training.compilation training.metrics
 training.meter training.collective training.files training.pieces training.manifest training.tensors training.writing
 training.checkpoint training.rng training.state training.resume training.optimizer_numbers training.reports
 training.sharding training.heartbeat training.saver training.evaluation training.signals training.allocation

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from homebrew.data import shards
-from homebrew.data.shards import MAX_HEADER_BYTES, TokenFile, write_tokens
+from homebrew.data.shards import MAX_HEADER_BYTES, TokenFile, is_token_file, write_tokens
 from homebrew.errors import DataError
 
 IDS = np.arange(0, 600, 3)
@@ -143,13 +143,23 @@ def test_bytes_are_on_the_disk_before_the_name_is(path, monkeypatch):
     assert order == ["fsync", "replace", "fsync"]
 
 
-def test_links_pipes_folders_and_nothing_are_refused(path):
+def test_a_file_may_be_named_by_a_link(path):
+    """As the files of the hub's cache are."""
+    link = path.parent / "link"
+    link.symlink_to(path)
+    assert is_token_file(link)
+    assert TokenFile.open(link).read(0, 200).tolist() == IDS.tolist()
+
+
+def test_pipes_folders_and_nothing_are_refused_by_a_link_too(path):
     folder = path.parent
-    (folder / "link").symlink_to(path)
     os.mkfifo(folder / "pipe")
+    (folder / "to-pipe").symlink_to("pipe")
+    (folder / "to-itself").symlink_to("to-itself")
     for name, said in [
-        ("link", "symbolic link"),
         ("pipe", "not a regular file"),
+        ("to-pipe", "not a regular file"),
+        ("to-itself", "Too many levels of symbolic links"),
         ("", "not a regular file"),
         ("none", "No such file"),
         ("a\0b", "no path"),

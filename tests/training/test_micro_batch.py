@@ -1,9 +1,13 @@
+import weakref
+
 import pytest
 import torch
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import ConfigError, TrainingError
-from homebrew.training.micro_batch import largest
+from homebrew.training import micro_batch
+from homebrew.training.launch import build_accelerator
+from homebrew.training.micro_batch import _fits, _reserve, largest
 
 
 @pytest.mark.parametrize("count", range(6))
@@ -54,3 +58,29 @@ def test_a_step_that_runs_out_says_what_to_lower(tmp_path):
         make(tmp_path / "some", most=5, micro_batch_size=6).train()
     with pytest.raises(TrainingError, match=r"micro_batch_size=1\. Set activation_checkpointing=True"):
         make(tmp_path / "none", most=0, micro_batch_size=1).train()
+
+
+def test_what_a_failed_trial_took_is_free_before_the_peak_is_reset(monkeypatch):
+    """Or the peak that a run reports would count it for good."""
+    taken, alive = [], []
+
+    def reserve(accelerator, model):
+        reserved = _reserve(accelerator, model)
+        taken.extend(weakref.ref(tensor) for tensor in reserved)
+        return reserved
+
+    monkeypatch.setattr(micro_batch, "_reserve", reserve)
+    monkeypatch.setattr(
+        micro_batch, "clear_device_cache", lambda **_: alive.append(sum(tensor() is not None for tensor in taken))
+    )
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8))
+    accelerator = build_accelerator(TrainerConfig(output_dir="x", max_steps=1))
+    assert _fits(accelerator, model, 1, 16)
+
+    def run_out(module, inputs, loss):
+        raise torch.OutOfMemoryError("out of memory")
+
+    model.register_forward_hook(run_out)
+    assert not _fits(accelerator, model, 1, 16)
+    assert taken
+    assert alive == [0, 0]

@@ -167,13 +167,16 @@ def _precision(accelerator: "Accelerator") -> Finding:
 def _compilation(device: "torch.device") -> Finding:
     if device.type != "cuda":
         return Finding("compilation", "off (auto: on CUDA only)")
-    missing = [] if importlib.util.find_spec("triton") else ["the triton package"]
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        missing.append("a C compiler")
-    if missing:
-        fix = f"Install {' and '.join(missing)}, or train with --compile no, which is slower."
-        return Finding("compilation", f"would fail: there is not {' nor '.join(missing)}", fix)
-    return Finding("compilation", "on")
+    has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    if importlib.util.find_spec("triton"):
+        if has_compiler:
+            return Finding("compilation", "on")
+        # Without a compiled model, too, the loss and the MLP are Triton's kernels.
+        fix = "Install one, such as gcc: Triton needs it to launch any kernel."
+        return Finding("compilation", "would fail, and so would --compile no: there is no C compiler", fix)
+    missing, them = ("no triton package", "it") if has_compiler else ("no triton package and no C compiler", "both")
+    fix = f"Install {them}, or train with --compile no, which is slower."
+    return Finding("compilation", f"would fail: there is {missing}", fix)
 
 
 def attention(device: "torch.device") -> str:

@@ -1,6 +1,5 @@
 """Files opened with care and replaced whole."""
 
-import errno
 import os
 import secrets
 import stat
@@ -40,16 +39,16 @@ def _sync_folder(path: Path) -> None:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor to read a file by, opened without following a link or waiting on a pipe.
+    """A descriptor to read a file by, opened without waiting on a pipe.
+
+    Links are followed: only the user says which file this is, and in the hub's cache all are links.
 
     Raises:
         DataError: there is no such regular file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise DataError(f"{path} is a symbolic link, which is not followed: give the file it leads to.") from error
         raise DataError(f"{path} cannot be opened: {error.strerror}. Check the path and its permissions.") from error
     except ValueError as error:
         raise DataError(f"{str(path)!r} is no path: {error}.") from error

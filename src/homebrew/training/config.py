@@ -1,12 +1,15 @@
 """What a training run is told."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeGuard
 
 from homebrew.errors import ConfigError
-from homebrew.training.guard import NonFinitePolicy
 from homebrew.training.schedule import Schedule, warmup_cosine
+
+NonFinitePolicy = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +27,8 @@ class TrainerConfig:
     global_batch_tokens: int | None = None
     """Tokens a step, over all processes and micro-batches; one micro-batch a process if not given."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Sequences a process runs through the model at once; the device's usual if not given. "auto": the most that fit
-    in every process's memory, which is tried before the run; needs `global_batch_tokens`."""
+    """Sequences a process runs through the model at once; the device's usual if not given.
+    "auto": the most that fit in every process's memory, which is tried before the run; needs `global_batch_tokens`."""
     learning_rate: float = 6e-4
     """The schedule's peak."""
     warmup_steps: int | None = None
@@ -43,10 +46,10 @@ class TrainerConfig:
     non_finite_limit: int = 10
     """Steps in a row that may be left out."""
     loss_spike_zscore: float | None = None
-    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if None.
+    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if not given.
     Not in fp16, whose scaler alone decides which steps are taken."""
     seed: int = 42
-    """Of the order of samples and of dropout; and of the weights, if the Trainer is given a `GPTConfig`."""
+    """Of the order of samples and of dropout; and of the weights, where the Trainer or the command line makes them."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """"auto": what the launcher chose, else bf16 on a GPU or CPU that multiplies it, else none."""
     compile: bool | Literal["auto"] = "auto"
@@ -70,11 +73,11 @@ class TrainerConfig:
     keep_every: int | None = None
     """Checkpoints at multiples of this step are kept for good."""
     gather_limit_bytes: int = 32_000_000_000
-    """Under FSDP, the largest checkpoint (12 bytes a trained parameter) that is gathered on the first process, which
-    writes it. Of a larger one every process writes what it has; `output_dir` must then be on a file system that all
-    share. Both are opened, and gone on from, everywhere."""
+    """Under FSDP, the largest checkpoint (12 bytes a trained parameter) that the first process gathers and writes.
+    Of a larger one every process writes what it has; `output_dir` must then be on a file system that all share.
+    Both are opened, and gone on from, everywhere."""
     num_workers: int = 0
-    """Processes that read ahead, for datasets of your own that are slow to read."""
+    """Processes that read ahead, for slow datasets of your own; an evaluation reads in the main process."""
     loader_timeout_seconds: float = 600.0
     """How long to wait for such a process."""
 
@@ -84,61 +87,89 @@ class TrainerConfig:
         return warmup_cosine(warmup_steps=warmup_steps, max_steps=self.max_steps, min_lr_ratio=self.min_lr_ratio)
 
     def __post_init__(self) -> None:
-        at_least_one = [
-            "max_steps",
-            "global_batch_tokens",
-            "micro_batch_size",
-            "eval_every",
-            "eval_batches",
-            "log_every",
-            "save_every",
-            "keep_last",
-            "keep_every",
-        ]
         wrong = [
-            f"{name}={getattr(self, name)!r}: must be a whole number of at least 1."
-            for name in at_least_one
-            if getattr(self, name) is not None and not _is_count(getattr(self, name), least=1)
-            if (name, getattr(self, name)) != ("micro_batch_size", "auto")
+            f"{name}={value!r}: must be {rule}."
+            for names, rule, holds in _RULES
+            for name in names.split()
+            if not holds(value := getattr(self, name))
         ]
         if self.micro_batch_size == "auto" and self.global_batch_tokens is None:
             wrong.append("micro_batch_size='auto': needs global_batch_tokens, for the step to stay the same.")
-        wrong += [
-            f"{name}={getattr(self, name)!r}: must be a whole number of at least 0."
-            for name in ("seed", "num_workers", "non_finite_limit", "warmup_steps", "gather_limit_bytes")
-            if getattr(self, name) is not None and not _is_count(getattr(self, name), least=0)
-        ]
-        wrong += [
-            f"{name}={getattr(self, name)!r}: must be more than 0."
-            for name in ("learning_rate", "max_grad_norm", "loader_timeout_seconds", "collective_timeout_seconds")
-            if not getattr(self, name) > 0
-        ]
-        if self.loss_spike_zscore is not None and not self.loss_spike_zscore > 0:
-            wrong.append(f"loss_spike_zscore={self.loss_spike_zscore!r}: must be more than 0, or None.")
-        if not self.weight_decay >= 0:
-            wrong.append(f"weight_decay={self.weight_decay!r}: must be at least 0.")
-        if not 0 <= self.min_lr_ratio <= 1:
-            wrong.append(f"min_lr_ratio={self.min_lr_ratio!r}: must be between 0 and 1.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            wrong.append(f"betas={self.betas!r}: must be two numbers of at least 0 and less than 1.")
-        for name, values in (
-            ("mixed_precision", ("auto", "no", "bf16", "fp16")),
-            ("compile", ("auto", True, False)),
-            ("non_finite", ("raise", "skip")),
-        ):
-            if getattr(self, name) not in values:
-                wrong.append(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, values))}.")
         if wrong:
             raise ConfigError("These settings cannot be used:\n  " + "\n  ".join(wrong))
+
+
+def _is_count(value: object, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and 0 < value < math.inf
+
+
+_MOST_SEED = 4_000_000_000
+"""NumPy's are below 2**32, and the process's number and the step are added to it."""
+
+_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("max_steps log_every keep_last", "a whole number of at least 1", lambda value: _is_count(value, least=1)),
+    (
+        "global_batch_tokens eval_every eval_batches save_every keep_every",
+        "a whole number of at least 1, or None",
+        lambda value: value is None or _is_count(value, least=1),
+    ),
+    (
+        "micro_batch_size",
+        "a whole number of at least 1, 'auto' or None",
+        lambda value: value in (None, "auto") or _is_count(value, least=1),
+    ),
+    (
+        "non_finite_limit gather_limit_bytes num_workers",
+        "a whole number of at least 0",
+        lambda value: _is_count(value, least=0),
+    ),
+    (
+        "warmup_steps",
+        "a whole number of at least 0, or None",
+        lambda value: value is None or _is_count(value, least=0),
+    ),
+    ("seed", f"a whole number from 0 to {_MOST_SEED}", lambda value: _is_count(value, least=0) and value <= _MOST_SEED),
+    (
+        "learning_rate collective_timeout_seconds loader_timeout_seconds",
+        "a finite number above 0",
+        _is_positive,
+    ),
+    (
+        "loss_spike_zscore",
+        "a finite number above 0, or None",
+        lambda value: value is None or _is_positive(value),
+    ),
+    ("max_grad_norm", "a number above 0", lambda value: _is_number(value) and value > 0),  # inf: no clipping
+    ("weight_decay", "a finite number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf),
+    ("min_lr_ratio", "a number between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1),
+    (
+        "betas",
+        "two numbers of at least 0 and less than 1",
+        lambda value: (
+            isinstance(value, tuple | list)
+            and len(value) == 2
+            and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
+        ),
+    ),
+    ("activation_checkpointing", "True or False", lambda value: isinstance(value, bool)),
+    ("compile", "one of 'auto', True, False", lambda value: value in ("auto", True, False)),
+    ("mixed_precision", "one of 'auto', 'no', 'bf16', 'fp16'", lambda value: value in ("auto", "no", "bf16", "fp16")),
+    ("non_finite", "one of 'raise', 'skip'", lambda value: value in ("raise", "skip")),
+)
+"""Names of settings, what they must be, and whether a value is that."""
 
 
 def is_due(step: int, every: int | None) -> bool:
     """Whether something that is done every so many steps is done after this one."""
     return every is not None and step % every == 0
-
-
-def _is_count(value: object, *, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)

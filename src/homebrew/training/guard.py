@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from homebrew.errors import NonFiniteError
-
-NonFinitePolicy = Literal["raise", "skip"]
+from homebrew.training.config import NonFinitePolicy
 
 SPIKE_MEMORY = 0.98
 """Weight of the past in the running mean and variance of the loss: about the last fifty steps."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any, Self
 import torch
 
 _PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # Dense tensor-core peaks from the vendors' datasheets, the first name found in the device's counts.
+    # Dense tensor-core peaks from the vendors' datasheets, by what `_card` leaves of a device's name.
     "B200": {"bfloat16": 2250, "float32": 1125},
     "H200": {"bfloat16": 989, "float32": 494},
-    "H100 PCIe": {"bfloat16": 756, "float32": 378},
+    "GH200": {"bfloat16": 989, "float32": 494},
     "H100": {"bfloat16": 989, "float32": 494},
+    "H100 NVL": {"bfloat16": 835, "float32": 417},
+    "H100 PCIE": {"bfloat16": 756, "float32": 378},
     "A100": {"bfloat16": 312, "float32": 156},
+    "A100 PCIE": {"bfloat16": 312, "float32": 156},
     "L40S": {"bfloat16": 362, "float32": 183},
+    "L40": {"bfloat16": 181, "float32": 90},
     "L4": {"bfloat16": 121, "float32": 60},
     "A10G": {"bfloat16": 70, "float32": 35},
     "RTX 5090": {"bfloat16": 209.5, "float32": 104.8},
@@ -25,7 +30,10 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "RTX 3090": {"bfloat16": 71, "float32": 35.6},
     "T4": {"float16": 65},
     "V100": {"float16": 125},
+    "V100 PCIE": {"float16": 112},
 }
+_SAYS_NOTHING_OF_SPEED = re.compile(r"NVIDIA|TESLA|GEFORCE|SXM\d|HBM3|\d+GB")
+"""Words of a name that cards of one speed differ in; any other ("Laptop", "MIG") makes it a card that is not known."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense matrix-product peak of a device, in FLOP/s; None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for known, peaks in _PEAK_TFLOPS.items():
-        if known in name:
-            kind = str(dtype).removeprefix("torch.")
-            tflops = peaks.get(kind, peaks.get("bfloat16") if kind == "float16" else None)
-            return None if tflops is None else tflops * 1e12
-    return None
+    peaks = _PEAK_TFLOPS.get(_card(torch.cuda.get_device_name(device)), {})
+    kind = str(dtype).removeprefix("torch.")
+    tflops = peaks.get(kind, peaks.get("bfloat16") if kind == "float16" else None)
+    return None if tflops is None else tflops * 1e12
+
+
+def _card(name: str) -> str:
+    return " ".join(word for word in re.split("[ -]", name.upper()) if not _SAYS_NOTHING_OF_SPEED.fullmatch(word))
 
 
 def memory_bytes(device: torch.device) -> int | None:

@@ -118,19 +118,13 @@ _SAVERS = "Set activation_checkpointing=True, shard the model with FSDP2 over mo
 
 
 def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int) -> bool:
-    """Whether this process can go through two micro-batches, the first's gradients and the optimizer in memory."""
+    """Whether this process can go through a trial; what it took is free again, and not in the peak that is reported."""
     device = accelerator.device
-    ids = torch.zeros(size, sequence_length, dtype=torch.int64, device=device)
     was_training = model.training
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            reserved = _reserve(accelerator, model)
-            for _ in range(2):
-                with accelerator.autocast():
-                    loss = model(ids, ids)
-                loss.backward()
-            del reserved, loss
+            _try(accelerator, model, size, sequence_length)  # whose tensors are gone with it, also when it fails
     except torch.OutOfMemoryError:
         return False
     else:
@@ -141,6 +135,16 @@ def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int)
         clear_device_cache(garbage_collection=True)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+
+
+def _try(accelerator: Accelerator, model: GPT, size: int, sequence_length: int) -> None:
+    """Go through two micro-batches, the first's gradients and the optimizer in memory."""
+    _reserved = _reserve(accelerator, model)
+    ids = torch.zeros(size, sequence_length, dtype=torch.int64, device=accelerator.device)
+    for _ in range(2):
+        with accelerator.autocast():
+            loss = model(ids, ids)
+        loss.backward()
 
 
 def _reserve(accelerator: Accelerator, model: GPT) -> list[torch.Tensor]:
