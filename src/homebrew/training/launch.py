@@ -54,6 +54,28 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     return accelerator
 
 
+def adopt_accelerator(accelerator: Accelerator, config: TrainerConfig) -> Accelerator:
+    """An Accelerator that the user has built, which keeps the settings it has.
+
+    Raises:
+        ConfigError: the config asks for others.
+        LaunchError: as for one of ours.
+    """
+    if config.mixed_precision not in ("auto", accelerator.mixed_precision):
+        raise ConfigError(
+            f"mixed_precision={config.mixed_precision!r}, but the Accelerator you give has mixed_precision="
+            f"{accelerator.mixed_precision!r}, and keeps it. Build it as Accelerator(mixed_precision="
+            f"{config.mixed_precision!r}), and leave the config's at 'auto'."
+        )
+    if config.log_with is not None:
+        raise ConfigError(
+            f"log_with={config.log_with!r} is for an Accelerator of the Trainer's. Yours has trackers of its own: "
+            f"build it as Accelerator(log_with={config.log_with!r}, project_dir=…), and leave the config's out."
+        )
+    enter_world(accelerator)
+    return accelerator
+
+
 def _check_parallelism() -> None:
     """Refuse sizes that do not make up the world; Accelerate's own error names neither."""
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import torch
+from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from homebrew.training.callbacks import Callback
@@ -16,6 +17,8 @@ from homebrew.training.guard import HeldBack
 from homebrew.training.metrics import EvalMetrics, MetricsLog, StepMetrics
 
 if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
     from homebrew.training.trainer import Trainer
 
 
@@ -24,12 +27,12 @@ class RunRecord(Callback):
 
     def __init__(self) -> None:
         self._log: MetricsLog | None = None
+        self._trackers: list[GeneralTracker] = []  # which the run has started
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         """Write `run.json`, open `metrics.jsonl`, start the trackers."""
         facts = run_facts(trainer)
-        if trainer.config.log_with is not None:
-            trainer.accelerator.init_trackers("homebrew", config=_flat(facts))
+        self._start_trackers(trainer.accelerator, facts)
         if trainer.is_main_process:
             folder = Path(trainer.config.output_dir)
             (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -57,21 +60,33 @@ class RunRecord(Callback):
                 self._log.write("held_back", **asdict(held))
 
     def on_train_end(self, trainer: "Trainer") -> None:
-        """Close the file and the trackers; the process group stays for what the script does next."""
+        """Close the file and the run's trackers; the process group stays for what the script does next."""
         if self._log is not None:
             self._log.write("end", step=trainer.step)
             self._log.close()
             self._log = None
-        for tracker in trainer.accelerator.trackers:
+        ours, self._trackers = self._trackers, []
+        trainer.accelerator.trackers = [tracker for tracker in trainer.accelerator.trackers if tracker not in ours]
+        for tracker in ours:
             tracker.finish()
+
+    def _start_trackers(self, accelerator: Accelerator, facts: dict[str, Any]) -> None:
+        """Start the Accelerator's trackers; those that run get the figures too, but who started them ends them."""
+        if accelerator.trackers:
+            return
+        try:
+            accelerator.init_trackers("homebrew", config=_flat(facts))
+        except BaseException:
+            accelerator.trackers = []  # or the next run would take them to be running
+            raise
+        self._trackers = list(accelerator.trackers)
 
     def _record(self, kind: str, trainer: "Trainer", figures: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(kind, **figures)
-        if trainer.config.log_with is not None:
-            prefix = "eval" if kind == "evaluate" else "train"
-            numbers = {f"{prefix}/{k}": v for k, v in figures.items() if k != "step" and v is not None}
-            trainer.accelerator.log(numbers, step=figures["step"])
+        prefix = "eval" if kind == "evaluate" else "train"
+        numbers = {f"{prefix}/{k}": v for k, v in figures.items() if k != "step" and v is not None}
+        trainer.accelerator.log(numbers, step=figures["step"])
 
 
 def run_facts(trainer: "Trainer") -> dict[str, Any]:

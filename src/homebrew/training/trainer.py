@@ -25,7 +25,7 @@ from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
 from homebrew.training.heartbeat import Heartbeat
-from homebrew.training.launch import build_accelerator, enter_world
+from homebrew.training.launch import adopt_accelerator, build_accelerator
 from homebrew.training.meter import StepMeter
 from homebrew.training.metrics import EvalMetrics
 from homebrew.training.micro_batch import explained, plan_run
@@ -47,7 +47,7 @@ class Trainer:
         config: the run's settings.
         optimizer: used instead of AdamW; built over the model's parameters.
         schedule: a function step -> factor of the learning rate, used instead of `warmup_cosine`.
-        accelerator: used instead of one with the launcher's settings.
+        accelerator: used instead of one with the launcher's settings, with the precision and the trackers it has.
         callbacks: told of the run's events, after the progress display.
 
     Raises:
@@ -67,8 +67,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config
-        self.accelerator = accelerator or build_accelerator(config)
-        enter_world(self.accelerator)
+        self.accelerator = adopt_accelerator(accelerator, config) if accelerator else build_accelerator(config)
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset

@@ -1,0 +1,76 @@
+"""What a run leaves to read."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+
+from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
+
+SHAPE = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
+
+
+def dataset():
+    return TokenDataset.from_tokens(torch.arange(32).repeat(4), 8, vocab_size=32)
+
+
+def make(folder, *, train=None, accelerator=None, callbacks=(), **settings):
+    settings = {"max_steps": 1, "micro_batch_size": 2, "mixed_precision": "no"} | settings
+    config = TrainerConfig(output_dir=folder, **settings)
+    return Trainer(SHAPE, train or dataset(), config=config, accelerator=accelerator, callbacks=callbacks)
+
+
+class Tracker(GeneralTracker):
+    """Remembers what it is told."""
+
+    name, requires_logging_directory = "mine", False
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    @property
+    def tracker(self):
+        return self.told
+
+    def start(self):
+        self.told.append("start")
+
+    def log(self, values, step=None, **_):
+        self.told.append(step)
+
+    def finish(self):
+        self.told.append("finish")
+
+
+def test_each_run_on_an_accelerator_starts_and_finishes_its_trackers_once(tmp_path):
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    for run in ("first", "second"):
+        make(tmp_path / run, accelerator=accelerator).train()
+        assert tracker.told == ["start", 1, "finish"]
+        tracker.told.clear()
+
+
+def test_trackers_that_are_running_get_the_figures_and_go_on(tmp_path):
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    accelerator.init_trackers("mine")
+    make(tmp_path, accelerator=accelerator).train()
+    accelerator.end_training()
+    assert tracker.told == ["start", 1, "finish"]
+
+
+def test_a_tracker_that_does_not_start_is_not_taken_to_run(tmp_path):
+    class Offline(Tracker):
+        def start(self):
+            super().start()
+            if self.told == ["start"]:
+                raise OSError("no network")
+
+    tracker = Offline()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    with pytest.raises(OSError, match="no network"):
+        make(tmp_path, accelerator=accelerator).train()
+    make(tmp_path, accelerator=accelerator).train()
+    assert tracker.told == ["start", "start", 1, "finish"]
