@@ -3,6 +3,8 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.utils import LoggerType
 
 from homebrew import TrainerConfig
 from homebrew.errors import ConfigError
@@ -45,3 +47,37 @@ def test_an_accelerator_of_your_own_is_given_its_settings_itself(tmp_path, setti
 def test_an_accelerator_of_your_own_is_taken_as_it_is(tmp_path, wanted):
     own = Accelerator(cpu=True)
     assert adopt_accelerator(own, TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision=wanted)) is own
+
+
+@pytest.fixture
+def only_tensorboard(monkeypatch):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("wandb", r"log_with='wandb': it is not installed. Run `pip install wandb`. .*: tensorboard\."),
+        ("tensorbord", r"log_with='tensorbord': Accelerate knows no such tracker. Choose one of .*: tensorboard\."),
+        (["tensorboard"], r"log_with=\['tensorboard'\]: Accelerate knows no such tracker"),
+    ],
+)
+def test_a_tracker_that_is_not_there(tmp_path, only_tensorboard, name, told):
+    with pytest.raises(ConfigError, match=told):
+        build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, log_with=name))
+
+
+def test_all_trackers_where_there_are_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    with pytest.raises(ConfigError, match=r"log_with='all': none is installed.* Ready for use: none"):
+        build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, log_with="all"))
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "all", "mine"])
+def test_a_tracker_that_is_there(tmp_path, monkeypatch, only_tensorboard, name):
+    class Mine(GeneralTracker):
+        name, requires_logging_directory = "mine", False
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mine", Mine)
+    accelerator = build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, log_with=name))
+    assert list(map(str, accelerator.log_with)) == ["mine" if name == "mine" else "tensorboard"]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    LoggerType,
     ParallelismConfig,
     ProjectConfiguration,
 )
@@ -27,10 +29,12 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     """An Accelerator with the launcher's settings, ours where it has none.
 
     Raises:
-        ConfigError: an earlier Accelerator of the process has another precision.
+        ConfigError: an earlier Accelerator of the process has another precision, or the tracker is not there.
         LaunchError: the launcher started several processes and Accelerate sees one, or the like.
     """
     _check_parallelism()
+    if config.log_with is not None:
+        _check_tracker(config.log_with)
     try:
         accelerator = Accelerator(
             mixed_precision=_mixed_precision(config.mixed_precision),
@@ -74,6 +78,21 @@ def adopt_accelerator(accelerator: Accelerator, config: TrainerConfig) -> Accele
         )
     enter_world(accelerator)
     return accelerator
+
+
+def _check_tracker(name: str) -> None:
+    """Refuse a tracker that Accelerate does not know, or would leave out in silence."""
+    known, installed = LoggerType.list(), [str(tracker) for tracker in get_available_trackers()]
+    usable = installed + [own for own in LOGGER_TYPE_TO_CLASS if own not in known]  # which users have registered
+    if name in usable or (name == "all" and installed):
+        return
+    if name == "all":
+        reason = "none is installed. Run `pip install tensorboard`, for one"
+    elif name in known:
+        reason = f"it is not installed. Run `pip install {name}`"
+    else:
+        reason = f"Accelerate knows no such tracker. Choose one of {', '.join(known)}"
+    raise ConfigError(f"log_with={name!r}: {reason}. Ready for use: {', '.join(usable) or 'none'}.")
 
 
 def _check_parallelism() -> None:
