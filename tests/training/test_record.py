@@ -1,11 +1,15 @@
 """What a run leaves to read."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from torch.utils.data import Dataset
 
 from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
+from homebrew.errors import ConfigError
 
 SHAPE = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
 
@@ -74,3 +78,37 @@ def test_a_tracker_that_does_not_start_is_not_taken_to_run(tmp_path):
         make(tmp_path, accelerator=accelerator).train()
     make(tmp_path, accelerator=accelerator).train()
     assert tracker.told == ["start", "start", 1, "finish"]
+
+
+class Wrapped(Dataset):
+    """A dataset of one's own, with attributes of its own."""
+
+    def __init__(self, **attributes):
+        self.samples = dataset()
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        return self.samples[i]
+
+
+class OtherTokenizer:
+    """As other libraries make them."""
+
+    name_or_path, vocab_size, eos_token_id = "gpt2", 32, 0
+
+    def encode(self, text):
+        return [0]
+
+    def decode(self, ids):
+        return ""
+
+
+def test_a_dataset_may_have_another_librarys_tokenizer(tmp_path):
+    trainer = make(tmp_path, train=Wrapped(tokenizer=OtherTokenizer()))
+    trainer.train()
+    assert "tokenizer" not in json.loads((tmp_path / "run.json").read_text())["train_dataset"]
+    with pytest.raises(ConfigError, match="needs a tokenizer of ours"):
+        trainer.sample()

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from homebrew.data.tokenizer import tokenizer_of
 from homebrew.training.callbacks import Callback
 from homebrew.training.guard import HeldBack
 from homebrew.training.metrics import EvalMetrics, MetricsLog, StepMetrics
@@ -116,7 +117,7 @@ def dataset_facts(dataset: Dataset[Any]) -> dict[str, Any]:
     for name in ("source", "fingerprint", "num_tokens"):
         if hasattr(dataset, name):
             facts[name] = getattr(dataset, name)
-    tokenizer = getattr(dataset, "tokenizer", None)
+    tokenizer = tokenizer_of(dataset)
     return facts | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
 
 

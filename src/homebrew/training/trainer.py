@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from homebrew.data.check import check_dataset
 from homebrew.data.loader import Batch, StepLoader, worker_errors
+from homebrew.data.tokenizer import tokenizer_of
 from homebrew.errors import ConfigError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
@@ -71,7 +72,7 @@ class Trainer:
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
-        self._tokenizer = getattr(train_dataset, "tokenizer", None)
+        self._tokenizer = tokenizer_of(train_dataset)
         self._limits = {"block_size": self.model.config.block_size, "vocab_size": self.model.config.vocab_size}
         self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
@@ -332,7 +333,7 @@ class Trainer:
             ConfigError: the training dataset has no tokenizer.
         """
         if self._tokenizer is None:
-            raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
+            raise ConfigError("sample() needs a tokenizer of ours; train_dataset has none. Use model.generate on ids.")
         end = self._tokenizer.end_of_text_id
         ids = list(self._tokenizer.encode(text or "\n")) if text or end is None else [end]
         written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
