@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import ConfigError
+from homebrew.training.callbacks import Callback
 
 SHAPE = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
 
@@ -112,3 +113,27 @@ def test_a_dataset_may_have_another_librarys_tokenizer(tmp_path):
     assert "tokenizer" not in json.loads((tmp_path / "run.json").read_text())["train_dataset"]
     with pytest.raises(ConfigError, match="needs a tokenizer of ours"):
         trainer.sample()
+
+
+def test_an_error_as_training_begins_is_followed_by_its_end(tmp_path):
+    class Breaks(Callback):
+        def on_train_begin(self, trainer):
+            raise ValueError("a callback's own")
+
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    with pytest.raises(ValueError, match="a callback's own"):
+        make(tmp_path, accelerator=accelerator, callbacks=[Breaks()]).train()
+    events = [json.loads(line)["event"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert events == ["begin", "end"]
+    assert tracker.told == ["start", "finish"]
+
+
+def test_what_a_callback_saves_as_training_begins_is_written_when_it_goes_on(tmp_path):
+    class Saves(Callback):
+        def on_train_begin(self, trainer):
+            found.append(trainer.save().is_dir())
+
+    found = []
+    make(tmp_path, callbacks=[Saves()]).train()
+    assert found == [True]

@@ -37,7 +37,7 @@ class Callback:
         """Some steps' updates were not applied; told at the next report, before an error that follows from it."""
 
     def on_train_end(self, trainer: "Trainer") -> None:
-        """Training ended, also by an error."""
+        """Training ended, also by an error, even by one of an `on_train_begin`, which not all may have heard."""
 
 
 class EarlyStopping(Callback):

@@ -160,8 +160,9 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite and the policy does not allow it.
         """
         self._begin(resume, accept_changes)
-        self._running = True
         try:
+            self._tell("on_train_begin")
+            self._running = True
             agreement = Agreement(self.accelerator)
             with (
                 self._saver,
@@ -197,7 +198,6 @@ class Trainer:
         self._wrapped.train()
         self.should_stop = self._stopping = False
         self._meter.start(self.step)
-        self._tell("on_train_begin")
 
     def _take_step(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step; nothing in it waits for the device.
