@@ -1,6 +1,8 @@
 """What a run leaves to read."""
 
 import json
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.data import Dataset
 from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import ConfigError
 from homebrew.training.callbacks import Callback
+from homebrew.training.record import RunRecord
 
 SHAPE = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
 
@@ -113,6 +116,34 @@ def test_a_dataset_may_have_another_librarys_tokenizer(tmp_path):
     assert "tokenizer" not in json.loads((tmp_path / "run.json").read_text())["train_dataset"]
     with pytest.raises(ConfigError, match="needs a tokenizer of ours"):
         trainer.sample()
+
+
+def test_facts_that_json_has_not_are_written_as_text(tmp_path):
+    make(tmp_path, train=Wrapped(source=Path("some/text"))).train()
+    assert json.loads((tmp_path / "run.json").read_text())["train_dataset"]["source"] == "some/text"
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
+def test_a_folder_that_takes_no_record_is_told_before_the_first_step(tmp_path, name):
+    (tmp_path / name).mkdir()
+    trainer = make(tmp_path)
+    with pytest.raises(ConfigError, match=rf"output_dir=.* cannot take .*Is a directory.*{name}"):
+        trainer.train()
+    assert trainer.step == 0
+
+
+def test_facts_that_do_not_fit_leave_those_from_before(tmp_path):
+    trainer = make(tmp_path)
+    trainer.train()
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
+    try:
+        with pytest.raises(ConfigError, match="File too large"):
+            RunRecord().on_train_begin(trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert {path.name: path.read_bytes() for path in [*tmp_path.glob("*.*"), *tmp_path.glob(".*")]} == before
 
 
 def test_an_error_as_training_begins_is_followed_by_its_end(tmp_path):

@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Sequence, Sized
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +14,10 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from homebrew.data.tokenizer import tokenizer_of
+from homebrew.errors import ConfigError
+from homebrew.model.files import replacing
 from homebrew.training.callbacks import Callback
+from homebrew.training.collective import on_main
 from homebrew.training.guard import HeldBack
 from homebrew.training.metrics import EvalMetrics, MetricsLog, StepMetrics
 
@@ -31,14 +35,16 @@ class RunRecord(Callback):
         self._trackers: list[GeneralTracker] = []  # which the run has started
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        """Write `run.json`, open `metrics.jsonl`, start the trackers."""
+        """Write `run.json`, open `metrics.jsonl`, start the trackers.
+
+        Raises:
+            ConfigError: on every process, if the first cannot write to `output_dir`.
+        """
         facts = run_facts(trainer)
-        self._start_trackers(trainer.accelerator, facts)
-        if trainer.is_main_process:
-            folder = Path(trainer.config.output_dir)
-            (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            self._log = MetricsLog(folder / "metrics.jsonl")
+        on_main(trainer.accelerator, partial(self._open, Path(trainer.config.output_dir), facts))
+        if self._log is not None:
             self._log.write("resume" if trainer.step else "begin", step=trainer.step)
+        self._start_trackers(trainer.accelerator, facts)
 
     def on_step_end(self, trainer: "Trainer", metrics: StepMetrics | None) -> None:
         """Record a step that is reported."""
@@ -71,6 +77,18 @@ class RunRecord(Callback):
         for tracker in ours:
             tracker.finish()
 
+    def _open(self, folder: Path, facts: dict[str, Any]) -> None:
+        """On the first process: write the facts, whole or not at all, and open the file of figures."""
+        try:
+            with replacing(folder / "run.json") as path:
+                path.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+            self._log = MetricsLog(folder / "metrics.jsonl")
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir={str(folder)!r} cannot take run.json and metrics.jsonl: {error}. Make room, look at "
+                f"the permissions there, or choose another folder."
+            ) from error
+
     def _start_trackers(self, accelerator: Accelerator, facts: dict[str, Any]) -> None:
         """Start the Accelerator's trackers; those that run get the figures too, but who started them ends them."""
         if accelerator.trackers:
@@ -91,7 +109,7 @@ class RunRecord(Callback):
 
 
 def run_facts(trainer: "Trainer") -> dict[str, Any]:
-    """What made the run: settings, model, data, processes and versions; all JSON."""
+    """What made the run: settings, model, data, processes and versions."""
     accelerator = trainer.accelerator
     config = asdict(trainer.config)
     return {
