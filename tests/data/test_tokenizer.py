@@ -1,5 +1,6 @@
 import hashlib
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Tokenizer as TheirTokenizer
 
 from homebrew.data import tokenizer
-from homebrew.data.tokenizer import get_tokenizer, gpt2_files, tokenizer_from_json
+from homebrew.data.tokenizer import get_tokenizer, gpt2_files, tokenizer_from_json, tokenizer_of
 from homebrew.errors import DataError, TokenizerError
 
 WORDS = st.text("aZ'sdtmrelv 0١½ \t\n\r\u00a0\u2028.,!é中😀\u0301\x00", max_size=40)
@@ -127,3 +128,11 @@ def test_files_with_another_hash_are_not_used(nothing_at_hand, monkeypatch):
     (nothing_at_hand / key).write_bytes(b"{}")
     with pytest.raises(TokenizerError, match=r"encoder\.json"):
         gpt2_files()
+
+
+def test_only_a_tokenizer_of_ours_is_a_datasets_tokenizer(theirs):
+    for ours in (get_tokenizer("bytes"), get_tokenizer("char", text="ab")):
+        assert tokenizer_of(SimpleNamespace(tokenizer=ours)) is ours
+    for other in (theirs, "gpt2", None):
+        assert tokenizer_of(SimpleNamespace(tokenizer=other)) is None
+    assert tokenizer_of([]) is None

@@ -301,6 +301,7 @@ BROKEN = {  # how: its layout, which process's error comes first, and what it sa
     "commit": ("fsdp2", "0", "CheckpointError: "),
     "lone commit": ("ddp2", "0", "CheckpointError: "),
     "disk": ("fsdp2", "01", "ConfigError: output_dir="),
+    "record": ("ddp2", "01", "ConfigError: output_dir="),
 }
 
 

@@ -169,6 +169,8 @@ def build(task, rank):
     killed, step = task.get("kill_in_save", (None, None))
     if rank == killed:
         kill_in_save(step)
+    if task.get("break") == "record":
+        (Path(task["output_dir"]) / "run.json").mkdir(parents=True, exist_ok=True)
     shape = GPTConfig(
         block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
     )

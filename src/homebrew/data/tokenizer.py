@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tiktoken
@@ -28,6 +28,7 @@ _END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_ID = 50_256
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What turns text into ids and back."""
 
@@ -195,6 +196,12 @@ def tokenizer_from_json(saved: dict[str, Any]) -> Tokenizer:
     if not isinstance(alphabet, str | None):
         raise DataError(f"A tokenizer's alphabet must be a text; got {alphabet!r:.100}.")
     return get_tokenizer(str(saved.get("name")), text=alphabet)
+
+
+def tokenizer_of(dataset: object) -> Tokenizer | None:
+    """A dataset's tokenizer, where it has one of ours: another library's does not say how to make it again."""
+    tokenizer = getattr(dataset, "tokenizer", None)
+    return tokenizer if isinstance(tokenizer, Tokenizer) else None
 
 
 def gpt2_files() -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from homebrew.errors import ConfigError
 from homebrew.training.guard import HeldBack
-from homebrew.training.metrics import EvalMetrics, StepMetrics
+from homebrew.training.metrics import EvalMetrics, StepMetrics, past_losses
 
 if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer
@@ -37,11 +37,14 @@ class Callback:
         """Some steps' updates were not applied; told at the next report, before an error that follows from it."""
 
     def on_train_end(self, trainer: "Trainer") -> None:
-        """Training ended, also by an error."""
+        """Training ended, also by an error, even by one of an `on_train_begin`, which not all may have heard."""
 
 
 class EarlyStopping(Callback):
     """Ends the run when the evaluation loss no longer falls.
+
+    A resumed run counts on from the evaluations that `metrics.jsonl` in its `output_dir` has of it. One that was ended
+    here, and is resumed, goes on to its next evaluation.
 
     Args:
         patience: evaluations without a new best before the run ends.
@@ -59,13 +62,24 @@ class EarlyStopping(Callback):
         self._best = float("inf")
         self._without = 0
 
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        """Begin anew, or where the run had come to."""
+        self._best, self._without = float("inf"), 0
+        if trainer.is_main_process:
+            for loss in past_losses(Path(trainer.config.output_dir) / "metrics.jsonl", trainer.step):
+                self._count(loss)
+
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
-        """Count evaluations without a new best."""
-        if metrics.loss < self._best - self.min_delta:
-            self._best, self._without = metrics.loss, 0
+        """Count evaluations without a new best; the first process decides, for only it has the run's file."""
+        if trainer.is_main_process:
+            self._count(metrics.loss)
+            trainer.should_stop = trainer.should_stop or self._without >= self.patience
+
+    def _count(self, loss: float) -> None:
+        if loss < self._best - self.min_delta:
+            self._best, self._without = loss, 0
         else:
             self._without += 1
-        trainer.should_stop = trainer.should_stop or self._without >= self.patience
 
 
 class ProgressDisplay(Callback):

@@ -51,7 +51,8 @@ class TrainerConfig:
     seed: int = 42
     """Of the order of samples and of dropout; and of the weights, where the Trainer or the command line makes them."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """"auto": what the launcher chose, else bf16 on a GPU or CPU that multiplies it, else none."""
+    """"auto": what the launcher, or your own `Accelerator`, chose, else bf16 on a GPU or CPU that multiplies it, else
+    none."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to compile the model with torch.compile; "auto": on CUDA only."""
     activation_checkpointing: bool = False
@@ -65,7 +66,8 @@ class TrainerConfig:
     log_every: int = 10
     """Steps between two reports; the device is waited for only then."""
     log_with: str | None = None
-    """An Accelerate tracker besides `metrics.jsonl`: "tensorboard", "wandb", and so on."""
+    """An Accelerate tracker besides `metrics.jsonl`: "tensorboard", "wandb", and so on, or "all" that are installed.
+    An `Accelerator` of your own is given it itself: figures go to its trackers."""
     save_every: int | None = None
     """Steps between checkpoints; one at the end only if not given."""
     keep_last: int = 2

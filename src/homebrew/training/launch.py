@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    LoggerType,
     ParallelismConfig,
     ProjectConfiguration,
 )
@@ -27,10 +29,12 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     """An Accelerator with the launcher's settings, ours where it has none.
 
     Raises:
-        ConfigError: an earlier Accelerator of the process has another precision.
+        ConfigError: an earlier Accelerator of the process has another precision, or the tracker is not there.
         LaunchError: the launcher started several processes and Accelerate sees one, or the like.
     """
     _check_parallelism()
+    if config.log_with is not None:
+        _check_tracker(config.log_with)
     try:
         accelerator = Accelerator(
             mixed_precision=_mixed_precision(config.mixed_precision),
@@ -52,6 +56,43 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     enter_world(accelerator)
     _share_cores(accelerator)
     return accelerator
+
+
+def adopt_accelerator(accelerator: Accelerator, config: TrainerConfig) -> Accelerator:
+    """An Accelerator that the user has built, which keeps the settings it has.
+
+    Raises:
+        ConfigError: the config asks for others.
+        LaunchError: as for one of ours.
+    """
+    if config.mixed_precision not in ("auto", accelerator.mixed_precision):
+        raise ConfigError(
+            f"mixed_precision={config.mixed_precision!r}, but the Accelerator you give has mixed_precision="
+            f"{accelerator.mixed_precision!r}, and keeps it. Build it as Accelerator(mixed_precision="
+            f"{config.mixed_precision!r}), and leave the config's at 'auto'."
+        )
+    if config.log_with is not None:
+        raise ConfigError(
+            f"log_with={config.log_with!r} is for an Accelerator of the Trainer's. Yours has trackers of its own: "
+            f"build it as Accelerator(log_with={config.log_with!r}, project_dir=…), and leave the config's out."
+        )
+    enter_world(accelerator)
+    return accelerator
+
+
+def _check_tracker(name: str) -> None:
+    """Refuse a tracker that Accelerate does not know, or would leave out in silence."""
+    known, installed = LoggerType.list(), [str(tracker) for tracker in get_available_trackers()]
+    usable = installed + [own for own in LOGGER_TYPE_TO_CLASS if own not in known]  # which users have registered
+    if name in usable or (name == "all" and installed):
+        return
+    if name == "all":
+        reason = "none is installed. Run `pip install tensorboard`, for one"
+    elif name in known:
+        reason = f"it is not installed. Run `pip install {name}`"
+    else:
+        reason = f"Accelerate knows no such tracker. Choose one of {', '.join(known)}"
+    raise ConfigError(f"log_with={name!r}: {reason}. Ready for use: {', '.join(usable) or 'none'}.")
 
 
 def _check_parallelism() -> None:

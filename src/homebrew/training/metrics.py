@@ -144,6 +144,29 @@ class MetricsLog:
         os.close(self._file)
 
 
+def past_losses(path: Path, step: int) -> list[float]:
+    """The losses a run's evaluations have found up to a step, as its file has them.
+
+    Those after a step that the run later went back to are left out: they are of a course it has not taken.
+
+    Args:
+        path: a `MetricsLog`'s; none are found where there is no such file.
+        step: where the run is.
+    """
+    losses: dict[int, float] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:  # a disk that lost power may have left anything
+            continue
+        match event:
+            case {"event": "begin" | "resume", "step": int(start)}:
+                losses = {at: loss for at, loss in losses.items() if at <= start}
+            case {"event": "evaluate", "step": int(at), "loss": float() | None as loss}:
+                losses[at] = math.inf if loss is None else loss
+    return [loss for at, loss in losses.items() if at <= step]
+
+
 def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

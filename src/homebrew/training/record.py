@@ -4,18 +4,26 @@ import json
 import platform
 from collections.abc import Sequence, Sized
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import torch
+from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from homebrew.data.tokenizer import tokenizer_of
+from homebrew.errors import ConfigError
+from homebrew.model.files import replacing
 from homebrew.training.callbacks import Callback
+from homebrew.training.collective import on_main
 from homebrew.training.guard import HeldBack
 from homebrew.training.metrics import EvalMetrics, MetricsLog, StepMetrics
 
 if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
     from homebrew.training.trainer import Trainer
 
 
@@ -24,17 +32,19 @@ class RunRecord(Callback):
 
     def __init__(self) -> None:
         self._log: MetricsLog | None = None
+        self._trackers: list[GeneralTracker] = []  # which the run has started
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        """Write `run.json`, open `metrics.jsonl`, start the trackers."""
+        """Write `run.json`, open `metrics.jsonl`, start the trackers.
+
+        Raises:
+            ConfigError: on every process, if the first cannot write to `output_dir`.
+        """
         facts = run_facts(trainer)
-        if trainer.config.log_with is not None:
-            trainer.accelerator.init_trackers("homebrew", config=_flat(facts))
-        if trainer.is_main_process:
-            folder = Path(trainer.config.output_dir)
-            (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            self._log = MetricsLog(folder / "metrics.jsonl")
+        on_main(trainer.accelerator, partial(self._open, Path(trainer.config.output_dir), facts))
+        if self._log is not None:
             self._log.write("resume" if trainer.step else "begin", step=trainer.step)
+        self._start_trackers(trainer.accelerator, facts)
 
     def on_step_end(self, trainer: "Trainer", metrics: StepMetrics | None) -> None:
         """Record a step that is reported."""
@@ -57,25 +67,49 @@ class RunRecord(Callback):
                 self._log.write("held_back", **asdict(held))
 
     def on_train_end(self, trainer: "Trainer") -> None:
-        """Close the file and the trackers; the process group stays for what the script does next."""
+        """Close the file and the run's trackers; the process group stays for what the script does next."""
         if self._log is not None:
             self._log.write("end", step=trainer.step)
             self._log.close()
             self._log = None
-        for tracker in trainer.accelerator.trackers:
+        ours, self._trackers = self._trackers, []
+        trainer.accelerator.trackers = [tracker for tracker in trainer.accelerator.trackers if tracker not in ours]
+        for tracker in ours:
             tracker.finish()
+
+    def _open(self, folder: Path, facts: dict[str, Any]) -> None:
+        """On the first process: write the facts, whole or not at all, and open the file of figures."""
+        try:
+            with replacing(folder / "run.json") as path:
+                path.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+            self._log = MetricsLog(folder / "metrics.jsonl")
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir={str(folder)!r} cannot take run.json and metrics.jsonl: {error}. Make room, look at "
+                f"the permissions there, or choose another folder."
+            ) from error
+
+    def _start_trackers(self, accelerator: Accelerator, facts: dict[str, Any]) -> None:
+        """Start the Accelerator's trackers; those that run get the figures too, but who started them ends them."""
+        if accelerator.trackers:
+            return
+        try:
+            accelerator.init_trackers("homebrew", config=_flat(facts))
+        except BaseException:
+            accelerator.trackers = []  # or the next run would take them to be running
+            raise
+        self._trackers = list(accelerator.trackers)
 
     def _record(self, kind: str, trainer: "Trainer", figures: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(kind, **figures)
-        if trainer.config.log_with is not None:
-            prefix = "eval" if kind == "evaluate" else "train"
-            numbers = {f"{prefix}/{k}": v for k, v in figures.items() if k != "step" and v is not None}
-            trainer.accelerator.log(numbers, step=figures["step"])
+        prefix = "eval" if kind == "evaluate" else "train"
+        numbers = {f"{prefix}/{k}": v for k, v in figures.items() if k != "step" and v is not None}
+        trainer.accelerator.log(numbers, step=figures["step"])
 
 
 def run_facts(trainer: "Trainer") -> dict[str, Any]:
-    """What made the run: settings, model, data, processes and versions; all JSON."""
+    """What made the run: settings, model, data, processes and versions."""
     accelerator = trainer.accelerator
     config = asdict(trainer.config)
     return {
@@ -101,7 +135,7 @@ def dataset_facts(dataset: Dataset[Any]) -> dict[str, Any]:
     for name in ("source", "fingerprint", "num_tokens"):
         if hasattr(dataset, name):
             facts[name] = getattr(dataset, name)
-    tokenizer = getattr(dataset, "tokenizer", None)
+    tokenizer = tokenizer_of(dataset)
     return facts | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from homebrew.data.check import check_dataset
 from homebrew.data.loader import Batch, StepLoader, worker_errors
+from homebrew.data.tokenizer import tokenizer_of
 from homebrew.errors import ConfigError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
@@ -25,7 +26,7 @@ from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
 from homebrew.training.heartbeat import Heartbeat
-from homebrew.training.launch import build_accelerator, enter_world
+from homebrew.training.launch import adopt_accelerator, build_accelerator
 from homebrew.training.meter import StepMeter
 from homebrew.training.metrics import EvalMetrics
 from homebrew.training.micro_batch import explained, plan_run
@@ -47,7 +48,7 @@ class Trainer:
         config: the run's settings.
         optimizer: used instead of AdamW; built over the model's parameters.
         schedule: a function step -> factor of the learning rate, used instead of `warmup_cosine`.
-        accelerator: used instead of one with the launcher's settings.
+        accelerator: used instead of one with the launcher's settings, with the precision and the trackers it has.
         callbacks: told of the run's events, after the progress display.
 
     Raises:
@@ -67,12 +68,11 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config
-        self.accelerator = accelerator or build_accelerator(config)
-        enter_world(self.accelerator)
+        self.accelerator = adopt_accelerator(accelerator, config) if accelerator else build_accelerator(config)
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
-        self._tokenizer = getattr(train_dataset, "tokenizer", None)
+        self._tokenizer = tokenizer_of(train_dataset)
         self._limits = {"block_size": self.model.config.block_size, "vocab_size": self.model.config.vocab_size}
         self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
@@ -160,8 +160,9 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite and the policy does not allow it.
         """
         self._begin(resume, accept_changes)
-        self._running = True
         try:
+            self._tell("on_train_begin")
+            self._running = True
             agreement = Agreement(self.accelerator)
             with (
                 self._saver,
@@ -197,7 +198,6 @@ class Trainer:
         self._wrapped.train()
         self.should_stop = self._stopping = False
         self._meter.start(self.step)
-        self._tell("on_train_begin")
 
     def _take_step(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """One optimizer step; nothing in it waits for the device.
@@ -333,7 +333,7 @@ class Trainer:
             ConfigError: the training dataset has no tokenizer.
         """
         if self._tokenizer is None:
-            raise ConfigError("sample() needs a tokenizer, and train_dataset has none: use model.generate on ids.")
+            raise ConfigError("sample() needs a tokenizer of ours; train_dataset has none. Use model.generate on ids.")
         end = self._tokenizer.end_of_text_id
         ids = list(self._tokenizer.encode(text or "\n")) if text or end is None else [end]
         written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
