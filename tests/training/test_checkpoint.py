@@ -1,7 +1,6 @@
 import json
 import os
 import stat
-import threading
 import warnings
 
 import pytest
@@ -187,48 +186,7 @@ def test_every_kind_of_number(store, dtype):
     assert loaded["w"].tolist() == [1, 1, 1]
 
 
-# --- in the background
-
-
-class Slow(CheckpointStore):
-    """Saves that wait to be let go, and know how many there are at once."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.go, self.running, self.most = threading.Event(), 0, 0
-
-    def save(self, *args, **kwargs):
-        self.running += 1
-        self.most = max(self.most, self.running)
-        self.go.wait(10)
-        path = super().save(*args, **kwargs)
-        self.running -= 1
-        return path
-
-
-def test_two_saves_never_overlap_and_close_waits(tmp_path, tiny):
-    store = Slow(tmp_path)
-    store.save_in_background(1, tiny["full"](1), tiny["state"])
-    assert store.running == 1
-    assert store.steps() == []
-    threading.Timer(0.1, store.go.set).start()
-    store.save_in_background(2, tiny["full"](2), tiny["state"])
-    store.close()
-    assert store.steps() == [1, 2]
-    assert store.most == 1
-
-
-def test_an_error_in_the_background_is_raised_once_by_its_name(store, tiny):
-    (store.folder / ".step-00000001.writing").mkdir()
-    files = tiny["full"](1) | {"model": {"w": torch.tensor(float("nan"))}}
-    store.save_in_background(1, files, tiny["state"])
-    store.close()
-    assert store.failed
-    with pytest.raises(NonFiniteError, match="step 1 was not saved"):
-        store.check()
-    assert not store.failed
-    store.wait()
-    assert names(store) == []
+# --- by several processes
 
 
 @pytest.mark.parametrize("error", [None, CheckpointError("Process 1 could not write its part")])

@@ -228,7 +228,7 @@ def test_processes_that_wait_for_a_writer_ask_again_and_again(tmp_path, monkeypa
 
     trainer = make(tmp_path, max_steps=1)
     trainer.train()
-    trainer._saver._store.in_background(1, enough.wait)  # a disk that is slower than any collective may be
+    trainer._saver._writer.start(enough.wait, name="slow")  # a disk that is slower than any collective may be
     monkeypatch.setattr("homebrew.training.saver._ASK_SECONDS", 0.01)
     monkeypatch.setattr("homebrew.training.saver.gather_bytes", gather)
     trainer._saver.wait()

@@ -11,10 +11,8 @@ import contextlib
 import math
 import os
 import re
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,8 +42,6 @@ class CheckpointStore:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._verified: dict[int, bool] = {}
-        self._writer: threading.Thread | None = None
-        self._error: BaseException | None = None
 
     def prepare(self) -> None:
         """Make the folder.
@@ -155,71 +151,6 @@ class CheckpointStore:
                 num_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
                 raise unwritable(self.path(step), num_bytes, error) from error
             raise
-
-    def save_in_background(
-        self,
-        step: int,
-        files: Files,
-        state: Mapping[str, Any],
-        *,
-        score: float | None = None,
-        others: Others | None = None,
-    ) -> None:
-        """`save`, in a thread; one at a time, so this waits for the last.
-
-        Raises:
-            CheckpointError: an earlier one failed.
-        """
-        self.in_background(step, partial(self.save, step, files, state, score=score, others=others))
-
-    def in_background(self, step: int, write: Callable[[], object]) -> None:
-        """Call `write` as `save_in_background` does `save`: it may be a part of what another process saves.
-
-        Raises:
-            CheckpointError: an earlier one failed.
-        """
-        self.wait()
-
-        def work() -> None:
-            try:
-                write()
-            except BaseException as error:
-                self._error = error
-
-        self._writer = threading.Thread(target=work, name=f"checkpoint-{step}")
-        self._writer.start()
-
-    @property
-    def failed(self) -> bool:
-        """Whether a background save has failed."""
-        return self._error is not None
-
-    def take_error(self) -> BaseException | None:
-        """What a background save has failed with, once."""
-        error, self._error = self._error, None
-        return error
-
-    def check(self) -> None:
-        """Raise what a background save has failed with."""
-        if (error := self.take_error()) is not None:
-            raise error
-
-    def wait(self) -> None:
-        """Wait for a background save, and raise what it failed with."""
-        self.close()
-        self.check()
-
-    def close(self) -> None:
-        """Wait for a background save, whatever becomes of it."""
-        self.is_writing(None)
-
-    def is_writing(self, seconds: float | None) -> bool:
-        """Whether a background save is still under way after so many seconds; None: wait for its end."""
-        if self._writer is not None:
-            self._writer.join(seconds)
-            if not self._writer.is_alive():
-                self._writer = None
-        return self._writer is not None
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole.

@@ -18,6 +18,7 @@ from torch import nn
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import CheckpointError, ConfigError
 from homebrew.model.gpt import GPT
+from homebrew.training.background import BackgroundWriter
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.collective import gather_bytes, is_lost, on_main
 from homebrew.training.config import TrainerConfig
@@ -76,6 +77,7 @@ class RunSaver:
         self._identity = identity
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
         self._store = CheckpointStore(config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every)
+        self._writer = BackgroundWriter()
         self._reports: Reports | None = None
         """What the others write, where all write together."""
         several = is_sharded(accelerator) and accelerator.num_processes > 1
@@ -198,10 +200,11 @@ class RunSaver:
             others = partial(reports.collect, token, store.temporary(step))
         if self._accelerator.is_main_process:
             score = self.evaluated[1] if self.evaluated and self.evaluated[0] == step else None
-            store.save_in_background(step, files, self._state(), score=score, others=others)
+            write = partial(store.save, step, files, self._state(), score=score, others=others)
+            self._writer.start(write, name=f"checkpoint-{step}")
         elif reports is not None:
-            write = partial(write_files, store.temporary(step), step, files)
-            store.in_background(step, partial(reports.send, token, write))
+            part = partial(write_files, store.temporary(step), step, files)
+            self._writer.start(partial(reports.send, token, part), name=f"checkpoint-{step}")
         self._saved_step = step
 
     def _start(self, step: int) -> str:
@@ -251,7 +254,7 @@ class RunSaver:
     @property
     def failed(self) -> bool:
         """Whether this process's writer has failed."""
-        return self._store.failed
+        return self._writer.failed
 
     def wait(self) -> None:
         """Wait until no process writes any more.
@@ -264,7 +267,7 @@ class RunSaver:
         """
         writing = failed = True
         while writing:
-            mine = [self._store.is_writing(_ASK_SECONDS), self._store.failed]
+            mine = [self._writer.is_writing(_ASK_SECONDS), self._writer.failed]
             told = gather_bytes(self._accelerator, json.dumps(mine).encode())
             writing, failed = map(any, zip(*map(json.loads, told), strict=True))
         if failed:
@@ -278,7 +281,7 @@ class RunSaver:
     def _raise_failure(self) -> None:
         """Raise what a writer has failed with, once all know that one has: its own error, or what it says."""
         self._saved_step = None
-        own = self._store.take_error()
+        own = self._writer.take_error()
         told = gather_bytes(self._accelerator, json.dumps(own and str(own)).encode())
         failed = {rank: text for rank, text in enumerate(map(json.loads, told)) if text is not None}
         rank = max(failed)  # the first process's error may be about another's
@@ -294,8 +297,8 @@ class RunSaver:
     ) -> None:
         if self._reports is not None and error is not None and (is_lost(error) or is_lost(error.__cause__)):
             self._reports.give_up()
-        self._store.close()
+        self._writer.close()
         if error is not None:
             self._saved_step = None  # who asks for this step's save again does not know whether it was written
-            if own := self._store.take_error():
+            if own := self._writer.take_error():
                 warnings.warn(f"A checkpoint could not be written either: {own}", stacklevel=3)
