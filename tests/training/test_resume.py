@@ -38,7 +38,10 @@ CHANGES = {
     "model": ({"model": gpt(n_layer=3)}, "n_layer was 3, is 1"),
     "adapter": ({"model": gpt(lora=LoRAConfig(rank=2))}, "adapter: was {'rank': 2"),
     "optimizer": ({"momentum": 0.9}, "momentum was '0.9', is '0.0'"),
-    "schedule": ({"schedule": warmup_cosine(warmup_steps=9, max_steps=100)}, "first value that differs"),
+    "schedule": (
+        {"schedule": warmup_cosine(warmup_steps=9, max_steps=100)},
+        "rates first differ where [0, 0.01",
+    ),
     "global_batch_size": ({"global_batch_size": 16}, "was 16, is 8"),
     "seed": ({"seed": 1}, "was 1, is 42"),
 }
@@ -60,7 +63,7 @@ def test_another_run_is_named_by_what_differs_and_can_be_accepted(aspect):
 
 
 def test_the_peak_is_the_optimizer_s():
-    with pytest.raises(ResumeMismatch, match="schedule: the first value that differs was"):
+    with pytest.raises(ResumeMismatch, match="schedule: learning rates first differ where"):
         check_identity(make(lr=0.1), make(lr=1.0), ())
 
 

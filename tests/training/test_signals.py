@@ -41,7 +41,18 @@ def test_other_threads_watch_nothing():
     assert seen == [[0.0] * len(HANDLED)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_the_process_ignores_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    try:
+        with SignalWatch() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert watch.take() == [0.0] * len(HANDLED)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_exit_codes(number, code):
     with pytest.raises(SystemExit) as caught:
         leave(number)

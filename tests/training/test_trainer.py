@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -480,6 +481,42 @@ def test_a_checkpoint_with_other_tensors_is_refused_by_name(tmp_path, file, dama
     with pytest.raises(CorruptCheckpoint, match=told):
         trainer.train(resume=path)
     assert same(before, weights(trainer))
+
+
+def test_a_longer_run_is_told_as_that_and_goes_on(tmp_path):
+    make(tmp_path, max_steps=2).train()
+    with pytest.raises(ResumeMismatch, match="schedule: max_steps was 2, is 4, learning rates first differ where"):
+        make(tmp_path, max_steps=4).train(resume=True)
+    longer = make(tmp_path, max_steps=4)
+    longer.train(resume=True, accept_changes=["schedule"])
+    assert longer.step == 4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    make(tmp_path, max_steps=2).train()
+    damaged = tmp_path / "checkpoints" / "step-00000002" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(CorruptCheckpoint, match=r"No checkpoint in .* is whole: .*model.safetensors.* move them away"):
+        make(tmp_path, max_steps=2).train(resume=True)
+
+
+class Gone(io.StringIO):
+    """A standard output nobody reads any more."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, _text):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "gone")])
+def test_a_run_does_not_end_with_its_terminal(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(sys, "stdout", Gone(error))
+    trainer = make(tmp_path, max_steps=2)
+    trainer.train()
+    assert trainer.step == 2
 
 
 def test_a_run_is_not_taken_up_where_it_has_gone_further(tmp_path):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
     from homebrew.model.gpt import GPT
 
-Aspect = Literal["dataset", "model", "adapter", "optimizer", "schedule", "global_batch_size", "seed"]
+Aspect = Literal["model", "adapter", "dataset", "optimizer", "schedule", "global_batch_size", "seed"]
 Preset = Literal["baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 _COMPILE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "yes": True, "no": False}

@@ -180,7 +180,7 @@ def _load(
 
 def _heed_no_signals(_worker: int) -> None:
     """Ctrl-C, and many a scheduler's SIGTERM, come to workers too, whom the run needs until it has saved."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

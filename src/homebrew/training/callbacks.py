@@ -1,5 +1,7 @@
 """What is told of a run's events: the base, the progress display, early stopping."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +100,7 @@ class ProgressDisplay(Callback):
         """Say where the run starts."""
         if not trainer.is_main_process:
             return
-        self._console = self._console or Console(file=sys.stdout, soft_wrap=True)
+        self._console = self._console or _Console(file=sys.stdout, soft_wrap=True)
         model, batch = trainer.model, trainer.batch
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         part = f" ({trained:,} trained)" if any(not p.requires_grad for p in model.parameters()) else ""
@@ -142,12 +144,23 @@ class ProgressDisplay(Callback):
     def on_train_end(self, trainer: "Trainer") -> None:
         """Leave the terminal as it was, the last table standing."""
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
             self._live = None
 
     def _say(self, line: str) -> None:
         if self._console is not None:
-            self._console.print(Text(line))
+            with contextlib.suppress(OSError):  # a terminal may be gone: the run is not over for that
+                self._console.print(Text(line))
+
+
+class _Console(Console):
+    """A console whose reader may have had enough, as `head` has; rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for what others print, and what is left to be written
 
 
 def figures(metrics: StepMetrics, max_steps: int) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from homebrew.model.lora import base_fingerprint, lora_layers
 from homebrew.training.config import TrainerConfig
 from homebrew.training.schedule import Schedule
 
-ASPECTS = ("dataset", "model", "adapter", "optimizer", "schedule", "global_batch_size", "seed")
+ASPECTS = ("model", "adapter", "dataset", "optimizer", "schedule", "global_batch_size", "seed")
 """What a checkpoint remembers of its run, and `accept_changes` may name."""
 
 _PROBES = 16
@@ -44,7 +44,10 @@ def identity(
         "model": asdict(model.config),
         "adapter": _adapter(model),
         "optimizer": _settings(optimizer) | {"max_grad_norm": config.max_grad_norm},
-        "schedule": [[step, *(peak * _factor(schedule, step) for peak in peaks)] for step in probes],
+        "schedule": {
+            "max_steps": config.max_steps,
+            "learning rates": [[step, *(peak * _factor(schedule, step) for peak in peaks)] for step in probes],
+        },
         "global_batch_size": global_batch_size,
         "seed": config.seed,
     }
@@ -104,9 +107,9 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
 
 def _difference(saved: object, ours: object) -> str:
     if isinstance(saved, dict) and isinstance(ours, dict):
-        keys = [key for key in sorted({*saved, *ours}) if saved.get(key) != ours.get(key)]
-        return ", ".join(f"{key} was {saved.get(key)!r}, is {ours.get(key)!r}" for key in keys)
+        keys = [key for key in (saved | ours) if saved.get(key) != ours.get(key)]
+        return ", ".join(f"{key} {_difference(saved.get(key), ours.get(key))}" for key in keys)
     if isinstance(saved, list) and isinstance(ours, list):
         pairs = [(a, b) for a, b in zip(saved, ours, strict=False) if a != b]
-        return f"the first value that differs was {pairs[0][0]}, is {pairs[0][1]}" if pairs else "the lengths differ"
+        return f"first differ where {pairs[0][0]} is now {pairs[0][1]}" if pairs else "differ in length"
     return f"was {saved!r}, is {ours!r}"

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from homebrew.data.tokenizer import Tokenizer
-from homebrew.errors import CheckpointError, ConfigError
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from homebrew.model.gpt import GPT
 from homebrew.training.background import BackgroundWriter
 from homebrew.training.checkpoint import CheckpointStore
@@ -135,6 +135,11 @@ class RunSaver:
         checkpoint = None
         if resume is True:
             checkpoint, passed_over = self._store.latest()
+            if checkpoint is None and passed_over:
+                raise CorruptCheckpoint(
+                    f"No checkpoint in {self._store.folder} is whole: {'; '.join(passed_over)} To start anew, move "
+                    f"them away or choose another output_dir."
+                )
             for reason in passed_over:
                 warnings.warn(f"Passed over a checkpoint: {reason}", stacklevel=6)
         elif resume:

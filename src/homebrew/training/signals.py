@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-HANDLED = (signal.SIGTERM, signal.SIGINT) + ((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ())
-"""SIGTERM and SIGINT: save and leave; SIGUSR1: save and go on."""
+HANDLED = tuple(signal.Signals[n] for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n))
+"""SIGUSR1: save and go on; the others: save and leave. SIGHUP comes when a terminal is closed."""
 
 
 class SignalWatch:
@@ -28,7 +28,8 @@ class SignalWatch:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in HANDLED}
+            heeded = [number for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN]  # as by `nohup`
+            self._previous = {number: signal.signal(number, self._receive) for number in heeded}
         return self
 
     def __exit__(
@@ -84,6 +85,11 @@ class Agreement:
             event.record()
         self._sent = (sums, event)
         return [value > 0 for value in arrived]
+
+
+def ends(number: signal.Signals) -> bool:
+    """Whether a run is over that has saved for this signal."""
+    return number.name != "SIGUSR1"
 
 
 def leave(number: signal.Signals) -> None:

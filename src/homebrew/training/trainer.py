@@ -1,6 +1,5 @@
 """The Trainer: a step that reads top to bottom, and what happens around it."""
 
-import signal
 from collections.abc import Collection, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -35,7 +34,7 @@ from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
 from homebrew.training.schedule import Schedule
 from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
-from homebrew.training.signals import HANDLED, Agreement, SignalWatch, leave
+from homebrew.training.signals import HANDLED, Agreement, SignalWatch, ends, leave
 
 
 class Trainer:
@@ -267,7 +266,7 @@ class Trainer:
             self._saver.wait()  # raises it, on every process
         for number in (number for number, flag in zip(HANDLED, asked, strict=True) if flag):
             self.save()
-            if number in (signal.SIGTERM, signal.SIGINT):
+            if ends(number):
                 self._saver.wait()
                 leave(number)
 
