@@ -147,7 +147,59 @@ def test_a_misspelt_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     for name in ("runs/bok", "runs/book/checkpoints"):
         assert main(["sample", name]) == 1
-        assert capsys.readouterr().err.startswith(f"homebrew: There is no folder {name}.")
+        assert capsys.readouterr().err.startswith(f"homebrew: There is no folder {name}")
+
+
+def test_prepare_takes_no_text_s_place(text, tmp_path, capsys):
+    before = text.read_bytes()
+    assert main(["prepare", str(text), "--output", str(text), "--tokenizer", "bytes"]) == 1
+    assert f"{text} is there and is no token file" in capsys.readouterr().err
+    assert text.read_bytes() == before
+    for _ in range(2):  # a token file it does replace
+        assert main(["prepare", str(text), "--output", str(tmp_path / "new" / "a.tokens"), "--tokenizer", "bytes"]) == 0
+    capsys.readouterr()
+    for given, told in (
+        (tmp_path / "new" / "a.tokens", "is a token file already"),
+        (tmp_path / "none", "cannot be read: No"),
+    ):
+        assert main(["prepare", str(given), "--output", str(tmp_path / "b.tokens")]) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_a_run_outlives_who_reads_it(text, tmp_path):
+    train = ["train", text, "--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 30, *TINY]
+    command = f"{' '.join(HOMEBREW)} {' '.join(map(str, train))} --log-every 1 | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    assert done.stderr == b""
+    assert (tmp_path / "run" / "checkpoints" / "step-00000030").is_dir()
+
+
+def test_a_run_saves_when_its_terminal_is_closed(text, tmp_path):
+    train = ["train", text, "--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 10**6, *TINY]
+    running = pexpect.spawn(HOMEBREW[0], [*HOMEBREW[1:], *map(str, train)], timeout=60)
+    running.expect("step")
+    running.expect("loss")
+    running.close(force=False)  # the terminal's end: SIGHUP
+    os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT) if running.isalive() else None
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_settings_that_say_nothing(text, tmp_path, capsys):
+    tokens = tmp_path / "a.tokens"
+    prepare([text], tokens, tokenizer="bytes")
+    run = ["--output-dir", str(tmp_path / "run"), "--max-steps", "1", *TINY]
+    for data, options, told in (
+        (tokens, ["--tokenizer", "char"], "--tokenizer is for a text: .* in the ids of 'bytes'"),
+        (tokens, ["--eval-fraction", "2"], "--eval-fraction 2: must be"),
+        (tokens, ["--eval-fraction", "0.9999"], "--eval-fraction 0.9999 of .* leaves none"),
+    ):
+        assert main(["train", str(data), *run, *options]) == 1
+        assert re.search(told, capsys.readouterr().err)
+
+
+def test_an_export_is_not_put_into_a_run(run, capsys):
+    assert main(["export", str(run), str(run)]) == 1
+    assert "is a run's folder" in capsys.readouterr().err
 
 
 def test_training_goes_on_from_weights_and_adapts_them(run, text, tmp_path):

@@ -177,7 +177,7 @@ def test_wrong_text_is_refused(text, said, tokenizer):
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "binary", tmp_path, tmp_path / "none"):
-        with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
+        with pytest.raises(DataError, match="cannot be read"):
             TokenDataset.from_file(path, 4)
 
 

@@ -104,8 +104,12 @@ def test_a_failed_write_leaves_the_old_file(path, ids, vocab_size, error, said):
 
 
 def test_a_folder_that_is_not_there_or_a_description_too_long_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"none/a .* could not be written: No such file"):
-        write_tokens(tmp_path / "none" / "a", IDS, vocab_size=600)
+    (tmp_path / "file").write_text("of the user's")
+    with pytest.raises(DataError, match=r"file/a .* could not be written: Not a directory|File exists"):
+        write_tokens(tmp_path / "file" / "a", IDS, vocab_size=600)
+    with pytest.raises(DataError, match="is there and is no token file"):
+        write_tokens(tmp_path / "file", IDS, vocab_size=600)
+    (tmp_path / "file").unlink()
     with pytest.raises(DataError, match="to_json"):
         write_tokens(tmp_path / "a", IDS, vocab_size=600, tokenizer_json={"own": "x" * MAX_HEADER_BYTES})
     assert not list(tmp_path.iterdir())

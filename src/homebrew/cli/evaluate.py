@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from homebrew.cli.opened import Dtype, open_model
-from homebrew.errors import ConfigError, DataError
+from homebrew.data.files import unreadable
+from homebrew.errors import ConfigError
 
 if TYPE_CHECKING:
     from homebrew.training.perplexity import Track
@@ -86,7 +87,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.") from error
+        raise unreadable(path, error) from error
 
 
 def _track(what: str) -> "Track":

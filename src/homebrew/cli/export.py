@@ -38,6 +38,8 @@ class Export:
             raise ConfigError("Say where to: a folder, --push-to-hub, or both.")
         if self.adapter and (self.folder is None or self.push_to_hub is not None):
             raise ConfigError("--adapter writes to a folder, and only there: give one, and no --push-to-hub.")
+        if self.folder is not None and (self.folder / "checkpoints").is_dir():
+            raise ConfigError(f"{self.folder} is a run's folder, which its checkpoints are read from: name another.")
         from homebrew.model.adapters import save_adapter
         from homebrew.training.saved import load_run_model
 
@@ -50,6 +52,7 @@ class Export:
         if self.folder is not None:
             model.save_pretrained(self.folder, chosen)
             print(f"{self.folder} is written, and reads as it was written. To try it:")
-            print(f"  transformers.pipeline('text-generation', {str(self.folder)!r})('Once')")
+            tokens = max(1, min(50, model.config.block_size // 2))  # by itself it asks for more than a small model has
+            print(f"  transformers.pipeline('text-generation', {str(self.folder)!r})('Once', max_new_tokens={tokens})")
         if self.push_to_hub is not None:
             print(model.push_to_hub(self.push_to_hub, chosen, private=self.private or None))

@@ -17,7 +17,7 @@ class Prepare:
     texts: Positional[Annotated[tuple[Path, ...], arg(metavar="TEXT [TEXT ...]")]]
     """UTF-8 text files. With GPT-2's tokenizer an end-of-text token stands between two."""
     output: Path
-    """The token file to write; one that is there is replaced."""
+    """The token file to write; one that is there is replaced, a file of another kind is not."""
     tokenizer: Literal["gpt2", "bytes", "char"] = "gpt2"
     """GPT-2's 50,257 tokens, the 256 bytes, or the characters that occur in the texts."""
 

@@ -93,7 +93,7 @@ class Train:
     """
 
     resume: bool = False
-    """Go on from the newest whole checkpoint in the output folder."""
+    """Go on from the newest whole checkpoint in the output folder; where it has none, begin."""
     accept_changes: tuple[Aspect, ...] = ()
     """With --resume: what may differ from the run that saved."""
     settings: Annotated[Settings, arg(name="")]
@@ -125,11 +125,14 @@ class Train:
         shaped = (wanted.lora_alpha, wanted.lora_dropout, wanted.lora_targets) != (None, 0.0, ("c_attn", "c_proj"))
         if shaped and wanted.lora_rank is None:
             raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets shape an adapter: give its --lora-rank.")
+        if not 0 <= data.eval_fraction < 1:
+            raise ConfigError(f"--eval-fraction {data.eval_fraction:g}: must be at least 0 and less than 1.")
+        are_tokens = _are_tokens(data.files)
         if wanted.init_from is not None:
             if given := sorted(({"preset"} if wanted.preset else set()) | (sizes.keys() - {"block_size"})):
                 raise ConfigError(f"--init-from brings its own shape, so {', '.join(given)} cannot be given with it.")
             model, known = load_run_model(wanted.init_from)
-            if not _are_tokens(data.files):  # which say themselves
+            if not are_tokens:
                 tokenizer = choose_tokenizer(wanted.init_from, known, data.tokenizer)
             shape = model.config
         else:
@@ -137,6 +140,8 @@ class Train:
                 raise ConfigError("--lora-rank adapts weights there are: say which with --init-from.")
             shape = GPTConfig.preset(wanted.preset or "gpt2", **sizes)
         train = open_dataset(data.files, wanted.block_size or shape.block_size, tokenizer)
+        if are_tokens and train.tokenizer is not None and data.tokenizer not in (None, train.tokenizer.name):
+            raise ConfigError(f"--tokenizer is for a text: {data.files[0]} is in the ids of {train.tokenizer.name!r}.")
         if known is not None and train.tokenizer is not None and _described(known) != _described(train.tokenizer):
             raise DataError(
                 f"{', '.join(map(str, data.files))} is not in the ids of {wanted.init_from}, which has the tokenizer "
@@ -148,7 +153,13 @@ class Train:
             if _described(evaluate.tokenizer) != _described(train.tokenizer):
                 raise DataError(f"{data.eval_data} and the training data were made with different tokenizers.")
         elif data.eval_fraction:
-            train, evaluate = train.split(1 - data.eval_fraction, seed=seed)
+            try:
+                train, evaluate = train.split(1 - data.eval_fraction, seed=seed)
+            except DataError as error:
+                raise DataError(
+                    f"--eval-fraction {data.eval_fraction:g} of {len(train)} sequences leaves none to train or none to "
+                    f"evaluate on: change it (0 is for no evaluation), or lower --block-size."
+                ) from error
         if model is None:
             changes: dict[str, Any] = sizes | {"vocab_size": train.vocab_size}
             model = GPT(GPTConfig.preset(wanted.preset or "gpt2", **changes), seed=seed)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from homebrew.data.files import unreadable
 from homebrew.data.sources import cache_dir, checked, download, installed_files, read_file
 from homebrew.errors import DataError
 
@@ -45,7 +46,7 @@ def load_corpus(name: str = "tinyshakespeare", *, path: str | Path | None = None
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.") from error
+            raise unreadable(path, error) from error
         return _corpus(text, f"the file {path}")
     if name != "tinyshakespeare":
         raise DataError(f"There is no corpus {name!r}: choose 'tinyshakespeare', or give a path.")

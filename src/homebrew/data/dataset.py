@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from homebrew.data.files import unreadable
 from homebrew.data.shards import MAX_VOCAB_SIZE, TokenFile
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json, utf8
 from homebrew.data.tokens import FileTokens, MemoryTokens, Tokens
@@ -110,7 +111,7 @@ class TokenDataset(Dataset[Pair]):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.") from error
+            raise unreadable(path, error) from error
         return cls.from_text(text, block_size, tokenizer=tokenizer, stride=stride, source=f"the file {path}")
 
     @classmethod

@@ -11,6 +11,13 @@ from typing import BinaryIO
 from homebrew.errors import DataError
 
 
+def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> DataError:
+    """The error of a text that could not be read."""
+    if isinstance(error, OSError):
+        return DataError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions.")
+    return DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file to write to: at the end it takes the place of `path`, whole and on the disk, its mode by the umask.

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from homebrew.data.shards import TokenHeader, write_tokens
+from homebrew.data.files import unreadable
+from homebrew.data.shards import TokenHeader, is_token_file, write_tokens
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer
 from homebrew.errors import DataError
 
@@ -32,7 +33,7 @@ def prepare(
 
     Args:
         paths: UTF-8 text files.
-        output: the token file; one that is there is replaced.
+        output: the token file; one that is there is replaced, a file of another kind is not.
         tokenizer: "gpt2", "bytes" or "char" (the characters that occur in the texts).
         piece_characters: read at once.
 
@@ -44,6 +45,8 @@ def prepare(
     """
     num_bytes, alphabet = 0, set[str]()
     for path in paths:
+        if Path(path).is_file() and is_token_file(path):
+            raise DataError(f"{path} is a token file already: give the text that it was made of, or train on it.")
         for piece in text_pieces(path, piece_characters):
             num_bytes += len(piece.encode())
             if tokenizer == "char":
@@ -85,7 +88,7 @@ def text_pieces(path: str | Path, piece_characters: int = PIECE_CHARACTERS) -> I
                     yield held[:cut]
                     held = held[cut:]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.") from error
+        raise unreadable(path, error) from error
     if held:
         yield held
 

@@ -73,7 +73,7 @@ def write_tokens(
     """Write a token file; it appears at `path` when it is whole and on the disk.
 
     Args:
-        path: where; a file that is there is replaced.
+        path: where; a token file that is there is replaced, a file of another kind is not. Missing folders are made.
         ids: (n,), integers; or any number of such rows, one after the other, taken as they are written.
         vocab_size: ids must be below it.
         tokenizer_json: the `to_json` of the tokenizer that made the ids.
@@ -87,6 +87,8 @@ def write_tokens(
         DataError: an id is outside the vocabulary, there is none at all, or the file cannot be written.
     """
     path = Path(path)
+    if path.exists() and not is_token_file(path):  # it may be the text itself
+        raise DataError(f"{path} is there and is no token file: choose another name, or remove it first.")
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise DataError(f"vocab_size={vocab_size}: a token file's is between 1 and {MAX_VOCAB_SIZE:,}.")
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
@@ -95,6 +97,7 @@ def write_tokens(
     room = len(_encode(header, path))
     digest, num_tokens = hashlib.sha256(), 0
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.seek(room)
             for tokens in _pieces(ids, vocab_size, _DTYPES[dtype]):

@@ -55,8 +55,8 @@ def open_source(name_or_folder: str | Path, *, revision: str | None = None, loca
         raise ModelError(f"There is no folder {name}. Give one that exists, or a repository's name.")
     if "/" in name and revision is None and Path(name).parent.is_dir():  # a slip; offline the hub takes half a minute
         raise ModelError(
-            f"There is no folder {name}. Give one that exists; or, as {Path(name).parent} is a folder here, for a "
-            f'repository of that name also its revision, such as "main".'
+            f"There is no folder {name}, though {Path(name).parent} is one. Give one that exists; a repository of that "
+            f"name can be had where there is no such folder, or by from_pretrained with a revision."
         )
     return _Repository(name, revision, local_files_only=local_files_only)
 
