@@ -25,5 +25,6 @@ def test_frozen_parameters_are_left_out():
 def test_adamw_is_gpt3s_and_fused():
     model = GPT(GPTConfig.preset("baby", n_layer=1, vocab_size=10))
     optimizer = adamw(model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    assert adamw(model, learning_rate=1, betas=(0, 0.95), weight_decay=0).defaults["betas"] == (0.0, 0.95)
     assert optimizer.defaults["fused"]
     assert optimizer.defaults["betas"] == (0.9, 0.95)

@@ -72,6 +72,13 @@ def test_how_an_optimizer_computes_is_no_difference():
     check_identity(make(optimizer=slow), make(optimizer=fast), ())
 
 
+def test_equal_settings_of_other_types_are_no_difference():
+    whole, pair = (torch.optim.AdamW([torch.zeros(1)], lr=0.1, weight_decay=decay) for decay in (0, 0.0))
+    pair.param_groups[0]["betas"] = [0.9, 0.999]  # as a loaded one has them
+    pair.param_groups[0]["k"] = 3  # state of its own
+    check_identity(make(optimizer=whole), make(optimizer=pair), ())
+
+
 def test_unknown_aspect():
     with pytest.raises(ConfigError, match="'weather'"):
         check_identity(make(), make(), ("weather",))

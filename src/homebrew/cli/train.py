@@ -95,7 +95,7 @@ class Train:
     resume: bool = False
     """Go on from the newest whole checkpoint in the output folder; where it has none, begin."""
     accept_changes: tuple[Aspect, ...] = ()
-    """With --resume: what may differ from the run that saved."""
+    """With --resume: what may differ from the run that saved; give it after DATA."""
     settings: Annotated[Settings, arg(name="")]
     data: OmitArgPrefixes[Data]
     model: OmitArgPrefixes[Model]
@@ -104,6 +104,8 @@ class Train:
         """Do it."""
         from homebrew import Trainer
 
+        if self.accept_changes and not self.resume:
+            raise ConfigError("--accept-changes says what may differ from a run that --resume goes on with: give both.")
         output_dir = self.settings.output_dir
         model, train, evaluate = self._model_and_data()
         trainer = Trainer(model, train, eval_dataset=evaluate, config=self.settings)
@@ -140,8 +142,11 @@ class Train:
                 raise ConfigError("--lora-rank adapts weights there are: say which with --init-from.")
             shape = GPTConfig.preset(wanted.preset or "gpt2", **sizes)
         train = open_dataset(data.files, wanted.block_size or shape.block_size, tokenizer)
-        if are_tokens and train.tokenizer is not None and data.tokenizer not in (None, train.tokenizer.name):
-            raise ConfigError(f"--tokenizer is for a text: {data.files[0]} is in the ids of {train.tokenizer.name!r}.")
+        name = None if train.tokenizer is None else train.tokenizer.name
+        if are_tokens and data.tokenizer not in (None, name):
+            raise ConfigError(
+                f"--tokenizer is for a text: {data.files[0]} is in the ids of {name or 'an unknown one'}."
+            )
         if known is not None and train.tokenizer is not None and _described(known) != _described(train.tokenizer):
             raise DataError(
                 f"{', '.join(map(str, data.files))} is not in the ids of {wanted.init_from}, which has the tokenizer "

@@ -1,5 +1,6 @@
 """Texts of any size to a token file, a piece at a time."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from homebrew.data.files import unreadable
-from homebrew.data.shards import TokenHeader, is_token_file, write_tokens
+from homebrew.data.shards import TokenHeader, check_replaceable, is_token_file, write_tokens
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer
 from homebrew.errors import DataError
 
@@ -43,9 +44,10 @@ def prepare(
     Raises:
         DataError: a file cannot be read as UTF-8 text, all are empty, or `output` cannot be written.
     """
+    check_replaceable(Path(output))
     num_bytes, alphabet = 0, set[str]()
     for path in paths:
-        if Path(path).is_file() and is_token_file(path):
+        if os.path.isfile(path) and is_token_file(path):  # noqa: PTH113 - False for a name no file can have
             raise DataError(f"{path} is a token file already: give the text that it was made of, or train on it.")
         for piece in text_pieces(path, piece_characters):
             num_bytes += len(piece.encode())

@@ -87,8 +87,7 @@ def write_tokens(
         DataError: an id is outside the vocabulary, there is none at all, or the file cannot be written.
     """
     path = Path(path)
-    if path.exists() and not is_token_file(path):  # it may be the text itself
-        raise DataError(f"{path} is there and is no token file: choose another name, or remove it first.")
+    check_replaceable(path)
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise DataError(f"vocab_size={vocab_size}: a token file's is between 1 and {MAX_VOCAB_SIZE:,}.")
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
@@ -115,6 +114,20 @@ def write_tokens(
         advice = "Free some space." if full else "Look at the folder and its permissions."
         raise DataError(f"{path} ({size:,} bytes so far) could not be written: {error.strerror}. {advice}") from error
     return header
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to take the place of anything but a token file or an empty one: it may be the text itself.
+
+    Raises:
+        DataError: something else is there, or nothing can be.
+    """
+    try:
+        is_other = path.exists() and not (path.is_file() and path.stat().st_size == 0) and not is_token_file(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}. Choose another name.") from error
+    if is_other:
+        raise DataError(f"{path} is there and is no token file: choose another name, or remove it first.")
 
 
 def _encode(header: TokenHeader, path: Path, room: int = 0) -> bytes:

@@ -160,7 +160,7 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
         with contextlib.suppress(OSError), Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for what others print, and what is left to be written
+            os.dup2(nowhere.fileno(), self.file.fileno())  # for what others print, and what is left to be written
 
 
 def figures(metrics: StepMetrics, max_steps: int) -> list[tuple[str, str]]:

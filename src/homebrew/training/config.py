@@ -110,13 +110,16 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _is_positive(value: object) -> bool:
-    return _is_number(value) and 0 < value < math.inf
+    return _is_number(value) and 0 < value <= _MOST
 
 
+_MOST = 1e9
+"""Of rates, and of seconds, of which more than some 10**14 have no date."""
 _MOST_SEED = 4_000_000_000
 """NumPy's are below 2**32, and the process's number and the step are added to it."""
 
 _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("output_dir", "a path", lambda value: isinstance(value, str | Path)),
     ("max_steps log_every keep_last", "a whole number of at least 1", lambda value: _is_count(value, least=1)),
     (
         "global_batch_tokens eval_every eval_batches save_every keep_every",
@@ -141,12 +144,12 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("seed", f"a whole number from 0 to {_MOST_SEED}", lambda value: _is_count(value, least=0) and value <= _MOST_SEED),
     (
         "learning_rate collective_timeout_seconds loader_timeout_seconds",
-        "a finite number above 0",
+        f"a number above 0 and at most {_MOST:g}",
         _is_positive,
     ),
     (
         "loss_spike_zscore",
-        "a finite number above 0, or None",
+        f"a number above 0 and at most {_MOST:g}, or None",
         lambda value: value is None or _is_positive(value),
     ),
     ("max_grad_norm", "a number above 0", lambda value: _is_number(value) and value > 0),  # inf: no clipping

@@ -15,6 +15,7 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
     # Dense tensor-core peaks from the vendors' datasheets, by what `_card` leaves of a device's name.
     "B200": {"bfloat16": 2250, "float32": 1125},
     "H200": {"bfloat16": 989, "float32": 494},
+    "H200 NVL": {"bfloat16": 835, "float32": 417},
     "GH200": {"bfloat16": 989, "float32": 494},
     "H100": {"bfloat16": 989, "float32": 494},
     "H100 NVL": {"bfloat16": 835, "float32": 417},
@@ -32,7 +33,7 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "V100": {"float16": 125},
     "V100 PCIE": {"float16": 112},
 }
-_SAYS_NOTHING_OF_SPEED = re.compile(r"NVIDIA|TESLA|GEFORCE|SXM\d|HBM3|\d+GB")
+_SAYS_NOTHING_OF_SPEED = re.compile(r"NVIDIA|TESLA|GEFORCE|SXM\d?|HBM3E?|\d+GB?")
 """Words of a name that cards of one speed differ in; any other ("Laptop", "MIG") makes it a card that is not known."""
 
 

@@ -37,6 +37,7 @@ def adamw(
         weight_decay: per unit of learning rate, on matrices and embeddings.
     """
     groups = decay_groups(model, weight_decay)
+    betas = (float(betas[0]), float(betas[1]))  # PyTorch refuses a whole number beside another
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=_can_fuse(groups))
 
 

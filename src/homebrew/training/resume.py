@@ -54,13 +54,19 @@ def identity(
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its class, and its groups' settings as far as they are plain values; the learning rate is the schedule's."""
-    found: dict[str, list[str]] = {}
-    for group in optimizer.param_groups:
-        for name, value in group.items():
-            if name not in ("params", "lr", *_HOW_NOT_WHAT) and isinstance(value, str | float | int | tuple | None):
-                found.setdefault(name, []).append(repr(value))
+    """Its class, and what its groups set; what else they hold is state, and the learning rate is the schedule's."""
+    names = optimizer.defaults.keys() - {"lr", *_HOW_NOT_WHAT}
+    found = {name: [_told(group.get(name)) for group in optimizer.param_groups] for name in sorted(names)}
     return {"class": type(optimizer).__name__} | {name: ", ".join(values) for name, values in found.items()}
+
+
+def _told(value: object) -> str:
+    """A setting in words that are the same for equal numbers of any type."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_told, value))})"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return repr(float(value))
+    return repr(value) if isinstance(value, str | bool | None) else type(value).__name__
 
 
 def _factor(schedule: Schedule, step: int) -> float:

@@ -98,7 +98,7 @@ class RunSaver:
             Optimizer steps already taken.
 
         Raises:
-            ConfigError: the folder cannot be written, or holds a run and `resume` is False.
+            ConfigError: the folder cannot be written, or holds a run and `resume` is False or an older checkpoint's.
             CheckpointError: a checkpoint is damaged, or belongs to another run.
         """
         accelerator, seed = self._accelerator, self._config.seed
@@ -152,7 +152,7 @@ class RunSaver:
         self._found = checkpoint.files()
         check_files(checkpoint.path, self._found, self._bare, self._optimizer)
         self._numbers.check(checkpoint.state.get("optimizer"), checkpoint.path / STATE)
-        ours = checkpoint.path.resolve().parent == self._store.folder.resolve()
+        ours = checkpoint.path.resolve() == self._store.path(checkpoint.step).resolve()
         numbers = checkpoint.state.get("optimizer")
         return {"found": True, "ours": ours, "step": checkpoint.step, "optimizer": numbers}
 
@@ -162,6 +162,8 @@ class RunSaver:
         Raises:
             ConfigError: it has.
         """
+        if max(self._store.steps(), default=0) <= checkpoint.step:
+            return
         newest, _ = self._store.latest()
         if newest is not None and newest.step > checkpoint.step:
             raise ConfigError(

@@ -28,8 +28,7 @@ class SignalWatch:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            heeded = [number for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN]  # as by `nohup`
-            self._previous = {number: signal.signal(number, self._receive) for number in heeded}
+            self._previous = {n: signal.signal(n, self._receive) for n in HANDLED if not _is_nohup(n)}
         return self
 
     def __exit__(
@@ -51,6 +50,11 @@ class SignalWatch:
         """1 for each of `HANDLED` that has come since the last call, else 0."""
         received, self._received = self._received, set()
         return [float(number in received) for number in HANDLED]
+
+
+def _is_nohup(number: signal.Signals) -> bool:
+    """Whether this is a SIGHUP that the process was told to ignore; a SIGINT is ignored by every shell's `&`."""
+    return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
 
 class Agreement:

@@ -154,7 +154,7 @@ class Trainer:
                 "schedule", "global_batch_size", "seed".
 
         Raises:
-            ConfigError: `output_dir` holds a run and `resume` is False, or cannot be written.
+            ConfigError: `output_dir` cannot be written, or holds a run and `resume` is False or an older checkpoint's.
             CheckpointError: the checkpoint is damaged or belongs to another run.
             NonFiniteError: a loss or gradient was not finite and the policy does not allow it.
         """
@@ -262,6 +262,7 @@ class Trainer:
         flags = [*signals.take(), float(self.should_stop), float(self._saver.failed)]
         *asked, stop, writer_failed = agreement.exchange(flags)
         self._stopping = self._stopping or stop
+        self.should_stop = self.should_stop or self._stopping  # for who asks afterwards, on every process
         if writer_failed:
             self._saver.wait()  # raises it, on every process
         for number in (number for number, flag in zip(HANDLED, asked, strict=True) if flag):
