@@ -41,7 +41,7 @@ RECIPES: dict[str, tuple[GPTConfig, dict[str, Any]]] = {
 
 def main(options: Options) -> None:
     shape, recipe = RECIPES["gpu" if torch.cuda.is_available() else "cpu"]
-    recipe = recipe | {"max_steps": options.max_steps or recipe["max_steps"], "warmup_steps": None}
+    recipe = recipe | {"max_steps": options.max_steps or recipe["max_steps"]}
     corpus = load_corpus("tinyshakespeare", path=options.text)
     dataset = TokenDataset.from_text(corpus.text, shape.block_size, source=corpus.source)
     train, val = dataset.split(0.8, seed=options.seed)

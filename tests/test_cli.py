@@ -21,10 +21,11 @@ from homebrew import GPTConfig, TrainerConfig
 from homebrew.__main__ import run as run_program
 from homebrew.cli.doctor import _compilation, examine
 from homebrew.cli.main import main
-from homebrew.cli.train import Aspect, Preset, Train
+from homebrew.cli.train import Preset, Train
 from homebrew.data.prepare import prepare
 from homebrew.model.sampling import Sampling
 from homebrew.model.text import generate_text
+from homebrew.training.config import Aspect
 from homebrew.training.resume import ASPECTS
 from homebrew.training.saved import load_run_model
 

@@ -10,14 +10,13 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from homebrew.cli.opened import choose_tokenizer
 from homebrew.errors import ConfigError, DataError
-from homebrew.training.config import TrainerConfig
+from homebrew.training.config import Aspect, TrainerConfig
 
 if TYPE_CHECKING:
     from homebrew.data.dataset import TokenDataset
     from homebrew.data.tokenizer import Tokenizer
     from homebrew.model.gpt import GPT
 
-Aspect = Literal["model", "adapter", "dataset", "optimizer", "schedule", "global_batch_size", "seed"]
 Preset = Literal["baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 _COMPILE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "yes": True, "no": False}

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.utils.data import Dataset
@@ -10,11 +10,10 @@ from torch.utils.data import Dataset
 from homebrew.errors import ConfigError, ResumeMismatch
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import base_fingerprint, lora_layers
-from homebrew.training.config import TrainerConfig
+from homebrew.training.config import Aspect, TrainerConfig
 from homebrew.training.schedule import Schedule
 
-ASPECTS = ("model", "adapter", "dataset", "optimizer", "schedule", "global_batch_size", "seed")
-"""What a checkpoint remembers of its run, and `accept_changes` may name."""
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
 _PROBES = 16
 _HOW_NOT_WHAT = ("fused", "foreach", "capturable", "differentiable")
