@@ -41,7 +41,8 @@ RECIPES: dict[str, tuple[GPTConfig, dict[str, Any]]] = {
 
 def main(options: Options) -> None:
     shape, recipe = RECIPES["gpu" if torch.cuda.is_available() else "cpu"]
-    recipe = recipe | {"max_steps": options.max_steps or recipe["max_steps"]}
+    max_steps = options.max_steps or recipe["max_steps"]
+    recipe = recipe | {"max_steps": max_steps, "warmup_steps": min(10, max_steps)}
     corpus = load_corpus("tinyshakespeare", path=options.text)
     dataset = TokenDataset.from_text(corpus.text, shape.block_size, source=corpus.source)
     train, val = dataset.split(0.8, seed=options.seed)
