@@ -12,7 +12,6 @@ from torch.nn import functional as F
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # NumPy's, in the interpreter
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # torch.compile's own doing
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -54,7 +54,9 @@ def test_auto_needs_a_global_batch(tmp_path):
 
 
 def test_a_step_that_runs_out_says_what_to_lower(tmp_path):
-    with pytest.raises(TrainingError, match=r"out of memory on cpu with micro_batch_size=6\. Lower .*: 3 or 'auto'"):
+    with pytest.raises(
+        TrainingError, match=r"out of memory on (cpu|cuda) with micro_batch_size=6\. Lower .*: 3 or 'auto'"
+    ):
         make(tmp_path / "some", most=5, micro_batch_size=6).train()
     with pytest.raises(TrainingError, match=r"micro_batch_size=1\. Set activation_checkpointing=True"):
         make(tmp_path / "none", most=0, micro_batch_size=1).train()
@@ -75,6 +77,7 @@ def test_what_a_failed_trial_took_is_free_before_the_peak_is_reset(monkeypatch):
     )
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8))
     accelerator = build_accelerator(TrainerConfig(output_dir="x", max_steps=1))
+    model.to(accelerator.device)
     assert _fits(accelerator, model, 1, 16)
 
     def run_out(module, inputs, loss):
