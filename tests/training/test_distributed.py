@@ -24,6 +24,7 @@ LAYOUTS = {  # processes, machines, whether sharded, copies of the shards
     "ddp4": (4, 1, False, 1),
     "nodes": (4, 2, False, 1),
     "fsdp2": (2, 1, True, 1),
+    "gathered": (2, 1, True, 1),  # for the length of a step
     "hybrid": (4, 1, True, 2),
 }
 
@@ -37,10 +38,12 @@ def start(folder, layout, **tasks):
     options = ["--num_processes", str(processes), "--num_machines", str(machines), "--main_process_ip", "127.0.0.1"]
     options += ["--multi_gpu"] if processes > 1 else ["--cpu"]
     options += ["--main_process_port", str(free_port()), "--same_network"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["FSDP_RESHARD_AFTER_FORWARD"] = str(layout != "gathered").lower()
     return [
         subprocess.Popen(
             [*LAUNCH, *options, "--machine_rank", str(rank), str(WORKER), json.dumps(job)],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -76,10 +79,11 @@ def runs(tmp_path_factory):
     def get(layout):
         if layout not in made:
             tasks = {"plain": {"save_every": 10, "eval_every": 10}}
-            if layout in ("ddp2", "fsdp2"):
-                tasks["dropout"] = DROPOUT
+            if layout in ("ddp2", "fsdp2", "gathered"):
                 tasks["profiled"] = {"max_steps": 3, "profile": True, "micro_batch_size": 4}
                 tasks["accumulated"] = tasks["profiled"] | {"micro_batch_size": 1}
+            if layout in ("ddp2", "fsdp2"):
+                tasks["dropout"] = DROPOUT
                 tasks["fitted"] = {"max_steps": 3, "micro_batch_size": "auto", "memory": [4, 2]}
             if layout in ("fsdp2", "hybrid"):
                 tasks["together"] = tasks["plain"] | TOGETHER
@@ -116,6 +120,7 @@ def samples(folder, steps=20, per_step=8):
     [
         ("ddp2", "DistributedDataParallel"),
         ("fsdp2", "FSDPGPT"),
+        ("gathered", "FSDPGPT"),
         pytest.param("ddp4", "DistributedDataParallel", marks=pytest.mark.slow),
         pytest.param("nodes", "DistributedDataParallel", marks=pytest.mark.slow),
         pytest.param("hybrid", "FSDPGPT", marks=pytest.mark.slow),
@@ -137,16 +142,24 @@ def test_every_layout_makes_the_run_of_one_process(runs, layout, kind):
 def gradient_sums(found, layout, steps=3):
     """How often gradients were summed over the processes, a step."""
     counts = found["collectives"]
-    if layout == "fsdp2":
+    if layout != "ddp2":
         return counts["c10d::_reduce_scatter_base_"] / steps
     others = 3 * steps + 2  # the targets' count, the loss and the signals of a step; the evaluation, the last signals
     return (counts["c10d::allreduce_"] - others) / steps
 
 
-@pytest.mark.parametrize(("layout", "units"), [("ddp2", 1), ("fsdp2", 3)])
+@pytest.mark.parametrize(("layout", "units"), [("ddp2", 1), ("fsdp2", 3), ("gathered", 3)])
 def test_gradients_are_summed_once_a_step(runs, layout, units):
     _, found = runs(layout)
     assert gradient_sums(found["profiled"], layout) == gradient_sums(found["accumulated"], layout) == units
+
+
+def test_weights_that_may_stay_are_gathered_once_a_step(runs):
+    (_, resharded), (_, kept) = runs("fsdp2"), runs("gathered")
+    gathers = "c10d::_allgather_base_"
+    micro_batches = 3 * 4  # and two blocks are gathered for the backward pass too
+    assert resharded["accumulated"]["collectives"][gathers] >= micro_batches * (3 + 2)
+    assert kept["accumulated"]["collectives"][gathers] == kept["profiled"]["collectives"][gathers]
 
 
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])

@@ -9,21 +9,22 @@ from homebrew import GPT, GPTConfig, TrainerConfig
 from homebrew.errors import LaunchError
 from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training.launch import build_accelerator
-from homebrew.training.sharding import check_sharding, configure_sharding, empty_copy, fill_copy
+from homebrew.training.sharding import check_sharding, configure_sharding, empty_copy, fill_copy, stays_gathered
 
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
 
 
-def sharded(**settings):
+def sharded(num_processes=2, **settings):
     """As much of an Accelerator as says what the launch asks for; a real one has FSDP on GPUs only."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
     plugin.set_mixed_precision("bf16")
     state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=Accelerator(cpu=True).state.dynamo_plugin)
-    return SimpleNamespace(state=state, parallelism_config=None)
+    return SimpleNamespace(state=state, parallelism_config=None, num_processes=num_processes, is_fsdp2=True)
 
 
 def test_without_fsdp_nothing_is_done():
     assert configure_sharding(Accelerator(cpu=True)) is False
+    assert stays_gathered(Accelerator(cpu=True)) is False
 
 
 def test_what_accelerate_leaves_open_is_set():
@@ -36,6 +37,15 @@ def test_what_accelerate_leaves_open_is_set():
     assert plugin.transformer_cls_names_to_wrap == ["Block"]
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "reshard", "stays"), [(2, True, False), (2, False, True), (1, True, True), (1, False, True)]
+)
+def test_weights_stay_gathered_where_asked_or_where_there_is_nobody_to_share_with(num_processes, reshard, stays):
+    accelerator = sharded(num_processes, reshard_after_forward=reshard)
+    configure_sharding(accelerator)
+    assert stays_gathered(accelerator) is stays
 
 
 @pytest.mark.parametrize(

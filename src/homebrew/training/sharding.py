@@ -45,9 +45,21 @@ def configure_sharding(accelerator: Accelerator) -> bool:
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
         )
+    parallelism = accelerator.parallelism_config
+    copies = parallelism.dp_replicate_size if parallelism is not None else 1
+    if accelerator.num_processes == copies:
+        plugin.reshard_after_forward = False  # nobody to share with
     wanted = bool(plugin.activation_checkpointing)
     plugin.activation_checkpointing = False
     return wanted
+
+
+def stays_gathered(accelerator: Accelerator) -> bool:
+    """Whether processes keep the whole weights for a step, once gathered; `fsdp_reshard_after_forward: false` asks.
+
+    FSDP by itself would give them up after every micro-batch's backward pass, though none of them changes a weight.
+    """
+    return is_sharded(accelerator) and accelerator.state.fsdp_plugin.reshard_after_forward is False
 
 
 def check_sharding(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:

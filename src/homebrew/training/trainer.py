@@ -33,7 +33,7 @@ from homebrew.training.optim import adamw
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
 from homebrew.training.schedule import Schedule
-from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, whole
+from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, stays_gathered, whole
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, ends, leave
 
 
@@ -112,6 +112,7 @@ class Trainer:
         )
         self._peak_lrs = [group["lr"] for group in self._optimizer.param_groups]
         self._wrapped, prepared = accelerator.prepare(self.model, self._optimizer)
+        self._stays_gathered = stays_gathered(accelerator)
         self._parameters = [parameter for parameter in self._wrapped.parameters() if parameter.requires_grad]
         # Accelerate's optimizer is there for fp16's scaler; around it a small model's step takes a tenth longer.
         scaled = accelerator.scaler is not None
@@ -220,6 +221,8 @@ class Trainer:
         losses = []
         for (input_ids, targets), share in zip(micro_batches, shares, strict=True):
             with accelerator.accumulate(self._wrapped):
+                if self._stays_gathered:
+                    self._wrapped.set_reshard_after_backward(accelerator.sync_gradients)
                 loss = self._wrapped(input_ids, targets) * share
                 accelerator.backward(loss * scale)
             losses.append(loss.detach())
