@@ -99,7 +99,9 @@ def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> Stretch:
     own, ticking = OwnAccelerate(), _Ticking()
     folder = temporary_folder()
     dataset = TokenDataset.from_tokens(ids, model.config.block_size, vocab_size=model.config.vocab_size)
-    config = TrainerConfig(output_dir=folder, **{"max_steps": 1_000_000, **settings})
+    # From the first step on it learns as fast as the others do: how much power the GPU draws, and so how fast it runs,
+    # depends on the numbers it multiplies.
+    config = TrainerConfig(output_dir=folder, **{"max_steps": 1_000_000, "warmup_steps": 0, **settings})
     with own:
         trainer = Trainer(model, dataset, config=config, callbacks=[ticking])
 
