@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.model.files import open_source, open_tensors, read_json, replacing
+from homebrew.files import replacing
+from homebrew.model.files import open_source, open_tensors, read_json
 from homebrew.model.lora import (
     LoRAConfig,
     adapter_state_dict,

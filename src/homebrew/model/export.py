@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from homebrew.errors import ModelError
-from homebrew.model.files import replacing
+from homebrew.files import replacing
 from homebrew.model.generate import evaluating
 from homebrew.model.lora import merged_state_dict
 from homebrew.model.pretrained import (

@@ -1,8 +1,7 @@
-"""Files of a folder or of a repository on the Hugging Face hub: found, read with care, replaced whole."""
+"""Files of a folder or of a repository on the Hugging Face hub: found, and read with care."""
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,19 +203,3 @@ def open_tensors(path: Path) -> Iterator[Any]:
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two are PyTorch's, at huge shapes
         reason = str(error).partition("\n")[0]
         raise ModelError(f"{path} cannot be read as safetensors: {reason}. Copy or download it again.") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to instead: what is written there takes the place of `path` at the end, whole."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors' writer leaves 0600
-        yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
-from homebrew.training.files import make_folder, remove_folder, rename, sync_folder, unwritable
+from homebrew.files import sync_folder
+from homebrew.training.files import make_folder, remove_folder, rename, unwritable
 from homebrew.training.manifest import FOLDER, Checkpoint, has_its_files, open_checkpoint, read_manifest
 from homebrew.training.writing import Files, Others, write_checkpoint
 

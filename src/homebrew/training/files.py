@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from homebrew.errors import CheckpointError, CorruptCheckpoint
+from homebrew.files import sync_folder
 
 _CHUNK = 1 << 24
 
@@ -52,18 +53,6 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def rename(path: Path, new: Path) -> None:

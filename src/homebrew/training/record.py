@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from homebrew.data.tokenizer import tokenizer_of
 from homebrew.errors import ConfigError
-from homebrew.model.files import replacing
+from homebrew.files import replacing
 from homebrew.training.callbacks import Callback
 from homebrew.training.collective import on_main
 from homebrew.training.guard import HeldBack

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from homebrew.errors import CheckpointError, HomebrewError, NonFiniteError
-from homebrew.training.files import sync_folder, write_durably
+from homebrew.files import sync_folder
+from homebrew.training.files import write_durably
 from homebrew.training.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
