@@ -85,6 +85,9 @@ def runs(tmp_path_factory):
             if layout in ("ddp2", "fsdp2"):
                 tasks["dropout"] = DROPOUT
                 tasks["fitted"] = {"max_steps": 3, "micro_batch_size": "auto", "memory": [4, 2]}
+            if layout in ("fsdp2", "gathered"):
+                tasks["stopped"] = tasks["plain"] | {"stop": 7}
+                tasks["broken off"] = {"max_steps": 3, "again": True}
             if layout in ("fsdp2", "hybrid"):
                 tasks["together"] = tasks["plain"] | TOGETHER
             if layout in ("one", "fsdp2"):
@@ -152,6 +155,18 @@ def gradient_sums(found, layout, steps=3):
 def test_gradients_are_summed_once_a_step(runs, layout, units):
     _, found = runs(layout)
     assert gradient_sums(found["profiled"], layout) == gradient_sums(found["accumulated"], layout) == units
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "gathered"])
+def test_a_trainer_that_evaluated_goes_on(runs, layout):
+    _, found = runs(layout)
+    assert found["stopped"]["losses"] == found["plain"]["losses"]
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "gathered"])
+def test_a_sharded_trainer_whose_step_was_broken_off_does_not_go_on(runs, layout):
+    _, found = runs(layout)
+    assert "build a new Trainer" in found["broken off"]["error"]
 
 
 def test_weights_that_may_stay_are_gathered_once_a_step(runs):

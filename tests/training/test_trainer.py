@@ -154,7 +154,10 @@ def test_uneven_targets_weigh_by_token(tmp_path):
 
 @pytest.fixture
 def deterministic(monkeypatch):
-    """A GPU's fastest kernels add up in an order that changes from run to run."""
+    """A GPU's fastest kernels add up in an order that changes from run to run; a CPU's do not."""
+    if not torch.cuda.is_available():
+        yield
+        return
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     yield
@@ -367,6 +370,12 @@ def test_evaluation_is_exact_for_any_remainder(tmp_path):
     assert found.num_tokens == int((data.targets != -100).sum())
     assert found.perplexity == pytest.approx(math.exp(found.loss))
     assert trainer.model.training
+
+
+def test_an_evaluation_that_scores_nothing_is_an_error(tmp_path):
+    unscored = [(torch.zeros(16, dtype=torch.int64), torch.full((16,), -100))] * 3
+    with pytest.raises(DataError, match="No target is scored"):
+        make(tmp_path).evaluate(unscored)
 
 
 def test_evaluating_changes_nothing_in_training(tmp_path):

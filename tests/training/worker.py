@@ -4,6 +4,7 @@ The job names a layout, time-outs and tasks; each task is a run of a Trainer. Wh
 goes into the job's result file, what every process read into the task's folder.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
+from homebrew.errors import TrainingError
 from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training import checkpoint
 from homebrew.training.callbacks import Callback
@@ -71,6 +73,7 @@ class Watch(Callback):
 
     def on_step_end(self, trainer, metrics):
         self.losses.append(metrics.loss)
+        trainer.should_stop = trainer.step == self.task.get("stop")
         full = {"save": 0, "part": 1}.get(self.task.get("break"))
         if trainer.step == 3 and trainer.accelerator.process_index == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))  # as a full disk would
@@ -162,6 +165,23 @@ def kill_in_save(step):
     os.fsync = fsync
 
 
+def broken_off(trainer):
+    """Break every process's second step off, and begin again with the same Trainer; what that is told."""
+
+    def hook(*_):
+        if trainer.step == 1:
+            raise InterruptedError
+
+    handle = trainer.model.register_forward_hook(hook)
+    with contextlib.suppress(InterruptedError):
+        trainer.train()
+    handle.remove()
+    try:
+        trainer.train(resume=True)
+    except TrainingError as error:
+        return str(error)
+
+
 def build(task, rank):
     broken = task.get("break") if rank == 1 else None
     train = [] if broken == "startup" else Ragged(breaks_at=40 + 1 if broken == "data" else None)
@@ -211,7 +231,12 @@ def run(task, rank):
             trainer.train()
         names = Counter(event.name for event in profiler.events())
         return {"collectives": {name: count for name, count in names.items() if name.startswith("c10d::")}}
-    trainer.train(resume=task.get("resume", False))
+    if task.get("again"):
+        return {"error": broken_off(trainer)}
+    if "stop" in task:
+        trainer.train()
+        trainer.evaluate()
+    trainer.train(resume=task.get("resume", "stop" in task))
     folder = Path(task["output_dir"])
     (folder / f"read-{rank}.json").write_text(json.dumps(train.read))
     (folder / f"digests-{rank}.json").write_text(json.dumps(poison.digests))

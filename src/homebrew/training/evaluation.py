@@ -8,7 +8,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from homebrew.data.loader import eval_batches
+from homebrew.errors import DataError
+from homebrew.model.generate import evaluating
 from homebrew.model.loss import IGNORE_INDEX
+from homebrew.training.sharding import reshard
 
 
 @torch.no_grad()
@@ -33,12 +36,13 @@ def mean_loss(
 
     Returns:
         Nats a scored target, and how many there were, over all processes.
+
+    Raises:
+        DataError: there were none.
     """
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     totals = torch.zeros(2, dtype=exact, device=accelerator.device)  # sum of losses, scored targets
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for input_ids, targets in eval_batches(
             dataset,
             micro_batch_size=micro_batch_size,
@@ -50,7 +54,8 @@ def mean_loss(
         ):
             count = (targets != IGNORE_INDEX).sum()
             totals += torch.stack([model(input_ids, targets) * count, count])
-    finally:
-        model.train(was_training)
+    reshard(accelerator, model)
     loss_sum, num_tokens = accelerator.reduce(totals, "sum").tolist()
-    return loss_sum / max(num_tokens, 1), int(num_tokens)
+    if not num_tokens:
+        raise DataError(f"No target is scored: all that were read are {IGNORE_INDEX}. Evaluate on other samples.")
+    return loss_sum / num_tokens, int(num_tokens)

@@ -45,9 +45,7 @@ def configure_sharding(accelerator: Accelerator) -> bool:
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
         )
-    parallelism = accelerator.parallelism_config
-    copies = parallelism.dp_replicate_size if parallelism is not None else 1
-    if accelerator.num_processes == copies:
+    if accelerator.num_processes == 1:
         plugin.reshard_after_forward = False  # nobody to share with
     wanted = bool(plugin.activation_checkpointing)
     plugin.activation_checkpointing = False
@@ -59,7 +57,18 @@ def stays_gathered(accelerator: Accelerator) -> bool:
 
     FSDP by itself would give them up after every micro-batch's backward pass, though none of them changes a weight.
     """
-    return is_sharded(accelerator) and accelerator.state.fsdp_plugin.reshard_after_forward is False
+    return is_sharded(accelerator) and not accelerator.state.fsdp_plugin.reshard_after_forward
+
+
+def reshard(accelerator: Accelerator, wrapped: nn.Module) -> None:
+    """Give up what FSDP gathered, where no backward pass will: the next pass is to see what became of the shards."""
+    if not is_sharded(accelerator):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in wrapped.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def check_sharding(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:

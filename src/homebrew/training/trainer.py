@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from homebrew.data.check import check_dataset
 from homebrew.data.loader import Batch, StepLoader, worker_errors
 from homebrew.data.tokenizer import tokenizer_of
-from homebrew.errors import ConfigError
+from homebrew.errors import ConfigError, TrainingError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
@@ -81,7 +81,7 @@ class Trainer:
         """Optimizer steps taken."""
         self.should_stop = False
         """Set by a callback, on any process, to end the run after this step, or the next if there are several."""
-        self._stopping = self._running = False  # agreed on by all processes; within `train`
+        self._stopping = self._running = self._stepping = False  # agreed on by all processes; in `train`; in a step
         self.callbacks = [ProgressDisplay(), RunRecord(), *callbacks]
         self._prepare(optimizer)
 
@@ -191,6 +191,9 @@ class Trainer:
 
     def _begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
         """Bring everything to where the run starts or goes on."""
+        if self._stepping and is_sharded(self.accelerator):  # FSDP may still hold half a gradient, and let no other in
+            raise TrainingError("A step was broken off, after which FSDP cannot go on: build a new Trainer.")
+        self._stepping = False
         self.step = self._saver.begin(resume, accept_changes)
         self.accelerator.gradient_accumulation_steps = self.batch.accumulation_steps
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
@@ -209,7 +212,7 @@ class Trainer:
             The mean loss over the step's scored targets on all processes, and the gradient's norm before
             clipping: float32 scalars on the device.
         """
-        accelerator = self.accelerator
+        accelerator, self._stepping = self.accelerator, True
         factor = float(self.schedule(self.step))
         for group, peak in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
@@ -234,6 +237,7 @@ class Trainer:
             self._stepped.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._stepping = False
         return loss, grad_norm
 
     def _after_step(self, loss: Tensor, grad_norm: Tensor) -> None:
