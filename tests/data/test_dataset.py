@@ -112,6 +112,16 @@ def test_a_split_with_an_empty_part_is_refused(fraction):
         counting().split(fraction)
 
 
+def test_a_split_whose_overlapping_windows_leave_a_part_empty_is_refused():
+    with pytest.raises(DataError, match="leaves a part without any"):
+        TokenDataset.from_tokens(range(30), 10, stride=1).split(0.2, seed=None)
+
+
+def test_a_split_has_the_nearest_number_of_windows():
+    first, _ = TokenDataset.from_tokens(range(401), 4).split(0.58)
+    assert len(first) == 58  # though 100 * 0.58 is 57.99999999999999
+
+
 @pytest.mark.parametrize(
     ("ids", "said"),
     [

@@ -186,6 +186,7 @@ def hang(index, sample):
     time.sleep(600)
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in. .socket")  # which the worker held the other end of
 def test_a_killed_worker_is_an_error():
     with pytest.raises(DataError, match="worker died or took over 30 seconds"):
         steps(9, dataset=Own(spoil=lambda i, sample: kill(i, sample) if i == 7 else sample), num_workers=2,

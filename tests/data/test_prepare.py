@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +32,8 @@ def test_pieces_encode_to_what_the_whole_text_does(path, text, piece_characters)
 
 def test_a_long_text_comes_in_small_pieces(path):
     path.write_text("A line of text.\n" * 1000)
+    assert max(map(len, text_pieces(path, 100))) < 200
+    path.write_text("A text of one line. " * 1000)
     assert max(map(len, text_pieces(path, 100))) < 200
 
 
@@ -67,3 +71,9 @@ def test_what_is_no_text_is_refused_and_nothing_written(tmp_path):
         with pytest.raises(DataError, match=message):
             prepare(paths, tmp_path / "out", tokenizer="bytes")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe is not a regular file"):
+        prepare([tmp_path / "pipe"], tmp_path / "out")

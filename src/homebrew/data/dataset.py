@@ -221,16 +221,20 @@ class TokenDataset(Dataset[Pair]):
             DataError: a part would be empty, or overlapping windows would put one's text into the other.
         """
         windows = len(self)
-        first = int(windows * fraction) if 0 < fraction < 1 else 0
+        empty = DataError(
+            f"fraction={fraction!r} of {windows} windows leaves a part without any: it must be between 0 and 1, "
+            f"and there must be enough text for both."
+        )
+        first = round(windows * fraction) if 0 < fraction < 1 else 0
         if not 0 < first < windows:
-            raise DataError(
-                f"fraction={fraction!r} of {windows} windows leaves a part without any: it must be between 0 and 1, "
-                f"and there must be enough text for both."
-            )
+            raise empty
         if seed is None:
             in_order = self.starts.sort().values
             before, after = in_order[:first], in_order[first:]
-            return self._over(before[before + self.block_size <= after[0]]), self._over(after)
+            before = before[before + self.block_size <= after[0]]
+            if not len(before):
+                raise empty
+            return self._over(before), self._over(after)
         if bool((self.starts.diff().abs() < self.block_size).any()):
             raise DataError(
                 "These windows overlap, so a shuffled split would train on what it evaluates: use "

@@ -16,8 +16,8 @@ from homebrew.errors import DataError
 PIECE_CHARACTERS = 2**22
 """Read and encoded at once; what tiktoken needs for them is some hundred MB."""
 
-_CUT = re.compile(r"(?<=\S)\n")
-"""No token of GPT-2 goes across a line's end that follows a word: its pattern takes white space into the next."""
+_UP_TO_CUT = re.compile(r".*\S(?=[ \t\n])", re.DOTALL)
+"""No token of GPT-2 goes across white space that follows a word: its pattern takes it into the next."""
 
 
 def prepare(
@@ -47,7 +47,9 @@ def prepare(
     check_replaceable(Path(output))
     num_bytes, alphabet = 0, set[str]()
     for path in paths:
-        if os.path.isfile(path) and is_token_file(path):  # noqa: PTH113 - False for a name no file can have
+        if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 - False for impossible names
+            raise DataError(f"{path} is not a regular file, and the text is read twice: write it to a file first.")
+        if os.path.isfile(path) and is_token_file(path):  # noqa: PTH113
             raise DataError(f"{path} is a token file already: give the text that it was made of, or train on it.")
         for piece in text_pieces(path, piece_characters):
             num_bytes += len(piece.encode())
@@ -75,7 +77,7 @@ def text_pieces(path: str | Path, piece_characters: int = PIECE_CHARACTERS) -> I
         piece_characters: read at once.
 
     Yields:
-        Pieces that together are the text, cut before line ends; none is empty.
+        Pieces that together are the text, cut before white space; none is empty.
 
     Raises:
         DataError: the file cannot be read as UTF-8 text.
@@ -84,11 +86,11 @@ def text_pieces(path: str | Path, piece_characters: int = PIECE_CHARACTERS) -> I
     try:
         with Path(path).open(encoding="utf-8") as file:
             while new := file.read(piece_characters):
+                searched = max(len(held) - 1, 0)
                 held += new
-                *_, cut = [0, *(match.start() for match in _CUT.finditer(held))]
-                if cut:
-                    yield held[:cut]
-                    held = held[cut:]
+                if match := _UP_TO_CUT.match(held, searched):
+                    yield held[: match.end()]
+                    held = held[match.end() :]
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from error
     if held:
