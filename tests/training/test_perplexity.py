@@ -65,6 +65,15 @@ def test_without_overlap_it_is_the_trainers_evaluation(ours, tmp_path):
     assert score_text(ours, BYTES, text, stride=BLOCK).loss == pytest.approx(trainer.evaluate(dataset).loss, rel=1e-6)
 
 
+def test_dropout_takes_no_part_in_a_score():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=BLOCK, vocab_size=256, n_layer=1, n_head=2, n_embd=16, dropout=0.5)).train()
+    first = score_text(model, BYTES, TEXT).nats, ending_losses(model, BYTES, QUESTIONS)[0].tolist()
+    assert model.training
+    again = score_text(model.eval(), BYTES, TEXT).nats, ending_losses(model, BYTES, QUESTIONS)[0].tolist()
+    assert first == again
+
+
 def test_bits_per_byte_counts_bytes_whatever_the_tokens():
     model = GPT(GPTConfig(block_size=BLOCK, vocab_size=50_257, n_layer=1, n_head=1, n_embd=8)).eval()
     score = score_text(model, get_tokenizer("gpt2"), "Hello — wörld, hello")

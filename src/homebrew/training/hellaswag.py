@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from homebrew.data.hellaswag import NUM_ENDINGS, Question
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError
+from homebrew.model.generate import evaluating
 from homebrew.model.gpt import GPT
 from homebrew.training.perplexity import Track
 
@@ -37,7 +38,7 @@ def score_hellaswag(
     """Answer questions.
 
     Args:
-        model: the model, in evaluation mode.
+        model: the model; its training mode is as before afterwards.
         tokenizer: the one it was trained with.
         questions: at least one.
         batch_size: questions at once.
@@ -66,7 +67,7 @@ def ending_losses(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question
     A situation too long for the model loses its beginning.
 
     Args:
-        model: the model, in evaluation mode.
+        model: the model; its training mode is as before afterwards.
         tokenizer: the one it was trained with.
         questions: B of them.
 
@@ -94,7 +95,8 @@ def ending_losses(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question
     positions = torch.arange(1, ids.shape[1])
     scored = (positions < ends) & (positions >= ends - torch.tensor(lengths)[:, None])  # (R, T - 1)
     scored = scored.to(model.device)
-    hidden = model.transformer(ids[:, :-1])[scored]  # (N, C): the head for endings only
+    with evaluating(model):
+        hidden = model.transformer(ids[:, :-1])[scored]  # (N, C): the head for endings only
     logits = F.linear(hidden, model.lm_head.weight[: model.config.vocab_size]).float()
     losses = logits.new_zeros(scored.shape)
     losses[scored] = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none")

@@ -8,6 +8,7 @@ import torch
 
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError, ModelError
+from homebrew.model.generate import evaluating
 from homebrew.model.gpt import GPT
 from homebrew.model.loss import IGNORE_INDEX
 
@@ -58,7 +59,7 @@ def score_text(
     (the strided windows of transformers' guide to perplexity). The last is moved back to end with the text.
 
     Args:
-        model: the model, in evaluation mode.
+        model: the model; its training mode is as before afterwards.
         tokenizer: the one it was trained with.
         text: what to predict.
         stride: tokens between windows: fewer cost more and give each token more context; half of `block_size` if
@@ -92,13 +93,14 @@ def score_text(
     scored_before = torch.cat([torch.ones(1, dtype=torch.int64), starts[:-1] + length + 1])  # tokens
     windows = ids.unfold(0, length + 1, 1)
     nats, num_tokens = 0.0, 0
-    for i in track(range(0, len(starts), batch_size)):
-        rows = slice(i, i + batch_size)
-        window = windows[starts[rows]]  # (B, length + 1)
-        positions = starts[rows, None] + torch.arange(1, length + 1)
-        targets = window[:, 1:].masked_fill(positions < scored_before[rows, None], IGNORE_INDEX)
-        count = int((targets != IGNORE_INDEX).sum())
-        nats += model(window[:, :-1].to(model.device), targets.to(model.device)).item() * count
-        num_tokens += count
+    with evaluating(model):
+        for i in track(range(0, len(starts), batch_size)):
+            rows = slice(i, i + batch_size)
+            window = windows[starts[rows]]  # (B, length + 1)
+            positions = starts[rows, None] + torch.arange(1, length + 1)
+            targets = window[:, 1:].masked_fill(positions < scored_before[rows, None], IGNORE_INDEX)
+            count = int((targets != IGNORE_INDEX).sum())
+            nats += model(window[:, :-1].to(model.device), targets.to(model.device)).item() * count
+            num_tokens += count
     num_bytes = len(text.encode()) - len(tokenizer.decode_bytes(ids[:1].tolist()))
     return TextScore(nats, num_tokens, num_bytes)
