@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import struct
 from dataclasses import replace
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from homebrew.data.tokenizer import ByteTokenizer, get_tokenizer
 from homebrew.errors import HomebrewError, ModelError
 from homebrew.model import export
+from homebrew.model.adapters import save_adapter
 from homebrew.model.config import GPTConfig
 from homebrew.model.export import push_folder
 from homebrew.model.files import open_source
@@ -491,6 +493,37 @@ def test_files_are_replaced_whole_and_others_can_read_them(folder):
     assert (folder / "model.safetensors").read_bytes() != old
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("file", "adapted", "kind"),
+    [
+        ("manifest.json", False, "a checkpoint"),
+        ("manifest.json", True, "a checkpoint"),
+        ("adapter_config.json", False, "an adapter"),
+        ("config.json", True, "a whole model"),
+    ],
+)
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, file, adapted, kind):
+    (tmp_path / file).write_text("{}")
+    model = GPT(GPTConfig(block_size=16, vocab_size=8, n_layer=1, n_head=2, n_embd=8))
+    if adapted:
+        add_lora(model, LoRAConfig(rank=2))
+    with pytest.raises(ModelError, match=f"holds {kind} .{file}.: choose another folder"):
+        save_adapter(model, tmp_path) if adapted else model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
+def test_a_full_disk_is_said_to_be_so(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model = GPT(GPTConfig(block_size=16, vocab_size=8, n_layer=1, n_head=2, n_embd=64))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(ModelError, match="cannot be written"):
+            model.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path):

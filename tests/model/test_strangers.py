@@ -37,7 +37,9 @@ def write(folder):
     GPT(SHAPE).save_pretrained(folder / "whole")
     model = GPT(SHAPE)
     add_lora(model, LoRAConfig(rank=2))
-    save_adapter(model, folder / "whole")
+    save_adapter(model, folder / "adapter")
+    for file in (folder / "adapter").iterdir():
+        file.rename(folder / "whole" / file.name)
     shutil.copytree(folder / "whole", folder / "damaged")
 
 

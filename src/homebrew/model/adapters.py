@@ -15,7 +15,7 @@ from torch import nn
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.files import replacing
-from homebrew.model.files import open_source, open_tensors, read_json
+from homebrew.model.files import open_source, open_tensors, read_json, writing_to
 from homebrew.model.lora import (
     LoRAConfig,
     adapter_state_dict,
@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
         base_model: the hub repository or folder of the base's weights, for the record.
 
     Raises:
-        ModelError: the model has no adapter, or the folder cannot be written.
+        ModelError: the model has no adapter, or the folder cannot be written, or holds something else.
     """
     layers = lora_layers(model)
     if not layers:
@@ -88,14 +88,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
         for name, tensor in adapter_state_dict(model).items()
     }
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder, unless={"manifest.json": "a checkpoint", "config.json": "a whole model"}):
         with replacing(folder / WEIGHTS_FILE) as path:
             save_file(tensors, path, metadata={"format": "pt"})
         with replacing(folder / CONFIG_FILE) as path:
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"{folder} cannot be written: {error}. Choose a folder that can.") from error
 
 
 def load_adapter(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from homebrew.errors import ModelError
 from homebrew.files import replacing
+from homebrew.model.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from homebrew.model.files import writing_to
 from homebrew.model.generate import evaluating
 from homebrew.model.lora import merged_state_dict
 from homebrew.model.pretrained import (
@@ -47,7 +49,8 @@ def write_pretrained(
         tokenizer: the one the model was trained with; without one no tokenizer is written.
 
     Raises:
-        ModelError: a weight is not finite, the tokenizer does not fit, or the folder cannot be written.
+        ModelError: a weight is not finite, the tokenizer does not fit, or the folder cannot be written, or holds
+            something else.
     """
     folder = Path(folder)
     vocab_size = shape["vocab_size"]
@@ -63,8 +66,7 @@ def write_pretrained(
         texts = tokenizer_files(tokenizer, model_max_length=shape["block_size"])
         config["bos_token_id"] = config["eos_token_id"] = tokenizer.end_of_text_id
     texts[CONFIG_FILE] = to_json(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder, unless={"manifest.json": "a checkpoint", ADAPTER_CONFIG: "an adapter"}):
         with replacing(folder / WEIGHTS_FILE) as path:
             save_file(weights, path, metadata={"format": "pt"})
         for name, text in texts.items():
@@ -73,8 +75,6 @@ def write_pretrained(
         for name in TOKENIZER_FILES if tokenizer is not None else ():
             if name not in texts:
                 (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise ModelError(f"{folder} cannot be written: {error}. Choose a folder that can.") from error
 
 
 @torch.no_grad()

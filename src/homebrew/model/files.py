@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,6 +153,28 @@ def _check_blob(path: Path) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != blob.name:
         raise ModelError(f"{path} has SHA-256 {found}, not {blob.name}: delete {blob} and download it again.")
+
+
+@contextmanager
+def writing_to(folder: Path, *, unless: Mapping[str, str]) -> Iterator[None]:
+    """While a folder's files are written: it is made, where it is not there.
+
+    Args:
+        folder: where to.
+        unless: what the folder must not hold, by the name of a file that says so: what is written would not be found
+            beside it, or destroy it.
+
+    Raises:
+        ModelError: it holds such a file, or cannot be written.
+    """
+    try:
+        for name, kind in unless.items():
+            if (folder / name).exists():
+                raise ModelError(f"{folder} holds {kind} ({name}): choose another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder} cannot be written: {error}. Choose a folder that can.") from error
 
 
 def read_text(path: Path) -> str:
