@@ -261,12 +261,17 @@ def test_a_repetition_penalty_counts_the_prompt_and_what_was_generated(model):
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": 0}, "top_k=0"),
+        ({"top_k": 2.5}, "top_k=2.5"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"min_p": -0.1}, "min_p=-0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"overflow": "crash"}, "overflow='crash'"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]"),
+        ({"seed": 2**64}, f"seed={2**64}"),
+        ({"seed": 0.5}, "seed=0.5"),
     ],
 )
 def test_a_wrong_option_says_what_is_wrong(model, options, message):
@@ -291,6 +296,21 @@ def test_a_wrong_option_says_what_is_wrong(model, options, message):
 def test_a_wrong_prompt_says_what_is_wrong(model, prompts, message):
     with pytest.raises(ModelError, match=message):
         model.generate(prompts, 1)
+
+
+def test_a_tensor_too_narrow_for_the_vocabulary_is_refused():
+    wide = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=8))
+    with pytest.raises(ModelError, match=r"torch.uint8 cannot hold ids up to 299"):
+        wide.generate(torch.zeros(1, 2, dtype=torch.uint8), 3)
+    assert wide.generate(torch.zeros(1, 2, dtype=torch.int16), 3).dtype == torch.int16
+
+
+def test_tokens_that_may_never_come_take_no_memory(model):
+    steps = generate_steps(model, prompts_of(3, 9), 10**15, GREEDY)
+    first = [next(steps).tolist() for _ in range(4 * model.config.block_size)]
+    steps.close()
+    expected = model.generate(prompts_of(3, 9), 4 * model.config.block_size, temperature=0.0)
+    assert [list(row) for row in zip(*first, strict=True)] == [expected[0][3:], expected[1][9:]]
 
 
 def test_no_new_tokens_is_the_prompt(model):
@@ -319,6 +339,9 @@ def test_text_streams_as_it_is_generated_and_stops_at_a_stop_string(model):
     stop = text[9:12]
     stopped = list(generate_text(model, Bytes(), "abc", 40, GREEDY, stop=[stop, "never"]))
     assert "".join(stopped) == text[: text.index(stop)]
+    assert list(generate_text(model, Bytes(), "abc", 40, GREEDY, stop=stop)) == stopped
+    with pytest.raises(ConfigError, match="stop string is empty"):
+        list(generate_text(model, Bytes(), "abc", 40, GREEDY, stop=["", stop]))
 
 
 def test_streamed_text_ends_before_the_end_of_text_id(model):

@@ -191,6 +191,16 @@ def test_a_sequence_longer_than_the_block_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("ids", "targets", "said"),
+    [((4,), None, r"\(4,\)"), ((1, 4), (1, 1), r"\(1, 4\) and \(1, 1\)"), ((2, 4), (4, 2), r"\(2, 4\) and \(4, 2\)")],
+)
+def test_shapes_that_do_not_fit_are_refused(ids, targets, said):
+    ids, targets = (None if shape is None else torch.zeros(shape, dtype=torch.int64) for shape in (ids, targets))
+    with pytest.raises(ModelError, match=said):
+        GPT(TINY)(*(tensor for tensor in (ids, targets) if tensor is not None))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"n_layer": 0}, "n_layer=0"),

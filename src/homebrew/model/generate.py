@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.model.cache import KeyValueCache
-from homebrew.model.sampling import Sampling
+from homebrew.model.sampling import Sampling, is_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,9 +167,10 @@ def generate_steps(
 
     Raises:
         ModelError: a prompt is empty or too long, or has an id outside the vocabulary.
-        ConfigError: `max_new_tokens` is negative, or `overflow` neither "slide" nor "stop".
+        ConfigError: `max_new_tokens`, `eos_token_id` or `seed` is out of its range, or `overflow` neither "slide" nor
+            "stop".
     """
-    prompts = _check(model.config, prompts, max_new_tokens, overflow)
+    prompts = _check(model.config, prompts, max_new_tokens, overflow, eos_token_id, seed)
     block_size, device = model.config.block_size, model.device
     lengths = [len(prompt) for prompt in prompts]
     end = max(lengths)  # all sequences end at the same column
@@ -179,7 +180,8 @@ def generate_steps(
     base = min(start)  # the column in the cache's first slot
 
     padded = [[0] * (end - len(prompt)) + prompt for prompt in prompts]
-    ids = F.pad(torch.tensor(padded, device=device), (0, num_steps))  # (B, end + num_steps)
+    ids = torch.tensor(padded, device=device)  # (B, T), the columns up to `end`, those that are no longer seen left out
+    new_ids: list[Tensor] = []  # (B, 1) each, the columns that follow
     budgets = torch.tensor(budget, device=device)
     exhausted = set(budget)  # the steps at which a budget ends: at the others nothing is asked of the device
     finished = torch.zeros(len(prompts), device=device, dtype=torch.bool)
@@ -197,10 +199,13 @@ def generate_steps(
                 start = [end - block_size // 2 if end - first > block_size else first for first in start]
                 start = [min(first, end - 1) for first in start]
                 base = min(start)
-                new = decoder.read(ids[:, base:end], torch.tensor(start, device=device) - base)[:, 0]
+                ids = torch.cat([ids, *new_ids], dim=1)[:, base - end :]
+                new_ids = []
+                new = decoder.read(ids, torch.tensor(start, device=device) - base).clone()
             else:
-                new = decoder.step()[:, 0]
-            ids[:, end] = new
+                new = decoder.step().clone()
+            new_ids.append(new)
+            new = new[:, 0]
             end += 1
             if step in exhausted:
                 finished |= budgets <= step
@@ -209,6 +214,23 @@ def generate_steps(
                 finished |= new == eos_token_id
                 if (step + 1) % check_every == 0 and finished.all():
                     return
+
+
+def as_lists(prompts: Prompts, vocab_size: int) -> list[list[int]]:
+    """Token sequences as lists.
+
+    Raises:
+        ModelError: a tensor's dtype cannot hold all the ids that may be added.
+    """
+    if not isinstance(prompts, Tensor):
+        return prompts
+    whole = not (prompts.dtype.is_floating_point or prompts.dtype.is_complex or prompts.dtype == torch.bool)
+    if whole and torch.iinfo(prompts.dtype).max < vocab_size - 1:
+        raise ModelError(
+            f"A tensor of {prompts.dtype} cannot hold ids up to {vocab_size - 1}: give one of torch.int64."
+        )
+    ids: list[list[int]] = prompts.tolist()
+    return ids
 
 
 def append_columns(input_ids: Tensor, steps: Iterable[Tensor], eos_token_id: int | None) -> Tensor:
@@ -250,11 +272,20 @@ def evaluating(module: "nn.Module") -> Iterator[None]:
 
 
 def _check(
-    config: "GPTConfig", prompts: Sequence[Sequence[int]], max_new_tokens: int, overflow: str
+    config: "GPTConfig",
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    overflow: str,
+    eos_token_id: int | None,
+    seed: int | None,
 ) -> list[list[int]]:
     """The prompts as lists of Python's integers, once everything is known to be as it must."""
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens={max_new_tokens!r}: must be at least 0.")
+    if not is_whole(max_new_tokens) or max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens={max_new_tokens!r}: must be a whole number of at least 0.")
+    if eos_token_id is not None and not is_whole(eos_token_id):
+        raise ConfigError(f"eos_token_id={eos_token_id!r}: must be one id.")
+    if seed is not None and not (is_whole(seed) and -(2**63) <= seed < 2**64):
+        raise ConfigError(f"seed={seed!r}: must be a whole number from -2**63 to 2**64 - 1.")
     if overflow not in ("slide", "stop"):
         raise ConfigError(f'overflow={overflow!r}: must be "slide" or "stop".')
     try:

@@ -20,7 +20,7 @@ from homebrew.model.attention import causal_attention
 from homebrew.model.cache import KeyValueCache, LayerCache
 from homebrew.model.config import GPTConfig
 from homebrew.model.export import check_written, push_folder, write_pretrained
-from homebrew.model.generate import Overflow, Prompts, append_columns, append_lists, generate_steps
+from homebrew.model.generate import Overflow, Prompts, append_columns, append_lists, as_lists, generate_steps
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.loss import compute_dtype, head_loss
 from homebrew.model.mlp import mlp
@@ -172,8 +172,11 @@ class GPT(nn.Module):
             Without targets the logits, (B, T, V); with them the mean cross entropy, a float32 scalar in nats.
 
         Raises:
-            ModelError: the sequence is longer than `block_size`.
+            ModelError: the sequence is longer than `block_size`, or the shapes are not (B, T), both.
         """
+        if input_ids.dim() != 2 or (targets is not None and targets.shape != input_ids.shape):
+            given = " and ".join(str(tuple(ids.shape)) for ids in (input_ids, targets) if ids is not None)
+            raise ModelError(f"Token ids and targets must be (B, T), a target for each id: their shapes are {given}.")
         T = input_ids.shape[1]
         if T > self.config.block_size:
             raise ModelError(
@@ -283,7 +286,7 @@ class GPT(nn.Module):
             filled up with `eos_token_id`, or lists, which end where the sequence did.
 
         Raises:
-            ModelError: a sequence is empty or too long, or has an id outside the vocabulary.
+            ModelError: a sequence is empty or too long, has an id outside the vocabulary, or a dtype too narrow for it.
             ConfigError: an option is out of its range.
         """
         sampling = Sampling(
@@ -293,10 +296,9 @@ class GPT(nn.Module):
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        prompts = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
         steps = generate_steps(
             self,
-            prompts,
+            as_lists(input_ids, self.config.vocab_size),
             max_new_tokens,
             sampling,
             eos_token_id=eos_token_id,

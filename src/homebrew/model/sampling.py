@@ -2,11 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from homebrew.errors import ConfigError
+
+
+def is_whole(value: object) -> bool:
+    """Whether this is a whole number, Python's or NumPy's."""
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +39,12 @@ class Sampling:
             raise ConfigError(f"repetition_penalty={self.repetition_penalty!r}: must be above 0; 1 is no penalty.")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature!r}: must be at least 0; 0 takes the likeliest token.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k={self.top_k!r}: must be at least 1; leave it out to keep all tokens.")
+        if self.top_k is not None and not (is_whole(self.top_k) and self.top_k >= 1):
+            raise ConfigError(f"top_k={self.top_k!r}: must be a whole number of at least 1; None keeps all tokens.")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"{name}={value!r}: must be above 0 and at most 1; leave it out to keep all tokens.")
+                raise ConfigError(f"{name}={value!r}: must be above 0 and at most 1; None keeps all tokens.")
 
     def adjust(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Logits whose softmax is the distribution to draw from; tokens that cannot be drawn have -inf.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol
 
+from homebrew.errors import ConfigError
 from homebrew.model.generate import NO_TOKEN, Overflow, generate_steps
 from homebrew.model.sampling import Sampling
 
@@ -30,7 +31,7 @@ def generate_text(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     *,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     eos_token_id: int | None = None,
     seed: int | None = None,
     overflow: Overflow = "slide",
@@ -44,12 +45,19 @@ def generate_text(
         prompt: the text to continue.
         max_new_tokens: tokens to add at most.
         sampling: how tokens are chosen; as the model predicts them if not given.
-        stop: the text ends before the first of these strings.
+        stop: the text ends before the first of these strings, or before this one.
         eos_token_id: as for `generate_steps`; not part of the text.
         seed: as for `generate_steps`.
         overflow: as for `generate_steps`.
         compile: as for `generate_steps`.
+
+    Raises:
+        ConfigError: a stop string is empty, or another option out of its range.
+        ModelError: as `generate_steps` does.
     """
+    stop = (stop,) if isinstance(stop, str) else stop
+    if "" in stop:
+        raise ConfigError("A stop string is empty, so that there would be no text: leave it out.")
     ids = [int(i) for i in tokenizer.encode(prompt)]
     steps = generate_steps(
         model,
