@@ -261,7 +261,9 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
         (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
         (["train", "TEXT", "--output-dir", "x", "--max-steps", "1", "--lora-dropout", "0.1"], "--lora-rank"),
         (["sample", "./none"], "no folder"),
-        (["sample", "RUN", "--prompt", "a", "--top-k", "0"], "top_k=0"),
+        (["sample", "RUN", "--prompt", "a", "--top-k", "-1"], "top_k=-1"),
+        (["sample", "RUN", "--prompt", "a", "--base", "x"], "whole model, which has no base"),
+        (["sample", "user/step-gpt"], "user/step-gpt"),
         (["sample", "RUN", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens=-1"),
         (["sample", "RUN", "--prompt", "a", "--device", "cuda:99"], "cuda:99.*homebrew doctor"),
         (["eval", "RUN"], "--text"),
@@ -271,6 +273,8 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
         (["export", "RUN"], "Say where to"),
         (["export", "RUN", "--adapter", "--push-to-hub", "a/b"], "give one"),
         (["export", "RUN", "x", "--adapter"], "no adapter to save"),
+        (["export", "RUN", "x", "--private"], "--push-to-hub"),
+        (["export", "RUN", "CHECKPOINT"], "holds a checkpoint"),
         (["prepare", "--output", "x"], "no text"),
     ],
 )
@@ -278,7 +282,8 @@ def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     tokens = run.parent / "char.tokens"
     prepare([text], tokens, tokenizer="char")
-    words = {"TEXT": text, "RUN": run, "TOKENS": tokens}
+    newest = max((run / "checkpoints").iterdir())
+    words = {"TEXT": text, "RUN": run, "TOKENS": tokens, "CHECKPOINT": newest}
     assert main([str(words.get(word, word)) for word in arguments]) == 1
     out, told = capsys.readouterr()
     assert out == ""
@@ -429,6 +434,17 @@ def test_a_conversation_in_turns(run, within, monkeypatch):
     assert len(stopped) < len(once)
 
 
+def test_a_conversation_in_an_alphabet_without_line_ends(tmp_path, within, monkeypatch):
+    (tmp_path / "dna.txt").write_text("GATTACA" * 40)
+    options = ["--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 1, *TINY]
+    within("train", tmp_path / "dna.txt", *options)
+    monkeypatch.setattr("sys.stdin", io.StringIO("GAT\n\nTACA\n"))
+    turns = within("sample", tmp_path / "run", "--max-new-tokens", 30, "--top-k", 0).split("\n")
+    assert [len(turn) for turn in turns] == [30, 30, 30, 0]
+    assert set("".join(turns)) <= set("GATC")
+    assert len(within("sample", tmp_path / "run", "--prompt", "", "--max-new-tokens", 30)) == 31
+
+
 def interrupt(arguments, until):
     """Ctrl-C a program once it has written `until`: its exit code, and what it wrote to both outputs."""
     program = subprocess.Popen([*HOMEBREW, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -511,6 +527,13 @@ def test_the_doctor_says_what_a_run_would_get(tmp_path):
     told = homebrew("doctor", ACCELERATE_MIXED_PRECISION="bf16")
     for word in (torch.__version__, "bf16, as the launcher says", "cpu", "GPT-2's vocabulary", "at hand"):
         assert word in told
+
+
+def test_the_doctor_looks_where_runs_are_to_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "runs"):
+        assert "choose another" in list(examine(path))[-1].fix
+    assert list(examine(tmp_path / ("a" * 300)))[-1].found.endswith(str(tmp_path))
 
 
 def test_the_doctor_says_what_keeps_a_run_from_starting(tmp_path, monkeypatch):

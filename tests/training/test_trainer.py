@@ -378,6 +378,12 @@ def test_an_evaluation_that_scores_nothing_is_an_error(tmp_path):
         make(tmp_path).evaluate(unscored)
 
 
+def test_a_model_with_nothing_to_train_is_refused(tmp_path):
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8)).requires_grad_(False)
+    with pytest.raises(ConfigError, match="No parameter of the model trains"):
+        make(tmp_path, model=model)
+
+
 def test_evaluating_changes_nothing_in_training(tmp_path):
     runs = []
     for name, every in (("often", 1), ("never", None)):
@@ -644,6 +650,14 @@ def test_sample_decodes(tmp_path):
     assert len(said) == 45
     assert said == trainer.sample("To be", max_new_tokens=40, seed=1)
     assert len(trainer.sample(max_new_tokens=40, seed=1)) == 40
+
+
+def test_sample_begins_where_there_is_no_line_end(tmp_path):
+    data = TokenDataset.from_text("GATTACA" * 40, block_size=16, tokenizer="char")
+    shape = GPTConfig(block_size=16, vocab_size=data.vocab_size, n_layer=1, n_head=1, n_embd=16)
+    said = make(tmp_path, model=shape, train=data).sample(max_new_tokens=40)
+    assert len(said) == 40
+    assert set(said) <= set("GATC")
 
 
 def test_an_output_folder_that_holds_a_run(tmp_path):

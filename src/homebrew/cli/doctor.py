@@ -222,9 +222,10 @@ def _packages() -> Iterator[Finding]:
 
 
 def _disk(output_dir: Path) -> Finding:
-    there = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    folders = (output_dir.absolute(), *output_dir.absolute().parents)
+    there = next(path for path in folders if os.path.exists(path))  # noqa: PTH110 - False where it may not be looked
     free = shutil.disk_usage(there).free
     fix = "" if free > _LITTLE_DISK else "Free some: a checkpoint has three times the model's size."
-    if not os.access(there, os.W_OK):
+    if not os.access(there, os.W_OK) or not there.is_dir():
         fix = "It cannot be written to: choose another --output-dir."
     return Finding("disk", f"{free / 2**30:,.0f} GiB free at {there}", fix)

@@ -1,5 +1,6 @@
 """`homebrew export`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +39,9 @@ class Export:
             raise ConfigError("Say where to: a folder, --push-to-hub, or both.")
         if self.adapter and (self.folder is None or self.push_to_hub is not None):
             raise ConfigError("--adapter writes to a folder, and only there: give one, and no --push-to-hub.")
-        if self.folder is not None and (self.folder / "checkpoints").is_dir():
+        if self.private and self.push_to_hub is None:
+            raise ConfigError("--private is for a repository that --push-to-hub makes: give both, or neither.")
+        if self.folder is not None and os.path.isdir(self.folder / "checkpoints"):  # noqa: PTH112 - raises nothing
             raise ConfigError(f"{self.folder} is a run's folder, which its checkpoints are read from: name another.")
         from homebrew.model.adapters import save_adapter
         from homebrew.training.saved import load_run_model

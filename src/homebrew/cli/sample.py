@@ -32,8 +32,8 @@ class Sample:
     """Tokens to write, each turn, at most."""
     temperature: float = 1.0
     """Divides the logits: below 1 is more careful, 0 always takes the likeliest token."""
-    top_k: int | None = 50
-    """Draw from the k likeliest tokens only."""
+    top_k: int = 50
+    """Draw from the k likeliest tokens only; 0 from all."""
     top_p: float | None = None
     """Draw from the likeliest tokens that together reach this probability only."""
     min_p: float | None = None
@@ -53,11 +53,12 @@ class Sample:
 
     def run(self) -> None:
         """Do it."""
+        from homebrew.data.tokenizer import line_end, opening
         from homebrew.model.sampling import Sampling
 
         sampling = Sampling(  # first of all: what is wrong here should not be said after a model is loaded
             temperature=self.temperature,
-            top_k=self.top_k,
+            top_k=self.top_k or None,
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
@@ -72,7 +73,7 @@ class Sample:
             return generate_text(
                 model,
                 tokenizer,
-                text or "\n",  # a model needs a token to begin with
+                text or opening(tokenizer),
                 self.max_new_tokens,
                 sampling,
                 stop=stop,
@@ -81,7 +82,7 @@ class Sample:
             )
 
         if self.prompt is None:
-            self._converse(write)
+            self._converse(write, line_end(tokenizer))
             return
         pieces = write(self.prompt, self.stop, 0)
         first = next(pieces, "")  # or an error, before anything is shown
@@ -90,19 +91,19 @@ class Sample:
             _show(piece)
         _show("\n")
 
-    def _converse(self, write: Write) -> None:
+    def _converse(self, write: Write, line_end: str) -> None:
         ask = "> " if sys.stdin.isatty() else ""
         text, turn = "", 0
         while True:
             try:
-                text += input(ask) + "\n"
+                text += input(ask) + line_end
             except EOFError:
                 return
             for piece in write(text, self.stop or ("\n\n",), turn):
                 _show(piece)
                 text += piece
             _show("\n")
-            text += "\n\n"
+            text += 2 * line_end
             turn += 1
 
 

@@ -149,6 +149,20 @@ class CharTokenizer:
         return {"name": self.name, "alphabet": self.alphabet}
 
 
+def line_end(tokenizer: Tokenizer) -> str:
+    """A line's end, or nothing where the tokenizer has none."""
+    try:
+        tokenizer.encode("\n")
+    except DataError:
+        return ""
+    return "\n"
+
+
+def opening(tokenizer: Tokenizer) -> str:
+    """What a text begins with where none is given, for a model needs a token: a line's end, or the first character."""
+    return line_end(tokenizer) or tokenizer.decode([0])
+
+
 def utf8(text: str) -> bytes:
     """A text's UTF-8 bytes.
 

@@ -59,7 +59,9 @@ def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tup
     else:
         model = GPT.from_pretrained(source)
         tokenizer = find_tokenizer(source, vocab_size=model.config.vocab_size)
-    if not lora_layers(model):  # else it is where the adapter's base is from
+    if not lora_layers(model):  # else its source is where the adapter's base is from
+        if base is not None:
+            raise CheckpointError(f"{source} is a whole model, which has no base: leave {base} out.")
         model.source = str(source)
     return model, tokenizer
 
@@ -68,7 +70,8 @@ def _find(folder: Path) -> Checkpoint | None:
     """The checkpoint that a folder is, or holds as a run; None if it is neither."""
     with named(folder):
         is_run = (folder / "checkpoints").is_dir()
-        is_checkpoint = folder.name.startswith("step-") or (folder / "manifest.json").exists()
+        named_so = folder.name.startswith("step-") and folder.is_dir()
+        is_checkpoint = named_so or (folder / "manifest.json").exists()
     if is_run:
         return _newest(folder)
     return open_checkpoint(folder) if is_checkpoint else None

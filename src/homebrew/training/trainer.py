@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from homebrew.data.check import check_dataset
 from homebrew.data.loader import Batch, StepLoader, worker_errors
-from homebrew.data.tokenizer import tokenizer_of
+from homebrew.data.tokenizer import opening, tokenizer_of
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
@@ -69,6 +69,8 @@ class Trainer:
         self.config = config
         self.accelerator = adopt_accelerator(accelerator, config) if accelerator else build_accelerator(config)
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ConfigError("No parameter of the model trains: unmerge_lora(model), or set requires_grad of some.")
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self._tokenizer = tokenizer_of(train_dataset)
@@ -332,7 +334,7 @@ class Trainer:
         """Text the model writes after `text`, which is included.
 
         Args:
-            text: what to go on from; the tokenizer's end-of-text mark, or a line's end, if empty.
+            text: what to go on from; if empty, the tokenizer's end-of-text mark, a line's end or a first character.
             max_new_tokens: tokens to write.
             sampling: `GPT.generate`'s arguments: temperature, top_k, seed and so on.
 
@@ -342,7 +344,7 @@ class Trainer:
         if self._tokenizer is None:
             raise ConfigError("sample() needs a tokenizer of ours; train_dataset has none. Use model.generate on ids.")
         end = self._tokenizer.end_of_text_id
-        ids = list(self._tokenizer.encode(text or "\n")) if text or end is None else [end]
+        ids = list(self._tokenizer.encode(text or opening(self._tokenizer))) if text or end is None else [end]
         written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
         return str(self._tokenizer.decode(written if text else written[1:]))
 
