@@ -16,7 +16,7 @@ from homebrew import GPT, GPTConfig
 
 # The first pattern that a kernel's name matches says what it does.
 KINDS = {
-    "attention": r"sdpa|flash|fmha|attention|cudnn_generated",
+    "attention": r"sdpa|flash|fmha|attention|cudnn",
     "matrix products": r"gemm|nvjet|cutlass|cublas|::mm|addmm|bmm|xmma",
     "optimizer and clipping": r"adam|multi_tensor|lpnorm|foreach|linalg_vector_norm",
     "softmax and loss": r"softmax|nll|cross_entropy|score|_log_softmax|::exp|gather",

@@ -136,3 +136,8 @@ def test_profile(run, capsys):
     assert "### before" in said
     assert "### after" in said
     assert "| matrix products |" in said
+
+
+def test_saving(run):
+    (rows,) = run("saving", block_size=8, tokens=16, every=2, saves=2)
+    assert [row["steps in which"] for row in rows] == ["a checkpoint is taken", "the others"]
