@@ -31,7 +31,7 @@ class Export:
     adapter: bool = False
     """Write the adapter alone, in PEFT's format, for its base."""
     no_tokenizer: bool = False
-    """Leave its files out."""
+    """Do not write its files; those of another that are there stay."""
 
     def run(self) -> None:
         """Do it."""
