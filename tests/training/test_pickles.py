@@ -55,7 +55,9 @@ def models(folder, pickled):
     add_lora(model, LoRAConfig(rank=2))
     for kind in ("safe", "pickled"):
         GPT(SHAPE).save_pretrained(folder / kind)
-        save_adapter(model, folder / kind)
+        save_adapter(model, folder / "adapter")
+        for file in (folder / "adapter").iterdir():
+            file.rename(folder / kind / file.name)
         for name, unsafe in (("model", "pytorch_model"), ("adapter_model", "adapter_model")):
             path = folder / kind / f"{name}.safetensors"
             path.unlink()
