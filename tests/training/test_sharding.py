@@ -75,6 +75,7 @@ def test_sizes_that_are_not_the_world(tmp_path, monkeypatch):
 def test_half_precision_that_a_cpu_does_not_have(tmp_path):
     with pytest.raises(LaunchError, match="'fp16' cannot be used on cpu"):
         build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="fp16"))
+    build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no"))  # Accelerate kept nothing
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -35,9 +35,12 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     _check_parallelism()
     if config.log_with is not None:
         _check_tracker(config.log_with)
+    precision = _mixed_precision(config.mixed_precision)
+    if not torch.accelerator.is_available():
+        _check_precision(precision, "cpu")  # before Accelerate keeps it for the process
     try:
         accelerator = Accelerator(
-            mixed_precision=_mixed_precision(config.mixed_precision),
+            mixed_precision=precision,
             # The window of accumulation is the step's own, not a loader's.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout_seconds))],
@@ -124,6 +127,14 @@ def multiplies_bf16() -> bool:
     return not torch.backends.mps.is_available() and bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def _check_precision(precision: str | None, device: str) -> None:
+    if precision == "fp8" or (precision, device) == ("fp16", "cpu"):
+        raise LaunchError(
+            f"mixed_precision={precision!r} cannot be used on {device} (Accelerate would run float32 in its place). "
+            f"Choose 'bf16' or 'no'."
+        )
+
+
 def _share_cores(accelerator: Accelerator) -> None:
     """Use all cores: `accelerate launch` sets one thread a process where nobody asked for a number."""
     if accelerator.device.type == "cpu" and _accelerate_launched() and os.environ.get("OMP_NUM_THREADS") == "1":
@@ -165,14 +176,7 @@ def enter_world(accelerator: Accelerator) -> None:
             f"The launcher chose {accelerator.distributed_type.value}, which homebrew does not run on. Launch with "
             f"distributed_type MULTI_GPU (DDP) or FSDP; for more memory a process, FSDP is the one."
         )
-    if accelerator.mixed_precision == "fp8" or (accelerator.mixed_precision, accelerator.device.type) == (
-        "fp16",
-        "cpu",
-    ):
-        raise LaunchError(
-            f"mixed_precision={accelerator.mixed_precision!r} cannot be used on {accelerator.device.type} (Accelerate "
-            f"would run float32 in its place). Choose 'bf16' or 'no'."
-        )
+    _check_precision(accelerator.mixed_precision, accelerator.device.type)
     if got > 1:
         atexit.unregister(_leave_world)
         atexit.register(_leave_world)
