@@ -384,6 +384,99 @@ def test_a_model_with_nothing_to_train_is_refused(tmp_path):
         make(tmp_path, model=model)
 
 
+def test_a_last_evaluation_that_fails_does_not_lose_the_run(tmp_path):
+    short = [(torch.zeros(16, dtype=torch.int64),) * 2] * 4 + [(torch.zeros(5, dtype=torch.int64),) * 2]
+    trainer = make(tmp_path / "data", evaluate=short, eval_every=2, save_every=3, max_steps=6)
+    with pytest.raises(DataError):
+        trainer.train()  # its first evaluation, when no checkpoint is due
+    assert CheckpointStore(tmp_path / "data").steps() == []
+    with pytest.raises(DataError):
+        make(tmp_path / "last", evaluate=short, max_steps=4).train()
+    assert CheckpointStore(tmp_path / "last").latest()[0].step == 4
+
+    class Stumbles(Callback):
+        def on_evaluate(self, trainer, metrics):
+            raise KeyError
+
+    trainer = make(tmp_path / "callback", evaluate=dataset(200), max_steps=4, callbacks=[Stumbles()])
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert CheckpointStore(tmp_path / "callback").latest()[0].step == 4
+
+
+def test_an_optimizer_must_be_the_models(tmp_path):
+    shape = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8)
+    for parameters, told in (
+        (GPT(shape).parameters(), "not the model's"),
+        ([GPT(shape).lm_head.weight], "not the model's"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            make(tmp_path, model=GPT(shape), optimizer=torch.optim.SGD(parameters, lr=0.1))
+    model = GPT(shape)
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    with pytest.raises(ConfigError, match=r"lacks 6 .*wte.weight among them"):
+        make(tmp_path, model=model, optimizer=torch.optim.SGD(vectors, lr=0.1))
+    for parameter in model.parameters():
+        parameter.requires_grad = parameter.dim() < 2
+    make(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+
+
+@pytest.mark.parametrize("rate", [1e-3, torch.tensor(1e-3)])
+def test_an_optimizer_is_given_back_with_its_own_rate(tmp_path, rate):
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, amsgrad=True, foreach=False)
+    make(tmp_path / "a", model=model, optimizer=optimizer).train()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    trainer = make(tmp_path / "a", model=model, optimizer=optimizer, max_steps=8)
+    trainer.train(resume=True, accept_changes=["schedule"])
+    assert trainer.step == 8
+
+
+def test_what_callbacks_evaluations_and_saves_take_is_no_training_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("homebrew.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def takes(seconds):
+        now[0] += seconds
+
+    class Slow(Callback):
+        def on_evaluate(self, trainer, metrics):
+            takes(50)
+            trainer.save()
+
+        def on_save(self, trainer, path):
+            takes(50)
+
+        def on_step_end(self, trainer, metrics):
+            takes(50)
+            rates.append(metrics.tokens_per_second)
+
+    rates = []
+    trainer = make(tmp_path, evaluate=dataset(200), eval_every=3, max_steps=5, callbacks=[Slow()])
+    trainer.model.register_forward_hook(lambda *_: takes(0.5))  # evaluation's passes among them
+    trainer.train()
+    assert rates == [8 * 16 / 0.5] * 5
+
+
+def test_an_accelerator_that_is_built_meanwhile_changes_nothing(tmp_path):
+    class Builds(Callback):
+        def on_step_end(self, trainer, metrics):
+            Accelerator(cpu=True)
+
+    runs = []
+    for name, more in (("plain", []), ("builds", [Builds()])):
+        losses = Losses()
+        make(tmp_path / name, micro_batch_size=2, callbacks=[losses, *more]).train()
+        runs.append(losses.losses)
+    assert runs[0] == runs[1]
+
+
+def test_a_runs_folder_is_no_checkpoint(tmp_path):
+    make(tmp_path).train()
+    with pytest.raises(ConfigError, match="is a run's folder: give resume=True"):
+        make(tmp_path).train(resume=tmp_path)
+
+
 def test_evaluating_changes_nothing_in_training(tmp_path):
     runs = []
     for name, every in (("often", 1), ("never", None)):

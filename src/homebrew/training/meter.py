@@ -43,12 +43,12 @@ class StepMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out time in which no step is taken: an evaluation, a save."""
-        began = time.perf_counter()
+        """Leave out time in which no step is taken: an evaluation, a save, callbacks; one may do another."""
+        began, reported = time.perf_counter(), self._reported
         try:
             yield
         finally:
-            self._reported += time.perf_counter() - began
+            self._reported = reported + time.perf_counter() - began
 
     def measure(self, step: int, *, loss: float, grad_norm: float, learning_rate: float) -> StepMetrics:
         """The figures at `step`, its throughput being that since the last call.

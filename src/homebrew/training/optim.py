@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from homebrew.errors import ConfigError
+
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters: matrices and embeddings decay, biases and layer norms do not.
@@ -23,6 +25,31 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a model that cannot train, or not by this optimizer: gradients would pile up that nobody clears.
+
+    Args:
+        model: what to train.
+        optimizer: the user's, if there is one.
+
+    Raises:
+        ConfigError: nothing trains, or the optimizer lacks parameters that do, or has some that are not the model's.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("No parameter of the model trains: unmerge_lora(model), or set requires_grad of some.")
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if held - {id(parameter) for parameter in model.parameters()}:
+        raise ConfigError("The optimizer has parameters that are not the model's: build it over model.parameters().")
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ConfigError(
+            f"The optimizer lacks {len(missing)} of the parameters that train, {missing[0]} among them: give it all of "
+            f"them, or freeze the others by requires_grad_(False)."
+        )
 
 
 def adamw(

@@ -143,6 +143,8 @@ class RunSaver:
             for reason in passed_over:
                 warnings.warn(f"Passed over a checkpoint: {reason}", stacklevel=6)
         elif resume:
+            if Path(resume, "checkpoints").is_dir():
+                raise ConfigError(f"{resume} is a run's folder: give resume=True, or one of its checkpoints.")
             checkpoint = self._store.open(resume)
             self._check_newest(checkpoint)
         if checkpoint is None:

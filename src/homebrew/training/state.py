@@ -164,7 +164,8 @@ def check_files(path: Path, files: Files, bare: nn.Module, optimizer: torch.opti
         raise CorruptCheckpoint(f"{path / 'optimizer.safetensors'} has an unknown tensor's state: {unknown[0]}.")
     if isinstance(optimizer, torch.optim.AdamW):  # what another keeps, it alone knows
         moments = {name: tensor for name, tensor in states.items() if tensor.dim()}
-        needed = {f"{name}{_SEPARATOR}{key}": p for name, p in trained.items() for key in ("exp_avg", "exp_avg_sq")}
+        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if optimizer.defaults["amsgrad"] else 2]
+        needed = {f"{name}{_SEPARATOR}{key}": p for name, p in trained.items() for key in keys}
         _check_tensors(path / "optimizer.safetensors", moments, needed)
     _check_tensors(path / "guard.safetensors", files["guard"], {"history": torch.zeros(3), "in_a_row": torch.tensor(0)})
     for name in files:

@@ -1,7 +1,7 @@
 """The Trainer: a step that reads top to bottom, and what happens around it."""
 
 from collections.abc import Collection, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from homebrew.training.launch import adopt_accelerator, build_accelerator
 from homebrew.training.meter import StepMeter
 from homebrew.training.metrics import EvalMetrics
 from homebrew.training.micro_batch import explained, plan_run
-from homebrew.training.optim import adamw
+from homebrew.training.optim import adamw, check_trainable
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
 from homebrew.training.schedule import Schedule
@@ -69,8 +69,6 @@ class Trainer:
         self.config = config
         self.accelerator = adopt_accelerator(accelerator, config) if accelerator else build_accelerator(config)
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ConfigError("No parameter of the model trains: unmerge_lora(model), or set requires_grad of some.")
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self._tokenizer = tokenizer_of(train_dataset)
@@ -101,6 +99,7 @@ class Trainer:
         self.batch = plan_run(accelerator, self.model, config, self.sequence_length)
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
         self._untried = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
+        check_trainable(self.model, optimizer)
         self._optimizer = optimizer or adamw(
             self.model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -112,7 +111,7 @@ class Trainer:
             config=config,
             global_batch_size=self.batch.global_batch_size,
         )
-        self._peak_lrs = [group["lr"] for group in self._optimizer.param_groups]
+        self._peak_lrs = [float(group["lr"]) for group in self._optimizer.param_groups]
         self._wrapped, prepared = accelerator.prepare(self.model, self._optimizer)
         self._stays_gathered = stays_gathered(accelerator)
         self._parameters = [parameter for parameter in self._wrapped.parameters() if parameter.requires_grad]
@@ -189,6 +188,7 @@ class Trainer:
                 self._saver.wait()
         finally:
             self._running = False
+            self._set_rates(1.0)  # an optimizer of your own is given back as it was
             self._tell("on_train_end")
 
     def _begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
@@ -197,7 +197,6 @@ class Trainer:
             raise TrainingError("A step was broken off, after which FSDP cannot go on: build a new Trainer.")
         self._stepping = False
         self.step = self._saver.begin(resume, accept_changes)
-        self.accelerator.gradient_accumulation_steps = self.batch.accumulation_steps
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
         self._optimizer.zero_grad(set_to_none=True)
         self._wrapped.train()
@@ -215,10 +214,8 @@ class Trainer:
             clipping: float32 scalars on the device.
         """
         accelerator, self._stepping = self.accelerator, True
-        factor = float(self.schedule(self.step))
-        for group, peak in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
-            group["lr"] = peak * factor
-
+        accelerator.gradient_accumulation_steps = len(micro_batches)  # one for all of a process's Accelerators
+        self._set_rates(float(self.schedule(self.step)))
         counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in micro_batches])
         num_targets = accelerator.reduce(counts.sum(), "sum").clamp(min=1)
         shares = counts / num_targets  # of the step's targets; a mean of means would be wrong
@@ -242,6 +239,11 @@ class Trainer:
         self._stepping = False
         return loss, grad_norm
 
+    def _set_rates(self, factor: float) -> None:
+        """Set the learning rates to this part of their peaks."""
+        for group, peak in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak * factor
+
     def _after_step(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Report, evaluate and save what is due; only here does the host read from the device."""
         config = self.config
@@ -252,12 +254,19 @@ class Trainer:
             rate = self._optimizer.param_groups[0]["lr"]
             reported = self._meter.measure(self.step, loss=loss.item(), grad_norm=grad_norm.item(), learning_rate=rate)
         self._tell("on_step_end", reported)
+        saves = last or is_due(self.step, config.save_every)
         if self.eval_dataset is not None and (last or is_due(self.step, config.eval_every)):
-            with self._meter.paused():
-                metrics = self.evaluate()
-            self._saver.evaluated = self.step, metrics.loss
-            self._tell("on_evaluate", metrics)
-        if last or is_due(self.step, config.save_every):
+            self._check_guard()  # waits for the steps, whose time would be taken for the evaluation's
+            try:
+                with self._meter.paused():
+                    metrics = self.evaluate()
+                self._saver.evaluated = self.step, metrics.loss
+                self._tell("on_evaluate", metrics)
+            except Exception:
+                if saves and self.accelerator.num_processes == 1:  # others may not have failed, and would not save
+                    self.save()
+                raise
+        if saves:
             self.save()
 
     def _check_guard(self) -> None:
@@ -355,5 +364,7 @@ class Trainer:
 
     def _tell(self, event: str, *facts: object) -> None:
         """Call every callback's method of that name."""
-        for callback in self.callbacks:
-            getattr(callback, event)(self, *facts)
+        beside_the_device = facts == (None,)  # a step that is not reported has not been waited for
+        with nullcontext() if beside_the_device else self._meter.paused():
+            for callback in self.callbacks:
+                getattr(callback, event)(self, *facts)
