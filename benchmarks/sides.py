@@ -101,7 +101,8 @@ def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> Stretch:
     dataset = TokenDataset.from_tokens(ids, model.config.block_size, vocab_size=model.config.vocab_size)
     # From the first step on it learns as fast as the others do: how much power the GPU draws, and so how fast it runs,
     # depends on the numbers it multiplies.
-    config = TrainerConfig(output_dir=folder, **{"max_steps": 1_000_000, "warmup_steps": 0, **settings})
+    defaults = {"max_steps": 1_000_000, "warmup_steps": 0, "save_every": None}
+    config = TrainerConfig(output_dir=folder, **{**defaults, **settings})
     with own:
         trainer = Trainer(model, dataset, config=config, callbacks=[ticking])
 

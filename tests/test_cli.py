@@ -138,8 +138,9 @@ def test_a_run_goes_on_and_only_when_asked(text, tmp_path, capsys):
 
     other = [*train, "--resume", "--seed", "7"]
     assert main(other) == 1
-    assert "On the command line: --accept-changes dataset seed." in capsys.readouterr().err
-    assert main([*other, "--accept-changes", "dataset", "seed"]) == 0
+    accept = ["--accept-changes", "dataset", "--accept-changes", "seed"]
+    assert f"With `homebrew train`: {' '.join(accept)}." in capsys.readouterr().err
+    assert main([other[0], *accept, *other[1:]]) == 0
     assert typing.get_args(Aspect) == ASPECTS
 
 

@@ -106,6 +106,7 @@ def test_early_stopping_begins_anew_with_each_run(tmp_path):
     assert stopped_early(tmp_path / "second", stopping) == 5
 
 
+@pytest.mark.filterwarnings("ignore:.*figures of a run that saved no checkpoint")
 @pytest.mark.parametrize("breaks", [1, 2, 3, 4])
 def test_early_stopping_of_a_resumed_run_is_the_unbroken_ones(tmp_path, breaks):
     with pytest.raises(KeyboardInterrupt):

@@ -40,7 +40,7 @@ CHANGES = {
     "optimizer": ({"momentum": 0.9}, "momentum was '0.9', is '0.0'"),
     "schedule": (
         {"schedule": warmup_cosine(warmup_steps=9, max_steps=100)},
-        "rates first differ where [0, 0.01",
+        "rates first differ where step 0 has 0.0111111 is now step 0 has 0.02",
     ),
     "global_batch_size": ({"global_batch_size": 16}, "was 16, is 8"),
     "seed": ({"seed": 1}, "was 1, is 42"),

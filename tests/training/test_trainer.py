@@ -264,6 +264,22 @@ def test_a_save_outside_a_run_does_not_wait_for_a_process_that_is_lost(tmp_path,
     assert given_up == [True]
 
 
+def test_a_run_that_saved_nothing_begins_anew_and_says_so(tmp_path):
+    class Dies(Callback):
+        def on_step_end(self, trainer, metrics):
+            if trainer.step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, callbacks=[Dies()]).train()
+    with pytest.warns(UserWarning, match="figures of a run that saved no checkpoint: it begins anew"):
+        make(tmp_path).train(resume=True)
+
+
+def test_a_checkpoint_is_saved_every_500_steps_if_nothing_else_is_said(tmp_path):
+    assert TrainerConfig(output_dir=tmp_path, max_steps=1).save_every == 500
+
+
 def test_a_guard_that_raised_does_not_hold_back_what_comes_after(tmp_path):
     trainer = make(tmp_path, max_steps=4)
     before = {name: value.clone() for name, value in weights(trainer).items()}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, arg
+from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from homebrew.cli.opened import choose_tokenizer
@@ -93,8 +93,8 @@ class Train:
 
     resume: bool = False
     """Go on from the newest whole checkpoint in the output folder; where it has none, begin."""
-    accept_changes: tuple[Aspect, ...] = ()
-    """With --resume: what may differ from the run that saved; give it after DATA."""
+    accept_changes: UseAppendAction[tuple[Aspect, ...]] = ()
+    """With --resume: what may differ from the run that saved; can be given several times."""
     settings: Annotated[Settings, arg(name="")]
     data: OmitArgPrefixes[Data]
     model: OmitArgPrefixes[Model]

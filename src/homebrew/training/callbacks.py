@@ -142,11 +142,13 @@ class ProgressDisplay(Callback):
             self._say(f"step {held.step} | left out: {held.reason} | loss {held.loss:.4f} | norm {held.grad_norm:.3f}")
 
     def on_train_end(self, trainer: "Trainer") -> None:
-        """Leave the terminal as it was, the last table standing."""
+        """Leave the terminal as it was, the last table standing; say so if the run is not over."""
         if self._live is not None:
             with contextlib.suppress(OSError):
                 self._live.stop()
             self._live = None
+        if trainer.step < trainer.config.max_steps:
+            self._say(f"step {trainer.step} of {trainer.config.max_steps} | ended; resume goes on from the last save")
 
     def _say(self, line: str) -> None:
         if self._console is not None:

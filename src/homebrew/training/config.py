@@ -70,8 +70,8 @@ class TrainerConfig:
     log_with: str | None = None
     """An Accelerate tracker besides `metrics.jsonl`: "tensorboard", "wandb", and so on, or "all" that are installed.
     An `Accelerator` of your own is given it itself: figures go to its trackers."""
-    save_every: int | None = None
-    """Steps between checkpoints; one at the end only if not given."""
+    save_every: int | None = 500
+    """Steps between checkpoints; None saves at the end only."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int | None = None

@@ -105,8 +105,8 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
         lines = ";\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)
         raise ResumeMismatch(
             f"The checkpoint belongs to another run:\n  {lines}.\nGive this run the same, use a new output_dir, or "
-            f"go on knowingly with train(resume=True, accept_changes={tuple(differing)!r}). On the command line: "
-            f"--accept-changes {' '.join(differing)}."
+            f"go on knowingly with train(resume=True, accept_changes={tuple(differing)!r}). With `homebrew train`: "
+            f"{' '.join(f'--accept-changes {name}' for name in differing)}."
         )
 
 
@@ -116,5 +116,12 @@ def _difference(saved: object, ours: object) -> str:
         return ", ".join(f"{key} {_difference(saved.get(key), ours.get(key))}" for key in keys)
     if isinstance(saved, list) and isinstance(ours, list):
         pairs = [(a, b) for a, b in zip(saved, ours, strict=False) if a != b]
-        return f"first differ where {pairs[0][0]} is now {pairs[0][1]}" if pairs else "differ in length"
+        return f"first differ where {_short(pairs[0][0])} is now {_short(pairs[0][1])}" if pairs else "differ in length"
     return f"was {saved!r}, is {ours!r}"
+
+
+def _short(value: object) -> str:
+    """A step and its learning rates, to the digits that matter; anything else as it is."""
+    if not (isinstance(value, list) and value and all(isinstance(number, int | float) for number in value)):
+        return repr(value)
+    return f"step {value[0]} has {', '.join(f'{rate:.6g}' for rate in value[1:])}"

@@ -148,6 +148,12 @@ class RunSaver:
             checkpoint = self._store.open(resume)
             self._check_newest(checkpoint)
         if checkpoint is None:
+            if resume and not self._began and Path(self._config.output_dir, "metrics.jsonl").exists():
+                warnings.warn(
+                    f"{self._config.output_dir} has figures of a run that saved no checkpoint: it begins anew. With a "
+                    f"smaller save_every less is lost.",
+                    stacklevel=6,
+                )
             return {"found": False, "ours": False, "step": 0}
         check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
         self._warn_of_differences(checkpoint)
