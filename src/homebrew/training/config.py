@@ -71,7 +71,7 @@ class TrainerConfig:
     """An Accelerate tracker besides `metrics.jsonl`: "tensorboard", "wandb", and so on, or "all" that are installed.
     An `Accelerator` of your own is given it itself: figures go to its trackers."""
     save_every: int | None = 500
-    """Steps between checkpoints; None saves at the end only."""
+    """Steps between checkpoints, of which there is always one at the end; with None that one only."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
