@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from homebrew.cli.opened import Dtype, open_model
-from homebrew.data.files import unreadable
+from homebrew.data.files import read_text
 from homebrew.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Eval:
         from homebrew.training.hellaswag import score_hellaswag
         from homebrew.training.perplexity import score_text
 
-        text = None if self.text is None else _read(self.text)
+        text = None if self.text is None else read_text(self.text)
         questions = []
         if self.hellaswag is not None:
             questions = load_hellaswag(None if self.hellaswag == "download" else self.hellaswag)[: self.limit]
@@ -81,13 +81,6 @@ class Eval:
                 hellaswag_accuracy_norm=f"{score.accuracy_norm:.4f}",
                 hellaswag_questions=f"{score.num_questions:,}",
             )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from error
 
 
 def _track(what: str) -> "Track":

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from homebrew.data.files import unreadable
+from homebrew.data.files import read_text
 from homebrew.data.sources import cache_dir, checked, download, installed_files, read_file
 from homebrew.errors import DataError
 
@@ -43,11 +43,7 @@ def load_corpus(name: str = "tinyshakespeare", *, path: str | Path | None = None
         DataError: there is no such corpus, or the text is nowhere to be had.
     """
     if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise unreadable(path, error) from error
-        return _corpus(text, f"the file {path}")
+        return _corpus(read_text(path), f"the file {path}")
     if name != "tinyshakespeare":
         raise DataError(f"There is no corpus {name!r}: choose 'tinyshakespeare', or give a path.")
     cached = cache_dir() / "tinyshakespeare.txt"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from homebrew.data.files import unreadable
+from homebrew.data.files import read_text
 from homebrew.data.shards import MAX_VOCAB_SIZE, TokenFile
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json, utf8
 from homebrew.data.tokens import FileTokens, MemoryTokens, Tokens
@@ -108,10 +108,7 @@ class TokenDataset(Dataset[Pair]):
         Raises:
             DataError: the file cannot be read as UTF-8 text, or is too short.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise unreadable(path, error) from error
+        text = read_text(path)
         return cls.from_text(text, block_size, tokenizer=tokenizer, stride=stride, source=f"the file {path}")
 
     @classmethod

@@ -14,6 +14,18 @@ def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> DataErr
     return DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.")
 
 
+def read_text(path: str | Path) -> str:
+    """A text file's text.
+
+    Raises:
+        DataError: it cannot be read as UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+
+
 def open_regular(path: Path) -> int:
     """A descriptor to read a file by, opened without waiting on a pipe.
 

@@ -1,4 +1,4 @@
-"""Files of a folder or of a repository on the Hugging Face hub: found, and read with care."""
+"""Files of a folder or of a repository on the Hugging Face hub, found and read with care; folders to write to."""
 
 import hashlib
 import json
