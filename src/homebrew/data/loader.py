@@ -24,6 +24,8 @@ Batch = tuple[Tensor, Tensor]
 RESIDENT_BYTES = 2 * 1024**3
 """A `TokenDataset` of at most this size is trained on from the GPU's own memory."""
 
+TOKENS_AT_ONCE = 2**18
+"""A `TokenDataset` gives several batches at a time, up to this size: cutting out one takes several kernels."""
 
 IDS_AT_ONCE = 4096
 """Sample ids worked out, and sent to the device, at a time: one small step's at a time take longer than the step."""
@@ -143,9 +145,11 @@ def reader(
 
 def _gather(dataset: TokenDataset, blocks: Iterator[Block], device: torch.device) -> Iterator[Batch]:
     for _, ids in blocks:
-        for indices in _send(torch.from_numpy(ids), dataset.device):
-            input_ids, targets = dataset.batch(indices)
-            yield _send(input_ids, device), _send(targets, device)
+        batches_at_once = max(1, TOKENS_AT_ONCE // (ids.shape[1] * dataset.block_size))
+        for rows in _send(torch.from_numpy(ids), dataset.device).split(batches_at_once):
+            shape = (*rows.shape, dataset.block_size)
+            input_ids, targets = (_send(side, device).view(shape) for side in dataset.batch(rows.flatten()))
+            yield from zip(input_ids, targets, strict=True)
 
 
 def _load(

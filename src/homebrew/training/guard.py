@@ -60,7 +60,7 @@ class Guard:
         self._on_device = bool(optimizer.defaults.get("fused"))
         self._blocked = torch.zeros((), device=device)  # 1 where the coming update must not be applied
         self._history = torch.zeros(3, device=device)  # of accepted losses: mean, variance, number
-        self._unread: list[tuple[int, Tensor]] = []  # step, (not finite, held back, loss, norm)
+        self._unread: list[tuple[int, tuple[Tensor, ...]]] = []  # step, (not finite, held back, (loss, norm))
         self._in_a_row = 0
 
     def inspect(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
@@ -75,14 +75,13 @@ class Guard:
             Whether to call the optimizer at all; always true where its kernel can hold itself back.
         """
         numbers = torch.stack([loss.detach().float(), grad_norm.detach().float()])
-        not_finite = 1.0 - numbers.isfinite().all().float()
-        held_back = torch.maximum(not_finite, self._blocked) if self.policy == "raise" else not_finite
+        bad = (numbers - numbers).any().float()  # x - x is NaN, and so counts, where x is not finite, and else 0
+        # Under "raise" a bad number blocks every later step; a spike only its own.
+        held_back = self._blocked = torch.maximum(bad, self._blocked) if self.policy == "raise" else bad
         if self.spike_zscore is not None:
             held_back = torch.maximum(held_back, self._is_spike(numbers[0], self.spike_zscore))
             self._remember(numbers[0], accepted=1.0 - held_back)
-        # Under "raise" a bad number blocks every later step; a spike only its own.
-        self._blocked = torch.maximum(not_finite, self._blocked) if self.policy == "raise" else held_back
-        self._unread.append((step, torch.stack([not_finite, held_back, *numbers])))
+        self._unread.append((step, (bad, held_back, numbers)))
         if self._on_device:
             self.optimizer.found_inf = held_back  # type: ignore[attr-defined]
             return True
@@ -111,7 +110,8 @@ class Guard:
         unread, self._unread = self._unread, []
         if not unread:
             return []
-        rows = torch.stack([verdict for _, verdict in unread]).tolist()
+        columns = zip(*(verdict for _, verdict in unread), strict=True)
+        rows = torch.column_stack([torch.stack(column) for column in columns]).tolist()
         found = []
         for (step, _), (not_finite, held_back, loss, grad_norm) in zip(unread, rows, strict=True):
             self._in_a_row = self._in_a_row + 1 if held_back else 0

@@ -216,19 +216,17 @@ class Trainer:
         accelerator, self._stepping = self.accelerator, True
         accelerator.gradient_accumulation_steps = len(micro_batches)  # one for all of a process's Accelerators
         self._set_rates(float(self.schedule(self.step)))
-        counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in micro_batches])
-        num_targets = accelerator.reduce(counts.sum(), "sum").clamp(min=1)
-        shares = counts / num_targets  # of the step's targets; a mean of means would be wrong
+        shares = self._shares(micro_batches)
         scale = accelerator.num_processes * len(micro_batches)  # which Accelerate and DDP divide by
         losses = []
-        for (input_ids, targets), share in zip(micro_batches, shares, strict=True):
+        for (input_ids, targets), gradient in zip(micro_batches, (shares * scale).unbind(), strict=True):
             with accelerator.accumulate(self._wrapped):
                 if self._stays_gathered:
                     self._wrapped.set_reshard_after_backward(accelerator.sync_gradients)
-                loss = self._wrapped(input_ids, targets) * share
-                accelerator.backward(loss * scale)
+                loss = self._wrapped(input_ids, targets)
+                accelerator.backward(loss, gradient=gradient)
             losses.append(loss.detach())
-        loss = accelerator.reduce(torch.stack(losses).sum(), "sum")
+        loss = accelerator.reduce(torch.stack(losses) @ shares, "sum")
 
         accelerator.unscale_gradients()
         grad_norm = whole(clip_grad_norm_(self._parameters, self.config.max_grad_norm))
@@ -238,6 +236,17 @@ class Trainer:
         self.step += 1
         self._stepping = False
         return loss, grad_norm
+
+    def _shares(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """What part of the step's scored targets, on all processes, each micro-batch has; a mean of means is wrong.
+
+        Returns:
+            (number of micro-batches,), float32.
+        """
+        if self.batch.global_batch_size == self.batch.micro_batch_size:
+            return torch.ones(1, device=self.accelerator.device)  # nothing to share: the model counts its own
+        counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in micro_batches])
+        return counts / self.accelerator.reduce(counts.sum(), "sum").clamp(min=1)
 
     def _set_rates(self, factor: float) -> None:
         """Set the learning rates to this part of their peaks."""
