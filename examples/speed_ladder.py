@@ -33,9 +33,9 @@ LADDER = [
     ("fused AdamW", "One kernel updates all weights, instead of several for each tensor."),
     ("bfloat16 residual", "Halves the bytes of every norm and sum between the blocks."),
     ("fused head and loss", "The gradient takes the logits' place, some tokens at a time."),
+    ("micro-batch 64", "Larger products, in kernels that run for longer than Python takes to launch them."),
     ("fused MLP", "GELU's backward and the bias's gradient share one pass."),
     ("cuDNN attention", "The vendor's attention kernels suit its newest cards best."),
-    ("micro-batch 64", "Larger products, and the optimizer's step less often for each token."),
 ]
 NEEDS_A_GPU = {"TF32", "fused MLP", "cuDNN attention", "micro-batch 64"}
 Switches = frozenset[str]
@@ -139,6 +139,7 @@ def main(options: Options) -> None:
                 seconds = time_step(config, on, batch, options.steps)
             except torch.OutOfMemoryError:
                 print(f"{name}: does not fit on this GPU", flush=True)
+                on -= {name}
                 continue
             rungs.append((name, batch * config.block_size / seconds, seconds, why))
             print(f"{name}: {rungs[-1][1]:,.0f} tokens/s", flush=True)

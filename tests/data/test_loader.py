@@ -107,6 +107,22 @@ def test_going_on_from_a_step_equals_skipping_the_ones_before(options, first):
     assert all(map(torch.equal, steps(3, first, **options), skipping))
 
 
+@pytest.mark.parametrize("tokens_at_once", [1, 3 * 4 * 8, 2**18])
+def test_batches_cut_out_several_at_a_time_are_those_cut_out_one_by_one(monkeypatch, tokens_at_once):
+    monkeypatch.setattr(loader_module, "TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(loader_module, "IDS_AT_ONCE", 40)  # five steps'
+    loader = StepLoader(
+        TOKENS, seed=1, global_batch_size=8, micro_batch_size=4, rank=0, num_ranks=1, device=CPU, vocab_size=401
+    )
+    for step, micro_batches in enumerate(islice(loader.steps(0), 12)):
+        for ids, (input_ids, targets) in zip(loader.sample_ids(step).reshape(2, 4), micro_batches, strict=True):
+            wanted = TOKENS.batch(torch.from_numpy(ids))
+            assert torch.equal(input_ids, wanted[0])
+            assert torch.equal(targets, wanted[1])
+            assert input_ids.is_contiguous()
+            assert targets.is_contiguous()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("resident_bytes", [0, loader_module.RESIDENT_BYTES])
 def test_token_files_give_what_memory_gives(tmp_path, monkeypatch, device, resident_bytes):

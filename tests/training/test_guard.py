@@ -16,8 +16,10 @@ def make(policy, *, fused=True, limit=2, zscore=None):
 
 def take(weight, optimizer, guard, step, loss=1.0, norm=1.0):
     weight.grad = torch.full_like(weight, norm)
-    if guard.inspect(step, torch.tensor(loss), torch.tensor(norm)):
+    verdict = guard.judge(torch.tensor(loss), torch.tensor(norm))
+    if guard.lets_pass(verdict):
         optimizer.step()
+    guard.record(step, verdict)
     optimizer.zero_grad()
 
 
@@ -96,9 +98,9 @@ def test_the_spike_rule_goes_on_from_its_state():
     enforce(guard)
     _, _, other = make("skip", zscore=5.0)
     other.load_state(guard.state())
-    assert not bool(other.inspect(0, torch.tensor(2.1), torch.tensor(1.0))) or other.check() == []
-    other.inspect(1, torch.tensor(9.0), torch.tensor(1.0))
-    assert [held.reason for held in other.check()] == ["loss_spike"]
+    for step, loss in enumerate((2.1, 9.0)):
+        other.record(step, other.judge(torch.tensor(loss), torch.tensor(1.0)))
+    assert [(held.step, held.reason) for held in other.check()] == [(1, "loss_spike")]
 
 
 def test_the_running_moments_are_those_of_the_losses():

@@ -146,7 +146,7 @@ def reader(
 def _gather(dataset: TokenDataset, blocks: Iterator[Block], device: torch.device) -> Iterator[Batch]:
     for _, ids in blocks:
         batches_at_once = max(1, TOKENS_AT_ONCE // (ids.shape[1] * dataset.block_size))
-        for rows in _send(torch.from_numpy(ids), dataset.device).split(batches_at_once):
+        for rows in torch.split(_send(torch.from_numpy(ids), dataset.device), batches_at_once):
             shape = (*rows.shape, dataset.block_size)
             input_ids, targets = (_send(side, device).view(shape) for side in dataset.batch(rows.flatten()))
             yield from zip(input_ids, targets, strict=True)

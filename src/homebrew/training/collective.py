@@ -1,8 +1,8 @@
-"""What processes tell each other besides gradients: bytes and JSON, never pickles."""
+"""What processes tell each other besides gradients: counts, bytes and JSON, never pickles."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,26 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from homebrew import errors
+from homebrew.data.loader import Batch
 from homebrew.errors import HomebrewError
+from homebrew.model.loss import IGNORE_INDEX
+
+
+def target_shares(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> Tensor:
+    """What part of a step's scored targets, over all processes, each of this process's micro-batches has.
+
+    Args:
+        accelerator: of the run.
+        micro_batches: (input_ids, targets), each (B, T), int64.
+
+    Returns:
+        (number of micro-batches,), float32.
+    """
+    if accelerator.num_processes == len(micro_batches) == 1:
+        return torch.ones(1, device=accelerator.device)  # the model counts them: a small one's step is soon over
+    counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in micro_batches])
+    num_targets: Tensor = accelerator.reduce(counts.sum(), "sum")
+    return counts / num_targets.clamp(min=1)
 
 
 def broadcast_bytes(accelerator: Accelerator, data: bytes) -> bytes:

@@ -16,8 +16,12 @@ from homebrew.errors import HomebrewError
 from homebrew.model.gpt import GPT
 from homebrew.training.config import BatchPlan
 
-LAUNCH_BOUND_FLOPS = 4e12
-"""A GPU does a smaller micro-batch faster than Python can launch its kernels: about 10 ms of work."""
+LAUNCH_BOUND_FLOPS = 1.5e13
+"""A GPU does a smaller micro-batch faster than Python launches its kernels, or not much more slowly."""
+
+
+Compiled = Literal["no", "yes", "as graphs"]
+"""Whether a model is compiled, and its step CUDA graphs, which a GPU runs without waiting for Python."""
 
 
 def compile_model(
@@ -27,7 +31,7 @@ def compile_model(
     batch: BatchPlan,
     *,
     micro_batch_flops: float,
-) -> bool:
+) -> Compiled:
     """Compile a model in place, so that no wrapper prefixes the names in its state dict.
 
     Args:
@@ -38,25 +42,30 @@ def compile_model(
         micro_batch_flops: forward and backward of one micro-batch.
 
     Returns:
-        Whether it will be compiled, when it is first called.
+        What it will be, when it is first called.
     """
     on_cuda = accelerator.device.type == "cuda"
     if not (on_cuda if wanted == "auto" else wanted) or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        return False
+        return "no"
     if accelerator.is_fsdp2:
         for block in model.transformer.h:  # between them weights are gathered
             block.compile()
-        return True
-    # A graph's replay reuses the memory of the one before, in which accumulated gradients would still lie.
-    as_graph = (
+        return "yes"
+    as_graphs = (
         on_cuda
         and micro_batch_flops < LAUNCH_BOUND_FLOPS
-        and batch.accumulation_steps == 1
         and accelerator.distributed_type == DistributedType.NO
+        and (batch.accumulation_steps == 1 or _gradients_fit_twice(model))
     )
     # Not for sizes that vary, as PyTorch would for a second Trainer in the process whose batches have another size.
-    model.compile(mode="reduce-overhead" if as_graph else None, dynamic=False)
-    return True
+    model.compile(mode="reduce-overhead" if as_graphs else None, dynamic=False)
+    return "as graphs" if as_graphs else "yes"
+
+
+def _gradients_fit_twice(model: GPT) -> bool:
+    """Whether they are small beside the GPU's memory: sums of them lie outside of the graph that makes them."""
+    _, total = torch.cuda.mem_get_info(model.device)
+    return 16 * sum(p.nbytes for p in model.parameters() if p.requires_grad) <= total
 
 
 def try_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates: bool) -> None:

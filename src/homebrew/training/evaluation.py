@@ -1,5 +1,6 @@
 """The mean loss over a dataset, exact however many processes share the work."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def mean_loss(
     micro_batch_size: int,
     vocab_size: int,
     max_batches: int | None = None,
+    eagerly: bool = False,
 ) -> tuple[float, int]:
     """The mean loss over a dataset; every process calls this.
 
@@ -33,6 +35,7 @@ def mean_loss(
         micro_batch_size: sequences in a forward pass.
         vocab_size: ids must be below it.
         max_batches: micro-batches of a process; the whole dataset if None.
+        eagerly: not compiled, though the model may be.
 
     Returns:
         Nats a scored target, and how many there were, over all processes.
@@ -42,7 +45,7 @@ def mean_loss(
     """
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     totals = torch.zeros(2, dtype=exact, device=accelerator.device)  # sum of losses, scored targets
-    with evaluating(model):
+    with evaluating(model), torch.compiler.set_stance("force_eager") if eagerly else nullcontext():
         for input_ids, targets in eval_batches(
             dataset,
             micro_batch_size=micro_batch_size,

@@ -60,32 +60,39 @@ class Guard:
         self._on_device = bool(optimizer.defaults.get("fused"))
         self._blocked = torch.zeros((), device=device)  # 1 where the coming update must not be applied
         self._history = torch.zeros(3, device=device)  # of accepted losses: mean, variance, number
-        self._unread: list[tuple[int, tuple[Tensor, ...]]] = []  # step, (not finite, held back, (loss, norm))
+        self._unread: list[tuple[int, Tensor]] = []
         self._in_a_row = 0
 
-    def inspect(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Look at a step's numbers before its update.
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Look at a step's numbers before its update; all of it happens on the device.
 
         Args:
-            step: counted from 0.
             loss: float scalar, the same on every process.
             grad_norm: the same, before clipping.
 
         Returns:
-            Whether to call the optimizer at all; always true where its kernel can hold itself back.
+            (4,), float32: whether a number is not finite, whether the update is held back, the loss, the norm.
         """
         numbers = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         bad = (numbers - numbers).any().float()  # x - x is NaN, and so counts, where x is not finite, and else 0
-        # Under "raise" a bad number blocks every later step; a spike only its own.
-        held_back = self._blocked = torch.maximum(bad, self._blocked) if self.policy == "raise" else bad
+        held_back = bad
+        if self.policy == "raise":  # a bad number blocks every later step; a spike only its own
+            held_back = torch.maximum(bad, self._blocked)
+            self._blocked.copy_(held_back)
         if self.spike_zscore is not None:
             held_back = torch.maximum(held_back, self._is_spike(numbers[0], self.spike_zscore))
             self._remember(numbers[0], accepted=1.0 - held_back)
-        self._unread.append((step, (bad, held_back, numbers)))
         if self._on_device:
             self.optimizer.found_inf = held_back  # type: ignore[attr-defined]
-            return True
-        return not bool(held_back)
+        return torch.cat([bad[None], held_back[None], numbers])
+
+    def lets_pass(self, verdict: Tensor) -> bool:
+        """Whether to call the optimizer at all; always true where its kernel can hold itself back."""
+        return self._on_device or not bool(verdict[1])
+
+    def record(self, step: int, verdict: Tensor) -> None:
+        """Keep what `judge` said of a step, counted from 0, for `check`."""
+        self._unread.append((step, verdict))
 
     def _is_spike(self, loss: Tensor, zscore: float) -> Tensor:
         mean, variance, number = self._history
@@ -99,7 +106,7 @@ class Guard:
         weight = torch.clamp(1.0 / (number + 1.0), min=1.0 - SPIKE_MEMORY)
         off = loss - mean
         updated = torch.stack([mean + weight * off, (1.0 - weight) * (variance + weight * off * off), number + 1.0])
-        self._history = torch.where(accepted > 0, updated, self._history)
+        self._history.copy_(torch.where(accepted > 0, updated, self._history))
 
     def check(self) -> list[HeldBack]:
         """Read the verdicts since the last call, which waits for the device; `enforce` says what follows.
@@ -110,8 +117,7 @@ class Guard:
         unread, self._unread = self._unread, []
         if not unread:
             return []
-        columns = zip(*(verdict for _, verdict in unread), strict=True)
-        rows = torch.column_stack([torch.stack(column) for column in columns]).tolist()
+        rows = torch.stack([verdict for _, verdict in unread]).tolist()
         found = []
         for (step, _), (not_finite, held_back, loss, grad_norm) in zip(unread, rows, strict=True):
             self._in_a_row = self._in_a_row + 1 if held_back else 0
@@ -144,15 +150,15 @@ class Guard:
 
     def reset(self) -> None:
         """Forget everything: a run begins."""
-        self._blocked = torch.zeros_like(self._blocked)
-        self._history = torch.zeros_like(self._history)
+        self._blocked.zero_()
+        self._history.zero_()
         self._unread, self._in_a_row = [], 0
 
     def state(self) -> dict[str, Tensor]:
         """What the spike rule remembers, for a checkpoint; call `check` first."""
-        return {"history": self._history, "in_a_row": torch.tensor(self._in_a_row)}
+        return {"history": self._history.clone(), "in_a_row": torch.tensor(self._in_a_row)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put `state` back."""
-        self._history = state["history"].to(self._history)
+        self._history.copy_(state["history"])
         self._in_a_row = int(state["in_a_row"])

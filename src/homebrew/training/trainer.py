@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
 
 from homebrew.data.check import check_dataset
@@ -17,9 +16,9 @@ from homebrew.data.tokenizer import opening, tokenizer_of
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
-from homebrew.model.loss import IGNORE_INDEX
 from homebrew.training.allocation import freed_memory_kept
 from homebrew.training.callbacks import Callback, ProgressDisplay
+from homebrew.training.collective import target_shares
 from homebrew.training.compilation import compile_model, try_compiled
 from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
@@ -33,8 +32,9 @@ from homebrew.training.optim import adamw, check_trainable
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
 from homebrew.training.schedule import Schedule
-from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, stays_gathered, whole
+from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, stays_gathered
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, ends, leave
+from homebrew.training.update import Update
 
 
 class Trainer:
@@ -98,7 +98,10 @@ class Trainer:
             self.model.checkpoint_activations()
         self.batch = plan_run(accelerator, self.model, config, self.sequence_length)
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
-        self._untried = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
+        self._compiled = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
+        self._untried = self._compiled != "no"
+        # Compiling the evaluation of so small a model as well takes longer than all of a run's.
+        self._evaluates_eagerly = self._compiled == "as graphs"
         check_trainable(self.model, optimizer)
         self._optimizer = optimizer or adamw(
             self.model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
@@ -114,16 +117,23 @@ class Trainer:
         self._peak_lrs = [float(group["lr"]) for group in self._optimizer.param_groups]
         self._wrapped, prepared = accelerator.prepare(self.model, self._optimizer)
         self._stays_gathered = stays_gathered(accelerator)
-        self._parameters = [parameter for parameter in self._wrapped.parameters() if parameter.requires_grad]
-        # Accelerate's optimizer is there for fp16's scaler; around it a small model's step takes a tenth longer.
         scaled = accelerator.scaler is not None
-        self._stepped = prepared if scaled else self._optimizer
         self._guard = Guard(
             self._optimizer,
             "skip" if scaled else config.non_finite,  # the scaler finds its scale by steps that overflow
             config.non_finite_limit,
             accelerator.device,
             spike_zscore=None if scaled else config.loss_spike_zscore,
+        )
+        self._update = Update(
+            [parameter for parameter in self._wrapped.parameters() if parameter.requires_grad],
+            # Accelerate's optimizer is there for fp16's scaler; around it a small model's step takes a tenth longer.
+            prepared if scaled else self._optimizer,
+            self._guard,
+            accelerator,
+            max_grad_norm=config.max_grad_norm,
+            as_graph=self._compiled == "as graphs" and optimizer is None and not scaled,
+            in_place=self._compiled == "as graphs" and self.batch.accumulation_steps > 1,
         )
         saved = (self.model, self._wrapped, self._optimizer, self._guard)
         self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=self._tokenizer)
@@ -178,8 +188,9 @@ class Trainer:
                     if self.step >= self.config.max_steps or self._stopping:
                         break
                     if self._untried:
-                        self._untried, evaluates = False, self.eval_dataset is not None
+                        self._untried, evaluates = False, self.eval_dataset is not None and not self._evaluates_eagerly
                         try_compiled(self.accelerator, self._wrapped, micro_batches[0], evaluates=evaluates)
+                        self._update.begin()
                     loss, grad_norm = self._take_step(micro_batches)
                     self._after_step(loss, grad_norm)
                     self._answer(signals, agreement)
@@ -198,7 +209,7 @@ class Trainer:
         self._stepping = False
         self.step = self._saver.begin(resume, accept_changes)
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
-        self._optimizer.zero_grad(set_to_none=True)
+        self._update.begin()
         self._wrapped.train()
         self.should_stop = self._stopping = False
         self._meter.start(self.step)
@@ -216,37 +227,22 @@ class Trainer:
         accelerator, self._stepping = self.accelerator, True
         accelerator.gradient_accumulation_steps = len(micro_batches)  # one for all of a process's Accelerators
         self._set_rates(float(self.schedule(self.step)))
-        shares = self._shares(micro_batches)
+        shares = target_shares(accelerator, micro_batches)  # a mean of means would be wrong
         scale = accelerator.num_processes * len(micro_batches)  # which Accelerate and DDP divide by
         losses = []
-        for (input_ids, targets), gradient in zip(micro_batches, (shares * scale).unbind(), strict=True):
+        for (input_ids, targets), share in zip(micro_batches, shares, strict=True):
             with accelerator.accumulate(self._wrapped):
                 if self._stays_gathered:
                     self._wrapped.set_reshard_after_backward(accelerator.sync_gradients)
                 loss = self._wrapped(input_ids, targets)
-                accelerator.backward(loss, gradient=gradient)
-            losses.append(loss.detach())
-        loss = accelerator.reduce(torch.stack(losses) @ shares, "sum")
+                accelerator.backward(loss, gradient=share * scale)
+            losses.append(loss.detach() * share)  # a copy: of a CUDA graph's loss the next replay takes the place
+        loss = accelerator.reduce(torch.stack(losses).sum(), "sum")
 
-        accelerator.unscale_gradients()
-        grad_norm = whole(clip_grad_norm_(self._parameters, self.config.max_grad_norm))
-        if self._guard.inspect(self.step, loss, grad_norm) or accelerator.scaler is not None:
-            self._stepped.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        grad_norm = self._update(self.step, loss)
         self.step += 1
         self._stepping = False
         return loss, grad_norm
-
-    def _shares(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """What part of the step's scored targets, on all processes, each micro-batch has; a mean of means is wrong.
-
-        Returns:
-            (number of micro-batches,), float32.
-        """
-        if self.batch.global_batch_size == self.batch.micro_batch_size:
-            return torch.ones(1, device=self.accelerator.device)  # nothing to share: the model counts its own
-        counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in micro_batches])
-        return counts / self.accelerator.reduce(counts.sum(), "sum").clamp(min=1)
 
     def _set_rates(self, factor: float) -> None:
         """Set the learning rates to this part of their peaks."""
@@ -320,6 +316,7 @@ class Trainer:
             micro_batch_size=self.batch.micro_batch_size,
             vocab_size=self.model.config.vocab_size,
             max_batches=self.config.eval_batches,
+            eagerly=self._evaluates_eagerly,
         )
         bytes_per_token = getattr(dataset, "bytes_per_token", None)
         return EvalMetrics.of(step=self.step, loss=loss, num_tokens=num_tokens, bytes_per_token=bytes_per_token)
