@@ -19,7 +19,7 @@ model.cache model.sampling model.generate model.tokenizer_files model.export mod
 training.schedule training.optim training.config training.guard training.launch training.compilation training.metrics
 training.meter training.collective training.files training.pieces training.manifest training.tensors training.writing
 training.background training.checkpoint training.rng training.state training.resume training.optimizer_numbers
-training.reports training.sharding training.update training.heartbeat training.saver training.evaluation
+training.reports training.sharding training.graph training.step training.heartbeat training.saver training.evaluation
 training.signals training.allocation training.micro_batch training.callbacks training.record training.trainer
 training.tokenizers training.saved training.perplexity training.hellaswag
 cli.opened cli.train cli.prepare cli.sample cli.evaluate cli.export cli.doctor cli.main __main__

@@ -1,9 +1,10 @@
-"""Checkpoints of a few bytes."""
+"""Checkpoints of a few bytes, and CUDA graphs without a GPU."""
 
 import pytest
 import torch
 
 from homebrew.training.checkpoint import CheckpointStore
+from homebrew.training.graph import Graph
 
 STATE = {"identity": {"seed": 42}, "tokenizer": None}
 
@@ -45,3 +46,31 @@ def store(tmp_path):
     store = CheckpointStore(tmp_path)
     store.prepare()
     return store
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request):
+    """Every kind of device that is there."""
+    return request.param
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The graphs captured so far; on a CPU a replay calls what was captured, with its results in one place."""
+    captured, on_gpu = [], Graph._capture
+
+    def capture(graph):
+        captured.append(graph)
+        if graph._inputs[0].is_cuda:
+            return on_gpu(graph)
+        results = []
+
+        def replay():
+            results.append(graph._function(*graph._inputs))
+            graph._result = results[0]
+            results[0].copy_(results[-1])
+
+        return replay
+
+    monkeypatch.setattr(Graph, "_capture", capture)
+    return captured

@@ -1,4 +1,4 @@
-"""The Trainer: a step that reads top to bottom, and what happens around it."""
+"""The Trainer: a run that reads top to bottom."""
 
 from collections.abc import Collection, Sequence
 from contextlib import closing, nullcontext
@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.check import check_dataset
-from homebrew.data.loader import Batch, StepLoader, worker_errors
+from homebrew.data.loader import StepLoader, worker_errors
 from homebrew.data.tokenizer import opening, tokenizer_of
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
 from homebrew.training.allocation import freed_memory_kept
 from homebrew.training.callbacks import Callback, ProgressDisplay
-from homebrew.training.collective import target_shares
 from homebrew.training.compilation import compile_model, try_compiled
 from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
@@ -32,9 +31,9 @@ from homebrew.training.optim import adamw, check_trainable
 from homebrew.training.record import RunRecord
 from homebrew.training.resume import identity
 from homebrew.training.schedule import Schedule
-from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded, stays_gathered
+from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded
 from homebrew.training.signals import HANDLED, Agreement, SignalWatch, ends, leave
-from homebrew.training.update import Update
+from homebrew.training.step import Step
 
 
 class Trainer:
@@ -81,7 +80,7 @@ class Trainer:
         """Optimizer steps taken."""
         self.should_stop = False
         """Set by a callback, on any process, to end the run after this step, or the next if there are several."""
-        self._stopping = self._running = self._stepping = False  # agreed on by all processes; in `train`; in a step
+        self._stopping = self._running = False  # agreed on by all processes; in `train`
         self.callbacks = [ProgressDisplay(), RunRecord(), *callbacks]
         self._prepare(optimizer)
 
@@ -98,10 +97,10 @@ class Trainer:
             self.model.checkpoint_activations()
         self.batch = plan_run(accelerator, self.model, config, self.sequence_length)
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
-        self._compiled = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
-        self._untried = self._compiled != "no"
+        compiled = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
+        self._untried, as_graphs = compiled != "no", compiled == "as graphs"
         # Compiling the evaluation of so small a model as well takes longer than all of a run's.
-        self._evaluates_eagerly = self._compiled == "as graphs"
+        self._evaluates_eagerly = as_graphs
         check_trainable(self.model, optimizer)
         self._optimizer = optimizer or adamw(
             self.model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
@@ -116,7 +115,6 @@ class Trainer:
         )
         self._peak_lrs = [float(group["lr"]) for group in self._optimizer.param_groups]
         self._wrapped, prepared = accelerator.prepare(self.model, self._optimizer)
-        self._stays_gathered = stays_gathered(accelerator)
         scaled = accelerator.scaler is not None
         self._guard = Guard(
             self._optimizer,
@@ -125,15 +123,15 @@ class Trainer:
             accelerator.device,
             spike_zscore=None if scaled else config.loss_spike_zscore,
         )
-        self._update = Update(
-            [parameter for parameter in self._wrapped.parameters() if parameter.requires_grad],
+        self._take_step = Step(
+            self._wrapped,
             # Accelerate's optimizer is there for fp16's scaler; around it a small model's step takes a tenth longer.
             prepared if scaled else self._optimizer,
             self._guard,
             accelerator,
             max_grad_norm=config.max_grad_norm,
-            as_graph=self._compiled == "as graphs" and optimizer is None and not scaled,
-            in_place=self._compiled == "as graphs" and self.batch.accumulation_steps > 1,
+            sums_in_place=as_graphs and self.batch.accumulation_steps > 1,
+            update_as_graph=as_graphs and optimizer is None and not scaled,
         )
         saved = (self.model, self._wrapped, self._optimizer, self._guard)
         self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=self._tokenizer)
@@ -190,8 +188,9 @@ class Trainer:
                     if self._untried:
                         self._untried, evaluates = False, self.eval_dataset is not None and not self._evaluates_eagerly
                         try_compiled(self.accelerator, self._wrapped, micro_batches[0], evaluates=evaluates)
-                        self._update.begin()
-                    loss, grad_norm = self._take_step(micro_batches)
+                    self._set_rates(float(self.schedule(self.step)))
+                    loss, grad_norm = self._take_step(self.step, micro_batches)
+                    self.step += 1
                     self._after_step(loss, grad_norm)
                     self._answer(signals, agreement)
                 self._answer(signals, agreement)  # what came in the last step
@@ -204,45 +203,16 @@ class Trainer:
 
     def _begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
         """Bring everything to where the run starts or goes on."""
-        if self._stepping and is_sharded(self.accelerator):  # FSDP may still hold half a gradient, and let no other in
+        if self._take_step.broken_off and is_sharded(
+            self.accelerator
+        ):  # FSDP may still hold half a gradient, and let no other in
             raise TrainingError("A step was broken off, after which FSDP cannot go on: build a new Trainer.")
-        self._stepping = False
         self.step = self._saver.begin(resume, accept_changes)
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
-        self._update.begin()
+        self._take_step.begin()
         self._wrapped.train()
         self.should_stop = self._stopping = False
         self._meter.start(self.step)
-
-    def _take_step(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        """One optimizer step; nothing in it waits for the device.
-
-        Args:
-            micro_batches: this process's (input_ids, targets), each (B, T), int64.
-
-        Returns:
-            The mean loss over the step's scored targets on all processes, and the gradient's norm before
-            clipping: float32 scalars on the device.
-        """
-        accelerator, self._stepping = self.accelerator, True
-        accelerator.gradient_accumulation_steps = len(micro_batches)  # one for all of a process's Accelerators
-        self._set_rates(float(self.schedule(self.step)))
-        shares = target_shares(accelerator, micro_batches)  # a mean of means would be wrong
-        scale = accelerator.num_processes * len(micro_batches)  # which Accelerate and DDP divide by
-        losses = []
-        for (input_ids, targets), share in zip(micro_batches, shares, strict=True):
-            with accelerator.accumulate(self._wrapped):
-                if self._stays_gathered:
-                    self._wrapped.set_reshard_after_backward(accelerator.sync_gradients)
-                loss = self._wrapped(input_ids, targets)
-                accelerator.backward(loss, gradient=share * scale)
-            losses.append(loss.detach() * share)  # a copy: of a CUDA graph's loss the next replay takes the place
-        loss = accelerator.reduce(torch.stack(losses).sum(), "sum")
-
-        grad_norm = self._update(self.step, loss)
-        self.step += 1
-        self._stepping = False
-        return loss, grad_norm
 
     def _set_rates(self, factor: float) -> None:
         """Set the learning rates to this part of their peaks."""
