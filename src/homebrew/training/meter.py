@@ -43,7 +43,7 @@ class StepMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out time in which no step is taken: an evaluation, a save, callbacks; one may do another."""
+        """Leave out time in which no step is taken: compiling, an evaluation, a save, callbacks; one may do another."""
         began, reported = time.perf_counter(), self._reported
         try:
             yield

@@ -187,7 +187,8 @@ class Trainer:
                         break
                     if self._untried:
                         self._untried, evaluates = False, self.eval_dataset is not None and not self._evaluates_eagerly
-                        try_compiled(self.accelerator, self._wrapped, micro_batches[0], evaluates=evaluates)
+                        with self._meter.paused():
+                            try_compiled(self.accelerator, self._wrapped, micro_batches[0], evaluates=evaluates)
                     self._set_rates(float(self.schedule(self.step)))
                     loss, grad_norm = self._take_step(self.step, micro_batches)
                     self.step += 1
