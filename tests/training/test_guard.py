@@ -112,3 +112,13 @@ def test_the_running_moments_are_those_of_the_losses():
     assert number == 40
     assert mean == pytest.approx(losses.mean().item(), rel=1e-5)
     assert variance == pytest.approx(losses.var(correction=0).item(), rel=1e-4)
+
+
+def test_what_it_remembers_stays_where_it_is():
+    """A CUDA graph that has the guard in it reads and writes there."""
+    _, _, guard = make("raise", zscore=5.0)
+    places = guard._blocked.data_ptr(), guard._history.data_ptr()
+    guard.judge(torch.tensor(2.0), torch.tensor(1.0))
+    guard.load_state(guard.state())
+    guard.reset()
+    assert (guard._blocked.data_ptr(), guard._history.data_ptr()) == places

@@ -864,3 +864,19 @@ def test_fsdp_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises((LaunchError, ValueError)):
         make(tmp_path)
+
+
+def test_a_run_that_broke_off_in_its_first_step_can_take_up_another_one(tmp_path, monkeypatch):
+    make(tmp_path / "other", max_steps=4).train()
+    checkpoint = tmp_path / "other" / "checkpoints" / "step-00000004"
+    runs = []
+    for name in ("unbroken", "broken"):
+        trainer = make(tmp_path / name, max_steps=6)
+        if name == "broken":
+            monkeypatch.setattr(trainer._guard, "judge", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                trainer.train()
+            monkeypatch.undo()
+        trainer.train(resume=checkpoint, accept_changes=["schedule"])
+        runs.append(weights(trainer))
+    assert same(*runs)

@@ -22,6 +22,8 @@ class Graph:
         self._touches = touches
         self._known: list[object] = []
         self._replay: Callable[[], None] | None = None
+        self._inputs: list[Tensor] = []
+        self._result = torch.empty(0)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function's result, or the graph's, in memory of its own."""

@@ -64,7 +64,9 @@ class Guard:
         self._in_a_row = 0
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Look at a step's numbers before its update; all of it happens on the device.
+        """Look at a step's numbers before its update, once, and tell the optimizer; all of it happens on the device.
+
+        What is remembered changes in place, for a CUDA graph may have this in it.
 
         Args:
             loss: float scalar, the same on every process.
@@ -74,7 +76,7 @@ class Guard:
             (4,), float32: whether a number is not finite, whether the update is held back, the loss, the norm.
         """
         numbers = torch.stack([loss.detach().float(), grad_norm.detach().float()])
-        bad = (numbers - numbers).any().float()  # x - x is NaN, and so counts, where x is not finite, and else 0
+        bad = (numbers - numbers).ne(0).any().float()  # x - x is 0, or NaN where x is not finite
         held_back = bad
         if self.policy == "raise":  # a bad number blocks every later step; a spike only its own
             held_back = torch.maximum(bad, self._blocked)

@@ -16,7 +16,7 @@ from homebrew.training.sharding import stays_gathered, whole
 
 
 class Step:
-    """Takes a run's optimizer steps; nothing in it waits for the device.
+    """Takes a run's optimizer steps; with a fused optimizer nothing in it waits for the device.
 
     Args:
         model: as `prepare` returned it.
@@ -25,8 +25,10 @@ class Step:
         accelerator: of the run.
         max_grad_norm: which gradients are clipped to.
         sums_in_place: keep the memory of the gradients and zero it, for passes that are CUDA graphs: in a graph's own
-            memory, where its gradients are, the next replay would overwrite their sum.
-        update_as_graph: replay the update as one; on a GPU, with a fused optimizer and no scaler.
+            memory, where its gradients are, the next replay would overwrite their sum. A parameter that takes no part
+            in a pass has a gradient of zeros then, and its weights decay.
+        update_as_graph: replay the update as one; on a GPU, with a fused optimizer and no scaler. A replay calls no
+            hooks.
     """
 
     def __init__(
@@ -41,7 +43,8 @@ class Step:
         update_as_graph: bool = False,
     ) -> None:
         self._model = model
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._weights = list(model.parameters())
+        self._parameters = [parameter for parameter in self._weights if parameter.requires_grad]
         self._optimizer = optimizer
         self._guard = guard
         self._accelerator = accelerator
@@ -74,8 +77,10 @@ class Step:
         accelerator.gradient_accumulation_steps = len(micro_batches)  # one for all of a process's Accelerators
         shares = target_shares(accelerator, micro_batches)  # a mean of means would be wrong
         scale = accelerator.num_processes * len(micro_batches)  # which Accelerate and DDP divide by
-        for parameter in self._parameters if self._sums_in_place else ():
-            if parameter.grad is None:
+        for parameter in self._weights if self._sums_in_place else ():
+            if not parameter.requires_grad:
+                parameter.grad = None  # or the optimizer would move what a callback has frozen
+            elif parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         losses = []
         for (input_ids, targets), share in zip(micro_batches, shares, strict=True):

@@ -18,7 +18,7 @@ from homebrew.model.config import GPTConfig
 from homebrew.model.gpt import GPT
 from homebrew.training.allocation import freed_memory_kept
 from homebrew.training.callbacks import Callback, ProgressDisplay
-from homebrew.training.compilation import compile_model, try_compiled
+from homebrew.training.compilation import EAGER_EVALUATION_FLOPS, compile_model, try_compiled
 from homebrew.training.config import TrainerConfig, is_due
 from homebrew.training.evaluation import mean_loss
 from homebrew.training.guard import Guard
@@ -99,8 +99,7 @@ class Trainer:
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
         compiled = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._untried, as_graphs = compiled != "no", compiled == "as graphs"
-        # Compiling the evaluation of so small a model as well takes longer than all of a run's.
-        self._evaluates_eagerly = as_graphs
+        self._evaluates_eagerly = as_graphs and work < EAGER_EVALUATION_FLOPS
         check_trainable(self.model, optimizer)
         self._optimizer = optimizer or adamw(
             self.model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
@@ -208,9 +207,9 @@ class Trainer:
             self.accelerator
         ):  # FSDP may still hold half a gradient, and let no other in
             raise TrainingError("A step was broken off, after which FSDP cannot go on: build a new Trainer.")
+        self._take_step.begin()  # with gradients there, PyTorch would not load an optimizer's state
         self.step = self._saver.begin(resume, accept_changes)
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
-        self._take_step.begin()
         self._wrapped.train()
         self.should_stop = self._stopping = False
         self._meter.start(self.step)
