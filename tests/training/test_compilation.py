@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
 from homebrew.training import compilation
-from homebrew.training.compilation import _rng_forked, try_compiled
+from homebrew.training.compilation import LAUNCH_BOUND_FLOPS, _rng_forked, compile_model, try_compiled
+from homebrew.training.config import BatchPlan
 
 SCRIPT = """
 import sys, torch
@@ -47,6 +49,40 @@ def test_a_damaged_cache_only_costs_time(tmp_path):
     again, said = run("damaged")
     assert again == cold
     assert f"left in {cache}" in said
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "changed", "compiled", "mode"),
+    [
+        ("cuda", "auto", {}, "as graphs", "reduce-overhead"),
+        ("cuda", "auto", {"micro_batches": 4}, "as graphs", "reduce-overhead"),
+        ("cuda", "auto", {"micro_batches": 4, "memory": 15 * 400}, "yes", None),  # no room for the sums of gradients
+        ("cuda", "auto", {"memory": 15 * 400}, "as graphs", "reduce-overhead"),
+        ("cuda", "auto", {"flops": LAUNCH_BOUND_FLOPS}, "yes", None),
+        ("cuda", "auto", {"distributed": DistributedType.MULTI_GPU}, "yes", None),
+        ("cuda", "auto", {"launcher": DynamoBackend.INDUCTOR}, "no", "none"),
+        ("cuda", False, {}, "no", "none"),
+        ("cpu", "auto", {}, "no", "none"),
+        ("cpu", True, {}, "yes", None),
+    ],
+)
+def test_what_is_compiled_and_how(monkeypatch, device, wanted, changed, compiled, mode):
+    case = {"flops": 1e9, "micro_batches": 1, "memory": 10**9, "distributed": DistributedType.NO}
+    case |= {"launcher": DynamoBackend.NO, **changed}
+    model = nn.Linear(10, 10, bias=False)  # 400 bytes
+    model.device = torch.device("cpu")
+    modes = []
+    monkeypatch.setattr(model, "compile", lambda *, mode, dynamic: modes.append((mode, dynamic)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, case["memory"]))
+    accelerator = SimpleNamespace(
+        device=torch.device(device),
+        state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=case["launcher"])),
+        is_fsdp2=False,
+        distributed_type=case["distributed"],
+    )
+    batch = BatchPlan(case["micro_batches"], 1, case["micro_batches"])
+    assert compile_model(model, wanted, accelerator, batch, micro_batch_flops=case["flops"]) == compiled
+    assert modes == ([] if mode == "none" else [(mode, False)])
 
 
 class Stumbling(nn.Module):

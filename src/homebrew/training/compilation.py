@@ -17,8 +17,8 @@ from homebrew.model.gpt import GPT
 from homebrew.training.config import BatchPlan
 
 LAUNCH_BOUND_FLOPS = 1.5e13
-"""A smaller micro-batch is compiled into CUDA graphs: an H200 does this one in 30 ms, in which Python hardly launches
-GPT-2 small's kernels."""
+"""A smaller micro-batch is compiled into CUDA graphs: an H200 does this one in 30 ms, and Python launches GPT-2
+small's kernels hardly faster."""
 
 EAGER_EVALUATION_FLOPS = 4e12
 """A model whose micro-batch, in training, is smaller still is evaluated uncompiled: a pass takes some milliseconds, and

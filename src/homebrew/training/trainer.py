@@ -203,9 +203,8 @@ class Trainer:
 
     def _begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
         """Bring everything to where the run starts or goes on."""
-        if self._take_step.broken_off and is_sharded(
-            self.accelerator
-        ):  # FSDP may still hold half a gradient, and let no other in
+        if self._take_step.broken_off and is_sharded(self.accelerator):
+            # It may still hold half a gradient, and let no other in.
             raise TrainingError("A step was broken off, after which FSDP cannot go on: build a new Trainer.")
         self._take_step.begin()  # with gradients there, PyTorch would not load an optimizer's state
         self.step = self._saver.begin(resume, accept_changes)
