@@ -16,13 +16,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch):
-    """Accelerate's singletons and environment as in a new process, and one thread: the models are tiny."""
+    """Accelerate's singletons, its environment and PyTorch's precision as in a new process, and one thread."""
     for name in list(os.environ):
         if name.startswith(("ACCELERATE_", "FSDP_")):
             monkeypatch.delenv(name)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")  # which a Trainer lowers where there is a GPU
+    torch.set_num_threads(1)  # the models are tiny
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from homebrew.training.manifest import open_checkpoint
 
 WORKER = Path(__file__).with_name("worker.py")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
+ON_CPUS = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 LAYOUTS = {  # processes, machines, whether sharded, copies of the shards
     "one": (1, 1, False, 1),
     "ddp2": (2, 1, False, 1),
@@ -38,7 +39,7 @@ def start(folder, layout, **tasks):
     options = ["--num_processes", str(processes), "--num_machines", str(machines), "--main_process_ip", "127.0.0.1"]
     options += ["--multi_gpu"] if processes > 1 else ["--cpu"]
     options += ["--main_process_port", str(free_port()), "--same_network"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | ON_CPUS
     environment["FSDP_RESHARD_AFTER_FORWARD"] = str(layout != "gathered").lower()
     return [
         subprocess.Popen(
@@ -386,7 +387,7 @@ def test_a_process_may_end_right_after_a_collective(tmp_path):
     options = ["--multi_gpu", "--num_processes", "4", "--main_process_port", str(free_port())]
     subprocess.run(
         [*LAUNCH, *options, str(script), str(tmp_path)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env=os.environ | ON_CPUS,
         check=True,
         timeout=120,
     )
