@@ -20,7 +20,7 @@ import sys, torch
 from homebrew import Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
 
 class Losses(Callback):
-    def on_step_end(self, trainer, metrics):
+    def on_report(self, trainer, metrics):
         print("loss", metrics.loss)
 
 data = TokenDataset.from_tokens(torch.arange(400) % 61, 8, vocab_size=64)
@@ -51,28 +51,33 @@ def test_a_damaged_cache_only_costs_time(tmp_path):
     assert f"left in {cache}" in said
 
 
+GRAPHS = {"triton.cudagraphs": True}
+
+
 @pytest.mark.parametrize(
-    ("device", "wanted", "changed", "compiled", "mode"),
+    ("device", "wanted", "changed", "compiled", "options"),
     [
-        ("cuda", "auto", {}, "as graphs", "reduce-overhead"),
-        ("cuda", "auto", {"micro_batches": 4}, "as graphs", "reduce-overhead"),
-        ("cuda", "auto", {"micro_batches": 4, "memory": 15 * 400}, "yes", None),  # no room for the sums of gradients
-        ("cuda", "auto", {"memory": 15 * 400}, "as graphs", "reduce-overhead"),
-        ("cuda", "auto", {"flops": LAUNCH_BOUND_FLOPS}, "yes", None),
-        ("cuda", "auto", {"distributed": DistributedType.MULTI_GPU}, "yes", None),
-        ("cuda", "auto", {"launcher": DynamoBackend.INDUCTOR}, "no", "none"),
-        ("cuda", False, {}, "no", "none"),
-        ("cpu", "auto", {}, "no", "none"),
-        ("cpu", True, {}, "yes", None),
+        ("cuda", "auto", {}, "as graphs", GRAPHS),
+        ("cuda", "auto", {"dropout": 0.1}, "as graphs", GRAPHS | {"triton.mix_order_reduction": False}),
+        ("cuda", "auto", {"micro_batches": 4}, "as graphs", GRAPHS),
+        ("cuda", "auto", {"micro_batches": 4, "memory": 15 * 400}, "yes", {}),  # no room for the sums of gradients
+        ("cuda", "auto", {"memory": 15 * 400}, "as graphs", GRAPHS),
+        ("cuda", "auto", {"flops": LAUNCH_BOUND_FLOPS, "dropout": 0.1}, "yes", {}),
+        ("cuda", "auto", {"distributed": DistributedType.MULTI_GPU}, "yes", {}),
+        ("cuda", "auto", {"launcher": DynamoBackend.INDUCTOR}, "no", None),
+        ("cuda", False, {}, "no", None),
+        ("cpu", "auto", {}, "no", None),
+        ("cpu", True, {"dropout": 0.1}, "yes", {}),
     ],
 )
-def test_what_is_compiled_and_how(monkeypatch, device, wanted, changed, compiled, mode):
-    case = {"flops": 1e9, "micro_batches": 1, "memory": 10**9, "distributed": DistributedType.NO}
+def test_what_is_compiled_and_how(monkeypatch, device, wanted, changed, compiled, options):
+    case = {"flops": 1e9, "micro_batches": 1, "memory": 10**9, "distributed": DistributedType.NO, "dropout": 0.0}
     case |= {"launcher": DynamoBackend.NO, **changed}
     model = nn.Linear(10, 10, bias=False)  # 400 bytes
     model.device = torch.device("cpu")
-    modes = []
-    monkeypatch.setattr(model, "compile", lambda *, mode, dynamic: modes.append((mode, dynamic)))
+    model.config = SimpleNamespace(dropout=case["dropout"])
+    calls = []
+    monkeypatch.setattr(model, "compile", lambda **settings: calls.append(settings))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, case["memory"]))
     accelerator = SimpleNamespace(
         device=torch.device(device),
@@ -82,7 +87,14 @@ def test_what_is_compiled_and_how(monkeypatch, device, wanted, changed, compiled
     )
     batch = BatchPlan(case["micro_batches"], 1, case["micro_batches"])
     assert compile_model(model, wanted, accelerator, batch, micro_batch_flops=case["flops"]) == compiled
-    assert modes == ([] if mode == "none" else [(mode, False)])
+    assert calls == ([] if options is None else [{"options": options, "dynamic": False}])
+
+
+def test_the_compiler_knows_its_options():
+    from torch._inductor import list_mode_options, list_options
+
+    assert list_mode_options()["reduce-overhead"] == GRAPHS
+    assert "triton.mix_order_reduction" in list_options()
 
 
 class Stumbling(nn.Module):

@@ -61,8 +61,12 @@ def compile_model(
         and accelerator.distributed_type == DistributedType.NO
         and (batch.accumulation_steps == 1 or _gradients_are_small(model))
     )
+    options = {"triton.cudagraphs": True} if as_graphs else {}
+    if as_graphs and model.config.dropout:
+        # One kernel for the sums of a layer norm along both axes is a slow one where it also has a dropout to do.
+        options["triton.mix_order_reduction"] = False
     # Not for sizes that vary, as PyTorch would for a second Trainer in the process whose batches have another size.
-    model.compile(mode="reduce-overhead" if as_graphs else None, dynamic=False)
+    model.compile(options=options, dynamic=False)
     return "as graphs" if as_graphs else "yes"
 
 
