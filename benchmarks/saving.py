@@ -10,7 +10,6 @@ from alternating import DEVICE, Report, number, synchronize
 from sides import random_ids, temporary_folder
 
 from homebrew import Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
-from homebrew.training.metrics import StepMetrics
 
 
 @dataclass
@@ -38,7 +37,7 @@ class _Times(Callback):
         self.seconds: list[float] = []
         self._last = 0.0
 
-    def on_step_end(self, trainer: Trainer, metrics: StepMetrics | None) -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         synchronize()
         now = perf_counter()
         self.seconds.append(now - self._last)  # the first, which compiles, means nothing

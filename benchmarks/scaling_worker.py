@@ -27,7 +27,7 @@ class Stopwatch(Callback):
         self.seconds = 0.0
         self.profiler = profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU])
 
-    def on_step_end(self, trainer: Trainer, metrics: StepMetrics | None) -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         """Start and stop the clocks."""
         if trainer.step in (self.first, self.last, self.last + PROFILED_STEPS):
             if ON_GPU:
@@ -52,10 +52,12 @@ class Losses(Callback):
         self.losses: list[float] = []
         self.until = until
 
-    def on_step_end(self, trainer: Trainer, metrics: StepMetrics | None) -> None:
+    def on_report(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """Keep the loss."""
-        if metrics is not None:
-            self.losses.append(metrics.loss)
+        self.losses.append(metrics.loss)
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """Stop where the run is to be cut."""
         trainer.should_stop = trainer.step == self.until
 
 

@@ -26,7 +26,6 @@ from plain_gpt import PlainGPT
 from torch import Tensor, nn
 
 from homebrew import GPT, Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
-from homebrew.training.metrics import StepMetrics
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 SETTINGS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95)}
@@ -89,7 +88,7 @@ class _Ticking(Callback):
     def __init__(self) -> None:
         self.clock: Clock
 
-    def on_step_end(self, trainer: Trainer, metrics: StepMetrics | None) -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         if self.clock.tick():
             raise _Over
 

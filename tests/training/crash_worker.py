@@ -84,7 +84,7 @@ class Strike(Callback):
         self.step = trainer.step
         trainer.model.transformer.ln_f.bias.register_hook(lambda _: self.moment("backward"))
 
-    def on_step_end(self, trainer, metrics):
+    def on_step_end(self, trainer):
         self.step = trainer.step
         if self.where == "step" and self.step == self.at:
             threading.Timer(self.delay, self.strike).start()
@@ -118,7 +118,7 @@ class Resources(Callback):
     def __init__(self, every):
         self.every, self.seen = every, []
 
-    def on_step_end(self, trainer, metrics):
+    def on_step_end(self, trainer):
         if self.every and trainer.step % self.every == 0:
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])

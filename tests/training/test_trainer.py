@@ -54,7 +54,7 @@ class Losses(Callback):
     def __init__(self):
         self.losses, self.evaluations = {}, {}
 
-    def on_step_end(self, trainer, metrics):
+    def on_report(self, trainer, metrics):
         self.losses[metrics.step] = metrics.loss
 
     def on_evaluate(self, trainer, metrics):
@@ -65,7 +65,7 @@ class StopAt(Callback):
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, trainer, metrics):
+    def on_step_end(self, trainer):
         trainer.should_stop = trainer.step == self.step
 
 
@@ -192,7 +192,7 @@ def test_a_run_that_a_callback_stops_is_saved(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_in_a_notebook_a_stop_is_a_keyboard_interrupt_after_the_save(tmp_path, monkeypatch, number):
     class Stop(Callback):
-        def on_step_end(self, trainer, metrics):
+        def on_step_end(self, trainer):
             if trainer.step == 3:
                 os.kill(os.getpid(), number)
 
@@ -266,7 +266,7 @@ def test_a_save_outside_a_run_does_not_wait_for_a_process_that_is_lost(tmp_path,
 
 def test_a_run_that_saved_nothing_begins_anew_and_says_so(tmp_path):
     class Dies(Callback):
-        def on_step_end(self, trainer, metrics):
+        def on_step_end(self, trainer):
             if trainer.step == 3:
                 raise KeyboardInterrupt
 
@@ -464,8 +464,7 @@ def test_what_compiling_callbacks_evaluations_and_saves_take_is_no_training_time
         def on_save(self, trainer, path):
             takes(50)
 
-        def on_step_end(self, trainer, metrics):
-            takes(50)
+        def on_report(self, trainer, metrics):
             rates.append(metrics.tokens_per_second)
 
     monkeypatch.setattr("homebrew.training.trainer.compile_model", lambda *_, **__: "yes")
@@ -477,9 +476,51 @@ def test_what_compiling_callbacks_evaluations_and_saves_take_is_no_training_time
     assert rates == [8 * 16 / 0.5] * 5
 
 
+class Reported(Callback):
+    """The steps that are reported, and those that had been taken then."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_report(self, trainer, metrics):
+        self.steps.append((metrics.step, trainer.step))
+
+
+def test_a_step_is_reported_when_the_next_is_on_its_way(tmp_path):
+    reported = Reported()
+    make(tmp_path, evaluate=dataset(), log_every=2, eval_every=4, max_steps=9, callbacks=[reported]).train()
+    assert reported.steps == [(1, 2), (2, 3), (4, 4), (6, 7), (8, 8), (9, 9)]
+
+
+def test_a_run_that_is_stopped_reports_what_it_owes(tmp_path):
+    reported = Reported()
+    trainer = make(tmp_path, log_every=2, callbacks=[StopAt(2), reported])
+    trainer.train()
+    assert reported.steps == [(1, 2), (2, 2)]
+    trainer.callbacks[2].step = 5
+    trainer.train(resume=True)
+    assert reported.steps == [(1, 2), (2, 2), (4, 5)]
+
+
+def test_a_report_that_a_broken_run_owed_is_not_made_up_for(tmp_path):
+    class Breaks(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == 2:
+                raise KeyboardInterrupt
+
+    reported = Reported()
+    trainer = make(tmp_path, log_every=2, save_every=1, callbacks=[Breaks(), reported])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert reported.steps == [(1, 1)]
+    del trainer.callbacks[2]
+    trainer.train(resume=True)
+    assert reported.steps == [(1, 1), (2, 2), (4, 4), (6, 6)]
+
+
 def test_an_accelerator_that_is_built_meanwhile_changes_nothing(tmp_path):
     class Builds(Callback):
-        def on_step_end(self, trainer, metrics):
+        def on_step_end(self, trainer):
             Accelerator(cpu=True)
 
     runs = []
@@ -528,7 +569,7 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights(tmp_path, 
     else:
 
         class Poison(Callback):
-            def on_step_end(self, trainer, metrics):
+            def on_step_end(self, trainer):
                 if trainer.step == 2:
                     bias.data[0] = float("inf")
 
@@ -709,7 +750,7 @@ def test_an_optimizer_and_a_schedule_of_your_own(tmp_path):
     seen = []
 
     class Watch(Callback):
-        def on_step_end(self, trainer, metrics):
+        def on_report(self, trainer, metrics):
             seen.append(metrics.learning_rate)
 
     before = model.lm_head.weight.detach().clone()

@@ -71,8 +71,10 @@ class Watch(Callback):
 
             weight.register_hook(hook)
 
-    def on_step_end(self, trainer, metrics):
+    def on_report(self, trainer, metrics):
         self.losses.append(metrics.loss)
+
+    def on_step_end(self, trainer):
         trainer.should_stop = trainer.step == self.task.get("stop")
         full = {"save": 0, "part": 1}.get(self.task.get("break"))
         if trainer.step == 3 and trainer.accelerator.process_index == full:
@@ -109,7 +111,7 @@ class Poison(Callback):
         elif self.where is not None:
             trainer.model.register_forward_hook(into_loss)
 
-    def on_step_end(self, trainer, metrics):
+    def on_step_end(self, trainer):
         digest = hashlib.sha256()
         states = [state[key] for state in trainer._optimizer.state.values() for key in sorted(state)]
         for tensor in (*trainer.model.state_dict().values(), *states):

@@ -26,8 +26,11 @@ class Callback:
     def on_train_begin(self, trainer: "Trainer") -> None:
         """Weights, optimizer and step are where training starts or goes on."""
 
-    def on_step_end(self, trainer: "Trainer", metrics: StepMetrics | None) -> None:
-        """A step was taken; `metrics` only where it is reported (`TrainerConfig.log_every`)."""
+    def on_step_end(self, trainer: "Trainer") -> None:
+        """A step was taken, or on a GPU is on its way; nothing has waited for it."""
+
+    def on_report(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+        """The figures of every `TrainerConfig.log_every`-th step: `metrics.step`, after which one more may be taken."""
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
         """The evaluation dataset was gone through."""
@@ -115,9 +118,9 @@ class ProgressDisplay(Callback):
             self._live = Live(console=self._console, refresh_per_second=8)
             self._live.start()
 
-    def on_step_end(self, trainer: "Trainer", metrics: StepMetrics | None) -> None:
-        """Show a step that is reported."""
-        if metrics is None or self._console is None:
+    def on_report(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+        """Show a step's figures."""
+        if self._console is None:
             return
         if self._live is not None:
             self._live.update(_table(figures(metrics, trainer.config.max_steps), self._evaluation))

@@ -31,8 +31,8 @@ class Guard:
     """Decides, on the device, whether a step's update is applied.
 
     The verdict is handed to the fused optimizer as `found_inf`, the way a gradient scaler does: the kernel then
-    leaves weights, moments and step counts alone. The host learns of it when it next calls `check`, so that a
-    good step costs no synchronisation.
+    leaves weights, moments and step counts alone. The host learns of it by `send` and `check`, between which it may
+    set the device to the next step, so that it waits for none.
 
     Args:
         optimizer: the one to hold back.
@@ -60,7 +60,11 @@ class Guard:
         self._on_device = bool(optimizer.defaults.get("fused"))
         self._blocked = torch.zeros((), device=device)  # 1 where the coming update must not be applied
         self._history = torch.zeros(3, device=device)  # of accepted losses: mean, variance, number
-        self._unread: list[tuple[int, Tensor]] = []
+        self._recorded: list[tuple[int, Tensor]] = []
+        self._sent: list[tuple[int, Tensor]] = []
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.latest = float("nan"), float("nan")
+        """Loss and gradient norm of the last step that `check` has read."""
         self._in_a_row = 0
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -93,8 +97,19 @@ class Guard:
         return self._on_device or not bool(verdict[1])
 
     def record(self, step: int, verdict: Tensor) -> None:
-        """Keep what `judge` said of a step, counted from 0, for `check`."""
-        self._unread.append((step, verdict))
+        """Keep what `judge` said of a step, counted from 0, to be sent."""
+        self._recorded.append((step, verdict))
+
+    def send(self) -> None:
+        """Let the verdicts recorded so far come to the host, which may do other work meanwhile; `check` reads them."""
+        if self._recorded:
+            steps, verdicts = zip(*self._recorded, strict=True)
+            # From a CUDA device into pinned memory: the copy waits for the steps, and the host for neither.
+            rows = torch.stack(verdicts).to("cpu", non_blocking=self._arrived is not None)
+            self._sent += zip(steps, rows, strict=True)
+            self._recorded = []
+            if self._arrived is not None:
+                self._arrived.record(torch.cuda.current_stream(self._blocked.device))
 
     def _is_spike(self, loss: Tensor, zscore: float) -> Tensor:
         mean, variance, number = self._history
@@ -111,17 +126,18 @@ class Guard:
         self._history.copy_(torch.where(accepted > 0, updated, self._history))
 
     def check(self) -> list[HeldBack]:
-        """Read the verdicts since the last call, which waits for the device; `enforce` says what follows.
+        """Read the verdicts that were sent, which waits for them; `enforce` says what follows.
 
         Returns:
             The steps held back among them, in order.
         """
-        unread, self._unread = self._unread, []
-        if not unread:
-            return []
-        rows = torch.stack([verdict for _, verdict in unread]).tolist()
+        sent, self._sent = self._sent, []
+        if sent and self._arrived is not None:
+            self._arrived.synchronize()
         found = []
-        for (step, _), (not_finite, held_back, loss, grad_norm) in zip(unread, rows, strict=True):
+        for step, verdict in sent:
+            not_finite, held_back, loss, grad_norm = verdict.tolist()
+            self.latest = loss, grad_norm
             self._in_a_row = self._in_a_row + 1 if held_back else 0
             if held_back:
                 found.append(HeldBack(step, "non_finite" if not_finite else "loss_spike", loss, grad_norm))
@@ -154,10 +170,10 @@ class Guard:
         """Forget everything: a run begins."""
         self._blocked.zero_()
         self._history.zero_()
-        self._unread, self._in_a_row = [], 0
+        self._recorded, self._sent, self._in_a_row = [], [], 0
 
     def state(self) -> dict[str, Tensor]:
-        """What the spike rule remembers, for a checkpoint; call `check` first."""
+        """What the spike rule remembers, for a checkpoint; call `send` and `check` first."""
         return {"history": self._history.clone(), "in_a_row": torch.tensor(self._in_a_row)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

@@ -38,30 +38,36 @@ class StepMeter:
 
     def start(self, step: int) -> None:
         """Begin at `step`, which is not counted."""
-        self._began = self._reported = time.perf_counter()
+        self._began = time.perf_counter()
+        self._reported = self._marked = _Stamp(self._device)
         self._step = step
+        self._paused_seconds = 0.0
+
+    def mark(self) -> None:
+        """Note when the device will have done what it was given so far: the end of the step that is measured next."""
+        self._marked = _Stamp(self._device)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out time in which no step is taken: compiling, an evaluation, a save, callbacks; one may do another."""
-        began, reported = time.perf_counter(), self._reported
+        """Leave out time in which no step is taken: compiling, an evaluation, a save; one may do another."""
+        began, before = time.perf_counter(), self._paused_seconds
         try:
             yield
         finally:
-            self._reported = reported + time.perf_counter() - began
+            self._paused_seconds = before + time.perf_counter() - began
 
     def measure(self, step: int, *, loss: float, grad_norm: float, learning_rate: float) -> StepMetrics:
-        """The figures at `step`, its throughput being that since the last call.
+        """The figures at `step`, its throughput being that since the step measured before.
 
         Args:
-            step: steps taken.
-            loss: of the last one, in nats.
+            step: steps taken when it was marked; the device has come so far.
+            loss: of the last of them, in nats.
             grad_norm: before clipping.
             learning_rate: of the first parameter group.
         """
-        now = time.perf_counter()
-        tokens_per_second = self._tokens_per_step * (step - self._step) / max(now - self._reported, 1e-9)
-        self._reported, self._step = now, step
+        seconds = self._marked.since(self._reported) - self._paused_seconds
+        tokens_per_second = self._tokens_per_step * (step - self._step) / max(seconds, 1e-9)
+        self._reported, self._step, self._paused_seconds = self._marked, step, 0.0
         mfu = self._peak_flops and tokens_per_second * self._flops_per_token / self._peak_flops
         return StepMetrics(
             step=step,
@@ -72,5 +78,22 @@ class StepMeter:
             mfu=mfu,
             memory_bytes=memory_bytes(self._device),
             num_tokens=step * self._tokens_per_step,
-            elapsed_seconds=now - self._began,
+            elapsed_seconds=time.perf_counter() - self._began,
         )
+
+
+class _Stamp:
+    """A time on the device's clock: a GPU does its work later than it is given it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._seconds = time.perf_counter()
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+
+    def since(self, earlier: "_Stamp") -> float:
+        """Seconds; both times must have come."""
+        if self._event is None or earlier._event is None:
+            return self._seconds - earlier._seconds
+        return float(earlier._event.elapsed_time(self._event)) / 1000

@@ -50,7 +50,7 @@ class StepMetrics:
     grad_norm: float
     """Global, before clipping."""
     tokens_per_second: float
-    """Over all processes, since the last report."""
+    """Over all processes, since the last report, without the time of compiling, evaluations and saves."""
     mfu: float | None
     """Model FLOPs as a share of the devices' peak (Chowdhery et al. 2022, PaLM); None where that is not known."""
     memory_bytes: int | None

@@ -46,10 +46,9 @@ class RunRecord(Callback):
             self._log.write("resume" if trainer.step else "begin", step=trainer.step)
         self._start_trackers(trainer.accelerator, facts)
 
-    def on_step_end(self, trainer: "Trainer", metrics: StepMetrics | None) -> None:
-        """Record a step that is reported."""
-        if metrics is not None:
-            self._record("step", trainer, asdict(metrics))
+    def on_report(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+        """Record a step's figures."""
+        self._record("step", trainer, asdict(metrics))
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
         """Record an evaluation."""

@@ -62,16 +62,15 @@ class Step:
         self.broken_off = False
         self._guard.optimizer.zero_grad(set_to_none=True)
 
-    def __call__(self, step: int, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    def __call__(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Take a step.
 
         Args:
-            step: counted from 0.
             micro_batches: this process's (input_ids, targets), each (B, T), int64.
 
         Returns:
-            The mean loss over the step's scored targets on all processes, and the gradient's norm before
-            clipping: float32 scalars on the device.
+            What the guard said of it (`Guard.judge`), on the device: its loss is the mean over the step's scored
+            targets on all processes, its norm the gradient's before clipping.
         """
         accelerator, self.broken_off = self._accelerator, True
         accelerator.gradient_accumulation_steps = len(micro_batches)  # one for all of a process's Accelerators
@@ -95,10 +94,9 @@ class Step:
         for rate, group in zip(self._rates, self._optimizer.param_groups, strict=False):
             rate.fill_(group["lr"])
         verdict = self._update(loss)
-        self._guard.record(step, verdict)
         self._guard.optimizer.zero_grad(set_to_none=not self._sums_in_place)
         self.broken_off = False
-        return loss, verdict[3]
+        return verdict
 
     def _apply(self, loss: Tensor) -> Tensor:
         """Clip, judge, and move the weights; returns the guard's verdict."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.check import check_dataset
@@ -81,6 +80,7 @@ class Trainer:
         self.should_stop = False
         """Set by a callback, on any process, to end the run after this step, or the next if there are several."""
         self._stopping = self._running = False  # agreed on by all processes; in `train`
+        self._unreported: tuple[int, float] | None = None  # a step whose numbers are on their way, its learning rate
         self.callbacks = [ProgressDisplay(), RunRecord(), *callbacks]
         self._prepare(optimizer)
 
@@ -189,9 +189,9 @@ class Trainer:
                         with self._meter.paused():
                             try_compiled(self.accelerator, self._wrapped, micro_batches[0], evaluates=evaluates)
                     self._set_rates(float(self.schedule(self.step)))
-                    loss, grad_norm = self._take_step(self.step, micro_batches)
+                    self._guard.record(self.step, self._take_step(micro_batches))
                     self.step += 1
-                    self._after_step(loss, grad_norm)
+                    self._after_step()
                     self._answer(signals, agreement)
                 self._answer(signals, agreement)  # what came in the last step
                 self.save()
@@ -211,6 +211,7 @@ class Trainer:
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
         self._wrapped.train()
         self.should_stop = self._stopping = False
+        self._unreported = None
         self._meter.start(self.step)
 
     def _set_rates(self, factor: float) -> None:
@@ -218,19 +219,19 @@ class Trainer:
         for group, peak in zip(self._optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
 
-    def _after_step(self, loss: Tensor, grad_norm: Tensor) -> None:
+    def _after_step(self) -> None:
         """Report, evaluate and save what is due; only here does the host read from the device."""
         config = self.config
         last = self.step >= config.max_steps
-        reported = None
+        self._report()  # of the step before; the device has this one to do
         if last or self.step % config.log_every == 0 or self.step == 1:
-            self._check_guard()
-            rate = self._optimizer.param_groups[0]["lr"]
-            reported = self._meter.measure(self.step, loss=loss.item(), grad_norm=grad_norm.item(), learning_rate=rate)
-        self._tell("on_step_end", reported)
+            self._meter.mark()
+            self._guard.send()
+            self._unreported = self.step, float(self._optimizer.param_groups[0]["lr"])
+        self._tell("on_step_end")
         saves = last or is_due(self.step, config.save_every)
         if self.eval_dataset is not None and (last or is_due(self.step, config.eval_every)):
-            self._check_guard()  # waits for the steps, whose time would be taken for the evaluation's
+            self._catch_up()  # waits for the steps, whose time would be taken for the evaluation's
             try:
                 with self._meter.paused():
                     metrics = self.evaluate()
@@ -243,11 +244,22 @@ class Trainer:
         if saves:
             self.save()
 
-    def _check_guard(self) -> None:
-        """Learn which steps were held back, and stop if they are too many."""
+    def _report(self) -> None:
+        """Tell of the step whose numbers were sent for, and of those held back so far; stop if they are too many."""
         if held_back := self._guard.check():
             self._tell("on_held_back", held_back)
         self._guard.enforce(held_back)
+        if self._unreported is not None:
+            (step, rate), self._unreported = self._unreported, None
+            loss, grad_norm = self._guard.latest
+            metrics = self._meter.measure(step, loss=loss, grad_norm=grad_norm, learning_rate=rate)
+            self._tell("on_report", metrics)
+
+    def _catch_up(self) -> None:
+        """Wait for the device, and tell of all it has done."""
+        self._report()
+        self._guard.send()
+        self._report()
 
     def _answer(self, signals: SignalWatch, agreement: Agreement) -> None:
         """Do what a signal to any process asks, on all of them at the same step."""
@@ -302,7 +314,7 @@ class Trainer:
         """
         path = self._saver.path(self.step)
         if not self._saver.is_saved(self.step):
-            self._check_guard()
+            self._catch_up()
             with self._meter.paused():
                 self._saver.save(self.step)
             self._tell("on_save", path)
@@ -339,7 +351,7 @@ class Trainer:
 
     def _tell(self, event: str, *facts: object) -> None:
         """Call every callback's method of that name."""
-        beside_the_device = facts == (None,)  # a step that is not reported has not been waited for
-        with nullcontext() if beside_the_device else self._meter.paused():
+        beside_a_step = event in ("on_step_end", "on_report", "on_held_back")  # the device has one to do meanwhile
+        with nullcontext() if beside_a_step else self._meter.paused():
             for callback in self.callbacks:
                 getattr(callback, event)(self, *facts)
