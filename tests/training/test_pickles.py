@@ -88,6 +88,7 @@ def test_no_pickle_is_opened_through_any_door(tmp_path, monkeypatch, how):
         lambda: load_adapter(GPT(SHAPE), unsafe),
         lambda: TokenDataset.from_shards(tmp_path / "bytes", 8),
     ]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # a child cannot use a GPU that its parent has used
     child = os.fork()
     if child == 0:  # an audit hook is for a process's life
         code = 1

@@ -72,7 +72,8 @@ def test_sizes_that_are_not_the_world(tmp_path, monkeypatch):
         build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1))
 
 
-def test_half_precision_that_a_cpu_does_not_have(tmp_path):
+def test_half_precision_that_a_cpu_does_not_have(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(LaunchError, match="'fp16' cannot be used on cpu"):
         build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="fp16"))
     build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no"))  # Accelerate kept nothing

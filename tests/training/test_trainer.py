@@ -450,6 +450,7 @@ def test_an_optimizer_is_given_back_with_its_own_rate(tmp_path, rate):
 
 
 def test_what_compiling_callbacks_evaluations_and_saves_take_is_no_training_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # a GPU has a clock of its own
     now = [0.0]
     monkeypatch.setattr("homebrew.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -521,7 +522,7 @@ def test_a_report_that_a_broken_run_owed_is_not_made_up_for(tmp_path):
 def test_an_accelerator_that_is_built_meanwhile_changes_nothing(tmp_path):
     class Builds(Callback):
         def on_step_end(self, trainer):
-            Accelerator(cpu=True)
+            Accelerator()
 
     runs = []
     for name, more in (("plain", []), ("builds", [Builds()])):
@@ -547,6 +548,7 @@ def test_evaluating_changes_nothing_in_training(tmp_path):
     assert same(*runs)
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_one_seed_sets_model_order_and_dropout(tmp_path):
     shape = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16, dropout=0.2)
     runs = []
@@ -602,7 +604,8 @@ def test_under_a_loss_scaler_no_step_is_called_a_spike(tmp_path):
 
 
 def test_a_loss_spike_is_left_out_on_request(tmp_path):
-    trainer = make(tmp_path, loss_spike_zscore=6.0, max_steps=60, learning_rate=1e-4)
+    # Not compiled: of a hook's coming and going PyTorch's compiler takes no notice.
+    trainer = make(tmp_path, loss_spike_zscore=6.0, max_steps=60, learning_rate=1e-4, compile=False)
     trainer.model.transformer.ln_f.register_forward_hook(lambda *args: args[-1] * 50 if trainer.step == 55 else None)
     trainer.train()
     held_back = [event for event in events(tmp_path) if event["event"] == "held_back"]
@@ -763,7 +766,7 @@ def test_an_optimizer_and_a_schedule_of_your_own(tmp_path):
         max_steps=3,
     ).train()
     assert seen == pytest.approx([0.5, 0.25, 0.5 / 3])
-    assert not torch.equal(before, model.lm_head.weight)
+    assert not torch.equal(before, model.lm_head.weight.cpu())
 
 
 def test_an_accelerator_of_your_own(tmp_path):
