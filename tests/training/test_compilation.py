@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
+from homebrew import GPT, GPTConfig
 from homebrew.training import compilation
 from homebrew.training.compilation import LAUNCH_BOUND_FLOPS, _rng_forked, compile_model, try_compiled
 from homebrew.training.config import BatchPlan
@@ -95,6 +96,21 @@ def test_the_compiler_knows_its_options():
 
     assert list_mode_options()["reduce-overhead"] == GRAPHS
     assert "triton.mix_order_reduction" in list_options()
+
+
+def test_every_model_of_a_process_is_compiled(monkeypatch):
+    compile_with, compiled = nn.Module.compile, []
+
+    def compile_cheaply(model, **_):
+        compile_with(model, backend=lambda graph, _: compiled.append(model) or graph.forward, dynamic=False)
+
+    monkeypatch.setattr(GPT, "compile", compile_cheaply)
+    torch.compiler.reset()
+    for width in range(8, 8 * 11, 8):
+        model = GPT(GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=width))
+        compile_model(model, True, Accelerator(cpu=True), BatchPlan(1, 1, 1), micro_batch_flops=1.0)
+        model(torch.ones(2, 8, dtype=torch.long))
+        assert compiled[-1] is model
 
 
 class Stumbling(nn.Module):

@@ -24,6 +24,10 @@ EAGER_EVALUATION_FLOPS = 4e12
 """A model whose micro-batch, in training, is smaller still is evaluated uncompiled: a pass takes some milliseconds, and
 compiling it took 6.5 s."""
 
+RECOMPILE_LIMIT = 64
+"""Cases of one function that are compiled; PyTorch's own limit is eight, beyond which it runs uncompiled. All models
+of a process are cases of one, each twice, in training and in evaluation: four shapes in a notebook use eight up."""
+
 Compiled = Literal["no", "yes", "as graphs"]
 """Whether a model is compiled, and its step CUDA graphs, which a GPU runs without waiting for Python."""
 
@@ -51,6 +55,9 @@ def compile_model(
     on_cuda = accelerator.device.type == "cuda"
     if not (on_cuda if wanted == "auto" else wanted) or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         return "no"
+    from torch._dynamo import config as compiler  # which takes a second, and a run that is not compiled goes without
+
+    compiler.recompile_limit = max(compiler.recompile_limit, RECOMPILE_LIMIT)
     if accelerator.is_fsdp2:
         for block in model.transformer.h:  # between them weights are gathered
             block.compile()
