@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import NonFiniteError
 from homebrew.training.callbacks import Callback
+from homebrew.training.guard import Guard
+from homebrew.training.step import Step
 
 BAD_STEP = 3
 OPTIMIZERS = {
@@ -100,6 +102,29 @@ def test_no_bit_changes(tmp_path, policy, where, value, optimizer):
     assert where != "gradient" or held_back[0]["loss"] is not None
 
 
+@pytest.mark.filterwarnings("ignore:This Trainer has trained before", "ignore:.*it begins anew")
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_after_a_run_that_bad_numbers_ended_none_is_saved(tmp_path, policy):
+    class Saves(Callback):
+        def on_held_back(self, trainer, steps):
+            if policy == "raise" or steps[-1].step == 2:
+                with pytest.raises(NonFiniteError):
+                    trainer.save()
+
+    settings = {"non_finite": policy, "non_finite_limit": 2, "log_every": 5, "save_every": None}
+    trainer = make(tmp_path, callbacks=[Saves()], max_steps=12, **settings)
+    handle = trainer.model.transformer.ln_f.bias.register_hook(lambda grad: grad * float("nan"))
+    for _ in range(2):
+        with pytest.raises(NonFiniteError):
+            trainer.train()
+        with pytest.raises(NonFiniteError):
+            trainer.save()
+        assert not list((tmp_path / "checkpoints").iterdir())
+    handle.remove()
+    trainer.train()
+    assert trainer.save().name == "step-00000012"
+
+
 class Reads(TorchDispatchMode):
     """Counts the times the host asks for a tensor's value, for which it would have to wait on a GPU."""
 
@@ -124,6 +149,27 @@ def test_the_host_asks_for_no_number(tmp_path, settings):
     with Reads() as reads:
         trainer.train()
     assert counts == dict.fromkeys(range(1, 13), counts[1])
+
+
+def test_what_is_sent_is_read_when_the_next_step_is_on_its_way(tmp_path, monkeypatch):
+    log = []
+
+    def logged(owner, name, what, counts=lambda _: True):
+        function = getattr(owner, name)
+
+        def call(self, *args):
+            if counts(self):
+                log.append(what)
+            return function(self, *args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    logged(Step, "__call__", "step")
+    logged(Guard, "send", "send", lambda guard: guard._recorded)
+    logged(Guard, "check", "read", lambda guard: guard._sent)
+    make(tmp_path, log_every=3, max_steps=7).train()
+    expected = "step send step read step send step read step step send step read send read"
+    assert log == expected.split()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

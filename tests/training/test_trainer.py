@@ -449,7 +449,7 @@ def test_an_optimizer_is_given_back_with_its_own_rate(tmp_path, rate):
     assert trainer.step == 8
 
 
-def test_what_compiling_callbacks_evaluations_and_saves_take_is_no_training_time(tmp_path, monkeypatch):
+def test_what_compiling_evaluations_and_saves_take_is_no_training_time(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # a GPU has a clock of its own
     now = [0.0]
     monkeypatch.setattr("homebrew.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -465,8 +465,13 @@ def test_what_compiling_callbacks_evaluations_and_saves_take_is_no_training_time
         def on_save(self, trainer, path):
             takes(50)
 
+        def on_step_end(self, trainer):
+            if trainer.step == 2:
+                trainer.evaluate()
+
         def on_report(self, trainer, metrics):
             rates.append(metrics.tokens_per_second)
+            trainer.evaluate()
 
     monkeypatch.setattr("homebrew.training.trainer.compile_model", lambda *_, **__: "yes")
     monkeypatch.setattr("homebrew.training.trainer.try_compiled", lambda *_, **__: takes(50))
@@ -475,6 +480,44 @@ def test_what_compiling_callbacks_evaluations_and_saves_take_is_no_training_time
     trainer.model.register_forward_hook(lambda *_: takes(0.5))  # evaluation's passes among them
     trainer.train()
     assert rates == [8 * 16 / 0.5] * 5
+
+
+@pytest.mark.parametrize("save_every", [None, 1, 2])
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_a_callback_that_is_told_of_a_step_may_save(tmp_path, log_every, save_every):
+    class Saves(Callback):
+        def __init__(self):
+            self.saves = []
+
+        def on_report(self, trainer, metrics):
+            trainer.save()
+
+        def on_save(self, trainer, path):
+            self.saves.append(trainer.step)
+
+    reported, saves = Reported(), Saves()
+    make(tmp_path, log_every=log_every, save_every=save_every, max_steps=5, callbacks=[reported, saves]).train()
+    assert [step for step, _ in reported.steps] == ([1, 2, 3, 4, 5] if log_every == 1 else [1, 2, 4, 5])
+    assert saves.saves == sorted(set(saves.saves))
+    assert [event["step"] for event in events(tmp_path) if event["event"] == "save"] == saves.saves
+
+
+def test_times_are_those_of_the_steps(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    now, elapsed = [0.0], []
+
+    class Elapsed(Callback):
+        def on_report(self, trainer, metrics):
+            elapsed.append(metrics.elapsed_seconds)
+
+    def hook(*_):
+        now[0] += 1.0
+
+    monkeypatch.setattr("homebrew.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    trainer = make(tmp_path, callbacks=[Elapsed()])
+    trainer.model.register_forward_hook(hook)
+    trainer.train()
+    assert elapsed == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
 
 class Reported(Callback):
@@ -514,9 +557,11 @@ def test_a_report_that_a_broken_run_owed_is_not_made_up_for(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert reported.steps == [(1, 1)]
+    trainer.save()
+    assert reported.steps == [(1, 1)]
     del trainer.callbacks[2]
     trainer.train(resume=True)
-    assert reported.steps == [(1, 1), (2, 2), (4, 4), (6, 6)]
+    assert reported.steps == [(1, 1), (4, 4), (6, 6)]
 
 
 def test_an_accelerator_that_is_built_meanwhile_changes_nothing(tmp_path):

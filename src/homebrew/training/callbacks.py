@@ -30,7 +30,7 @@ class Callback:
         """A step was taken, or on a GPU is on its way; nothing has waited for it."""
 
     def on_report(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """The figures of every `TrainerConfig.log_every`-th step: `metrics.step`, after which one more may be taken."""
+        """The figures of every `TrainerConfig.log_every`-th step, `metrics.step`; `trainer.step` may be one further."""
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
         """The evaluation dataset was gone through."""
@@ -39,7 +39,7 @@ class Callback:
         """A checkpoint was handed to the writer; it is whole when the folder `path` exists."""
 
     def on_held_back(self, trainer: "Trainer", steps: Sequence[HeldBack]) -> None:
-        """Some steps' updates were not applied; told at the next report, before an error that follows from it."""
+        """Some steps' updates were not applied; told at the next report, evaluation or save, before an error of it."""
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """Training ended, also by an error, even by one of an `on_train_begin`, which not all may have heard."""

@@ -66,7 +66,7 @@ class TrainerConfig:
     eval_batches: int | None = None
     """Micro-batches a process evaluates; the whole dataset if not given."""
     log_every: int = 10
-    """Steps between two reports, each of which is made while the device takes the next step."""
+    """Steps between two reports, each of which is made a step later: a GPU has that one to do meanwhile."""
     log_with: str | None = None
     """An Accelerate tracker besides `metrics.jsonl`: "tensorboard", "wandb", and so on, or "all" that are installed.
     An `Accelerator` of your own is given it itself: figures go to its trackers."""

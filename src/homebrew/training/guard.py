@@ -66,6 +66,7 @@ class Guard:
         self.latest = float("nan"), float("nan")
         """Loss and gradient norm of the last step that `check` has read."""
         self._in_a_row = 0
+        self._fatal: HeldBack | None = None  # what ends the run
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Look at a step's numbers before its update, once, and tell the optimizer; all of it happens on the device.
@@ -142,35 +143,37 @@ class Guard:
             if held_back:
                 found.append(HeldBack(step, "non_finite" if not_finite else "loss_spike", loss, grad_norm))
             if self._in_a_row > self.limit or (not_finite and self.policy == "raise"):
+                self._fatal, self._recorded = found[-1], []  # what follows was held back for this one
                 break
         return found
 
-    def enforce(self, found: list[HeldBack]) -> None:
-        """End the run if what `check` found asks for it.
+    def enforce(self) -> None:
+        """End the run if what `check` has found asks for it; so does every further call, till the next run begins.
 
         Raises:
             NonFiniteError: a number was not finite and the policy is "raise", or too many steps in a row were
                 left out.
         """
-        first = next((held for held in found if held.reason == "non_finite"), None)
-        if self.policy == "raise" and first is not None:
+        fatal = self._fatal
+        if fatal is None:
+            return
+        if self.policy == "raise" and fatal.reason == "non_finite":
             raise NonFiniteError(
-                f"The loss or the gradient norm of step {first.step} is not a finite number (loss {first.loss:g}, norm "
-                f"{first.grad_norm:g}). No update was applied from that step on. Lower the learning rate, look at the "
+                f"The loss or the gradient norm of step {fatal.step} is not a finite number (loss {fatal.loss:g}, norm "
+                f"{fatal.grad_norm:g}). No update was applied from that step on. Lower the learning rate, look at the "
                 f"data, or set non_finite='skip'."
             )
-        if self._in_a_row > self.limit:
-            raise NonFiniteError(
-                f"{self._in_a_row} steps in a row, the last being step {found[-1].step}, had a loss or gradient norm "
-                f"that is not finite or a loss spike; non_finite_limit={self.limit} are allowed. Lower the learning "
-                f"rate, or look at the data."
-            )
+        raise NonFiniteError(
+            f"{self.limit + 1} steps in a row, the last being step {fatal.step}, had a loss or gradient norm that is "
+            f"not finite or a loss spike; non_finite_limit={self.limit} are allowed. Lower the learning rate, or look "
+            f"at the data."
+        )
 
     def reset(self) -> None:
         """Forget everything: a run begins."""
         self._blocked.zero_()
         self._history.zero_()
-        self._recorded, self._sent, self._in_a_row = [], [], 0
+        self._recorded, self._sent, self._in_a_row, self._fatal = [], [], 0, None
 
     def state(self) -> dict[str, Tensor]:
         """What the spike rule remembers, for a checkpoint; call `send` and `check` first."""

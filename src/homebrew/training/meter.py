@@ -38,8 +38,7 @@ class StepMeter:
 
     def start(self, step: int) -> None:
         """Begin at `step`, which is not counted."""
-        self._began = time.perf_counter()
-        self._reported = self._marked = _Stamp(self._device)
+        self._began = self._reported = self._marked = _Stamp(self._device)
         self._step = step
         self._paused_seconds = 0.0
 
@@ -60,7 +59,7 @@ class StepMeter:
         """The figures at `step`, its throughput being that since the step measured before.
 
         Args:
-            step: steps taken when it was marked; the device has come so far.
+            step: steps taken when it was marked.
             loss: of the last of them, in nats.
             grad_norm: before clipping.
             learning_rate: of the first parameter group.
@@ -78,7 +77,7 @@ class StepMeter:
             mfu=mfu,
             memory_bytes=memory_bytes(self._device),
             num_tokens=step * self._tokens_per_step,
-            elapsed_seconds=time.perf_counter() - self._began,
+            elapsed_seconds=self._marked.since(self._began),
         )
 
 
@@ -93,7 +92,8 @@ class _Stamp:
             self._event.record(torch.cuda.current_stream(device))
 
     def since(self, earlier: "_Stamp") -> float:
-        """Seconds; both times must have come."""
+        """Seconds, once this time has come."""
         if self._event is None or earlier._event is None:
             return self._seconds - earlier._seconds
+        self._event.synchronize()
         return float(earlier._event.elapsed_time(self._event)) / 1000

@@ -197,7 +197,7 @@ class Trainer:
                 self.save()
                 self._saver.wait()
         finally:
-            self._running = False
+            self._running, self._unreported = False, None
             self._set_rates(1.0)  # an optimizer of your own is given back as it was
             self._tell("on_train_end")
 
@@ -211,7 +211,6 @@ class Trainer:
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
         self._wrapped.train()
         self.should_stop = self._stopping = False
-        self._unreported = None
         self._meter.start(self.step)
 
     def _set_rates(self, factor: float) -> None:
@@ -220,21 +219,20 @@ class Trainer:
             group["lr"] = peak * factor
 
     def _after_step(self) -> None:
-        """Report, evaluate and save what is due; only here does the host read from the device."""
+        """Report, evaluate and save what is due."""
         config = self.config
         last = self.step >= config.max_steps
         self._report()  # of the step before; the device has this one to do
         if last or self.step % config.log_every == 0 or self.step == 1:
-            self._meter.mark()
             self._guard.send()
+            self._meter.mark()
             self._unreported = self.step, float(self._optimizer.param_groups[0]["lr"])
         self._tell("on_step_end")
         saves = last or is_due(self.step, config.save_every)
         if self.eval_dataset is not None and (last or is_due(self.step, config.eval_every)):
-            self._catch_up()  # waits for the steps, whose time would be taken for the evaluation's
+            self._catch_up()
             try:
-                with self._meter.paused():
-                    metrics = self.evaluate()
+                metrics = self.evaluate()
                 self._saver.evaluated = self.step, metrics.loss
                 self._tell("on_evaluate", metrics)
             except Exception:
@@ -248,7 +246,7 @@ class Trainer:
         """Tell of the step whose numbers were sent for, and of those held back so far; stop if they are too many."""
         if held_back := self._guard.check():
             self._tell("on_held_back", held_back)
-        self._guard.enforce(held_back)
+        self._guard.enforce()
         if self._unreported is not None:
             (step, rate), self._unreported = self._unreported, None
             loss, grad_norm = self._guard.latest
@@ -290,15 +288,18 @@ class Trainer:
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ConfigError("There is nothing to evaluate on: give Trainer an eval_dataset, or evaluate() a dataset.")
-        loss, num_tokens = mean_loss(
-            self.accelerator,
-            self._wrapped,
-            dataset,
-            micro_batch_size=self.batch.micro_batch_size,
-            vocab_size=self.model.config.vocab_size,
-            max_batches=self.config.eval_batches,
-            eagerly=self._evaluates_eagerly,
-        )
+        if self._running:
+            self._catch_up()  # waits for the steps, whose time would be taken for the evaluation's
+        with self._meter.paused():
+            loss, num_tokens = mean_loss(
+                self.accelerator,
+                self._wrapped,
+                dataset,
+                micro_batch_size=self.batch.micro_batch_size,
+                vocab_size=self.model.config.vocab_size,
+                max_batches=self.config.eval_batches,
+                eagerly=self._evaluates_eagerly,
+            )
         bytes_per_token = getattr(dataset, "bytes_per_token", None)
         return EvalMetrics.of(step=self.step, loss=loss, num_tokens=num_tokens, bytes_per_token=bytes_per_token)
 
@@ -313,8 +314,8 @@ class Trainer:
             NonFiniteError: a bad step is not to be saved.
         """
         path = self._saver.path(self.step)
+        self._catch_up()  # first: a callback it tells may save
         if not self._saver.is_saved(self.step):
-            self._catch_up()
             with self._meter.paused():
                 self._saver.save(self.step)
             self._tell("on_save", path)
