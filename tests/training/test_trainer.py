@@ -649,7 +649,7 @@ def test_under_a_loss_scaler_no_step_is_called_a_spike(tmp_path):
 
 
 def test_a_loss_spike_is_left_out_on_request(tmp_path):
-    # Not compiled: of a hook's coming and going PyTorch's compiler takes no notice.
+    # Not compiled: on a GPU, after other models of this shape in the process, the hook went unheard (PyTorch 2.11).
     trainer = make(tmp_path, loss_spike_zscore=6.0, max_steps=60, learning_rate=1e-4, compile=False)
     trainer.model.transformer.ln_f.register_forward_hook(lambda *args: args[-1] * 50 if trainer.step == 55 else None)
     trainer.train()

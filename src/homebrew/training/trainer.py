@@ -230,7 +230,7 @@ class Trainer:
         self._tell("on_step_end")
         saves = last or is_due(self.step, config.save_every)
         if self.eval_dataset is not None and (last or is_due(self.step, config.eval_every)):
-            self._catch_up()
+            self._catch_up()  # here already: after a bad number nothing is to be saved
             try:
                 metrics = self.evaluate()
                 self._saver.evaluated = self.step, metrics.loss
