@@ -11,9 +11,13 @@ from homebrew.errors import ConfigError
 from homebrew.training.launch import adopt_accelerator, build_accelerator
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="is about CPUs")
+@pytest.mark.parametrize("beside_a_gpu", [False, True])
 @pytest.mark.parametrize(("has_instructions", "expected"), [(True, "bf16"), (False, "no")])
-def test_a_cpu_that_multiplies_bf16_does(tmp_path, monkeypatch, has_instructions, expected):
+def test_a_cpu_that_multiplies_bf16_does(tmp_path, monkeypatch, has_instructions, expected, beside_a_gpu):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for kind in (torch.accelerator, torch.cuda):
+        monkeypatch.setattr(kind, "is_available", lambda: beside_a_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: not has_instructions)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
     assert build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1)).mixed_precision == expected
 

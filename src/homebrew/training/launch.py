@@ -16,6 +16,7 @@ from accelerate.utils import (
     LoggerType,
     ParallelismConfig,
     ProjectConfiguration,
+    parse_flag_from_env,
 )
 
 from homebrew.errors import ConfigError, LaunchError
@@ -36,7 +37,7 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     if config.log_with is not None:
         _check_tracker(config.log_with)
     precision = _mixed_precision(config.mixed_precision)
-    if not torch.accelerator.is_available():
+    if _on_cpu():
         _check_precision(precision, "cpu")  # before Accelerate keeps it for the process
     try:
         accelerator = Accelerator(
@@ -122,9 +123,14 @@ def _mixed_precision(wanted: str) -> str | None:
 
 def multiplies_bf16() -> bool:
     """Whether the device has instructions for products of bfloat16, and does not emulate them."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return not torch.backends.mps.is_available() and bool(torch.cpu._is_avx512_bf16_supported())
+    if _on_cpu():
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _on_cpu() -> bool:
+    """Whether a run is there: it has nothing else, or Accelerate was told to leave that alone."""
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def _check_precision(precision: str | None, device: str) -> None:
