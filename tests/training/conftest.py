@@ -1,4 +1,9 @@
-"""Checkpoints of a few bytes, and CUDA graphs without a GPU."""
+"""Checkpoints of a few bytes, processes that start at once, and CUDA graphs without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,6 +51,39 @@ def store(tmp_path):
     store = CheckpointStore(tmp_path)
     store.prepare()
     return store
+
+
+ON_CPUS = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+class Forks:
+    """Starts worlds of processes, by forking one that has imported everything."""
+
+    def __init__(self, worker, log):
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, str(worker)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | ON_CPUS,
+        )
+
+    def run(self, job, processes=1, **environment):
+        """Have a world do a job; how its processes ended."""
+        self.log.unlink(missing_ok=True)
+        order = {"job": job, "processes": processes, "environment": environment, "log": str(self.log)}
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def forks(request, tmp_path_factory):
+    """For jobs of the module's WORKER."""
+    forks = Forks(request.module.WORKER, tmp_path_factory.mktemp("forks") / "log")
+    with forks.process:
+        yield forks
+    assert forks.process.returncode == 0
 
 
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])

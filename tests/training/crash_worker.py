@@ -1,23 +1,20 @@
-"""Runs in children of a process that has imported everything, so that each starts at once; not a test.
+"""Runs that are struck; not a test.
 
-Each line of the input is a job: a run's settings, how many processes it has, and when what strikes it. The answer
-tells how each process ended and what was left.
+A job is a run's settings, and when what strikes which of its processes. The first process tells what was left.
 """
 
-import contextlib
 import gc
 import itertools
 import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import torch
+from forking import serve
 
 from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.training.callbacks import Callback
@@ -140,13 +137,15 @@ def left(before):
 
 
 def run(job):
-    strike, resources = Strike(**job.get("strike", {})), Resources(job.get("measure_every"))
+    rank = int(os.environ.get("RANK", "0"))
+    strike = Strike(**job["strike"] or {}) if rank == job["struck"] else Strike()
+    resources = Resources(job["measure_every"])
     handlers = [signal.getsignal(number) for number in HANDLED]
     answer = {"raised": None, "before": held()}
     try:
         trainer = Trainer(
             GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
-            Samples(lambda: strike.moment("data"), job.get("slow", 0.0), job.get("noisy", False)),
+            Samples(lambda: strike.moment("data"), **job["data"]),
             Samples(lambda: strike.moment("evaluation")),
             config=TrainerConfig(**SETTINGS | job["config"]),
             callbacks=[strike, resources],
@@ -154,63 +153,14 @@ def run(job):
         trainer.train(resume=True)
     except BaseException as error:
         answer["raised"] = type(error).__name__
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
         raise
     finally:
         answer["handlers"] = [signal.getsignal(number) for number in HANDLED] == handlers
         answer["seconds"] = strike.sent and time.monotonic() - strike.sent
         answer["after"], answer["seen"] = left(answer["before"]), resources.seen
-        if job["rank"] == 0:
+        if rank == 0:
             Path(job["answer"]).write_text(json.dumps(answer))
 
 
-def child(job):
-    """Be one process of a job."""
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    if job["processes"] > 1:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-        values = (job["rank"], job["rank"], job["processes"], job["processes"], job["port"])
-        os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
-    code = 1
-    try:
-        run(job)
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
-def start(job, rank):
-    """Fork one process of a job; a strike is for one of them."""
-    job = job | {"rank": rank}
-    if rank != job.get("struck", 0):
-        job.pop("strike", None)
-    pid = os.fork()
-    if pid == 0:
-        child(job)
-    return pid
-
-
-def serve():
-    for line in sys.stdin:
-        job = {"processes": 1} | json.loads(line)
-        left, codes = [start(job, rank) for rank in range(job["processes"])], []
-        while left:
-            pid, status = os.wait()
-            left.remove(pid)
-            codes.append(os.waitstatus_to_exitcode(status))
-            if codes[-1] == -signal.SIGKILL:  # as a launcher does
-                for other in left:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(other, signal.SIGKILL)
-        print(json.dumps(codes), flush=True)
-
-
 if __name__ == "__main__":
-    serve()
+    serve(run)

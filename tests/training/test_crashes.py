@@ -1,11 +1,7 @@
 """Whole runs that are killed, stopped and left alone for long, in processes of their own."""
 
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,46 +11,30 @@ from homebrew.training.checkpoint import CheckpointStore
 STEPS, EVERY, KILLS = 40, 4, 5
 
 
-class Server:
-    """Starts processes of runs, by forking one that has imported everything."""
+WORKER = Path(__file__).with_name("crash_worker.py")
 
-    def __init__(self, log):
-        self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("crash_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+
+class Server:
+    """Has runs made, and struck."""
+
+    def __init__(self, forks):
+        self.forks, self.log = forks, forks.log
 
     def run(self, folder, processes=1, strike=None, struck=0, measure_every=None, data=None, **config):
         """One go of a run, on from where it is: exit codes, and what the first process tells."""
         answer = folder / "answer.json"
-        for old in (answer, self.log):
-            old.unlink(missing_ok=True)
+        answer.unlink(missing_ok=True)
         settings = {"output_dir": str(folder), "max_steps": STEPS, "save_every": EVERY, "eval_every": 10}
-        job = {"config": settings | config, "processes": processes, "struck": struck, "measure_every": measure_every}
-        job |= data or {}
-        job |= {"answer": str(answer), "log": str(self.log), "port": free_port()}
+        job = {"config": settings | config, "data": data or {}, "answer": str(answer)}
+        job |= {"strike": strike, "struck": struck, "measure_every": measure_every}
         folder.mkdir(exist_ok=True)
-        print(json.dumps(job | ({"strike": strike} if strike else {})), file=self.process.stdin, flush=True)
-        codes = json.loads(self.process.stdout.readline())
+        codes = self.forks.run(job, processes)
         return codes, json.loads(answer.read_text()) if answer.exists() else None
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server") / "log")
-    with server.process:
-        yield server
-    assert server.process.returncode == 0
+def server(forks):
+    return Server(forks)
 
 
 def left_by(folder):
@@ -199,11 +179,11 @@ def test_a_stop_of_one_of_two_processes_stops_both(server, tmp_path, struck):
 
 @pytest.mark.slow
 def test_a_long_run_grows_by_nothing(server, tmp_path):
-    config = {"max_steps": 8000, "save_every": 100, "eval_every": 1000, "log_every": 100}
-    codes, answer = server.run(tmp_path, measure_every=1000, **config)
+    config = {"max_steps": 4000, "save_every": 50, "eval_every": 500, "log_every": 50}
+    codes, answer = server.run(tmp_path, measure_every=500, **config)
     assert codes == [0], server.log.read_text()
     first, *rest = answer["seen"]
-    assert [seen["step"] for seen in rest] == list(range(2000, 8001, 1000))
+    assert [seen["step"] for seen in rest] == list(range(1000, 4001, 500))
     assert max(seen["rss"] for seen in rest) - first["rss"] <= 4 * 2**20, answer["seen"]
     assert len({seen["descriptors"] for seen in answer["seen"]}) == 1, answer["seen"]
     assert answer["after"]["threads"] <= answer["before"]["threads"], answer

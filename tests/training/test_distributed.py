@@ -30,21 +30,26 @@ LAYOUTS = {  # processes, machines, whether sharded, copies of the shards
 }
 
 
-def start(folder, layout, **tasks):
-    """Launch the worker on these tasks, each in a folder of its name; its launchers, one a machine."""
-    processes, machines, sharded, replicas = LAYOUTS[layout]
+def make_job(folder, layout, tasks):
+    """The worker's, each task in a folder of its name; what the launcher would set for the layout."""
+    _, _, sharded, replicas = LAYOUTS[layout]
     folder.mkdir(exist_ok=True)
     tasks = {name: {"output_dir": str(folder / name)} | task for name, task in tasks.items()}
     job = {"sharded": sharded, "replicas": replicas, "tasks": tasks, "result": str(folder / "result.json")}
+    return job, {"FSDP_RESHARD_AFTER_FORWARD": str(layout != "gathered").lower()}
+
+
+def start(folder, layout, **tasks):
+    """Launch the worker on these tasks; its launchers, one a machine."""
+    processes, machines, *_ = LAYOUTS[layout]
+    job, environment = make_job(folder, layout, tasks)
     options = ["--num_processes", str(processes), "--num_machines", str(machines), "--main_process_ip", "127.0.0.1"]
     options += ["--multi_gpu"] if processes > 1 else ["--cpu"]
     options += ["--main_process_port", str(free_port()), "--same_network"]
-    environment = os.environ | ON_CPUS
-    environment["FSDP_RESHARD_AFTER_FORWARD"] = str(layout != "gathered").lower()
     return [
         subprocess.Popen(
             [*LAUNCH, *options, "--machine_rank", str(rank), str(WORKER), json.dumps(job)],
-            env=environment,
+            env=os.environ | ON_CPUS | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -53,8 +58,22 @@ def start(folder, layout, **tasks):
     ]
 
 
-def launch(folder, layout, **tasks):
-    """Run the worker on these tasks; what it found of each."""
+@pytest.fixture(scope="module")
+def launch(forks):
+    """Run the worker on these tasks, in processes that need no launcher to start; what it found of each."""
+
+    def launch(folder, layout, **tasks):
+        job, environment = make_job(folder, layout, tasks)
+        processes, *_ = LAYOUTS[layout]
+        codes = forks.run(job, processes, ACCELERATE_MIXED_PRECISION="no", **environment)
+        assert codes == [0] * processes, forks.log.read_text()
+        return json.loads((folder / "result.json").read_text())
+
+    return launch
+
+
+def really_launch(folder, layout, **tasks):
+    """The same as a user would."""
     launchers = start(folder, layout, **tasks)
     outputs = [launcher.communicate(timeout=200) for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), outputs
@@ -73,7 +92,7 @@ DROPOUT = {"dropout": 0.1, "max_steps": 12}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(launch, tmp_path_factory):
     """Each layout's first launch, made when it is first asked for: (its folder, what it found of each task)."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
 
@@ -93,7 +112,8 @@ def runs(tmp_path_factory):
                 tasks["together"] = tasks["plain"] | TOGETHER
             if layout in ("one", "fsdp2"):
                 tasks["adapter"] = tasks["plain"] | TOGETHER | {"lora": True}
-            made[layout] = folder / layout, launch(folder / layout, layout, **tasks)
+            by = really_launch if layout in ("ddp2", "nodes") else launch
+            made[layout] = folder / layout, by(folder / layout, layout, **tasks)
         return made[layout]
 
     return get
@@ -186,7 +206,7 @@ def test_the_largest_micro_batch_is_the_one_that_fits_everywhere(runs, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "units"), [("ddp2", 1), ("fsdp2", 3)])
-def test_gradients_are_summed_once_a_compiled_step(tmp_path, layout, units):
+def test_gradients_are_summed_once_a_compiled_step(launch, tmp_path, layout, units):
     task = {"max_steps": 3, "profile": True, "micro_batch_size": 1, "compile": True}
     assert gradient_sums(launch(tmp_path, layout, run=task)["run"], layout) == units
 
@@ -216,7 +236,7 @@ def test_all_processes_write_together_what_one_would(runs, layout):
         assert_same_files(saved, checkpoint_of(folder / "plain", step))
 
 
-def test_what_an_optimizer_does_not_shard_is_saved_once_and_goes_on_bitwise(tmp_path):
+def test_what_an_optimizer_does_not_shard_is_saved_once_and_goes_on_bitwise(launch, tmp_path):
     task = {"row_rms": True, "max_steps": 8, "save_every": 4} | TOGETHER
     resumed = task | {"resume": str(checkpoint_of(tmp_path / "whole", 4))}
     found = launch(tmp_path, "fsdp2", whole=task, resumed=resumed)
@@ -234,7 +254,7 @@ KILLED = {  # layout, what is asked of it, when a process kills itself
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", KILLED)
-def test_killed_and_resumed_is_bitwise_the_unbroken_run(runs, tmp_path, how):
+def test_killed_and_resumed_is_bitwise_the_unbroken_run(launch, runs, tmp_path, how):
     layout, killed = KILLED[how]
     folder, found = runs(layout)
     task = DROPOUT | {"save_every": 2, "output_dir": str(tmp_path / "run"), "timeout": 60} | killed
@@ -269,7 +289,7 @@ SOURCES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "ddp2", "fsdp2", "hybrid"])
-def test_every_layout_goes_on_from_every_others_checkpoint(runs, tmp_path, layout):
+def test_every_layout_goes_on_from_every_others_checkpoint(launch, runs, tmp_path, layout):
     (alone, expected), (folder, found) = runs("one"), runs(layout)
     tasks = {}
     for source in SOURCES:
@@ -291,7 +311,7 @@ POISONS = [{"where": w, "value": v} for w in ("loss", "micro-batch", "gradient")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
-def test_a_bad_number_of_one_process_changes_no_bit_on_any(tmp_path, layout):
+def test_a_bad_number_of_one_process_changes_no_bit_on_any(launch, tmp_path, layout):
     tasks = {f"{poison['where']} {poison['value']}": {"poison": poison, "max_steps": 4} for poison in POISONS}
     for name, found in launch(tmp_path, layout, **tasks).items():
         assert found["processes"] == 2

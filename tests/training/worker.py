@@ -1,4 +1,4 @@
-"""Runs in a process of its own, told what to do by JSON; not a test.
+"""Runs in the processes of a world, told what to do by JSON; not a test.
 
 The job names a layout, time-outs and tasks; each task is a run of a Trainer. What the first process found of each
 goes into the job's result file, what every process read into the task's folder.
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from forking import serve
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
@@ -268,8 +269,7 @@ def shard(replicas, processes, timeout):
         }
 
 
-def main():
-    job = json.loads(sys.argv[1])
+def work(job):
     rank = int(os.environ.get("RANK", "0"))
     if job["sharded"]:
         shard(job["replicas"], int(os.environ["WORLD_SIZE"]), next(iter(job["tasks"].values())).get("timeout", 120))
@@ -279,4 +279,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        work(json.loads(sys.argv[1]))
+    else:
+        serve(work)
