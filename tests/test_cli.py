@@ -281,6 +281,7 @@ def test_an_adapter_is_trained_on_a_base_and_merged_on_export(run, within, text,
 )
 def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it tries for 20 seconds
     tokens = run.parent / "char.tokens"
     prepare([text], tokens, tokenizer="char")
     newest = max((run / "checkpoints").iterdir())
