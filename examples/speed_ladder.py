@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from homebrew import GPTConfig
 from homebrew.model.loss import head_loss
 from homebrew.model.mlp import mlp
+from homebrew.training.launch import multiplies_bf16
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -38,6 +39,7 @@ LADDER = [
     ("cuDNN attention", "The vendor's attention kernels suit its newest cards best."),
 ]
 NEEDS_A_GPU = {"TF32", "fused MLP", "cuDNN attention", "micro-batch 64"}
+NEEDS_BFLOAT16 = {"bfloat16", "bfloat16 residual"}
 Switches = frozenset[str]
 Rung = tuple[str, float, float, str]  # name, tokens/s, seconds a step, why
 
@@ -131,8 +133,9 @@ def main(options: Options) -> None:
     config = GPTConfig.preset(options.model, block_size=options.block_size)
     rungs: list[Rung] = []
     on = Switches()
+    absent = (set() if ON_GPU else NEEDS_A_GPU) | (set() if multiplies_bf16() else NEEDS_BFLOAT16)
     for name, why in LADDER:
-        if ON_GPU or name not in NEEDS_A_GPU:
+        if name not in absent:
             on |= {name}
             batch = 64 if "micro-batch 64" in on else 8
             try:

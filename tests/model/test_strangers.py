@@ -20,7 +20,7 @@ from homebrew.model.lora import LoRAConfig, add_lora, lora_layers
 
 SHAPE = GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8)
 MANY = settings(
-    max_examples=3000, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck)
+    max_examples=1000, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck)
 )
 
 

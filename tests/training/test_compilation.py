@@ -26,8 +26,8 @@ class Losses(Callback):
 
 data = TokenDataset.from_tokens(torch.arange(400) % 61, 8, vocab_size=64)
 shape = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8, dropout=0.1)
-config = TrainerConfig(output_dir=sys.argv[1], max_steps=3, micro_batch_size=2, compile=True, log_every=1, eval_every=2)
-Trainer(shape, data, data, config=config, callbacks=[Losses()]).train()
+config = TrainerConfig(output_dir=sys.argv[1], max_steps=3, micro_batch_size=2, compile=True, log_every=1)
+Trainer(shape, data, config=config, callbacks=[Losses()]).train()
 """
 
 

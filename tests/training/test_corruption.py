@@ -23,7 +23,7 @@ from homebrew.training.manifest import (
 from homebrew.training.rng import restore_rng, rng_state
 
 MANY = settings(
-    max_examples=3000, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck)
+    max_examples=1000, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck)
 )
 
 
