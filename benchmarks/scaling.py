@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,10 @@ class Options:
     steps: int = 20
     """Timed steps."""
     rounds: int = 1
-    """Launches of each, in turns, every other round backwards."""
+    """Launches of each, in turns, every other round backwards; 0 for the check alone."""
     check: bool = False
-    """Also compare the losses of 1 and 2 processes over 50 steps, and of resumed runs with unbroken ones."""
+    """Also compare the losses of 1 and 2 processes over 50 steps, and of resumed runs with unbroken ones, all by
+    deterministic kernels."""
     cpu: bool = False
     """A baby model over gloo instead, DDP only: the figures mean nothing."""
     json: Path | None = None
@@ -65,7 +67,7 @@ def main(options: Options) -> None:
     device = "CPU" if options.cpu else torch.cuda.get_device_name(0)
     print(f"{device}, PyTorch {torch.__version__}, {options.tokens:,} tokens a step, NCCL_NVLS_ENABLE=0\n")
     found: list[dict[str, Any]] = []
-    for model in options.models:
+    for model in options.models if options.rounds else ():
         runs: list[dict[str, Any]] = []
         wanted = layouts(options.strategies, counts)
         for turn in range(options.rounds):
@@ -77,8 +79,10 @@ def main(options: Options) -> None:
         found += runs
     facts: dict[str, Any] = {"device": device, "torch": torch.__version__, "rows": found}
     if options.check and 2 in counts:
-        facts["check"] = check(options)
-        print("\n".join(f"{name}: {value}" for name, value in facts["check"].items()))
+        facts["check"] = {}
+        for name, value in check(options):
+            facts["check"][name] = value
+            print(f"{name}: {value}", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -128,6 +132,7 @@ def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]
         # NVLink multicast needs rights that containers often lack, and then NCCL fails at the first collective.
         environment = os.environ | {"NCCL_NVLS_ENABLE": "0", "ACCELERATE_MIXED_PRECISION": precision}
         environment |= {"ACCELERATE_USE_CPU": "true"} if options.cpu else {}
+        environment |= {} if task["mode"] == "measure" else {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # deterministic
         done = subprocess.run(
             [*command, str(WORKER), json.dumps(task)], env=environment, capture_output=True, text=True, check=False
         )
@@ -137,24 +142,23 @@ def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]
         return found
 
 
-def check(options: Options) -> dict[str, Any]:
+def check(options: Options) -> Iterator[tuple[str, Any]]:
     """The losses of one and of two processes, and of runs that were resumed on two, by every way to save."""
     model, steps = options.models[0], 4 if options.cpu else 50
     task = {"mode": "losses", "model": model, "steps": steps, "settings": {}}
     one = launch(options, "none", 1, task)
-    found: dict[str, Any] = {"steps": steps, "last loss, 1 process": one["losses"][-1]}
+    yield f"last of {steps} losses, 1 process", one["losses"][-1]
     for strategy in options.strategies:
         two = launch(options, strategy, 2, task)
         name = f"{strategy} over 2"
-        found[f"{name}, last loss"] = two["losses"][-1]
+        yield f"{name}, last loss", two["losses"][-1]
         differences = [abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)]
-        found[f"{name}, largest difference from 1 process"] = max(differences)
+        yield f"{name}, largest difference from 1 process", max(differences)
         saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all processes": {"gather_limit_bytes": 0}}
         for how, settings in saves.items():
             resumed = launch(options, strategy, 2, task | {"mode": "resume", "settings": settings})
-            for facts in ("losses", "weights"):
-                found[f"{name}, resumed in the middle{how}, {facts} bitwise equal"] = resumed[facts] == two[facts]
-    return found
+            for part in ("losses", "weights"):
+                yield f"{name}, resumed in the middle{how}, {part} bitwise equal", resumed[part] == two[part]
 
 
 if __name__ == "__main__":
