@@ -135,7 +135,9 @@ def main(options: Options) -> None:
     on = Switches()
     absent = (set() if ON_GPU else NEEDS_A_GPU) | (set() if multiplies_bf16() else NEEDS_BFLOAT16)
     for name, why in LADDER:
-        if name not in absent:
+        if name in absent:
+            print(f"{name}: not on this machine", flush=True)
+        else:
             on |= {name}
             batch = 64 if "micro-batch 64" in on else 8
             try:

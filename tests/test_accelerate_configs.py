@@ -93,6 +93,7 @@ def test_it_parses(config_file):
     assert defaults.num_processes % defaults.num_machines == 0
 
 
+@pytest.mark.parametrize("config_file", [*OURS, "answers/many_gpus"], indirect=True)  # the others are as ours
 def test_it_launches(config_file, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

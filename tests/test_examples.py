@@ -9,6 +9,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from homebrew import GPT, GPTConfig
 from homebrew.model.adapters import load_adapter
+from homebrew.training.launch import multiplies_bf16
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -66,6 +67,7 @@ def test_speed_ladder(tmp_path):
     rungs = [line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│")]
     assert rungs[0] == "float32"
     assert rungs[-1] == "fused head and loss"
+    assert ("bfloat16" in rungs) == multiplies_bf16()
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
 
 

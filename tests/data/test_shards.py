@@ -291,7 +291,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 6), st.binary(max
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck))
 @given(prefix=st.sampled_from([None, None, None, b"", b"HBTOKENS\x01\0\0\0"]), body=st.binary(max_size=64), edits=EDITS)
 @example(prefix=None, body=b"", edits=[])
 def test_a_damaged_file_gives_the_right_tokens_or_an_error(sound, bounded_memory, prefix, body, edits):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -67,14 +68,19 @@ class Forks:
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | ON_CPUS,
+            start_new_session=True,
         )
 
     def run(self, job, processes=1, **environment):
         """Have a world do a job; how its processes ended."""
         self.log.unlink(missing_ok=True)
         order = {"job": job, "processes": processes, "environment": environment, "log": str(self.log)}
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        try:
+            print(json.dumps(order), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except BaseException:  # a test's time is over: nobody may take this answer for the next one's
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Real processes under gloo, launched as a user would."""
+"""Real processes under gloo, some launched as a user would, the others forked."""
 
 import contextlib
 import json
@@ -112,7 +112,7 @@ def runs(launch, tmp_path_factory):
                 tasks["together"] = tasks["plain"] | TOGETHER
             if layout in ("one", "fsdp2"):
                 tasks["adapter"] = tasks["plain"] | TOGETHER | {"lora": True}
-            by = really_launch if layout in ("ddp2", "nodes") else launch
+            by = really_launch if layout in ("ddp2", "nodes", "fsdp2") else launch
             made[layout] = folder / layout, by(folder / layout, layout, **tasks)
         return made[layout]
 

@@ -14,7 +14,8 @@ from homebrew.training.launch import adopt_accelerator, build_accelerator
 @pytest.mark.parametrize("beside_a_gpu", [False, True])
 @pytest.mark.parametrize(("has_instructions", "expected"), [(True, "bf16"), (False, "no")])
 def test_a_cpu_that_multiplies_bf16_does(tmp_path, monkeypatch, has_instructions, expected, beside_a_gpu):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    if beside_a_gpu:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     for kind in (torch.accelerator, torch.cuda):
         monkeypatch.setattr(kind, "is_available", lambda: beside_a_gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: not has_instructions)

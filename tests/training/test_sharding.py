@@ -74,8 +74,10 @@ def test_sizes_that_are_not_the_world(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("beside_a_gpu", [False, True])
 def test_half_precision_that_a_cpu_does_not_have(tmp_path, monkeypatch, beside_a_gpu):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: beside_a_gpu)
+    if beside_a_gpu:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for kind in (torch.accelerator, torch.cuda):
+        monkeypatch.setattr(kind, "is_available", lambda: beside_a_gpu)
     with pytest.raises(LaunchError, match="'fp16' cannot be used on cpu"):
         build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="fp16"))
     build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no"))  # Accelerate kept nothing

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from forking import serve
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -200,7 +199,7 @@ def build(task, rank):
         block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
     )
     model = GPT(shape)
-    if task.get("compile"):  # by what sets up the same passes, and leaves out the minutes of a C++ compiler
+    if task.get("compile"):  # traced and split as for Inductor, without the minutes of its C++ compiler
         nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     if task.get("lora"):
         add_lora(model, LoRAConfig(rank=3))
@@ -286,4 +285,6 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         work(json.loads(sys.argv[1]))
     else:
+        from forking import serve  # which imports what a launched process imports in its run
+
         serve(work)
