@@ -132,7 +132,6 @@ def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]
         # NVLink multicast needs rights that containers often lack, and then NCCL fails at the first collective.
         environment = os.environ | {"NCCL_NVLS_ENABLE": "0", "ACCELERATE_MIXED_PRECISION": precision}
         environment |= {"ACCELERATE_USE_CPU": "true"} if options.cpu else {}
-        environment |= {} if task["mode"] == "measure" else {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # deterministic
         done = subprocess.run(
             [*command, str(WORKER), json.dumps(task)], env=environment, capture_output=True, text=True, check=False
         )

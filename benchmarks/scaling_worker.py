@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -122,6 +123,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 def losses(task: dict[str, Any], *, resume: bool) -> dict[str, Any]:
     """A run's losses and the hash of its weights; in one go, or in two Trainers with a checkpoint between them."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without which the next line makes its products errors
     torch.use_deterministic_algorithms(mode=True)  # a GPU's fastest kernels differ from run to run
     middle = task["steps"] // 2
     settings = {"max_steps": task["steps"], "log_every": 1, "save_every": middle, **task["settings"]}

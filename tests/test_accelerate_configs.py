@@ -1,7 +1,6 @@
 """Launch files: ours, and those `accelerate config` would write, run as they can be run without a GPU."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from worlds import free_port
 
 FOLDER = Path(__file__).parents[1] / "accelerate_configs"
 OURS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -74,12 +74,6 @@ def config_file(request, tmp_path):
     path = tmp_path / f"{name}.yaml"
     ClusterConfig(**COMMON | ANSWERS[name]).to_yaml_file(path)
     return path
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_it_parses(config_file):

@@ -1,11 +1,11 @@
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from worlds import free_port
 
 from homebrew import GPT, GPTConfig
 from homebrew.model.adapters import load_adapter
@@ -40,11 +40,8 @@ notebook_launcher(train, args=(folder / "run", folder / "text.txt", 3), num_proc
 @pytest.mark.parametrize("processes", [1, 2])
 def test_from_a_notebook(tmp_path, processes):
     (tmp_path / "text.txt").write_text("ROMEO:\nTo be, or not to be: that is the question.\n" * 200)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
     done = subprocess.run(
-        [sys.executable, "-c", NOTEBOOK, str(tmp_path), str(processes), port],
+        [sys.executable, "-c", NOTEBOOK, str(tmp_path), str(processes), str(free_port())],
         cwd=EXAMPLES,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from worlds import ON_CPUS
 
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.graph import Graph
@@ -52,9 +53,6 @@ def store(tmp_path):
     store = CheckpointStore(tmp_path)
     store.prepare()
     return store
-
-
-ON_CPUS = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 class Forks:

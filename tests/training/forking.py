@@ -8,11 +8,11 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
 
 import torch._dynamo  # noqa: F401 - which the first optimizer of a process imports
+from worlds import free_port
 
 import homebrew.training.saver  # noqa: F401 - and this the first Trainer
 
@@ -21,9 +21,7 @@ def serve(work):
     """Have every order's processes call `work(job)`."""
     for line in sys.stdin:
         order = json.loads(line)
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = free_port()
         left, codes = [start(work, order, port, rank) for rank in range(order["processes"])], []
         while left:
             pid, status = os.wait()

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from worlds import ON_CPUS, free_port
 
 from homebrew.training.checkpoint import CheckpointStore
 from homebrew.training.manifest import open_checkpoint
 
 WORKER = Path(__file__).with_name("worker.py")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
-ON_CPUS = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 LAYOUTS = {  # processes, machines, whether sharded, copies of the shards
     "one": (1, 1, False, 1),
     "ddp2": (2, 1, False, 1),
@@ -78,12 +77,6 @@ def really_launch(folder, layout, **tasks):
     outputs = [launcher.communicate(timeout=200) for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), outputs
     return json.loads((folder / "result.json").read_text())
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 TOGETHER = {"gather_limit_bytes": 0}
