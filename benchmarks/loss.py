@@ -10,7 +10,7 @@ from alternating import DEVICE, GIB, Report, time_call, use_processor_time
 from torch import Tensor
 from torch.nn import functional as F
 
-from homebrew.model.loss import head_loss
+from homebrew.model.ops.chunked_loss import head_loss
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -9,7 +9,7 @@ from alternating import DEVICE, Report, Side, alternate, use_processor_time
 from sides import bare_loop, homebrew_trainer, random_ids
 
 from homebrew import GPT, GPTConfig
-from homebrew.training.launch import build_accelerator
+from homebrew.distributed.accelerator import build_accelerator
 from homebrew.training.trainer import TrainerConfig
 
 CASES = {

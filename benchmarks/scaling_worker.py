@@ -13,8 +13,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
-from homebrew.training.callbacks import Callback
-from homebrew.training.metrics import StepMetrics
+from homebrew.callbacks.base import Callback
+from homebrew.metrics.step_metrics import StepMetrics
 
 PROFILED_STEPS = 3
 ON_GPU = torch.cuda.is_available()

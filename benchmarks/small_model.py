@@ -22,7 +22,7 @@ from alternating import DEVICE, Report, Side, alternate, matmul_peak, number
 from sides import homebrew_trainer, nanogpt_loop, random_ids
 
 from homebrew import GPT, Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig, get_tokenizer, load_corpus
-from homebrew.training.metrics import EvalMetrics
+from homebrew.metrics.step_metrics import EvalMetrics
 
 
 @dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 
 from homebrew import GPT, TokenDataset, Trainer, TrainerConfig, load_corpus
-from homebrew.model.adapters import save_adapter
+from homebrew.hub.peft import save_adapter
 from homebrew.model.lora import LoRAConfig
 
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from homebrew import GPTConfig
-from homebrew.model.loss import head_loss
-from homebrew.model.mlp import mlp
-from homebrew.training.launch import multiplies_bf16
+from homebrew.distributed.accelerator import multiplies_bf16
+from homebrew.model.ops.chunked_loss import head_loss
+from homebrew.model.ops.mlp import mlp
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -8,8 +8,8 @@ from accelerate.commands.launch import launch_command_parser
 from worlds import free_port
 
 from homebrew import GPT, GPTConfig
-from homebrew.model.adapters import load_adapter
-from homebrew.training.launch import multiplies_bf16
+from homebrew.distributed.accelerator import multiplies_bf16
+from homebrew.hub.peft import load_adapter
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -37,14 +37,6 @@ def test_every_dependency_is_pinned():
     assert {name.lower() for name in names} <= pinned
 
 
-def test_the_readmes_map_names_every_module():
-    text = (ROOT / "README.md").read_text()
-    for path in (ROOT / "src" / "homebrew").rglob("*.py"):
-        if path.name != "__init__.py" and path.parent.name != "cli" and path.stem != "__main__":
-            section = text.split(f"  {path.parent.name}/\n")[-1] if path.parent.name != "homebrew" else text
-            assert path.name in section, f"{path.name} is not in the README's map"
-
-
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(((?!https?://|#)[^)#]+)", (ROOT / page).read_text()):

@@ -4,16 +4,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from homebrew.callbacks.base import Callback, EarlyStopping
     from homebrew.data.corpora import load_corpus
     from homebrew.data.dataset import TokenDataset
     from homebrew.data.tokenizer import get_tokenizer
     from homebrew.errors import HomebrewError
-    from homebrew.model.config import GPTConfig
     from homebrew.model.gpt import GPT
-    from homebrew.training.callbacks import Callback, EarlyStopping
-    from homebrew.training.config import TrainerConfig
+    from homebrew.model.gpt_config import GPTConfig
     from homebrew.training.schedule import warmup_cosine
     from homebrew.training.trainer import Trainer
+    from homebrew.training.trainer_config import TrainerConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,13 +33,13 @@ __all__ = [
 # Imported when first asked for: PyTorch takes seconds, and the command line's --help needs none of it.
 _HOMES = {
     "GPT": "model.gpt",
-    "GPTConfig": "model.config",
-    "Callback": "training.callbacks",
-    "EarlyStopping": "training.callbacks",
+    "GPTConfig": "model.gpt_config",
+    "Callback": "callbacks.base",
+    "EarlyStopping": "callbacks.base",
     "HomebrewError": "errors",
     "TokenDataset": "data.dataset",
     "Trainer": "training.trainer",
-    "TrainerConfig": "training.config",
+    "TrainerConfig": "training.trainer_config",
     "get_tokenizer": "data.tokenizer",
     "load_corpus": "data.corpora",
     "warmup_cosine": "training.schedule",

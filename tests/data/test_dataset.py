@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homebrew.data.dataset import TokenDataset
-from homebrew.data.shards import write_tokens
+from homebrew.data.token_file import write_tokens
 from homebrew.data.tokenizer import get_tokenizer
 from homebrew.errors import DataError
 

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, Subset, random_split
 from homebrew.data import loader as loader_module
 from homebrew.data.dataset import TokenDataset
 from homebrew.data.loader import StepLoader, eval_batches, worker_errors
-from homebrew.data.order import sample_indices
-from homebrew.data.shards import write_tokens
+from homebrew.data.sampler import sample_indices
+from homebrew.data.token_file import write_tokens
 from homebrew.errors import DataError
 
 CPU = torch.device("cpu")

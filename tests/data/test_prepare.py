@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from homebrew import TokenDataset, get_tokenizer
 from homebrew.data.prepare import prepare, text_pieces
-from homebrew.data.shards import TokenFile, is_token_file
+from homebrew.data.token_file import TokenFile, is_token_file
 from homebrew.errors import DataError
 
 TEXTS = st.text(st.sampled_from("a's —\n\r\t é,🙂1"), max_size=60) | st.text(max_size=40)

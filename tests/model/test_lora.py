@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.model.adapters import load_adapter, save_adapter
-from homebrew.model.config import GPTConfig
+from homebrew.hub.peft import load_adapter, save_adapter
 from homebrew.model.gpt import GPT
+from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.lora import (
     TARGETS,
     LoRAConfig,

@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
+from homebrew.callbacks.base import Callback
 from homebrew.errors import NonFiniteError
-from homebrew.training.callbacks import Callback
-from homebrew.training.guard import Guard
-from homebrew.training.step import Step
+from homebrew.training.nan_guard import Guard
+from homebrew.training.train_step import Step
 
 BAD_STEP = 3
 OPTIMIZERS = {

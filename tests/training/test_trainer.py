@@ -18,6 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
+from homebrew.callbacks.base import Callback
+from homebrew.checkpoint.manifest import open_checkpoint
+from homebrew.checkpoint.store import CheckpointStore
+from homebrew.distributed.signals import HANDLED
 from homebrew.errors import (
     CheckpointError,
     ConfigError,
@@ -28,10 +32,6 @@ from homebrew.errors import (
     ResumeMismatch,
 )
 from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint
-from homebrew.training.callbacks import Callback
-from homebrew.training.checkpoint import CheckpointStore
-from homebrew.training.manifest import open_checkpoint
-from homebrew.training.signals import HANDLED
 
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16)
 
@@ -219,7 +219,7 @@ def test_a_save_that_fails_while_the_run_ends_otherwise_is_told_of_and_over(tmp_
     broken = True
     trainer = make(tmp_path, max_steps=4, save_every=2, callbacks=[Break()])
     with monkeypatch.context() as patch:
-        patch.setattr("homebrew.training.checkpoint.write_checkpoint", full)
+        patch.setattr("homebrew.checkpoint.store.write_checkpoint", full)
         with (
             pytest.warns(UserWarning, match="A checkpoint could not be written either: no space"),
             pytest.raises(ValueError, match="a callback's own"),
@@ -243,8 +243,8 @@ def test_processes_that_wait_for_a_writer_ask_again_and_again(tmp_path, monkeypa
     trainer = make(tmp_path, max_steps=1)
     trainer.train()
     trainer._saver._writer.start(enough.wait, name="slow")  # a disk that is slower than any collective may be
-    monkeypatch.setattr("homebrew.training.saver._ASK_SECONDS", 0.01)
-    monkeypatch.setattr("homebrew.training.saver.gather_bytes", gather)
+    monkeypatch.setattr("homebrew.checkpoint.manager._ASK_SECONDS", 0.01)
+    monkeypatch.setattr("homebrew.checkpoint.manager.gather_bytes", gather)
     trainer._saver.wait()
     assert asked[:3] == [[True, False]] * 3
     assert asked[-1] == [False, False]
@@ -258,7 +258,7 @@ def test_a_save_outside_a_run_does_not_wait_for_a_process_that_is_lost(tmp_path,
     trainer = make(tmp_path, max_steps=1)
     trainer.train()
     trainer._saver._reports = SimpleNamespace(give_up=lambda: given_up.append(True))
-    monkeypatch.setattr("homebrew.training.saver.gather_bytes", lost)
+    monkeypatch.setattr("homebrew.checkpoint.manager.gather_bytes", lost)
     with pytest.raises(torch.distributed.DistNetworkError):
         trainer.save()
     assert given_up == [True]
@@ -296,7 +296,7 @@ def test_a_guard_that_raised_does_not_hold_back_what_comes_after(tmp_path):
 def test_a_save_that_failed_is_tried_again(tmp_path, monkeypatch):
     trainer = make(tmp_path, max_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr("homebrew.training.checkpoint.sync_folder", no_space)
+        patch.setattr("homebrew.checkpoint.store.sync_folder", no_space)
         with pytest.raises(CheckpointError, match="No space"):
             trainer.train()
     assert (trainer.save() / "manifest.json").exists()
@@ -452,7 +452,7 @@ def test_an_optimizer_is_given_back_with_its_own_rate(tmp_path, rate):
 def test_what_compiling_evaluations_and_saves_take_is_no_training_time(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # a GPU has a clock of its own
     now = [0.0]
-    monkeypatch.setattr("homebrew.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("homebrew.metrics.throughput.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def takes(seconds):
         now[0] += seconds
@@ -513,7 +513,7 @@ def test_times_are_those_of_the_steps(tmp_path, monkeypatch):
     def hook(*_):
         now[0] += 1.0
 
-    monkeypatch.setattr("homebrew.training.meter.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("homebrew.metrics.throughput.time", SimpleNamespace(perf_counter=lambda: now[0]))
     trainer = make(tmp_path, callbacks=[Elapsed()])
     trainer.model.register_forward_hook(hook)
     trainer.train()

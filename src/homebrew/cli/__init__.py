@@ -1,1 +1,1 @@
-"""The command line: one module for each command, and `main` over them."""
+"""Command line: one module for each command, and `main`."""

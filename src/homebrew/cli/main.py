@@ -7,12 +7,12 @@ from typing import Annotated
 
 import tyro
 
-from homebrew.cli.doctor import Doctor
-from homebrew.cli.evaluate import Eval
-from homebrew.cli.export import Export
-from homebrew.cli.prepare import Prepare
-from homebrew.cli.sample import Sample
-from homebrew.cli.train import Train
+from homebrew.cli.doctor_command import Doctor
+from homebrew.cli.eval_command import Eval
+from homebrew.cli.export_command import Export
+from homebrew.cli.prepare_command import Prepare
+from homebrew.cli.sample_command import Sample
+from homebrew.cli.train_command import Train
 from homebrew.errors import HomebrewError
 
 Command = (

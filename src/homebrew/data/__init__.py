@@ -1,1 +1,1 @@
-"""Text to tokens to the batches of a step."""
+"""Data: text, tokenizers, token files, and the micro-batches of a step."""

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from homebrew.data.files import read_text
-from homebrew.data.sources import cache_dir, checked, download, installed_files, read_file
+from homebrew.data.download import cache_dir, checked, download, installed_files, read_file
+from homebrew.data.text_file import read_text
 from homebrew.errors import DataError
 
 _TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from homebrew.data.files import read_text
-from homebrew.data.shards import MAX_VOCAB_SIZE, TokenFile
+from homebrew.data.text_file import read_text
+from homebrew.data.token_file import MAX_VOCAB_SIZE, TokenFile
+from homebrew.data.token_source import FileTokens, MemoryTokens, Tokens
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json, utf8
-from homebrew.data.tokens import FileTokens, MemoryTokens, Tokens
 from homebrew.errors import DataError
 
 Pair = tuple[Tensor, Tensor]

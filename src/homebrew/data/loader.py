@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from homebrew.data.check import IGNORE_INDEX, check_ids, check_sample
 from homebrew.data.dataset import TokenDataset
-from homebrew.data.draws import DrawingDataset
-from homebrew.data.order import sample_indices
+from homebrew.data.sample_rng import DrawingDataset
+from homebrew.data.sampler import sample_indices
+from homebrew.data.validation import IGNORE_INDEX, check_ids, check_sample
 from homebrew.errors import DataError
 
 Batch = tuple[Tensor, Tensor]

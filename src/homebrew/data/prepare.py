@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from homebrew.data.files import unreadable
-from homebrew.data.shards import TokenHeader, check_replaceable, is_token_file, write_tokens
+from homebrew.data.text_file import unreadable
+from homebrew.data.token_file import TokenHeader, check_replaceable, is_token_file, write_tokens
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer
 from homebrew.errors import DataError
 

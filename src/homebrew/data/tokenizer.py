@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-from homebrew.data.sources import checked, download, installed_files, read_file
+from homebrew.data.download import checked, download, installed_files, read_file
 from homebrew.errors import DataError, TokenizerError
 
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"

@@ -1,1 +1,1 @@
-"""GPT-2: its shape, its loss, its weights and what it says."""
+"""GPT-2: configuration, model and LoRA."""

@@ -16,17 +16,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from homebrew.errors import ModelError
-from homebrew.model.attention import causal_attention
-from homebrew.model.cache import KeyValueCache, LayerCache
-from homebrew.model.config import GPTConfig
-from homebrew.model.export import check_written, push_folder, write_pretrained
-from homebrew.model.generate import Overflow, Prompts, append_columns, append_lists, as_lists, generate_steps
+from homebrew.generation.generate import Overflow, Prompts, append_columns, append_lists, as_lists, generate_steps
+from homebrew.generation.kv_cache import KeyValueCache, LayerCache
+from homebrew.generation.sampling import Sampling
+from homebrew.hub.export import check_written, push_folder, write_pretrained
+from homebrew.hub.from_pretrained import open_pretrained
+from homebrew.hub.tokenizer_files import ExportableTokenizer
+from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
-from homebrew.model.loss import compute_dtype, head_loss
-from homebrew.model.mlp import mlp
-from homebrew.model.pretrained import open_pretrained
-from homebrew.model.sampling import Sampling
-from homebrew.model.tokenizer_files import ExportableTokenizer
+from homebrew.model.ops.attention import causal_attention
+from homebrew.model.ops.chunked_loss import compute_dtype, head_loss
+from homebrew.model.ops.mlp import mlp
 
 
 class CausalSelfAttention(nn.Module):

@@ -1,1 +1,1 @@
-"""The step and everything around it."""
+"""Training: the Trainer, one optimizer step, and what they are built from."""

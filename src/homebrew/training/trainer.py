@@ -9,30 +9,30 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
-from homebrew.data.check import check_dataset
+from homebrew.callbacks.base import Callback, ProgressDisplay
+from homebrew.callbacks.run_logger import RunRecord
+from homebrew.checkpoint.compatibility import identity
 from homebrew.data.loader import StepLoader, worker_errors
 from homebrew.data.tokenizer import opening, tokenizer_of
+from homebrew.data.validation import check_dataset
+from homebrew.distributed.accelerator import adopt_accelerator, build_accelerator
+from homebrew.distributed.fsdp import configure_sharding, empty_copy, fill_copy, is_sharded
+from homebrew.distributed.heartbeat import Heartbeat
+from homebrew.distributed.signals import HANDLED, Agreement, SignalWatch, ends, leave
 from homebrew.errors import ConfigError, TrainingError
-from homebrew.model.config import GPTConfig
+from homebrew.evaluation.mean_loss import mean_loss
+from homebrew.metrics.step_metrics import EvalMetrics
+from homebrew.metrics.throughput import StepMeter
 from homebrew.model.gpt import GPT
+from homebrew.model.gpt_config import GPTConfig
 from homebrew.training.allocation import freed_memory_kept
-from homebrew.training.callbacks import Callback, ProgressDisplay
-from homebrew.training.compilation import EAGER_EVALUATION_FLOPS, compile_model, try_compiled
-from homebrew.training.config import TrainerConfig, is_due
-from homebrew.training.evaluation import mean_loss
-from homebrew.training.guard import Guard
-from homebrew.training.heartbeat import Heartbeat
-from homebrew.training.launch import adopt_accelerator, build_accelerator
-from homebrew.training.meter import StepMeter
-from homebrew.training.metrics import EvalMetrics
-from homebrew.training.micro_batch import explained, plan_run
-from homebrew.training.optim import adamw, check_trainable
-from homebrew.training.record import RunRecord
-from homebrew.training.resume import identity
+from homebrew.training.batch_size import explained, plan_run
+from homebrew.training.compile import EAGER_EVALUATION_FLOPS, compile_model, try_compiled
+from homebrew.training.nan_guard import Guard
+from homebrew.training.optimizer import adamw, check_trainable
 from homebrew.training.schedule import Schedule
-from homebrew.training.sharding import configure_sharding, empty_copy, fill_copy, is_sharded
-from homebrew.training.signals import HANDLED, Agreement, SignalWatch, ends, leave
-from homebrew.training.step import Step
+from homebrew.training.train_step import Step
+from homebrew.training.trainer_config import TrainerConfig, is_due
 
 
 class Trainer:
@@ -86,7 +86,7 @@ class Trainer:
 
     def _prepare(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Place, compile and wrap the model."""
-        from homebrew.training.saver import RunSaver
+        from homebrew.checkpoint.manager import RunSaver
 
         config, accelerator = self.config, self.accelerator
         if accelerator.device.type == "cuda":

@@ -1,0 +1,1 @@
+"""Training events: the callback base class and the built-in callbacks."""

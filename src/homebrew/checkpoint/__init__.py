@@ -1,0 +1,1 @@
+"""Checkpoints: what a run saves, how a save is committed to disk, and how a run resumes."""

@@ -1,0 +1,1 @@
+"""Several processes: the Accelerator, FSDP2, collectives and signals."""

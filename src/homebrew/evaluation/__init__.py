@@ -1,0 +1,1 @@
+"""Evaluation: mean loss, perplexity and HellaSwag."""

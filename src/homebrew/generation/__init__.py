@@ -1,0 +1,1 @@
+"""Text generation: decoding, sampling, the key-value cache and streaming."""

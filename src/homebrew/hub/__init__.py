@@ -1,0 +1,1 @@
+"""Hugging Face formats: pretrained weights, exports, PEFT adapters and tokenizer files."""

@@ -1,0 +1,1 @@
+"""Metrics of a step, an evaluation and a device."""

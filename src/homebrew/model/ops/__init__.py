@@ -1,0 +1,1 @@
+"""Operations of the model: attention, MLP, loss and Triton kernels."""

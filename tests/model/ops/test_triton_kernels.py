@@ -1,0 +1,118 @@
+"""The GPU's kernels against plain PyTorch: on a GPU as they are, elsewhere in Triton's interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # NumPy's, in the interpreter
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run as they are")
+def test_the_kernels_in_tritons_interpreter():
+    """In a process of its own, for Triton decides at its import whether to interpret."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-m", "pytest", __file__], env=environment, check=True, timeout=200)
+
+
+only_with_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="run interpreted")
+
+
+@only_with_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "vocab_size", "block"), [(5, 128, 65, 4096), (7, 384, 300, 128), (4, 128, 1, 64)]
+)
+@pytest.mark.parametrize("scored", [True, False])
+def test_score_equals_cross_entropy(monkeypatch, rows, columns, vocab_size, block, dtype, scored):
+    from homebrew.model.ops import triton_kernels as kernels
+
+    monkeypatch.setattr(kernels, "SCORE_BLOCK", block)
+    generator = torch.Generator().manual_seed(rows)
+    logits = (3 * torch.randn(rows, columns, generator=generator)).to(DEVICE, dtype)
+    targets = torch.randint(0, vocab_size, (rows,), generator=generator).to(DEVICE)
+    targets[1 if scored else slice(None)] = -100
+    plain = logits[:, :vocab_size].float().requires_grad_()
+    right = F.cross_entropy(plain, targets, ignore_index=-100, reduction="sum")
+    right.backward()
+
+    before = logits.clone()
+    torch.testing.assert_close(kernels.score_(logits, targets, vocab_size, False, -100), right.detach())
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(kernels.score_(logits, targets, vocab_size, True, -100), right.detach())
+    torch.testing.assert_close(logits[:, :vocab_size], plain.grad.to(dtype))
+    assert not logits[:, vocab_size:].any()
+
+
+@only_with_kernels
+def test_score_of_an_id_outside_the_vocabulary_is_infinite():
+    from homebrew.model.ops import triton_kernels as kernels
+
+    for target in (65, 100, 128, -1):
+        logits = torch.zeros(1, 128, device=DEVICE)
+        assert kernels.score_(logits, torch.tensor([target], device=DEVICE), 65, True, -100).isinf()
+
+
+@only_with_kernels
+@pytest.mark.parametrize("shape", [(1, 1), (33, 300), (600, 256)])
+def test_gelu_and_its_gradient(shape):
+    from homebrew.model.ops import triton_kernels as kernels
+
+    generator = torch.Generator().manual_seed(shape[0])
+    x = (4 * torch.randn(shape, generator=generator)).to(DEVICE).requires_grad_()
+    d_y = torch.randn(shape, generator=generator).to(DEVICE)
+    y = F.gelu(x, approximate="tanh")
+    y.backward(d_y)
+    again, d_x, sums = kernels.gelu_backward(x.detach(), d_y)
+    torch.testing.assert_close(kernels.gelu(x.detach()), y.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again, y.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(d_x, x.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sums, x.grad.sum(0), atol=1e-3, rtol=1e-4)
+
+
+@only_with_kernels
+def test_gelu_far_from_zero():
+    from homebrew.model.ops import triton_kernels as kernels
+
+    x = torch.tensor([[-1e4, -50.0, 50.0, 1e4]], device=DEVICE)
+    y, d_x, _ = kernels.gelu_backward(x, torch.ones_like(x))
+    assert y.tolist() == [[0.0, 0.0, 50.0, 1e4]]
+    assert d_x.tolist() == [[0.0, 0.0, 1.0, 1.0]]
+
+
+@only_with_kernels
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("frozen", ["", "w_in b_in w_out b_out", "x w_in b_in"])
+def test_the_fused_mlp_equals_the_plain_one(compiled, half, frozen):
+    from homebrew.model.ops.mlp import _FusedMLP
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, 16), (64, 16), (64,), (16, 64), (16,)]
+    inputs = [torch.randn(s, generator=generator).to(DEVICE).requires_grad_() for s in shapes]
+    x, w_in, b_in, w_out, b_out = inputs
+    d_y = torch.randn(33, 16, generator=generator).to(DEVICE)
+    for name, tensor in zip(("x", "w_in", "b_in", "w_out", "b_out"), inputs, strict=True):
+        tensor.requires_grad = name not in frozen.split()
+    y = F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
+    right = (y, *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], d_y))
+
+    fused = _FusedMLP.apply
+    if compiled:
+        fused = torch.compile(lambda *a: _FusedMLP.apply(*a), fullgraph=True, backend="aot_eager")
+    if half:
+        inputs[0] = x.detach().bfloat16().requires_grad_(x.requires_grad)
+    y = fused(*inputs)
+    ours = (y, *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], d_y.to(y.dtype)))
+    for a, b in zip(ours, right, strict=True):
+        assert (a.float() - b).norm() < (2e-2 if half else 1e-4) * b.norm()

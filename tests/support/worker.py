@@ -1,0 +1,290 @@
+"""Runs in the processes of a world, told what to do by JSON; not a test.
+
+The job names a layout, time-outs and tasks; each task is a run of a Trainer. What the first process found of each
+goes into the job's result file, what every process read into the task's folder.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+from collections import Counter
+from datetime import timedelta
+from functools import partialmethod
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+
+from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
+from homebrew.callbacks.base import Callback
+from homebrew.checkpoint import store as checkpoint
+from homebrew.errors import TrainingError
+from homebrew.model.lora import LoRAConfig, add_lora
+
+VOCABULARY = 50
+
+
+class Ragged(Dataset):
+    """Samples with very different numbers of scored targets, some with none; remembers what is read."""
+
+    def __init__(self, breaks_at=None):
+        rows = torch.randint(0, VOCABULARY, (96, 17), generator=torch.Generator().manual_seed(3))
+        self.input_ids, self.targets = rows[:, :-1].clone(), rows[:, 1:].clone()
+        for i, row in enumerate(self.targets):
+            row[: (i * 7) % 17] = -100
+        self.read = []
+        self.breaks_at = breaks_at
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        if self.breaks_at is not None and len(self.read) > self.breaks_at:
+            raise ValueError("this sample cannot be read")
+        return self.input_ids[i], self.targets[i]
+
+
+class Watch(Callback):
+    """Remembers a run's figures, and breaks it where the task says so."""
+
+    def __init__(self, task):
+        self.task = task
+        self.losses, self.evaluations = [], []
+
+    def on_train_begin(self, trainer):
+        if self.task.get("break") == "step" and trainer.accelerator.process_index == 1:
+            weight = trainer.model.transformer.ln_f.bias
+
+            def hook(_):
+                if trainer.step == 2:
+                    raise ValueError("this step cannot be taken")
+
+            weight.register_hook(hook)
+
+    def on_report(self, trainer, metrics):
+        self.losses.append(metrics.loss)
+
+    def on_step_end(self, trainer):
+        trainer.should_stop = trainer.step == self.task.get("stop")
+        full = {"save": 0, "part": 1}.get(self.task.get("break"))
+        if trainer.step == 3 and trainer.accelerator.process_index == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))  # as a full disk would
+        commits = trainer.step == trainer.config.max_steps and trainer.accelerator.process_index == 0
+        if commits and self.task.get("break", "").endswith("commit"):
+            checkpoint.rename = no_space
+        if trainer.step == 7 and trainer.accelerator.process_index == 1 and "signal" in self.task:
+            os.kill(os.getpid(), getattr(signal, self.task["signal"]))
+
+    def on_evaluate(self, trainer, metrics):
+        self.evaluations.append([metrics.loss, metrics.num_tokens])
+
+
+class Poison(Callback):
+    """Puts a number into one process's third step; keeps what this process's weights and optimizer hash to."""
+
+    def __init__(self, where=None, value=0.0):
+        self.where, self.value, self.losses, self.digests = where, float(value), 0, []
+
+    def on_train_begin(self, trainer):
+        def into_loss(module, inputs, loss):
+            if trainer.step != 2:
+                return loss
+            self.losses += 1
+            return loss + self.value if self.where == "loss" or self.losses == 2 else loss
+
+        def into_gradient(module, inputs, output):
+            if trainer.step == 2:
+                output.register_hook(lambda gradient: gradient * self.value)
+
+        if self.where == "gradient":
+            trainer.model.transformer.h[1].register_forward_hook(into_gradient)
+        elif self.where is not None:
+            trainer.model.register_forward_hook(into_loss)
+
+    def on_step_end(self, trainer):
+        digest = hashlib.sha256()
+        states = [state[key] for state in trainer._optimizer.state.values() for key in sorted(state)]
+        for tensor in (*trainer.model.state_dict().values(), *states):
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            digest.update(local.contiguous().numpy().tobytes())
+        self.digests.append(digest.hexdigest())
+
+
+class RowRMS(torch.optim.Optimizer):
+    """RMSprop with one number a row: of a sharded parameter this is a replicated tensor."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["rows"] = parameter.new_zeros(len(parameter), *[1] * (parameter.dim() - 1))
+                square = parameter.grad.square()
+                square = square.mean(-1, keepdim=True) if square.dim() > 1 else square
+                state["rows"].mul_(0.9).add_(square, alpha=0.1)
+                parameter.sub_(group["lr"] * parameter.grad / (state["rows"].sqrt() + 1e-8))
+
+
+def no_space(*_):
+    """A commit that fails, the parts being there."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def limit_memory(model, most):
+    """Run out of memory with more sequences than this, as a GPU would."""
+
+    def hook(_, inputs):
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError
+
+    model.register_forward_pre_hook(hook)
+
+
+def kill_in_save(step):
+    """Before a file of this step's checkpoint is on the disk."""
+
+    def fsync(descriptor, sync=os.fsync):
+        if threading.current_thread().name == f"checkpoint-{step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    os.fsync = fsync
+
+
+def broken_off(trainer):
+    """Break every process's second step off, and begin again with the same Trainer; what that is told."""
+
+    def hook(*_):
+        if trainer.step == 1:
+            raise InterruptedError
+
+    handle = trainer.model.register_forward_hook(hook)
+    with contextlib.suppress(InterruptedError):
+        trainer.train()
+    handle.remove()
+    try:
+        trainer.train(resume=True)
+    except TrainingError as error:
+        return str(error)
+
+
+def build(task, rank):
+    broken = task.get("break") if rank == 1 else None
+    train = [] if broken == "startup" else Ragged(breaks_at=40 + 1 if broken == "data" else None)
+    watch, poison = Watch(task), Poison(**task.get("poison", {}) if rank == 1 else {})
+    killed, step = task.get("kill_in_save", (None, None))
+    if rank == killed:
+        kill_in_save(step)
+    if task.get("break") == "record":
+        (Path(task["output_dir"]) / "run.json").mkdir(parents=True, exist_ok=True)
+    shape = GPTConfig(
+        block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
+    )
+    model = GPT(shape)
+    if task.get("compile"):  # traced and split as for Inductor, without the minutes of its C++ compiler
+        nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
+    if task.get("lora"):
+        add_lora(model, LoRAConfig(rank=3))
+    if "memory" in task:
+        limit_memory(model, task["memory"][rank])
+    trainer = Trainer(
+        model,
+        train,
+        Ragged(breaks_at=1 if broken == "evaluation" else None),
+        config=TrainerConfig(
+            output_dir=task["output_dir"] + (" elsewhere" if broken == "disk" else ""),
+            max_steps=task.get("max_steps", 20),
+            global_batch_tokens=8 * 16,
+            micro_batch_size=task.get("micro_batch_size", 2),
+            learning_rate=1e-2,
+            log_every=1,
+            save_every=task.get("save_every"),
+            keep_every=task.get("save_every"),
+            eval_every=task.get("eval_every"),
+            gather_limit_bytes=task.get("gather_limit_bytes", 1 << 30),
+            compile=task.get("compile", False),
+            non_finite="skip" if "poison" in task else "raise",
+            collective_timeout_seconds=task.get("timeout", 120),
+        ),
+        callbacks=[watch, poison],
+        optimizer=RowRMS(model.parameters()) if task.get("row_rms") else None,
+    )
+    return trainer, train, watch, poison
+
+
+def run(task, rank):
+    trainer, train, watch, poison = build(task, rank)
+    if task.get("profile"):
+        with torch.profiler.profile() as profiler:
+            trainer.train()
+        names = Counter(event.name for event in profiler.events())
+        return {"collectives": {name: count for name, count in names.items() if name.startswith("c10d::")}}
+    if task.get("again"):
+        return {"error": broken_off(trainer)}
+    if "stop" in task:
+        trainer.train()
+        trainer.evaluate()
+    trainer.train(resume=task.get("resume", "stop" in task))
+    folder = Path(task["output_dir"])
+    (folder / f"read-{rank}.json").write_text(json.dumps(train.read))
+    (folder / f"digests-{rank}.json").write_text(json.dumps(poison.digests))
+    model = trainer.whole_model()
+    if trainer.is_main_process:
+        weights = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(weights, folder / "weights.safetensors")
+    return {
+        "micro_batch_size": trainer.batch.micro_batch_size,
+        "losses": watch.losses,
+        "evaluations": watch.evaluations,
+        "processes": trainer.accelerator.num_processes,
+        "kind": type(trainer._wrapped).__name__,
+        "text": model.generate([[1, 2, 3]], 8, seed=1)[0],
+    }
+
+
+def shard(replicas, processes, timeout):
+    """FSDP2 as the launcher would ask for it; Accelerate has it on a CPU only if told that the CPUs are GPUs."""
+    PartialState(cpu=True, timeout=timedelta(seconds=timeout)).distributed_type = DistributedType.MULTI_GPU
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    if replicas > 1:
+        os.environ |= {
+            "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(replicas),
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(processes // replicas),
+        }
+
+
+def work(job):
+    rank = int(os.environ.get("RANK", "0"))
+    if job["sharded"]:
+        shard(job["replicas"], int(os.environ["WORLD_SIZE"]), next(iter(job["tasks"].values())).get("timeout", 120))
+    results = {name: run(task, rank) for name, task in job["tasks"].items()}
+    if rank == 0:
+        Path(job["result"]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        work(json.loads(sys.argv[1]))
+    else:
+        from forking import serve  # which imports what a launched process imports in its run
+
+        serve(work)
