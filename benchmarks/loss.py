@@ -10,7 +10,7 @@ from alternating import DEVICE, GIB, Report, time_call, use_processor_time
 from torch import Tensor
 from torch.nn import functional as F
 
-from homebrew.model.ops.chunked_loss import head_loss
+from homebrew.model.ops.chunked_loss import linear_cross_entropy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -45,7 +45,7 @@ def main(options: Options) -> None:
         for width in options.widths:
             for tokens in options.tokens:
                 case = inputs(tokens, width, options.vocab_size)
-                ways: dict[str, Callable[..., Tensor]] = {"fused": head_loss, "plain": plain}
+                ways: dict[str, Callable[..., Tensor]] = {"fused": linear_cross_entropy, "plain": plain}
                 if DEVICE.type == "cuda":
                     ways["plain, compiled"] = plain_compiled
                 measured = {name: measure(way, case, DTYPES[dtype], options) for name, way in ways.items()}

@@ -53,7 +53,7 @@ class Losses(Callback):
         self.losses: list[float] = []
         self.until = until
 
-    def on_report(self, trainer: Trainer, metrics: StepMetrics) -> None:
+    def on_log(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """Keep the loss."""
         self.losses.append(metrics.loss)
 
@@ -133,7 +133,7 @@ def losses(task: dict[str, Any], *, resume: bool) -> dict[str, Any]:
     trainer = trainer_of(task, after, "run", **settings)
     trainer.train(resume=resume)
     digest = hashlib.sha256()
-    for tensor in trainer.whole_model().state_dict().values():
+    for tensor in trainer.full_model().state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return {"losses": before.losses + after.losses, "weights": digest.hexdigest()}
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from homebrew import GPTConfig
-from homebrew.distributed.accelerator import multiplies_bf16
-from homebrew.model.ops.chunked_loss import head_loss
+from homebrew.distributed.accelerator import has_native_bf16
+from homebrew.model.ops.chunked_loss import linear_cross_entropy
 from homebrew.model.ops.mlp import mlp
 
 ON_GPU = torch.cuda.is_available()
@@ -111,7 +111,7 @@ class LadderGPT(nn.Module):
             x = x.to(torch.bfloat16)
         x = self.ln_f(self.blocks(x))
         if "fused head and loss" in self.on:
-            return head_loss(x, self.wte.weight, targets, self.vocab_size)
+            return linear_cross_entropy(x, self.wte.weight, targets, self.vocab_size)
         return F.cross_entropy(F.linear(x, self.wte.weight).flatten(0, 1), targets.flatten())
 
 
@@ -133,7 +133,7 @@ def main(options: Options) -> None:
     config = GPTConfig.preset(options.model, block_size=options.block_size)
     rungs: list[Rung] = []
     on = Switches()
-    absent = (set() if ON_GPU else NEEDS_A_GPU) | (set() if multiplies_bf16() else NEEDS_BFLOAT16)
+    absent = (set() if ON_GPU else NEEDS_A_GPU) | (set() if has_native_bf16() else NEEDS_BFLOAT16)
     for name, why in LADDER:
         if name in absent:
             print(f"{name}: not on this machine", flush=True)

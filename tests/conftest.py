@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from worlds import ON_CPUS
 
 from homebrew.checkpoint.store import CheckpointStore
-from homebrew.training.cuda_graph import Graph
+from homebrew.training.cuda_graph import CudaGraph
 
 # A shell's background jobs, and so their children, are started deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -136,7 +136,7 @@ def device(request):
 @pytest.fixture
 def captured(monkeypatch):
     """The graphs captured so far; on a CPU a replay calls what was captured, with its results in one place."""
-    captured, on_gpu = [], Graph._capture
+    captured, on_gpu = [], CudaGraph._capture
 
     def capture(graph):
         captured.append(graph)
@@ -151,5 +151,5 @@ def captured(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(Graph, "_capture", capture)
+    monkeypatch.setattr(CudaGraph, "_capture", capture)
     return captured

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from homebrew.io import replacing, sync_folder
+from homebrew.io import atomic_replace, fsync_directory
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def umask():
 def test_what_is_written_takes_the_place_with_the_umasks_mode(tmp_path, umask):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"old")
-    with replacing(path) as new:
+    with atomic_replace(path) as new:
         save_file({"w": ones(2)}, new)  # whose own mode would be 0600
         assert path.read_bytes() == b"old"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
@@ -35,7 +35,7 @@ def interrupted(new):
 def test_what_fails_leaves_what_stood_there(tmp_path):
     path = tmp_path / "book.tokens"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as new:
+    with pytest.raises(KeyboardInterrupt), atomic_replace(path) as new:
         interrupted(new)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -50,7 +50,7 @@ def test_the_file_is_on_the_disk_before_its_name_and_then_the_folder(tmp_path, m
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with replacing(tmp_path / "book") as new:
+    with atomic_replace(tmp_path / "book") as new:
         new.write_bytes(b"text")
     assert done == ["file", False, "folder", True]
 
@@ -63,6 +63,6 @@ def test_a_file_system_that_cannot_sync_a_folder_is_no_error(tmp_path, monkeypat
     monkeypatch.setattr(os, "fsync", fsync)
     if is_error:
         with pytest.raises(OSError, match=os.strerror(number)):
-            sync_folder(tmp_path)
+            fsync_directory(tmp_path)
     else:
-        sync_folder(tmp_path)
+        fsync_directory(tmp_path)

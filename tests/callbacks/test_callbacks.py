@@ -10,7 +10,7 @@ import pytest
 from homebrew import EarlyStopping, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.callbacks.base import Callback, figures
 from homebrew.errors import ConfigError
-from homebrew.metrics.step_metrics import EvalMetrics, MetricsLog, StepMetrics, past_losses
+from homebrew.metrics.step_metrics import EvalMetrics, MetricsLog, StepMetrics, past_eval_losses
 
 SCRIPT = """
 import sys, warnings
@@ -126,7 +126,7 @@ def test_early_stopping_does_not_count_what_a_resume_went_back_behind(tmp_path):
 
 def test_the_losses_a_file_has_of_the_course_a_run_took(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert past_losses(path, 9) == []
+    assert past_eval_losses(path, 9) == []
     log = MetricsLog(path)
     for event, step, loss in [
         ("evaluate", 2, 9.0), ("begin", 0, None), ("evaluate", 2, 3.0), ("step", 3, 8.0), ("evaluate", 4, 7.0),
@@ -134,5 +134,5 @@ def test_the_losses_a_file_has_of_the_course_a_run_took(tmp_path):
     ]:  # fmt: skip
         log.write(event, step=step, **({} if loss is None else {"loss": loss}))
     log.close()
-    assert past_losses(path, 6) == [3.0, math.inf, 2.0]
-    assert past_losses(path, 5) == [3.0, math.inf]  # there was no space to tell of a resume
+    assert past_eval_losses(path, 6) == [3.0, math.inf, 2.0]
+    assert past_eval_losses(path, 5) == [3.0, math.inf]  # there was no space to tell of a resume

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.callbacks.base import Callback
-from homebrew.callbacks.run_logger import RunRecord
+from homebrew.callbacks.run_logger import RunLogger
 from homebrew.errors import ConfigError
 
 SHAPE = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
@@ -140,7 +140,7 @@ def test_facts_that_do_not_fit_leave_those_from_before(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
     try:
         with pytest.raises(ConfigError, match="File too large"):
-            RunRecord().on_train_begin(trainer)
+            RunLogger().on_train_begin(trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert {path.name: path.read_bytes() for path in [*tmp_path.glob("*.*"), *tmp_path.glob(".*")]} == before

@@ -4,11 +4,11 @@ import threading
 
 import pytest
 
-from homebrew.checkpoint.async_writer import BackgroundWriter
+from homebrew.checkpoint.async_writer import AsyncWriter
 
 
 def test_two_writes_never_overlap_and_close_waits():
-    writer, go, done = BackgroundWriter(), threading.Event(), []
+    writer, go, done = AsyncWriter(), threading.Event(), []
 
     def write():
         go.wait(10)
@@ -28,7 +28,7 @@ def test_an_error_is_raised_once():
     def fail():
         raise OSError("no space")
 
-    writer = BackgroundWriter()
+    writer = AsyncWriter()
     writer.start(fail, name="fails")
     writer.close()
     assert writer.failed

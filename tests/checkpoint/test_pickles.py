@@ -11,7 +11,7 @@ import torch
 
 from homebrew import GPT, GPTConfig, HomebrewError, TokenDataset, Trainer, TrainerConfig
 from homebrew.checkpoint.store import CheckpointStore
-from homebrew.hub.load import load_run_model
+from homebrew.hub.load import load_model
 from homebrew.hub.peft import load_adapter, save_adapter
 from homebrew.model.lora import LoRAConfig, add_lora
 
@@ -76,9 +76,9 @@ def test_no_pickle_is_opened_through_any_door(tmp_path, monkeypatch, how):
     sealed, bare = checkpoints(tmp_path / "run", pickled, monkeypatch)
     safe, unsafe = models(tmp_path, pickled)
     doors = [
-        lambda: load_run_model(sealed),
-        lambda: load_run_model(bare),
-        lambda: load_run_model(safe),
+        lambda: load_model(sealed),
+        lambda: load_model(bare),
+        lambda: load_model(safe),
         lambda: trainer(tmp_path / "run").train(resume=True),
         lambda: trainer(tmp_path / "run").train(resume=sealed),
         lambda: trainer(tmp_path / "run").train(resume=bare),

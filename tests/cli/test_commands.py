@@ -26,7 +26,7 @@ from homebrew.cli.train_command import Preset, Train
 from homebrew.data.prepare import prepare
 from homebrew.generation.sampling import Sampling
 from homebrew.generation.streaming import generate_text
-from homebrew.hub.load import load_run_model
+from homebrew.hub.load import load_model
 from homebrew.training.trainer_config import Aspect
 
 HOMEBREW = [sys.executable, "-m", "homebrew"]
@@ -206,13 +206,13 @@ def test_an_export_is_not_put_into_a_run(run, capsys):
 
 
 def test_training_goes_on_from_weights_and_adapts_them(run, text, tmp_path):
-    base, _ = load_run_model(run)
+    base, _ = load_model(run)
     base.save_pretrained(tmp_path / "base")
     for name, source, more in (("run", run, []), ("base", tmp_path / "base", ["--tokenizer", "bytes"])):
         out = tmp_path / f"from-{name}"
         arguments = [text, "--output-dir", out, "--max-steps", 1, "--init-from", source, "--eval-data", text, *more]
         assert main(["train", *map(str, arguments), "--learning-rate", "1e-9", "--micro-batch-size", "8"]) == 0
-        model, tokenizer = load_run_model(out)
+        model, tokenizer = load_model(out)
         assert tokenizer.name == "bytes"
         torch.testing.assert_close(model.state_dict(), base.state_dict(), atol=1e-6, rtol=0)
 
@@ -426,7 +426,7 @@ def test_a_conversation_in_turns(run, within, monkeypatch):
 
     once, twice = talk("Hello\n"), talk("Hello\nA\n")
     so_far = f"Hello\n{once}\nA\n"  # the model sees the last 8 bytes: the reply must be among them
-    again = generate_text(*load_run_model(run), so_far, 40, Sampling(top_k=256), seed=2, stop=["\n\n"])
+    again = generate_text(*load_model(run), so_far, 40, Sampling(top_k=256), seed=2, stop=["\n\n"])
     assert twice == once + "".join(again) + "\n"
     assert len(twice) > len(once) > 20
     stops = [character for character in once if character.isascii() and character.isalpha()][-2:]
@@ -467,7 +467,7 @@ def test_ctrl_c_is_quiet(run, text, tmp_path):
     code, told, errors = interrupt(["train", *arguments, "--log-every", 1], b"step 3/")
     assert (code, errors) == (130, b"")
     assert b"saving" in told
-    load_run_model(tmp_path / "run")
+    load_model(tmp_path / "run")
 
 
 def test_ctrl_c_is_quiet_while_the_program_loads(monkeypatch, capsys):

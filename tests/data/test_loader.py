@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset, random_split
 
 from homebrew.data import loader as loader_module
 from homebrew.data.dataset import TokenDataset
-from homebrew.data.loader import StepLoader, eval_batches, worker_errors
+from homebrew.data.loader import StepLoader, eval_batches, explain_worker_errors
 from homebrew.data.sampler import sample_indices
 from homebrew.data.token_file import write_tokens
 from homebrew.errors import DataError
@@ -249,7 +249,7 @@ def test_a_worker_that_dies_during_a_step_is_an_error_there():
     (worker,) = torch.multiprocessing.active_children()
 
     def step():
-        with worker_errors(30):
+        with explain_worker_errors(30):
             os.kill(worker.pid, signal.SIGKILL)
             time.sleep(10)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Tokenizer as TheirTokenizer
 
 from homebrew.data import tokenizer
-from homebrew.data.tokenizer import get_tokenizer, gpt2_files, tokenizer_from_json, tokenizer_of
+from homebrew.data.tokenizer import dataset_tokenizer, get_tokenizer, gpt2_vocabulary_files, tokenizer_from_json
 from homebrew.errors import DataError, TokenizerError
 
 WORDS = st.text("aZ'sdtmrelv 0١½ \t\n\r\u00a0\u2028.,!é中😀\u0301\x00", max_size=40)
@@ -18,7 +18,7 @@ WORDS = st.text("aZ'sdtmrelv 0١½ \t\n\r\u00a0\u2028.,!é中😀\u0301\x00", ma
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
-    for name, data in gpt2_files().items():
+    for name, data in gpt2_vocabulary_files().items():
         (folder / name).write_bytes(data)
     return TheirTokenizer(vocab=str(folder / "encoder.json"), merges=str(folder / "vocab.bpe"))
 
@@ -102,14 +102,14 @@ def test_gpt2_files_come_from_tiktokens_cache_first(nothing_at_hand, monkeypatch
         (nothing_at_hand / key).write_bytes(data)
     monkeypatch.setattr(tokenizer, "installed_files", lambda *_: [nothing_at_hand / "unused"])
     monkeypatch.setattr(tokenizer, "download", lambda *_: pytest.fail("it was in the cache"))
-    assert gpt2_files() == {name: name.encode() for name in ("encoder.json", "vocab.bpe")}
+    assert gpt2_vocabulary_files() == {name: name.encode() for name in ("encoder.json", "vocab.bpe")}
 
 
 def test_gpt2_files_come_from_the_installed_package_where_the_cache_is_empty(nothing_at_hand, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(nothing_at_hand))
     monkeypatch.setattr(tokenizer, "download", lambda *_: pytest.fail("it was installed"))
-    for name, data in gpt2_files().items():
+    for name, data in gpt2_vocabulary_files().items():
         assert hashlib.sha256(data).hexdigest() == tokenizer._GPT2_SHA256[name]
 
 
@@ -127,12 +127,12 @@ def test_files_with_another_hash_are_not_used(nothing_at_hand, monkeypatch):
     key = hashlib.sha1(b"http://127.0.0.1:9/encoder.json").hexdigest()
     (nothing_at_hand / key).write_bytes(b"{}")
     with pytest.raises(TokenizerError, match=r"encoder\.json"):
-        gpt2_files()
+        gpt2_vocabulary_files()
 
 
 def test_only_a_tokenizer_of_ours_is_a_datasets_tokenizer(theirs):
     for ours in (get_tokenizer("bytes"), get_tokenizer("char", text="ab")):
-        assert tokenizer_of(SimpleNamespace(tokenizer=ours)) is ours
+        assert dataset_tokenizer(SimpleNamespace(tokenizer=ours)) is ours
     for other in (theirs, "gpt2", None):
-        assert tokenizer_of(SimpleNamespace(tokenizer=other)) is None
-    assert tokenizer_of([]) is None
+        assert dataset_tokenizer(SimpleNamespace(tokenizer=other)) is None
+    assert dataset_tokenizer([]) is None

@@ -7,7 +7,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 
 from homebrew import TrainerConfig
-from homebrew.distributed.accelerator import adopt_accelerator, build_accelerator
+from homebrew.distributed.accelerator import build_accelerator, check_accelerator
 from homebrew.errors import ConfigError
 
 
@@ -45,13 +45,13 @@ def test_one_precision_a_process(tmp_path):
 )
 def test_an_accelerator_of_your_own_is_given_its_settings_itself(tmp_path, settings, told):
     with pytest.raises(ConfigError, match=told):
-        adopt_accelerator(Accelerator(cpu=True), TrainerConfig(output_dir=tmp_path, max_steps=1, **settings))
+        check_accelerator(Accelerator(cpu=True), TrainerConfig(output_dir=tmp_path, max_steps=1, **settings))
 
 
 @pytest.mark.parametrize("wanted", ["auto", "no"])
 def test_an_accelerator_of_your_own_is_taken_as_it_is(tmp_path, wanted):
     own = Accelerator(cpu=True)
-    assert adopt_accelerator(own, TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision=wanted)) is own
+    assert check_accelerator(own, TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision=wanted)) is own
 
 
 @pytest.fixture

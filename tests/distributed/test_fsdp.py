@@ -7,7 +7,13 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 from homebrew import GPT, GPTConfig, TrainerConfig
 from homebrew.distributed.accelerator import build_accelerator
-from homebrew.distributed.fsdp import check_sharding, configure_sharding, empty_copy, fill_copy, stays_gathered
+from homebrew.distributed.fsdp import (
+    check_fsdp_options,
+    configure_fsdp,
+    gather_full_model,
+    keeps_weights_gathered,
+    meta_copy,
+)
 from homebrew.errors import LaunchError
 from homebrew.model.lora import LoRAConfig, add_lora
 
@@ -23,15 +29,15 @@ def sharded(num_processes=2, **settings):
 
 
 def test_without_fsdp_nothing_is_done():
-    assert configure_sharding(Accelerator(cpu=True)) is False
-    assert stays_gathered(Accelerator(cpu=True)) is False
+    assert configure_fsdp(Accelerator(cpu=True)) is False
+    assert keeps_weights_gathered(Accelerator(cpu=True)) is False
 
 
 def test_what_accelerate_leaves_open_is_set():
     accelerator = sharded(activation_checkpointing=True, cpu_ram_efficient_loading=True)
     plugin = accelerator.state.fsdp_plugin
     assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16  # as long as Accelerate has it so
-    assert configure_sharding(accelerator) is True  # ours repeats dropout's masks
+    assert configure_fsdp(accelerator) is True  # ours repeats dropout's masks
     assert plugin.activation_checkpointing is False
     assert plugin.cpu_ram_efficient_loading is False
     assert plugin.transformer_cls_names_to_wrap == ["Block"]
@@ -44,8 +50,8 @@ def test_what_accelerate_leaves_open_is_set():
 )
 def test_weights_stay_gathered_where_asked_or_where_there_is_nobody_to_share_with(num_processes, reshard, stays):
     accelerator = sharded(num_processes, reshard_after_forward=reshard)
-    configure_sharding(accelerator)
-    assert stays_gathered(accelerator) is stays
+    configure_fsdp(accelerator)
+    assert keeps_weights_gathered(accelerator) is stays
 
 
 @pytest.mark.parametrize(
@@ -55,13 +61,13 @@ def test_weights_stay_gathered_where_asked_or_where_there_is_nobody_to_share_wit
 def test_what_cannot_be_sharded_by_is_refused(settings, told):
     plugin = FullyShardedDataParallelPlugin(**settings)
     with pytest.raises(LaunchError, match=told):
-        check_sharding(Accelerator(cpu=True), plugin)
+        check_fsdp_options(Accelerator(cpu=True), plugin)
 
 
 def test_a_compiler_around_the_shards_is_refused():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     with pytest.raises(LaunchError, match="dynamo_backend"):
-        check_sharding(Accelerator(cpu=True, dynamo_backend="eager"), plugin)
+        check_fsdp_options(Accelerator(cpu=True, dynamo_backend="eager"), plugin)
 
 
 def test_sizes_that_are_not_the_world(tmp_path, monkeypatch):
@@ -88,9 +94,9 @@ def test_a_copy_takes_no_memory_until_it_is_filled(adapted):
     model = GPT(SHAPE)
     if adapted:
         add_lora(model, LoRAConfig(rank=2))
-    empty = empty_copy(model)
+    empty = meta_copy(model)
     assert all(parameter.is_meta for parameter in empty.parameters())
-    copy = fill_copy(empty, model)
+    copy = gather_full_model(empty, model)
     assert all(parameter.is_meta for parameter in empty.parameters())
     ids = torch.arange(10)[None]
     assert copy(ids).equal(model.eval()(ids))

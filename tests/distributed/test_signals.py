@@ -4,23 +4,23 @@ import threading
 
 import pytest
 
-from homebrew.distributed.signals import HANDLED, SignalWatch, leave
+from homebrew.distributed.signals import HANDLED_SIGNALS, SignalHandler, leave
 
 
 def test_remembers_signals_and_restores_the_handlers():
-    before = [signal.getsignal(number) for number in HANDLED]
-    with SignalWatch() as watch:
-        assert watch.take() == [0.0] * len(HANDLED)
-        for number in HANDLED:
+    before = [signal.getsignal(number) for number in HANDLED_SIGNALS]
+    with SignalHandler() as watch:
+        assert watch.take() == [0.0] * len(HANDLED_SIGNALS)
+        for number in HANDLED_SIGNALS:
             os.kill(os.getpid(), number)
-        assert watch.take() == [1.0] * len(HANDLED)
-        assert watch.take() == [0.0] * len(HANDLED)  # each is told once
-    assert [signal.getsignal(number) for number in HANDLED] == before
+        assert watch.take() == [1.0] * len(HANDLED_SIGNALS)
+        assert watch.take() == [0.0] * len(HANDLED_SIGNALS)  # each is told once
+    assert [signal.getsignal(number) for number in HANDLED_SIGNALS] == before
 
 
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_second_interrupt_leaves_at_once(taken):
-    with SignalWatch() as watch:
+    with SignalHandler() as watch:
         os.kill(os.getpid(), signal.SIGINT)
         if taken:
             watch.take()
@@ -32,21 +32,21 @@ def test_other_threads_watch_nothing():
     seen = []
 
     def run():
-        with SignalWatch() as watch:
+        with SignalHandler() as watch:
             seen.append(watch.take())
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert seen == [[0.0] * len(HANDLED)]
+    assert seen == [[0.0] * len(HANDLED_SIGNALS)]
 
 
 def test_what_the_process_ignores_stays_ignored():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
     try:
-        with SignalWatch() as watch:
+        with SignalHandler() as watch:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert watch.take() == [0.0] * len(HANDLED)
+            assert watch.take() == [0.0] * len(HANDLED_SIGNALS)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, previous)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from homebrew import GPT, GPTConfig, get_tokenizer
 from homebrew.errors import ModelError
 from homebrew.hub.find_tokenizer import find_tokenizer
-from homebrew.hub.load import load_run_model
+from homebrew.hub.load import load_model
 from homebrew.hub.tokenizer_files import OUR_FILE
 
 
@@ -28,7 +28,7 @@ def exported(folder: Path, tokenizer, vocab_size=50_257) -> Path:
     ids=lambda tokenizer: getattr(tokenizer, "name", "none"),
 )
 def test_what_we_exported_is_opened_with_its_tokenizer(tmp_path, tokenizer):
-    _, found = load_run_model(exported(tmp_path, tokenizer))
+    _, found = load_model(exported(tmp_path, tokenizer))
     assert (found and found.to_json()) == (tokenizer and tokenizer.to_json())
 
 

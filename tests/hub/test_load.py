@@ -11,7 +11,7 @@ from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.checkpoint.manifest import open_checkpoint
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.errors import CheckpointError, CorruptCheckpoint, ModelError
-from homebrew.hub.load import _open, load_run_model
+from homebrew.hub.load import _open, load_model
 from homebrew.hub.peft import save_adapter
 from homebrew.model.lora import LoRAConfig, adapter_state_dict, add_lora, base_fingerprint
 
@@ -32,14 +32,14 @@ def trainer(tmp_path_factory):
 
 def test_a_runs_newest_checkpoint_is_the_model_that_was_trained(trainer):
     for source in (trainer.config.output_dir, trainer.config.output_dir / "checkpoints" / "step-00000004"):
-        model, tokenizer = load_run_model(source)
+        model, tokenizer = load_model(source)
         assert tokenizer.to_json() == trainer.train_dataset.tokenizer.to_json()
         assert model.config == trainer.model.config
         assert model.lm_head.weight is model.transformer.wte.weight
         assert not model.training
         for name, tensor in trainer.model.state_dict().items():
             assert torch.equal(tensor.cpu(), model.state_dict()[name])
-    earlier, _ = load_run_model(trainer.config.output_dir / "checkpoints" / "step-00000002")
+    earlier, _ = load_model(trainer.config.output_dir / "checkpoints" / "step-00000002")
     assert not torch.equal(earlier.lm_head.weight, trainer.model.lm_head.weight.cpu())
 
 
@@ -53,7 +53,7 @@ def saved(folder, edit=lambda tensors: None, state=None, file="model"):
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path):
-    model, tokenizer = load_run_model(saved(tmp_path))
+    model, tokenizer = load_model(saved(tmp_path))
     assert tokenizer is None
     assert torch.equal(model.lm_head.weight, GPT(GPTConfig(**SHAPE)).lm_head.weight)
 
@@ -72,7 +72,7 @@ BIAS = "transformer.h.1.mlp.c_fc.bias"
 )
 def test_tensors_that_are_not_the_models_are_named(tmp_path, edit, message):
     with pytest.raises(CorruptCheckpoint, match=rf"model\.safetensors.*{message}"):
-        load_run_model(saved(tmp_path, edit))
+        load_model(saved(tmp_path, edit))
 
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -96,29 +96,29 @@ SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 def test_a_state_that_describes_no_model_is_refused(tmp_path, bounded_memory, state):
     path = saved(tmp_path, state=state)
     with bounded_memory(), pytest.raises(CorruptCheckpoint, match=r"state\.json|n_layer=\d+|wpe|wte"):
-        load_run_model(path)
+        load_model(path)
 
 
 def test_a_checkpoint_without_weights(tmp_path):
     with pytest.raises(CorruptCheckpoint, match=r"no model\.safetensors"):
-        load_run_model(saved(tmp_path, file="optimizer"))
+        load_model(saved(tmp_path, file="optimizer"))
 
 
 def test_damage_is_passed_over_in_a_run_and_an_error_in_a_checkpoint(tmp_path):
     good, damaged = saved(tmp_path), tmp_path / "checkpoints" / "step-00000002"
     damaged.mkdir()
     with pytest.warns(UserWarning, match=r"Passed over.*step-00000002"):
-        load_run_model(tmp_path)
+        load_model(tmp_path)
     with pytest.raises(CorruptCheckpoint, match=r"manifest\.json"):
-        load_run_model(damaged)
+        load_model(damaged)
     (good / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no whole checkpoint.*model\.safetensors"):
-        load_run_model(tmp_path)
+        load_model(tmp_path)
 
 
 def test_nothing_of_that_name(tmp_path):
     with pytest.raises(ModelError, match="no folder"):
-        load_run_model(tmp_path / "none")
+        load_model(tmp_path / "none")
 
 
 @pytest.fixture
@@ -136,11 +136,11 @@ def adapted(tmp_path):
 
 def test_a_run_that_trained_an_adapter_opens_on_its_base(adapted):
     folder, trained = adapted
-    model, tokenizer = load_run_model(folder / "run")
+    model, tokenizer = load_model(folder / "run")
     ids = torch.randint(0, 256, (2, 16))
     assert torch.equal(model(ids), trained(ids))
     assert tokenizer.name == "bytes"
-    moved, _ = load_run_model(folder / "run", base=(folder / "base").rename(folder / "moved"))
+    moved, _ = load_model(folder / "run", base=(folder / "base").rename(folder / "moved"))
     assert torch.equal(moved(ids), trained(ids))
 
 
@@ -150,24 +150,24 @@ def test_an_adapter_is_not_put_on_another_base(adapted):
         folder / "base"
     )
     with pytest.raises(CheckpointError, match="was trained on"):
-        load_run_model(folder / "run")
+        load_model(folder / "run")
 
 
 def test_an_adapters_base_is_no_adapter(adapted):
     folder, _ = adapted
     with pytest.raises(CheckpointError, match="holds an adapter only"):
-        load_run_model(folder / "run", base=folder / "run")
+        load_model(folder / "run", base=folder / "run")
 
 
 def test_an_adapter_that_is_trained_on_keeps_its_base(adapted):
     folder, _ = adapted
-    model, tokenizer = load_run_model(folder / "run")
+    model, tokenizer = load_model(folder / "run")
     assert model.source == str(folder / "base")
     data = TokenDataset.from_text("To be, or not to be. " * 20, 16, tokenizer=tokenizer)
     settings = {"max_steps": 1, "micro_batch_size": 2, "mixed_precision": "no", "compile": False}
     config = TrainerConfig(output_dir=folder / "more", **settings)
     Trainer(model, data, config=config).train()
-    again, _ = load_run_model(folder / "more")
+    again, _ = load_model(folder / "more")
     ids = torch.randint(0, 256, (2, 16))
     assert torch.equal(again(ids), model.cpu().eval()(ids))
 
@@ -176,14 +176,14 @@ def test_an_adapter_in_pefts_format_opens_on_its_base(adapted):
     folder, trained = adapted
     ids = torch.randint(0, 256, (2, 16))
     save_adapter(trained, folder / "adapter", base_model=trained.source)
-    model, _ = load_run_model(folder / "adapter")
+    model, _ = load_model(folder / "adapter")
     torch.testing.assert_close(model(ids), trained(ids))
     assert model.source == str(folder / "base")
-    moved, _ = load_run_model(folder / "adapter", base=(folder / "base").rename(folder / "moved"))
+    moved, _ = load_model(folder / "adapter", base=(folder / "base").rename(folder / "moved"))
     assert torch.equal(moved(ids), model(ids))
     save_adapter(trained, folder / "adapter")
     with pytest.raises(CheckpointError, match="does not say where its base is"):
-        load_run_model(folder / "adapter")
+        load_model(folder / "adapter")
 
 
 def adapter_of(folder, base):
@@ -221,7 +221,7 @@ def test_a_base_that_can_be_no_path_is_an_error(tmp_path, monkeypatch, make, bas
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     path = make(tmp_path / "adapter", base)
     with pytest.raises((CheckpointError, ModelError)):
-        load_run_model(path)
+        load_model(path)
 
 
 ANY = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([2**62, 10**400, *BASES])
@@ -249,13 +249,13 @@ def test_any_state_that_describes_a_model(checkpoints, bounded_memory, kind, mod
 def checkpoints(tmp_path_factory):
     """A whole model's checkpoint and one of an adapter on it, and what is in their states."""
     whole = open_checkpoint(saved(tmp_path_factory.mktemp("whole")))
-    model, _ = load_run_model(whole.path)
+    model, _ = load_model(whole.path)
     shape = asdict(LoRAConfig(rank=2)) | {"base_sha256": base_fingerprint(model)}
     add_lora(model, LoRAConfig(rank=2))
     store = CheckpointStore(tmp_path_factory.mktemp("adapter"))
     state = {"identity": {"adapter": shape}, "tokenizer": None, "base": str(whole.path)}
     path = store.save(1, {"adapter": adapter_state_dict(model)}, state)
-    load_run_model(path)
+    load_model(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         patch.chdir(path.parent)
@@ -267,14 +267,14 @@ def test_an_adapters_base_cannot_be_itself_or_another(tmp_path):
     for base in (first, second):
         adapter_of(first, str(base)), adapter_of(second, str(first))
         with pytest.raises(CheckpointError, match="holds an adapter only"):
-            load_run_model(first)
+            load_model(first)
 
 
 def test_an_adapters_description_that_is_a_link_is_not_read(tmp_path):
     path = adapter_of(tmp_path / "adapter", "nowhere/at-all") / "adapter_config.json"
     path.symlink_to(path.rename(tmp_path / "elsewhere"))
     with pytest.raises(ModelError, match="is a link"):
-        load_run_model(path.parent)
+        load_model(path.parent)
 
 
 @pytest.mark.parametrize("rank", [3, 2**40])
@@ -285,7 +285,7 @@ def test_an_adapters_rank_is_that_of_its_tensors_before_memory_is_taken(adapted,
     lying = checkpoint.state | {"identity": identity | {"adapter": identity["adapter"] | {"rank": rank}}}
     path = CheckpointStore(folder / "other").save(1, {"adapter": checkpoint.tensors("adapter")}, lying)
     with bounded_memory(), pytest.raises(CorruptCheckpoint, match=r"adapter\.safetensors does not fit"):
-        load_run_model(path)
+        load_model(path)
 
 
 def test_an_export_after_a_run_in_half_precision_is_compared_in_full(tmp_path):

@@ -110,7 +110,7 @@ import torch
 from homebrew import GPT, GPTConfig, get_tokenizer
 from homebrew.errors import ModelError
 from homebrew.hub.peft import load_adapter
-from homebrew.hub.load import load_run_model
+from homebrew.hub.load import load_model
 
 shape = GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=4)
 first, second = GPT(shape, seed=1), GPT(shape, seed=2)
@@ -120,7 +120,7 @@ print(second.push_to_hub("someone/tiny", get_tokenizer("bytes")))
 def same(ours, theirs):
     return torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
 
-opened, tokenizer = load_run_model("someone/tiny")
+opened, tokenizer = load_model("someone/tiny")
 assert same(opened, second) and tokenizer.name == "bytes"
 assert same(GPT.from_pretrained("someone/tiny", revision=f"{1:040x}"), first)
 assert same(GPT.from_pretrained("someone/tiny", local_files_only=True), second)

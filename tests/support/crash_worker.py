@@ -18,7 +18,7 @@ from forking import serve
 
 from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.callbacks.base import Callback
-from homebrew.distributed.signals import HANDLED
+from homebrew.distributed.signals import HANDLED_SIGNALS
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune\n" * 30
 SETTINGS = {
@@ -140,7 +140,7 @@ def run(job):
     rank = int(os.environ.get("RANK", "0"))
     strike = Strike(**job["strike"] or {}) if rank == job["struck"] else Strike()
     resources = Resources(job["measure_every"])
-    handlers = [signal.getsignal(number) for number in HANDLED]
+    handlers = [signal.getsignal(number) for number in HANDLED_SIGNALS]
     answer = {"raised": None, "before": held()}
     try:
         trainer = Trainer(
@@ -155,7 +155,7 @@ def run(job):
         answer["raised"] = type(error).__name__
         raise
     finally:
-        answer["handlers"] = [signal.getsignal(number) for number in HANDLED] == handlers
+        answer["handlers"] = [signal.getsignal(number) for number in HANDLED_SIGNALS] == handlers
         answer["seconds"] = strike.sent and time.monotonic() - strike.sent
         answer["after"], answer["seen"] = left(answer["before"]), resources.seen
         if rank == 0:

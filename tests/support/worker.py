@@ -73,7 +73,7 @@ class Watch(Callback):
 
             weight.register_hook(hook)
 
-    def on_report(self, trainer, metrics):
+    def on_log(self, trainer, metrics):
         self.losses.append(metrics.loss)
 
     def on_step_end(self, trainer):
@@ -246,7 +246,7 @@ def run(task, rank):
     folder = Path(task["output_dir"])
     (folder / f"read-{rank}.json").write_text(json.dumps(train.read))
     (folder / f"digests-{rank}.json").write_text(json.dumps(poison.digests))
-    model = trainer.whole_model()
+    model = trainer.full_model()
     if trainer.is_main_process:
         weights = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
         save_file(weights, folder / "weights.safetensors")

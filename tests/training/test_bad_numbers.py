@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.callbacks.base import Callback
 from homebrew.errors import NonFiniteError
-from homebrew.training.nan_guard import Guard
-from homebrew.training.train_step import Step
+from homebrew.training.nan_guard import NanGuard
+from homebrew.training.train_step import TrainStep
 
 BAD_STEP = 3
 OPTIMIZERS = {
@@ -106,7 +106,7 @@ def test_no_bit_changes(tmp_path, policy, where, value, optimizer):
 @pytest.mark.parametrize("policy", ["raise", "skip"])
 def test_after_a_run_that_bad_numbers_ended_none_is_saved(tmp_path, policy):
     class Saves(Callback):
-        def on_held_back(self, trainer, steps):
+        def on_step_skipped(self, trainer, steps):
             if policy == "raise" or steps[-1].step == 2:
                 with pytest.raises(NonFiniteError):
                     trainer.save()
@@ -164,9 +164,9 @@ def test_what_is_sent_is_read_when_the_next_step_is_on_its_way(tmp_path, monkeyp
 
         monkeypatch.setattr(owner, name, call)
 
-    logged(Step, "__call__", "step")
-    logged(Guard, "send", "send", lambda guard: guard._recorded)
-    logged(Guard, "check", "read", lambda guard: guard._sent)
+    logged(TrainStep, "__call__", "step")
+    logged(NanGuard, "send", "send", lambda guard: guard._recorded)
+    logged(NanGuard, "check", "read", lambda guard: guard._sent)
     make(tmp_path, log_every=3, max_steps=7).train()
     expected = "step send step read step send step read step step send step read send read"
     assert log == expected.split()

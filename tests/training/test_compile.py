@@ -13,7 +13,7 @@ from torch import nn
 
 from homebrew import GPT, GPTConfig
 from homebrew.training import compile as compilation
-from homebrew.training.compile import LAUNCH_BOUND_FLOPS, _rng_forked, compile_model, try_compiled
+from homebrew.training.compile import LAUNCH_BOUND_FLOPS, _rng_forked, compile_model, warm_up_compiled
 from homebrew.training.trainer_config import BatchPlan
 
 SCRIPT = """
@@ -21,7 +21,7 @@ import sys, torch
 from homebrew import Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
 
 class Losses(Callback):
-    def on_report(self, trainer, metrics):
+    def on_log(self, trainer, metrics):
         print("loss", metrics.loss)
 
 data = TokenDataset.from_tokens(torch.arange(400) % 61, 8, vocab_size=64)
@@ -137,7 +137,7 @@ def test_the_trial_starts_over_and_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(compilation, "atexit", SimpleNamespace(register=at_exit.append))
     model, rng, environment = Stumbling(RuntimeError("cut short")), torch.get_rng_state(), dict(os.environ)
     with pytest.warns(UserWarning, match="cut short"):
-        try_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True)
+        warm_up_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True)
     assert model.modes == [True, True, False]
     assert model.training
     assert model.weight.grad is None
@@ -163,5 +163,5 @@ def test_the_trial_leaves_mpss_generator_alone(monkeypatch):
 def test_what_no_cache_is_to_blame_for_is_not_tried_again():
     model = Stumbling(torch.OutOfMemoryError("too large"))
     with pytest.raises(torch.OutOfMemoryError):
-        try_compiled(Accelerator(cpu=True), model, BATCH, evaluates=False)
+        warm_up_compiled(Accelerator(cpu=True), model, BATCH, evaluates=False)
     assert len(model.modes) == 1

@@ -1,11 +1,11 @@
 import torch
 
-from homebrew.training.cuda_graph import Graph
+from homebrew.training.cuda_graph import CudaGraph
 
 
 def test_it_is_captured_when_all_is_as_before_and_anew_when_something_differs(device, captured):
     held = [torch.ones(3, device=device), 2.0]
-    graph = Graph(lambda x: held[0] * held[1] + x, lambda: held)
+    graph = CudaGraph(lambda x: held[0] * held[1] + x, lambda: held)
     results = []
 
     def call(*values):
@@ -28,7 +28,7 @@ def test_it_is_captured_when_all_is_as_before_and_anew_when_something_differs(de
 
 
 def test_an_input_of_another_shape_is_not_put_into_the_old_ones_place(device, captured):
-    graph = Graph(lambda x: x + 1, list)
+    graph = CudaGraph(lambda x: x + 1, list)
     for shape in [(3,), (3,), (1,), (1,), (1,)]:
         assert torch.equal(graph(torch.ones(shape, device=device)), torch.full(shape, 2.0, device=device))
     assert len(captured) == 2

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from homebrew.errors import NonFiniteError
-from homebrew.training.nan_guard import SPIKE_WARMUP, Guard
+from homebrew.training.nan_guard import SPIKE_WARMUP, NanGuard
 
 NAN, INF = float("nan"), float("inf")
 CPU = torch.device("cpu")
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 def make(policy, *, fused=True, limit=2, zscore=None):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
-    return weight, optimizer, Guard(optimizer, policy, limit, CPU, spike_zscore=zscore)
+    return weight, optimizer, NanGuard(optimizer, policy, limit, CPU, spike_zscore=zscore)
 
 
 def take(weight, optimizer, guard, step, loss=1.0, norm=1.0):

@@ -5,9 +5,9 @@ import torch
 from accelerate import Accelerator
 
 from homebrew import GPT, GPTConfig
-from homebrew.training.nan_guard import Guard
+from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw
-from homebrew.training.train_step import Step
+from homebrew.training.train_step import TrainStep
 
 SHAPE = GPTConfig(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
 
@@ -19,9 +19,9 @@ class Run:
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.model = GPT(SHAPE).to(device).train()
         self.optimizer = adamw(self.model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-        self.guard = Guard(self.optimizer, policy, 100, self.model.device, spike_zscore=zscore)
+        self.guard = NanGuard(self.optimizer, policy, 100, self.model.device, spike_zscore=zscore)
         self.num_micro_batches = num_micro_batches
-        self.step = Step(
+        self.step = TrainStep(
             self.model,
             self.optimizer,
             self.guard,
@@ -78,7 +78,7 @@ def test_a_step_of_graphs_is_the_step_itself(device, num_micro_batches, captured
 @pytest.mark.parametrize("num_micro_batches", [1, 3])
 def test_captured_or_not_the_arithmetic_is_the_same(device, num_micro_batches, captured, monkeypatch):
     graphed = Run(device, graphs=True, num_micro_batches=num_micro_batches).take(8)
-    monkeypatch.setattr(Step, "_touched", lambda _: [object()])  # never as before, so never captured
+    monkeypatch.setattr(TrainStep, "_touched", lambda _: [object()])  # never as before, so never captured
     launched = Run(device, graphs=True, num_micro_batches=num_micro_batches).take(8)
     exact = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 2e-5, "atol": 2e-6}  # gradients add up by atomics
     assert_same(graphed, launched, **exact)
@@ -137,7 +137,7 @@ def test_sums_have_their_memory_before_a_graph_writes_its_gradients():
         lambda *_: there.append(all(p.grad is not None for p in run.model.parameters()))
     )
     run.take(1)
-    run.model.zero_grad(set_to_none=True)  # as try_compiled does, or a callback may
+    run.model.zero_grad(set_to_none=True)  # as warm_up_compiled does, or a callback may
     run.take(1)
     assert there == [True] * 4
 

@@ -21,7 +21,7 @@ from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.callbacks.base import Callback
 from homebrew.checkpoint.manifest import open_checkpoint
 from homebrew.checkpoint.store import CheckpointStore
-from homebrew.distributed.signals import HANDLED
+from homebrew.distributed.signals import HANDLED_SIGNALS
 from homebrew.errors import (
     CheckpointError,
     ConfigError,
@@ -54,7 +54,7 @@ class Losses(Callback):
     def __init__(self):
         self.losses, self.evaluations = {}, {}
 
-    def on_report(self, trainer, metrics):
+    def on_log(self, trainer, metrics):
         self.losses[metrics.step] = metrics.loss
 
     def on_evaluate(self, trainer, metrics):
@@ -197,12 +197,12 @@ def test_in_a_notebook_a_stop_is_a_keyboard_interrupt_after_the_save(tmp_path, m
                 os.kill(os.getpid(), number)
 
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    handlers = [signal.getsignal(each) for each in HANDLED]
+    handlers = [signal.getsignal(each) for each in HANDLED_SIGNALS]
     trainer = make(tmp_path, callbacks=[Stop()])
     with pytest.raises(KeyboardInterrupt, match=f"{number.name} after saving"):
         trainer.train()
     assert CheckpointStore(tmp_path).latest()[0].step == 3
-    assert [signal.getsignal(each) for each in HANDLED] == handlers
+    assert [signal.getsignal(each) for each in HANDLED_SIGNALS] == handlers
     trainer.train(resume=True)  # the next cell
     assert trainer.step == 6
 
@@ -296,7 +296,7 @@ def test_a_guard_that_raised_does_not_hold_back_what_comes_after(tmp_path):
 def test_a_save_that_failed_is_tried_again(tmp_path, monkeypatch):
     trainer = make(tmp_path, max_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr("homebrew.checkpoint.store.sync_folder", no_space)
+        patch.setattr("homebrew.checkpoint.store.fsync_directory", no_space)
         with pytest.raises(CheckpointError, match="No space"):
             trainer.train()
     assert (trainer.save() / "manifest.json").exists()
@@ -469,12 +469,12 @@ def test_what_compiling_evaluations_and_saves_take_is_no_training_time(tmp_path,
             if trainer.step == 2:
                 trainer.evaluate()
 
-        def on_report(self, trainer, metrics):
+        def on_log(self, trainer, metrics):
             rates.append(metrics.tokens_per_second)
             trainer.evaluate()
 
     monkeypatch.setattr("homebrew.training.trainer.compile_model", lambda *_, **__: "yes")
-    monkeypatch.setattr("homebrew.training.trainer.try_compiled", lambda *_, **__: takes(50))
+    monkeypatch.setattr("homebrew.training.trainer.warm_up_compiled", lambda *_, **__: takes(50))
     rates = []
     trainer = make(tmp_path, evaluate=dataset(200), eval_every=3, max_steps=5, callbacks=[Slow()])
     trainer.model.register_forward_hook(lambda *_: takes(0.5))  # evaluation's passes among them
@@ -489,7 +489,7 @@ def test_a_callback_that_is_told_of_a_step_may_save(tmp_path, log_every, save_ev
         def __init__(self):
             self.saves = []
 
-        def on_report(self, trainer, metrics):
+        def on_log(self, trainer, metrics):
             trainer.save()
 
         def on_save(self, trainer, path):
@@ -507,7 +507,7 @@ def test_times_are_those_of_the_steps(tmp_path, monkeypatch):
     now, elapsed = [0.0], []
 
     class Elapsed(Callback):
-        def on_report(self, trainer, metrics):
+        def on_log(self, trainer, metrics):
             elapsed.append(metrics.elapsed_seconds)
 
     def hook(*_):
@@ -526,7 +526,7 @@ class Reported(Callback):
     def __init__(self):
         self.steps = []
 
-    def on_report(self, trainer, metrics):
+    def on_log(self, trainer, metrics):
         self.steps.append((metrics.step, trainer.step))
 
 
@@ -798,7 +798,7 @@ def test_an_optimizer_and_a_schedule_of_your_own(tmp_path):
     seen = []
 
     class Watch(Callback):
-        def on_report(self, trainer, metrics):
+        def on_log(self, trainer, metrics):
             seen.append(metrics.learning_rate)
 
     before = model.lm_head.weight.detach().clone()

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from homebrew.errors import ConfigError
-from homebrew.metrics.step_metrics import EvalMetrics, StepMetrics, past_losses
-from homebrew.training.nan_guard import HeldBack
+from homebrew.metrics.step_metrics import EvalMetrics, StepMetrics, past_eval_losses
+from homebrew.training.nan_guard import SkippedStep
 
 if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer
@@ -29,7 +29,7 @@ class Callback:
     def on_step_end(self, trainer: "Trainer") -> None:
         """A step was taken, or on a GPU is on its way; nothing has waited for it."""
 
-    def on_report(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+    def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """The figures of every `TrainerConfig.log_every`-th step, `metrics.step`; `trainer.step` may be one further."""
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
@@ -38,7 +38,7 @@ class Callback:
     def on_save(self, trainer: "Trainer", path: Path) -> None:
         """A checkpoint was handed to the writer; it is whole when the folder `path` exists."""
 
-    def on_held_back(self, trainer: "Trainer", steps: Sequence[HeldBack]) -> None:
+    def on_step_skipped(self, trainer: "Trainer", steps: Sequence[SkippedStep]) -> None:
         """Some steps' updates were not applied; told at the next report, evaluation or save, before an error of it."""
 
     def on_train_end(self, trainer: "Trainer") -> None:
@@ -71,7 +71,7 @@ class EarlyStopping(Callback):
         """Begin anew, or where the run had come to."""
         self._best, self._without = float("inf"), 0
         if trainer.is_main_process:
-            for loss in past_losses(Path(trainer.config.output_dir) / "metrics.jsonl", trainer.step):
+            for loss in past_eval_losses(Path(trainer.config.output_dir) / "metrics.jsonl", trainer.step):
                 self._count(loss)
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
@@ -118,7 +118,7 @@ class ProgressDisplay(Callback):
             self._live = Live(console=self._console, refresh_per_second=8)
             self._live.start()
 
-    def on_report(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+    def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Show a step's figures."""
         if self._console is None:
             return
@@ -139,7 +139,7 @@ class ProgressDisplay(Callback):
         """Show a checkpoint."""
         self._say(f"step {trainer.step} | saving {path}")
 
-    def on_held_back(self, trainer: "Trainer", steps: Sequence[HeldBack]) -> None:
+    def on_step_skipped(self, trainer: "Trainer", steps: Sequence[SkippedStep]) -> None:
         """Show what was left out."""
         for held in steps:
             self._say(f"step {held.step} | left out: {held.reason} | loss {held.loss:.4f} | norm {held.grad_norm:.3f}")

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from homebrew.callbacks.base import Callback
-from homebrew.data.tokenizer import tokenizer_of
-from homebrew.distributed.collectives import on_main
+from homebrew.data.tokenizer import dataset_tokenizer
+from homebrew.distributed.collectives import run_on_main
 from homebrew.errors import ConfigError
-from homebrew.io import replacing
+from homebrew.io import atomic_replace
 from homebrew.metrics.step_metrics import EvalMetrics, MetricsLog, StepMetrics
-from homebrew.training.nan_guard import HeldBack
+from homebrew.training.nan_guard import SkippedStep
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer
 
 
-class RunRecord(Callback):
+class RunLogger(Callback):
     """Writes a run's facts and figures, on the first process, and passes the figures to Accelerate's trackers."""
 
     def __init__(self) -> None:
@@ -41,12 +41,12 @@ class RunRecord(Callback):
             ConfigError: on every process, if the first cannot write to `output_dir`.
         """
         facts = run_facts(trainer)
-        on_main(trainer.accelerator, partial(self._open, Path(trainer.config.output_dir), facts))
+        run_on_main(trainer.accelerator, partial(self._open, Path(trainer.config.output_dir), facts))
         if self._log is not None:
             self._log.write("resume" if trainer.step else "begin", step=trainer.step)
         self._start_trackers(trainer.accelerator, facts)
 
-    def on_report(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+    def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Record a step's figures."""
         self._record("step", trainer, asdict(metrics))
 
@@ -59,7 +59,7 @@ class RunRecord(Callback):
         if self._log is not None:
             self._log.write("save", step=trainer.step, path=str(path))
 
-    def on_held_back(self, trainer: "Trainer", steps: Sequence[HeldBack]) -> None:
+    def on_step_skipped(self, trainer: "Trainer", steps: Sequence[SkippedStep]) -> None:
         """Record steps whose updates were not applied."""
         if self._log is not None:
             for held in steps:
@@ -79,7 +79,7 @@ class RunRecord(Callback):
     def _open(self, folder: Path, facts: dict[str, Any]) -> None:
         """On the first process: write the facts, whole or not at all, and open the file of figures."""
         try:
-            with replacing(folder / "run.json") as path:
+            with atomic_replace(folder / "run.json") as path:
                 path.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
             self._log = MetricsLog(folder / "metrics.jsonl")
         except OSError as error:
@@ -134,7 +134,7 @@ def dataset_facts(dataset: Dataset[Any]) -> dict[str, Any]:
     for name in ("source", "fingerprint", "num_tokens"):
         if hasattr(dataset, name):
             facts[name] = getattr(dataset, name)
-    tokenizer = tokenizer_of(dataset)
+    tokenizer = dataset_tokenizer(dataset)
     return facts | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
 
 

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 
-class BackgroundWriter:
+class AsyncWriter:
     """Writes one thing at a time, in a thread; what that failed with is kept until it is asked for."""
 
     def __init__(self) -> None:

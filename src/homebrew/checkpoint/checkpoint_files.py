@@ -22,7 +22,7 @@ from homebrew.checkpoint.manifest import (
 from homebrew.checkpoint.safetensors_writer import serialised
 from homebrew.checkpoint.verified_files import write_durably
 from homebrew.errors import CheckpointError, HomebrewError, NonFiniteError
-from homebrew.io import sync_folder
+from homebrew.io import fsync_directory
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """Tensors by name, by file name without suffix."""
@@ -81,7 +81,7 @@ def write_checkpoint(
         )
     parse_state(facts, folder / STATE, Manifest.from_json(data, folder / MANIFEST))
     _write(folder / MANIFEST, data)
-    sync_folder(folder)
+    fsync_directory(folder)
 
 
 def _write(path: Path, *pieces: bytes | memoryview) -> Entry:

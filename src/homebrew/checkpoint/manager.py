@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from homebrew.checkpoint.async_writer import BackgroundWriter
+from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import write_files
 from homebrew.checkpoint.compatibility import check_identity
 from homebrew.checkpoint.manifest import STATE, Checkpoint
@@ -24,19 +24,19 @@ from homebrew.checkpoint.reports import SHARE, Reports
 from homebrew.checkpoint.state_dict import Files, check_files, gather_run, reserve_staging, run_bytes, scatter_run
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.data.tokenizer import Tokenizer
-from homebrew.distributed.collectives import gather_bytes, is_lost, on_main
-from homebrew.distributed.fsdp import is_sharded
+from homebrew.distributed.collectives import gather_bytes, is_lost, run_on_main
+from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.distributed.heartbeat import PATIENCE_SECONDS
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from homebrew.model.gpt import GPT
-from homebrew.training.nan_guard import Guard
+from homebrew.training.nan_guard import NanGuard
 from homebrew.training.trainer_config import TrainerConfig
 
 _ASK_SECONDS = 1.0
 """How long a process waits for its own writer before it asks for the others'."""
 
 
-class RunSaver:
+class CheckpointManager:
     """The checkpoints of one run; every method is collective.
 
     While it is entered the run trains; at the end it waits for the writer, whatever becomes of it.
@@ -58,7 +58,7 @@ class RunSaver:
         bare: GPT,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        guard: Guard,
+        guard: NanGuard,
         config: TrainerConfig,
         *,
         identity: dict[str, Any],
@@ -77,10 +77,10 @@ class RunSaver:
         self._identity = identity
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
         self._store = CheckpointStore(config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every)
-        self._writer = BackgroundWriter()
+        self._writer = AsyncWriter()
         self._reports: Reports | None = None
         """What the others write, where all write together."""
-        several = is_sharded(accelerator) and accelerator.num_processes > 1
+        several = uses_fsdp(accelerator) and accelerator.num_processes > 1
         if several and run_bytes(bare) > config.gather_limit_bytes:
             self._reports = Reports(accelerator, config.collective_timeout_seconds)
         self._saved_step: int | None = None
@@ -102,7 +102,7 @@ class RunSaver:
             CheckpointError: a checkpoint is damaged, or belongs to another run.
         """
         accelerator, seed = self._accelerator, self._config.seed
-        start = on_main(accelerator, lambda: self._find(resume, accept_changes))
+        start = run_on_main(accelerator, lambda: self._find(resume, accept_changes))
         set_seed(seed, device_specific=True)
         self._guard.reset()
         if self._began and not start["found"] and accelerator.is_main_process:
@@ -211,7 +211,7 @@ class RunSaver:
         self.wait()
         files = gather_run(self._accelerator, self._model, self._optimizer, self._guard, in_pieces=reports is not None)
         if reports is not None:
-            token = on_main(self._accelerator, partial(self._start, step))
+            token = run_on_main(self._accelerator, partial(self._start, step))
             others = partial(reports.collect, token, store.temporary(step))
         if self._accelerator.is_main_process:
             score = self.evaluated[1] if self.evaluated and self.evaluated[0] == step else None
@@ -233,10 +233,10 @@ class RunSaver:
         Raises:
             ConfigError: they do not.
         """
-        on_main(self._accelerator, partial(self._start, step))
+        run_on_main(self._accelerator, partial(self._start, step))
         seen = [self._store.temporary(step).is_dir(), socket.gethostname()]
         found = [json.loads(answer) for answer in gather_bytes(self._accelerator, json.dumps(seen).encode())]
-        on_main(self._accelerator, partial(self._store.cancel, step))
+        run_on_main(self._accelerator, partial(self._store.cancel, step))
         if blind := [f"{rank} on {host}" for rank, (sees, host) in enumerate(found) if not sees]:
             raise ConfigError(
                 f"output_dir={str(self._config.output_dir)!r} as the first process sees it is not there for process "

@@ -27,7 +27,7 @@ from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
 from homebrew.distributed.collectives import broadcast_bytes, gather_bytes
 from homebrew.errors import CorruptCheckpoint
 from homebrew.model.lora import LoRALinear
-from homebrew.training.nan_guard import Guard
+from homebrew.training.nan_guard import NanGuard
 
 TIED = "lm_head.weight"
 """The head's weight is the embedding's: stored once, under `transformer.wte.weight`."""
@@ -53,7 +53,7 @@ def gather_run(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    guard: Guard,
+    guard: NanGuard,
     *,
     in_pieces: bool = False,
 ) -> Files:
@@ -95,7 +95,7 @@ def scatter_run(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    guard: Guard,
+    guard: NanGuard,
     files: Files,
     *,
     seed: int,

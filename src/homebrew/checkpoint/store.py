@@ -21,7 +21,7 @@ from homebrew.checkpoint.checkpoint_files import Files, Others, write_checkpoint
 from homebrew.checkpoint.manifest import FOLDER, Checkpoint, has_its_files, open_checkpoint, read_manifest
 from homebrew.checkpoint.verified_files import make_folder, remove_folder, rename, unwritable
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
-from homebrew.io import sync_folder
+from homebrew.io import fsync_directory
 
 _LEFT = re.compile(r"\.(step-\d{8})\.(writing|removing|aside)", re.ASCII)
 
@@ -134,7 +134,7 @@ class CheckpointStore:
             if os.path.lexists(path):
                 rename(path, aside)
             rename(temporary, path)
-            sync_folder(self.folder)
+            fsync_directory(self.folder)
         self._verified[step] = True
         _discard(aside)
         self._prune(step)
@@ -185,7 +185,7 @@ class CheckpointStore:
         """Remove what a killed save or prune has left, and put back what one has moved aside."""
         left = [path for path in self.folder.iterdir() if _LEFT.fullmatch(path.name)]
         if left:
-            sync_folder(self.folder)  # a checkpoint aside goes only once its successor is there to stay
+            fsync_directory(self.folder)  # a checkpoint aside goes only once its successor is there to stay
         for path in left:
             _, name, kind = path.name.split(".")
             if kind == "aside" and not os.path.lexists(self.folder / name):
@@ -232,7 +232,7 @@ def _discard(path: Path, moved: Path | None = None) -> None:
     try:
         if moved is not None:
             rename(path, moved)
-            sync_folder(path.parent)  # else its files may be gone from the disk, and its name still there
+            fsync_directory(path.parent)  # else its files may be gone from the disk, and its name still there
         remove_folder(moved or path)
     except OSError as error:
         warnings.warn(f"{path} could not be removed: {error.strerror}.", stacklevel=2)

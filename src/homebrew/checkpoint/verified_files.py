@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from homebrew.errors import CheckpointError, CorruptCheckpoint
-from homebrew.io import sync_folder
+from homebrew.io import fsync_directory
 
 _CHUNK = 1 << 24
 
@@ -52,7 +52,7 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
+        fsync_directory(path.parent)
 
 
 def rename(path: Path, new: Path) -> None:

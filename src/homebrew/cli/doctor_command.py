@@ -151,13 +151,13 @@ def _processes(accelerator: "Accelerator") -> Finding:
 
 
 def _precision(accelerator: "Accelerator") -> Finding:
-    from homebrew.distributed.accelerator import multiplies_bf16
+    from homebrew.distributed.accelerator import has_native_bf16
 
     precision = accelerator.mixed_precision
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     found = f"{precision}, as the launcher says" if launched else str(precision)
     fix = ""
-    if precision == "no" and multiplies_bf16():
+    if precision == "no" and has_native_bf16():
         fix = "The launcher asks for float32: accelerate launch --mixed_precision bf16, or plain python, is faster."
     elif precision == "no" and accelerator.device.type == "cuda":
         fix = "This GPU has no bfloat16: --mixed-precision fp16 is faster."
@@ -203,9 +203,10 @@ def attention(device: "torch.device") -> str:
 
 def _data() -> Iterator[Finding]:
     from homebrew.data.corpora import load_corpus
-    from homebrew.data.tokenizer import gpt2_files
+    from homebrew.data.tokenizer import gpt2_vocabulary_files
 
-    for topic, get in (("GPT-2's vocabulary", gpt2_files), ("Tiny Shakespeare", lambda: load_corpus().source)):
+    sources = (("GPT-2's vocabulary", gpt2_vocabulary_files), ("Tiny Shakespeare", lambda: load_corpus().source))
+    for topic, get in sources:
         try:
             got = get()
         except HomebrewError as error:

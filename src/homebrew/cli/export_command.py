@@ -43,10 +43,10 @@ class Export:
             raise ConfigError("--private is for a repository that --push-to-hub makes: give both, or neither.")
         if self.folder is not None and os.path.isdir(self.folder / "checkpoints"):  # noqa: PTH112 - raises nothing
             raise ConfigError(f"{self.folder} is a run's folder, which its checkpoints are read from: name another.")
-        from homebrew.hub.load import load_run_model
+        from homebrew.hub.load import load_model
         from homebrew.hub.peft import save_adapter
 
-        model, tokenizer = load_run_model(self.checkpoint, base=self.base)
+        model, tokenizer = load_model(self.checkpoint, base=self.base)
         chosen = None if self.no_tokenizer else tokenizer
         if self.folder is not None and self.adapter:
             save_adapter(model, self.folder, base_model=model.source)

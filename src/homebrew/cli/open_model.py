@@ -28,12 +28,12 @@ def open_model(
     """
     import torch
 
-    from homebrew.hub.load import load_run_model
+    from homebrew.hub.load import load_model
 
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else str(accelerator)
-    model, known = load_run_model(source, base=base)
+    model, known = load_model(source, base=base)
     chosen = choose_tokenizer(source, known, tokenizer)
     if dtype == "auto":
         has_bfloat16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -53,7 +53,7 @@ class Sample:
 
     def run(self) -> None:
         """Do it."""
-        from homebrew.data.tokenizer import line_end, opening
+        from homebrew.data.tokenizer import default_prompt, newline_for
         from homebrew.generation.sampling import Sampling
 
         sampling = Sampling(  # first of all: what is wrong here should not be said after a model is loaded
@@ -73,7 +73,7 @@ class Sample:
             return generate_text(
                 model,
                 tokenizer,
-                text or opening(tokenizer),
+                text or default_prompt(tokenizer),
                 self.max_new_tokens,
                 sampling,
                 stop=stop,
@@ -82,7 +82,7 @@ class Sample:
             )
 
         if self.prompt is None:
-            self._converse(write, line_end(tokenizer))
+            self._converse(write, newline_for(tokenizer))
             return
         pieces = write(self.prompt, self.stop, 0)
         first = next(pieces, "")  # or an error, before anything is shown

@@ -114,7 +114,7 @@ class Train:
 
     def _model_and_data(self) -> tuple["GPT", "TokenDataset", "TokenDataset | None"]:
         from homebrew import GPT, GPTConfig
-        from homebrew.hub.load import load_run_model
+        from homebrew.hub.load import load_model
         from homebrew.model.lora import LoRAConfig, add_lora
 
         model: GPT | None = None
@@ -132,7 +132,7 @@ class Train:
         if wanted.init_from is not None:
             if given := sorted(({"preset"} if wanted.preset else set()) | (sizes.keys() - {"block_size"})):
                 raise ConfigError(f"--init-from brings its own shape, so {', '.join(given)} cannot be given with it.")
-            model, known = load_run_model(wanted.init_from)
+            model, known = load_model(wanted.init_from)
             if not are_tokens:
                 tokenizer = choose_tokenizer(wanted.init_from, known, data.tokenizer)
             shape = model.config

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from homebrew.data.text_file import read_text
 from homebrew.data.token_file import MAX_VOCAB_SIZE, TokenFile
 from homebrew.data.token_source import FileTokens, MemoryTokens, Tokens
-from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json, utf8
+from homebrew.data.tokenizer import Tokenizer, encode_utf8, get_tokenizer, tokenizer_from_json
 from homebrew.errors import DataError
 
 Pair = tuple[Tensor, Tensor]
@@ -79,7 +79,7 @@ class TokenDataset(Dataset[Pair]):
         """
         if not text:
             raise DataError("The text is empty: there is nothing to train on.")
-        num_text_bytes = len(utf8(text))
+        num_text_bytes = len(encode_utf8(text))
         chosen = get_tokenizer(tokenizer, text=text) if isinstance(tokenizer, str) else tokenizer
         made = cls.from_tokens(
             chosen.encode(text), block_size, vocab_size=chosen.vocab_size, tokenizer=chosen, stride=stride

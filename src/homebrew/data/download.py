@@ -8,7 +8,7 @@ import os
 import urllib.request
 from pathlib import Path
 
-from homebrew.io import replacing
+from homebrew.io import atomic_replace
 
 TIMEOUT_SECONDS = 5.0
 """How long the network may keep silent."""
@@ -53,6 +53,6 @@ def download(url: str, sha256: str, keep_at: Path) -> bytes | None:
     if data is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs only the next download
             keep_at.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(keep_at) as path:
+            with atomic_replace(keep_at) as path:
                 path.write_bytes(data)
     return data

@@ -172,7 +172,7 @@ def _load(
     )
     batches: Any = iter(loader)
     try:
-        with worker_errors(timeout_seconds):
+        with explain_worker_errors(timeout_seconds):
             for input_ids, targets in batches:
                 yield _send(input_ids, device), _send(targets, device)
     finally:
@@ -190,7 +190,7 @@ def _heed_no_signals(_worker: int) -> None:
 
 
 @contextmanager
-def worker_errors(timeout_seconds: float) -> Iterator[None]:
+def explain_worker_errors(timeout_seconds: float) -> Iterator[None]:
     """Within it, PyTorch's word of a loader worker that died or keeps silent is a `DataError`.
 
     Of a death the word comes at once, wherever the main thread is: a run's steps belong within this.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from homebrew.data.text_file import open_regular
 from homebrew.errors import DataError
-from homebrew.io import replacing
+from homebrew.io import atomic_replace
 
 MAX_HEADER_BYTES = 2**20
 """Of a header; one that is longer is not read. The alphabet of a Chinese text takes a tenth of it."""
@@ -98,7 +98,7 @@ def write_tokens(
     digest, num_tokens = hashlib.sha256(), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as new, new.open("rb+") as file:
+        with atomic_replace(path) as new, new.open("rb+") as file:
             file.seek(room)
             for tokens in _pieces(ids, vocab_size, _DTYPES[dtype]):
                 file.write(tokens.data)

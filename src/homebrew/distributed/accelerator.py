@@ -57,12 +57,12 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
             f"mixed_precision={config.mixed_precision!r} is not what an earlier Trainer or Accelerator of this process "
             f"chose, and Accelerate keeps one for all. Use that one's, or restart Python (in a notebook, the kernel)."
         ) from error
-    enter_world(accelerator)
+    check_world(accelerator)
     _share_cores(accelerator)
     return accelerator
 
 
-def adopt_accelerator(accelerator: Accelerator, config: TrainerConfig) -> Accelerator:
+def check_accelerator(accelerator: Accelerator, config: TrainerConfig) -> Accelerator:
     """An Accelerator that the user has built, which keeps the settings it has.
 
     Raises:
@@ -80,7 +80,7 @@ def adopt_accelerator(accelerator: Accelerator, config: TrainerConfig) -> Accele
             f"log_with={config.log_with!r} is for an Accelerator of the Trainer's. Yours has trackers of its own: "
             f"build it as Accelerator(log_with={config.log_with!r}, project_dir=…), and leave the config's out."
         )
-    enter_world(accelerator)
+    check_world(accelerator)
     return accelerator
 
 
@@ -118,10 +118,10 @@ def _mixed_precision(wanted: str) -> str | None:
         return wanted
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return None
-    return "bf16" if multiplies_bf16() else None
+    return "bf16" if has_native_bf16() else None
 
 
-def multiplies_bf16() -> bool:
+def has_native_bf16() -> bool:
     """Whether the device has instructions for products of bfloat16, and does not emulate them."""
     if _on_cpu():
         return bool(torch.cpu._is_avx512_bf16_supported())
@@ -147,7 +147,7 @@ def _share_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def enter_world(accelerator: Accelerator) -> None:
+def check_world(accelerator: Accelerator) -> None:
     """Refuse a world that is not the one the launcher asked for, of which Accelerate says nothing; see to its end.
 
     Raises:

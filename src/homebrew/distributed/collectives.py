@@ -57,7 +57,7 @@ def gather_bytes(accelerator: Accelerator, data: bytes) -> list[bytes]:
     return [_to_bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - any JSON value
+def run_on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - any JSON value
     """Run `work` on the first process only, and give its result, or its error, to all.
 
     Args:

@@ -13,12 +13,12 @@ from homebrew.errors import LaunchError
 from homebrew.model.gpt import GPT, Block
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
+def uses_fsdp(accelerator: Accelerator) -> bool:
     """Whether the run is FSDP's."""
     return bool(accelerator.is_fsdp2)
 
 
-def configure_sharding(accelerator: Accelerator) -> bool:
+def configure_fsdp(accelerator: Accelerator) -> bool:
     """Make Accelerate's FSDP2 shard a GPT by its blocks, and sum gradients in float32; without FSDP do nothing.
 
     Each block is a unit; the embeddings, the last norm and the head, whose weight is the embedding's, are the root's.
@@ -35,7 +35,7 @@ def configure_sharding(accelerator: Accelerator) -> bool:
         return False
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-    check_sharding(accelerator, plugin)
+    check_fsdp_options(accelerator, plugin)
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = [Block.__name__]
     # It would leave the model on the meta device and break the head's tie; every process has the weights anyway.
@@ -52,17 +52,17 @@ def configure_sharding(accelerator: Accelerator) -> bool:
     return wanted
 
 
-def stays_gathered(accelerator: Accelerator) -> bool:
+def keeps_weights_gathered(accelerator: Accelerator) -> bool:
     """Whether processes keep the whole weights for a step, once gathered; `fsdp_reshard_after_forward: false` asks.
 
     FSDP by itself would give them up after every micro-batch's backward pass, though none of them changes a weight.
     """
-    return is_sharded(accelerator) and not accelerator.state.fsdp_plugin.reshard_after_forward
+    return uses_fsdp(accelerator) and not accelerator.state.fsdp_plugin.reshard_after_forward
 
 
 def reshard(accelerator: Accelerator, wrapped: nn.Module) -> None:
     """Give up what FSDP gathered, where no backward pass will: the next pass is to see what became of the shards."""
-    if not is_sharded(accelerator):
+    if not uses_fsdp(accelerator):
         return
     from torch.distributed.fsdp import FSDPModule
 
@@ -71,11 +71,11 @@ def reshard(accelerator: Accelerator, wrapped: nn.Module) -> None:
             module.reshard()
 
 
-def check_sharding(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+def check_fsdp_options(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
     """Refuse what this model cannot be sharded by.
 
     Raises:
-        LaunchError: see `configure_sharding`.
+        LaunchError: see `configure_fsdp`.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy
 
@@ -93,12 +93,12 @@ def check_sharding(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
         raise LaunchError("FSDP cannot run with:\n  " + "\n  ".join(wrong))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be shared out over the processes, as a plain one; collective."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def empty_copy(model: GPT) -> GPT:
+def meta_copy(model: GPT) -> GPT:
     """A model of the same modules and ties, adapters included, whose weights take no memory."""
     empty = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
@@ -107,11 +107,11 @@ def empty_copy(model: GPT) -> GPT:
     return copy.deepcopy(model, empty)
 
 
-def fill_copy(empty: GPT, wrapped: nn.Module) -> GPT:
+def gather_full_model(empty: GPT, wrapped: nn.Module) -> GPT:
     """A plain model with the whole weights of a wrapped or sharded one; collective.
 
     Args:
-        empty: of `empty_copy`; it is left as it is.
+        empty: of `meta_copy`; it is left as it is.
         wrapped: as `prepare` returned it.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-HANDLED = tuple(signal.Signals[n] for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n))
+HANDLED_SIGNALS = tuple(signal.Signals[n] for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n))
 """SIGUSR1: save and go on; the others: save and leave. SIGHUP comes when a terminal is closed."""
 
 
-class SignalWatch:
+class SignalHandler:
     """Remembers signals while it is entered; the run asks for them between steps.
 
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python allows no handlers, it
@@ -28,7 +28,7 @@ class SignalWatch:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {n: signal.signal(n, self._receive) for n in HANDLED if not _is_nohup(n)}
+            self._previous = {n: signal.signal(n, self._receive) for n in HANDLED_SIGNALS if not _is_nohup(n)}
         return self
 
     def __exit__(
@@ -47,9 +47,9 @@ class SignalWatch:
         self._received.add(received)
 
     def take(self) -> list[float]:
-        """1 for each of `HANDLED` that has come since the last call, else 0."""
+        """1 for each of `HANDLED_SIGNALS` that has come since the last call, else 0."""
         received, self._received = self._received, set()
-        return [float(number in received) for number in HANDLED]
+        return [float(number in received) for number in HANDLED_SIGNALS]
 
 
 def _is_nohup(number: signal.Signals) -> bool:
@@ -57,7 +57,7 @@ def _is_nohup(number: signal.Signals) -> bool:
     return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
 
-class Agreement:
+class FlagExchange:
     """What any process asks of all, agreed on without making the device or each other wait.
 
     With several processes the answer is the one sent a call earlier: its sum has long arrived, and every process

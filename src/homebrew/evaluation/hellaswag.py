@@ -17,7 +17,7 @@ from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError
 from homebrew.evaluation.hellaswag_data import NUM_ENDINGS, Question
 from homebrew.evaluation.perplexity import Track
-from homebrew.generation.generate import evaluating
+from homebrew.generation.generate import eval_mode
 from homebrew.model.gpt import GPT
 
 
@@ -95,7 +95,7 @@ def ending_losses(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question
     positions = torch.arange(1, ids.shape[1])
     scored = (positions < ends) & (positions >= ends - torch.tensor(lengths)[:, None])  # (R, T - 1)
     scored = scored.to(model.device)
-    with evaluating(model):
+    with eval_mode(model):
         hidden = model.transformer(ids[:, :-1])[scored]  # (N, C): the head for endings only
     logits = F.linear(hidden, model.lm_head.weight[: model.config.vocab_size]).float()
     losses = logits.new_zeros(scored.shape)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from homebrew.data.loader import eval_batches
 from homebrew.distributed.fsdp import reshard
 from homebrew.errors import DataError
-from homebrew.generation.generate import evaluating
+from homebrew.generation.generate import eval_mode
 from homebrew.model.ops.chunked_loss import IGNORE_INDEX
 
 
@@ -45,7 +45,7 @@ def mean_loss(
     """
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
     totals = torch.zeros(2, dtype=exact, device=accelerator.device)  # sum of losses, scored targets
-    with evaluating(model), torch.compiler.set_stance("force_eager") if eagerly else nullcontext():
+    with eval_mode(model), torch.compiler.set_stance("force_eager") if eagerly else nullcontext():
         for input_ids, targets in eval_batches(
             dataset,
             micro_batch_size=micro_batch_size,

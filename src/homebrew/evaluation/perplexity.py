@@ -8,7 +8,7 @@ import torch
 
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError, ModelError
-from homebrew.generation.generate import evaluating
+from homebrew.generation.generate import eval_mode
 from homebrew.model.gpt import GPT
 from homebrew.model.ops.chunked_loss import IGNORE_INDEX
 
@@ -93,7 +93,7 @@ def score_text(
     scored_before = torch.cat([torch.ones(1, dtype=torch.int64), starts[:-1] + length + 1])  # tokens
     windows = ids.unfold(0, length + 1, 1)
     nats, num_tokens = 0.0, 0
-    with evaluating(model):
+    with eval_mode(model):
         for i in track(range(0, len(starts), batch_size)):
             rows = slice(i, i + batch_size)
             window = windows[starts[rows]]  # (B, length + 1)

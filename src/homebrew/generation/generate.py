@@ -189,7 +189,7 @@ def generate_steps(
     cache_length = -(-num_slots // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     check_every = 1 if device.type == "cpu" else _STEPS_BETWEEN_CHECKS
 
-    with evaluating(model):
+    with eval_mode(model):
         decoder = Decoder(model, len(prompts), cache_length, sampling, seed=seed, compile=compile)
         if decoder.seen is not None:
             for row, prompt in enumerate(prompts):
@@ -261,7 +261,7 @@ def append_lists(prompts: Sequence[Sequence[int]], steps: Iterable[Tensor]) -> l
 
 
 @contextmanager
-def evaluating(module: "nn.Module") -> Iterator[None]:
+def eval_mode(module: "nn.Module") -> Iterator[None]:
     """A module in evaluation mode, and afterwards in the one it was in."""
     was_training = module.training
     module.eval()

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from homebrew.errors import ModelError
-from homebrew.generation.generate import evaluating
+from homebrew.generation.generate import eval_mode
 from homebrew.hub.from_pretrained import (
     COMPUTED,
     CONFIG_FILE,
@@ -23,7 +23,7 @@ from homebrew.hub.from_pretrained import (
 from homebrew.hub.peft import CONFIG_FILE as ADAPTER_CONFIG
 from homebrew.hub.source import writing_to
 from homebrew.hub.tokenizer_files import TOKENIZER_FILES, ExportableTokenizer, to_json, tokenizer_files
-from homebrew.io import replacing
+from homebrew.io import atomic_replace
 from homebrew.model.lora import merged_state_dict
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def write_pretrained(
         config["bos_token_id"] = config["eos_token_id"] = tokenizer.end_of_text_id
     texts[CONFIG_FILE] = to_json(config)
     with writing_to(folder, unless={"manifest.json": "a checkpoint", ADAPTER_CONFIG: "an adapter"}):
-        with replacing(folder / WEIGHTS_FILE) as path:
+        with atomic_replace(folder / WEIGHTS_FILE) as path:
             save_file(weights, path, metadata={"format": "pt"})
         for name, text in texts.items():
-            with replacing(folder / name) as path:
+            with atomic_replace(folder / name) as path:
                 path.write_bytes(text.encode())
         for name in TOKENIZER_FILES if tokenizer is not None else ():
             if name not in texts:
@@ -99,7 +99,7 @@ def check_written(folder: str | Path, model: "GPT", written: "GPT") -> None:
             raise ModelError(f"{name} in {folder} {wrong}.")
     config = model.config
     ids = torch.arange(min(config.block_size, _TOKENS_COMPARED))[None] * 7919 % config.vocab_size
-    with evaluating(model):
+    with eval_mode(model):
         # The class's: past a compiled call, and past the autocast that Accelerate puts into `model.forward`.
         ours = type(model).forward(model, ids.to(model.device)).float().cpu()
     theirs = written(ids)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, gpt2_files, tokenizer_from_json
+from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, gpt2_vocabulary_files, tokenizer_from_json
 from homebrew.errors import DataError, ModelError, TokenizerError
 from homebrew.hub.from_pretrained import CONFIG_FILE
 from homebrew.hub.source import Source, open_source, read_json, read_text
@@ -83,7 +83,7 @@ def _is_texts(value: object) -> bool:
 def _is_gpt2s(found: _BytePairs | None) -> bool:
     if found is None or len(found[0]) != GPT2Tokenizer.vocab_size - 1:
         return False
-    files = gpt2_files()
+    files = gpt2_vocabulary_files()
     vocabulary = json.loads(files["encoder.json"])
     del vocabulary[END_OF_TEXT]
     merges = [line for line in files["vocab.bpe"].decode().split("\n")[1:] if line]

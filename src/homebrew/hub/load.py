@@ -34,7 +34,7 @@ MODEL_FILE = "model"
 ADAPTER_FILE = "adapter"
 
 
-def load_run_model(source: str | Path, *, base: str | Path | None = None) -> tuple[GPT, Tokenizer | None]:
+def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[GPT, Tokenizer | None]:
     """A model on the CPU, in evaluation mode, and the tokenizer it was trained with.
 
     Args:
@@ -108,7 +108,7 @@ def _open_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Tokenizer
         )
     if _is_adapter(source):  # which might lead back to this one
         raise CheckpointError(f"{source} holds an adapter only: give the base that it was trained on itself.")
-    model, tokenizer = load_run_model(source)
+    model, tokenizer = load_model(source)
     load_adapter(model, folder)
     return model.eval(), tokenizer
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.hub.source import open_source, open_tensors, read_json, writing_to
-from homebrew.io import replacing
+from homebrew.io import atomic_replace
 from homebrew.model.lora import (
     LoRAConfig,
     adapter_state_dict,
@@ -89,9 +89,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
     }
     folder = Path(folder)
     with writing_to(folder, unless={"manifest.json": "a checkpoint", "config.json": "a whole model"}):
-        with replacing(folder / WEIGHTS_FILE) as path:
+        with atomic_replace(folder / WEIGHTS_FILE) as path:
             save_file(tensors, path, metadata={"format": "pt"})
-        with replacing(folder / CONFIG_FILE) as path:
+        with atomic_replace(folder / CONFIG_FILE) as path:
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -145,7 +145,7 @@ class MetricsLog:
         os.close(self._file)
 
 
-def past_losses(path: Path, step: int) -> list[float]:
+def past_eval_losses(path: Path, step: int) -> list[float]:
     """The losses a run's evaluations have found up to a step, as its file has them.
 
     Those after a step that the run later went back to are left out: they are of a course it has not taken.

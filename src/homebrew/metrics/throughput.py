@@ -9,7 +9,7 @@ import torch
 from homebrew.metrics.step_metrics import StepMetrics, memory_bytes, peak_flops
 
 
-class StepMeter:
+class ThroughputMeter:
     """Measures throughput between one report and the next.
 
     Args:

@@ -25,7 +25,7 @@ from homebrew.hub.tokenizer_files import ExportableTokenizer
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.ops.attention import causal_attention
-from homebrew.model.ops.chunked_loss import compute_dtype, head_loss
+from homebrew.model.ops.chunked_loss import compute_dtype, linear_cross_entropy
 from homebrew.model.ops.mlp import mlp
 
 
@@ -186,7 +186,7 @@ class GPT(nn.Module):
         hidden = self.transformer(input_ids)  # (B, T, C)
         if targets is None:
             return F.linear(hidden, self.lm_head.weight)[..., : self.config.vocab_size]
-        return head_loss(hidden, self.lm_head.weight, targets, self.config.vocab_size)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size)
 
     @classmethod
     def from_pretrained(
@@ -310,7 +310,7 @@ class GPT(nn.Module):
             return append_columns(input_ids, steps, eos_token_id)
         return append_lists(input_ids, steps)
 
-    def checkpoint_activations(self, enabled: bool = True) -> None:
+    def enable_activation_checkpointing(self, enabled: bool = True) -> None:
         """Keep only each block's input for the backward pass: less memory, a third more work."""
         for module in self.transformer.h.children():
             module.activation_checkpointing = enabled  # type: ignore[assignment]

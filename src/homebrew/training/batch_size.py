@@ -17,7 +17,9 @@ USUAL_MICRO_BATCH_TOKENS = {"cuda": 65_536}
 _USUAL_ELSEWHERE = 4_096
 
 
-def plan_run(accelerator: Accelerator, model: GPT, config: TrainerConfig, sequence_length: int) -> BatchPlan:
+def plan_batch_for_device(
+    accelerator: Accelerator, model: GPT, config: TrainerConfig, sequence_length: int
+) -> BatchPlan:
     """A step's plan as the config asks for it.
 
     Args:
@@ -95,7 +97,7 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 
 @contextmanager
-def explained(accelerator: Accelerator, plan: BatchPlan) -> Iterator[None]:
+def explain_out_of_memory(accelerator: Accelerator, plan: BatchPlan) -> Iterator[None]:
     """Say what to lower where a step runs out of memory within the context.
 
     Raises:

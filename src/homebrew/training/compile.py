@@ -83,7 +83,7 @@ def _gradients_are_small(model: GPT) -> bool:
     return 16 * sum(p.nbytes for p in model.parameters() if p.requires_grad) <= total
 
 
-def try_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates: bool) -> None:
+def warm_up_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates: bool) -> None:
     """Compile now, by a pass that leaves no trace; and again, without what earlier runs left, where that fails.
 
     PyTorch and Triton keep what they compile, and read it unchecked: of a file that a power failure cut short they

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Graph:
+class CudaGraph:
     """A function of tensors on a GPU, replayed as one CUDA graph.
 
     A graph knows tensors by where they lie, and numbers by what they were. So it is captured once all that it touches

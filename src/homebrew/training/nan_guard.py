@@ -17,7 +17,7 @@ SPIKE_WARMUP = 50
 
 
 @dataclass(frozen=True)
-class HeldBack:
+class SkippedStep:
     """A step whose update was not applied."""
 
     step: int
@@ -27,7 +27,7 @@ class HeldBack:
     grad_norm: float
 
 
-class Guard:
+class NanGuard:
     """Decides, on the device, whether a step's update is applied.
 
     The verdict is handed to the fused optimizer as `found_inf`, the way a gradient scaler does: the kernel then
@@ -66,7 +66,7 @@ class Guard:
         self.latest = float("nan"), float("nan")
         """Loss and gradient norm of the last step that `check` has read."""
         self._in_a_row = 0
-        self._fatal: HeldBack | None = None  # what ends the run
+        self._fatal: SkippedStep | None = None  # what ends the run
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Look at a step's numbers before its update, once, and tell the optimizer; all of it happens on the device.
@@ -126,7 +126,7 @@ class Guard:
         updated = torch.stack([mean + weight * off, (1.0 - weight) * (variance + weight * off * off), number + 1.0])
         self._history.copy_(torch.where(accepted > 0, updated, self._history))
 
-    def check(self) -> list[HeldBack]:
+    def check(self) -> list[SkippedStep]:
         """Read the verdicts that were sent, which waits for them; `enforce` says what follows.
 
         Returns:
@@ -141,7 +141,7 @@ class Guard:
             self.latest = loss, grad_norm
             self._in_a_row = self._in_a_row + 1 if held_back else 0
             if held_back:
-                found.append(HeldBack(step, "non_finite" if not_finite else "loss_spike", loss, grad_norm))
+                found.append(SkippedStep(step, "non_finite" if not_finite else "loss_spike", loss, grad_norm))
             if self._in_a_row > self.limit or (not_finite and self.policy == "raise"):
                 self._fatal, self._recorded = found[-1], []  # what follows was held back for this one
                 break

@@ -10,12 +10,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from homebrew.data.loader import Batch
 from homebrew.distributed.collectives import target_shares
-from homebrew.distributed.fsdp import stays_gathered, whole
-from homebrew.training.cuda_graph import Graph
-from homebrew.training.nan_guard import Guard
+from homebrew.distributed.fsdp import full_tensor, keeps_weights_gathered
+from homebrew.training.cuda_graph import CudaGraph
+from homebrew.training.nan_guard import NanGuard
 
 
-class Step:
+class TrainStep:
     """Takes a run's optimizer steps; with a fused optimizer nothing in it waits for the device.
 
     Args:
@@ -35,7 +35,7 @@ class Step:
         self,
         model: Any,  # noqa: ANN401 - a module, with FSDP's methods under FSDP
         optimizer: torch.optim.Optimizer,
-        guard: Guard,
+        guard: NanGuard,
         accelerator: Accelerator,
         *,
         max_grad_norm: float,
@@ -49,10 +49,10 @@ class Step:
         self._guard = guard
         self._accelerator = accelerator
         self._max_grad_norm = max_grad_norm
-        self._stays_gathered = stays_gathered(accelerator)
+        self._stays_gathered = keeps_weights_gathered(accelerator)
         self._sums_in_place = sums_in_place
         self._rates = [torch.zeros((), device=accelerator.device) for _ in optimizer.param_groups if update_as_graph]
-        self._update = Graph(self._apply_as_graph, self._touched) if update_as_graph else self._apply
+        self._update = CudaGraph(self._apply_as_graph, self._touched) if update_as_graph else self._apply
 
         self.broken_off = False
         """Whether the last step did not come to its end: gradients of a part of it are there."""
@@ -69,7 +69,7 @@ class Step:
             micro_batches: this process's (input_ids, targets), each (B, T), int64.
 
         Returns:
-            What the guard said of it (`Guard.judge`), on the device: its loss is the mean over the step's scored
+            What the guard said of it (`NanGuard.judge`), on the device: its loss is the mean over the step's scored
             targets on all processes, its norm the gradient's before clipping.
         """
         accelerator, self.broken_off = self._accelerator, True
@@ -101,7 +101,7 @@ class Step:
     def _apply(self, loss: Tensor) -> Tensor:
         """Clip, judge, and move the weights; returns the guard's verdict."""
         self._accelerator.unscale_gradients()
-        grad_norm = whole(clip_grad_norm_(self._parameters, self._max_grad_norm))
+        grad_norm = full_tensor(clip_grad_norm_(self._parameters, self._max_grad_norm))
         verdict = self._guard.judge(loss, grad_norm)
         if self._guard.lets_pass(verdict) or self._accelerator.scaler is not None:
             self._optimizer.step()

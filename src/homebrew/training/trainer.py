@@ -10,28 +10,28 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from homebrew.callbacks.base import Callback, ProgressDisplay
-from homebrew.callbacks.run_logger import RunRecord
+from homebrew.callbacks.run_logger import RunLogger
 from homebrew.checkpoint.compatibility import identity
-from homebrew.data.loader import StepLoader, worker_errors
-from homebrew.data.tokenizer import opening, tokenizer_of
+from homebrew.data.loader import StepLoader, explain_worker_errors
+from homebrew.data.tokenizer import dataset_tokenizer, default_prompt
 from homebrew.data.validation import check_dataset
-from homebrew.distributed.accelerator import adopt_accelerator, build_accelerator
-from homebrew.distributed.fsdp import configure_sharding, empty_copy, fill_copy, is_sharded
+from homebrew.distributed.accelerator import build_accelerator, check_accelerator
+from homebrew.distributed.fsdp import configure_fsdp, gather_full_model, meta_copy, uses_fsdp
 from homebrew.distributed.heartbeat import Heartbeat
-from homebrew.distributed.signals import HANDLED, Agreement, SignalWatch, ends, leave
+from homebrew.distributed.signals import HANDLED_SIGNALS, FlagExchange, SignalHandler, ends, leave
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.evaluation.mean_loss import mean_loss
 from homebrew.metrics.step_metrics import EvalMetrics
-from homebrew.metrics.throughput import StepMeter
+from homebrew.metrics.throughput import ThroughputMeter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.training.allocation import freed_memory_kept
-from homebrew.training.batch_size import explained, plan_run
-from homebrew.training.compile import EAGER_EVALUATION_FLOPS, compile_model, try_compiled
-from homebrew.training.nan_guard import Guard
+from homebrew.training.batch_size import explain_out_of_memory, plan_batch_for_device
+from homebrew.training.compile import EAGER_EVALUATION_FLOPS, compile_model, warm_up_compiled
+from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw, check_trainable
 from homebrew.training.schedule import Schedule
-from homebrew.training.train_step import Step
+from homebrew.training.train_step import TrainStep
 from homebrew.training.trainer_config import TrainerConfig, is_due
 
 
@@ -65,11 +65,11 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config
-        self.accelerator = adopt_accelerator(accelerator, config) if accelerator else build_accelerator(config)
+        self.accelerator = check_accelerator(accelerator, config) if accelerator else build_accelerator(config)
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
-        self._tokenizer = tokenizer_of(train_dataset)
+        self._tokenizer = dataset_tokenizer(train_dataset)
         self._limits = {"block_size": self.model.config.block_size, "vocab_size": self.model.config.vocab_size}
         self.sequence_length = check_dataset(train_dataset, "train_dataset", **self._limits)
         if eval_dataset is not None:
@@ -81,21 +81,21 @@ class Trainer:
         """Set by a callback, on any process, to end the run after this step, or the next if there are several."""
         self._stopping = self._running = False  # agreed on by all processes; in `train`
         self._unreported: tuple[int, float] | None = None  # a step whose numbers are on their way, its learning rate
-        self.callbacks = [ProgressDisplay(), RunRecord(), *callbacks]
+        self.callbacks = [ProgressDisplay(), RunLogger(), *callbacks]
         self._prepare(optimizer)
 
     def _prepare(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Place, compile and wrap the model."""
-        from homebrew.checkpoint.manager import RunSaver
+        from homebrew.checkpoint.manager import CheckpointManager
 
         config, accelerator = self.config, self.accelerator
         if accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
         self.model.to(accelerator.device)
-        self._empty_copy = empty_copy(self.model) if is_sharded(accelerator) else None
-        if configure_sharding(accelerator) or config.activation_checkpointing:
-            self.model.checkpoint_activations()
-        self.batch = plan_run(accelerator, self.model, config, self.sequence_length)
+        self._empty_copy = meta_copy(self.model) if uses_fsdp(accelerator) else None
+        if configure_fsdp(accelerator) or config.activation_checkpointing:
+            self.model.enable_activation_checkpointing()
+        self.batch = plan_batch_for_device(accelerator, self.model, config, self.sequence_length)
         work = self.model.flops_per_token(self.sequence_length) * self.sequence_length * self.batch.micro_batch_size
         compiled = compile_model(self.model, config.compile, accelerator, self.batch, micro_batch_flops=work)
         self._untried, as_graphs = compiled != "no", compiled == "as graphs"
@@ -115,14 +115,14 @@ class Trainer:
         self._peak_lrs = [float(group["lr"]) for group in self._optimizer.param_groups]
         self._wrapped, prepared = accelerator.prepare(self.model, self._optimizer)
         scaled = accelerator.scaler is not None
-        self._guard = Guard(
+        self._guard = NanGuard(
             self._optimizer,
             "skip" if scaled else config.non_finite,  # the scaler finds its scale by steps that overflow
             config.non_finite_limit,
             accelerator.device,
             spike_zscore=None if scaled else config.loss_spike_zscore,
         )
-        self._take_step = Step(
+        self._take_step = TrainStep(
             self._wrapped,
             # Accelerate's optimizer is there for fp16's scaler; around it a small model's step takes a tenth longer.
             prepared if scaled else self._optimizer,
@@ -133,7 +133,7 @@ class Trainer:
             update_as_graph=as_graphs and optimizer is None and not scaled,
         )
         saved = (self.model, self._wrapped, self._optimizer, self._guard)
-        self._saver = RunSaver(accelerator, *saved, config, identity=run, tokenizer=self._tokenizer)
+        self._saver = CheckpointManager(accelerator, *saved, config, identity=run, tokenizer=self._tokenizer)
         self._loader = StepLoader(
             self.train_dataset,
             seed=config.seed,
@@ -146,7 +146,7 @@ class Trainer:
             timeout_seconds=config.loader_timeout_seconds,
             vocab_size=self.model.config.vocab_size,
         )
-        self._meter = StepMeter(
+        self._meter = ThroughputMeter(
             tokens_per_step=self.batch.global_batch_size * self.sequence_length,
             flops_per_token=self.model.flops_per_token(self.sequence_length),
             device=accelerator.device,
@@ -171,14 +171,14 @@ class Trainer:
         try:
             self._tell("on_train_begin")
             self._running = True
-            agreement = Agreement(self.accelerator)
+            agreement = FlagExchange(self.accelerator)
             with (
                 self._saver,
                 freed_memory_kept(self.accelerator.device),
-                SignalWatch() as signals,
+                SignalHandler() as signals,
                 Heartbeat(self.accelerator),
-                explained(self.accelerator, self.batch),
-                worker_errors(self.config.loader_timeout_seconds),
+                explain_out_of_memory(self.accelerator, self.batch),
+                explain_worker_errors(self.config.loader_timeout_seconds),
                 closing(self._loader.steps(self.step)) as steps,
             ):
                 for micro_batches in steps:
@@ -187,7 +187,7 @@ class Trainer:
                     if self._untried:
                         self._untried, evaluates = False, self.eval_dataset is not None and not self._evaluates_eagerly
                         with self._meter.paused():
-                            try_compiled(self.accelerator, self._wrapped, micro_batches[0], evaluates=evaluates)
+                            warm_up_compiled(self.accelerator, self._wrapped, micro_batches[0], evaluates=evaluates)
                     self._set_rates(float(self.schedule(self.step)))
                     self._guard.record(self.step, self._take_step(micro_batches))
                     self.step += 1
@@ -203,7 +203,7 @@ class Trainer:
 
     def _begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
         """Bring everything to where the run starts or goes on."""
-        if self._take_step.broken_off and is_sharded(self.accelerator):
+        if self._take_step.broken_off and uses_fsdp(self.accelerator):
             # It may still hold half a gradient, and let no other in.
             raise TrainingError("A step was broken off, after which FSDP cannot go on: build a new Trainer.")
         self._take_step.begin()  # with gradients there, PyTorch would not load an optimizer's state
@@ -245,13 +245,13 @@ class Trainer:
     def _report(self) -> None:
         """Tell of the step whose numbers were sent for, and of those held back so far; stop if they are too many."""
         if held_back := self._guard.check():
-            self._tell("on_held_back", held_back)
+            self._tell("on_step_skipped", held_back)
         self._guard.enforce()
         if self._unreported is not None:
             (step, rate), self._unreported = self._unreported, None
             loss, grad_norm = self._guard.latest
             metrics = self._meter.measure(step, loss=loss, grad_norm=grad_norm, learning_rate=rate)
-            self._tell("on_report", metrics)
+            self._tell("on_log", metrics)
 
     def _catch_up(self) -> None:
         """Wait for the device, and tell of all it has done."""
@@ -259,7 +259,7 @@ class Trainer:
         self._guard.send()
         self._report()
 
-    def _answer(self, signals: SignalWatch, agreement: Agreement) -> None:
+    def _answer(self, signals: SignalHandler, agreement: FlagExchange) -> None:
         """Do what a signal to any process asks, on all of them at the same step."""
         flags = [*signals.take(), float(self.should_stop), float(self._saver.failed)]
         *asked, stop, writer_failed = agreement.exchange(flags)
@@ -267,7 +267,7 @@ class Trainer:
         self.should_stop = self.should_stop or self._stopping  # for who asks afterwards, on every process
         if writer_failed:
             self._saver.wait()  # raises it, on every process
-        for number in (number for number, flag in zip(HANDLED, asked, strict=True) if flag):
+        for number in (number for number, flag in zip(HANDLED_SIGNALS, asked, strict=True) if flag):
             self.save()
             if ends(number):
                 self._saver.wait()
@@ -323,9 +323,9 @@ class Trainer:
             self._saver.finish()
         return path
 
-    def whole_model(self) -> GPT:
+    def full_model(self) -> GPT:
         """The model with its whole weights: itself, or under FSDP a plain copy; every process calls this."""
-        return self.model if self._empty_copy is None else fill_copy(self._empty_copy, self._wrapped)
+        return self.model if self._empty_copy is None else gather_full_model(self._empty_copy, self._wrapped)
 
     def sample(self, text: str = "", max_new_tokens: int = 100, **sampling: Any) -> str:  # noqa: ANN401
         """Text the model writes after `text`, which is included.
@@ -341,8 +341,8 @@ class Trainer:
         if self._tokenizer is None:
             raise ConfigError("sample() needs a tokenizer of ours; train_dataset has none. Use model.generate on ids.")
         end = self._tokenizer.end_of_text_id
-        ids = list(self._tokenizer.encode(text or opening(self._tokenizer))) if text or end is None else [end]
-        written = self.whole_model().generate([ids], max_new_tokens, **sampling)[0]
+        ids = list(self._tokenizer.encode(text or default_prompt(self._tokenizer))) if text or end is None else [end]
+        written = self.full_model().generate([ids], max_new_tokens, **sampling)[0]
         return str(self._tokenizer.decode(written if text else written[1:]))
 
     @property
@@ -352,7 +352,7 @@ class Trainer:
 
     def _tell(self, event: str, *facts: object) -> None:
         """Call every callback's method of that name."""
-        beside_a_step = event in ("on_step_end", "on_report", "on_held_back")  # the device has one to do meanwhile
+        beside_a_step = event in ("on_step_end", "on_log", "on_step_skipped")  # the device has one to do meanwhile
         with nullcontext() if beside_a_step else self._meter.paused():
             for callback in self.callbacks:
                 getattr(callback, event)(self, *facts)

@@ -27,7 +27,7 @@ CPU_LOGITS_AT_ONCE = 128 * 50_304
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Mean cross entropy of the next token, over the targets that are scored.
 
     Under autocast the matrix products run in its dtype; softmax, sums and the weight's gradient are float32.
@@ -61,7 +61,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return dtype
 
 
-@torch.library.custom_op("homebrew::head_loss", mutates_args=())
+@torch.library.custom_op("homebrew::linear_cross_entropy", mutates_args=())
 def _head_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, grad_hidden: bool, grad_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
