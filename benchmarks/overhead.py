@@ -10,7 +10,6 @@ from sides import bare_loop, homebrew_trainer, random_ids
 
 from homebrew import GPT, GPTConfig
 from homebrew.distributed.accelerator import build_accelerator
-from homebrew.training.trainer import TrainerConfig
 
 CASES = {
     # shape, sequences at once, micro-batches in a step, steps that take about three seconds
@@ -42,7 +41,7 @@ def main(options: Options) -> None:
         use_processor_time()
     report = Report(options.json)
     on_gpu = DEVICE.type == "cuda"
-    autocast = build_accelerator(TrainerConfig(output_dir=".", max_steps=1)).mixed_precision == "bf16"
+    autocast = build_accelerator().mixed_precision == "bf16"
     for case in options.cases:
         torch._dynamo.reset()  # after another case's it would compile for shapes that vary
         shape, batch, accumulation, usual_steps = CASES[case]

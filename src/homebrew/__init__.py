@@ -4,53 +4,128 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from homebrew.callbacks.base import Callback, EarlyStopping
+    from homebrew.callbacks.base import Callback, EarlyStopping, ProgressDisplay
+    from homebrew.callbacks.run_logger import RunLogger
     from homebrew.data.corpora import load_corpus
     from homebrew.data.dataset import TokenDataset
-    from homebrew.data.tokenizer import get_tokenizer
-    from homebrew.errors import HomebrewError
+    from homebrew.data.tokenizer import Tokenizer, get_tokenizer
+    from homebrew.errors import (
+        CheckpointError,
+        ConfigError,
+        CorruptCheckpoint,
+        DataError,
+        HomebrewError,
+        LaunchError,
+        ModelError,
+        NonFiniteError,
+        ResumeMismatch,
+        TokenizerError,
+        TrainingError,
+    )
+    from homebrew.evaluation.hellaswag import HellaSwagScore, score_hellaswag
+    from homebrew.evaluation.hellaswag_data import load_hellaswag
+    from homebrew.evaluation.perplexity import TextScore, score_text
+    from homebrew.generation.sampling import Sampling
+    from homebrew.generation.streaming import generate_text
+    from homebrew.hub.load import load_model
+    from homebrew.hub.peft import load_adapter, save_adapter
+    from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
     from homebrew.model.gpt import GPT
     from homebrew.model.gpt_config import GPTConfig
+    from homebrew.model.lora import LoRAConfig, add_lora, merge_lora, unmerge_lora
     from homebrew.training.schedule import warmup_cosine
     from homebrew.training.trainer import Trainer
     from homebrew.training.trainer_config import TrainerConfig
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "callbacks.base": ("Callback", "EarlyStopping", "ProgressDisplay"),
+    "callbacks.run_logger": ("RunLogger",),
+    "data.corpora": ("load_corpus",),
+    "data.dataset": ("TokenDataset",),
+    "data.tokenizer": ("Tokenizer", "get_tokenizer"),
+    "errors": (
+        "CheckpointError",
+        "ConfigError",
+        "CorruptCheckpoint",
+        "DataError",
+        "HomebrewError",
+        "LaunchError",
+        "ModelError",
+        "NonFiniteError",
+        "ResumeMismatch",
+        "TokenizerError",
+        "TrainingError",
+    ),
+    "evaluation.hellaswag": ("HellaSwagScore", "score_hellaswag"),
+    "evaluation.hellaswag_data": ("load_hellaswag",),
+    "evaluation.perplexity": ("TextScore", "score_text"),
+    "generation.sampling": ("Sampling",),
+    "generation.streaming": ("generate_text",),
+    "hub.load": ("load_model",),
+    "hub.peft": ("load_adapter", "save_adapter"),
+    "metrics.step_metrics": ("EvalMetrics", "SkippedStep", "StepMetrics"),
+    "model.gpt": ("GPT",),
+    "model.gpt_config": ("GPTConfig",),
+    "model.lora": ("LoRAConfig", "add_lora", "merge_lora", "unmerge_lora"),
+    "training.schedule": ("warmup_cosine",),
+    "training.trainer": ("Trainer",),
+    "training.trainer_config": ("TrainerConfig",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+"""Names are imported on first use: PyTorch takes seconds, and `homebrew --help` does not need it."""
+
 __all__ = [
     "GPT",
     "Callback",
+    "CheckpointError",
+    "ConfigError",
+    "CorruptCheckpoint",
+    "DataError",
     "EarlyStopping",
+    "EvalMetrics",
     "GPTConfig",
+    "HellaSwagScore",
     "HomebrewError",
+    "LaunchError",
+    "LoRAConfig",
+    "ModelError",
+    "NonFiniteError",
+    "ProgressDisplay",
+    "ResumeMismatch",
+    "RunLogger",
+    "Sampling",
+    "SkippedStep",
+    "StepMetrics",
+    "TextScore",
     "TokenDataset",
+    "Tokenizer",
+    "TokenizerError",
     "Trainer",
     "TrainerConfig",
+    "TrainingError",
+    "add_lora",
+    "generate_text",
     "get_tokenizer",
+    "load_adapter",
     "load_corpus",
+    "load_hellaswag",
+    "load_model",
+    "merge_lora",
+    "save_adapter",
+    "score_hellaswag",
+    "score_text",
+    "unmerge_lora",
     "warmup_cosine",
 ]
 
-# Imported when first asked for: PyTorch takes seconds, and the command line's --help needs none of it.
-_HOMES = {
-    "GPT": "model.gpt",
-    "GPTConfig": "model.gpt_config",
-    "Callback": "callbacks.base",
-    "EarlyStopping": "callbacks.base",
-    "HomebrewError": "errors",
-    "TokenDataset": "data.dataset",
-    "Trainer": "training.trainer",
-    "TrainerConfig": "training.trainer_config",
-    "get_tokenizer": "data.tokenizer",
-    "load_corpus": "data.corpora",
-    "warmup_cosine": "training.schedule",
-}
-
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'homebrew' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"homebrew.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"homebrew.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *_MODULE_OF]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from homebrew import GPT, GPTConfig, TrainerConfig
-from homebrew.checkpoint.compatibility import check_identity, identity
+from homebrew import GPT, GPTConfig
+from homebrew.checkpoint.compatibility import check_identity, run_identity
 from homebrew.errors import ConfigError, ResumeMismatch
 from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training.schedule import warmup_cosine
@@ -27,10 +27,12 @@ def make(*, seed=42, lr=0.1, momentum=0.0, **changes):
         "model": gpt(),
         "optimizer": torch.optim.SGD([torch.zeros(1)], lr=lr, momentum=momentum),
         "schedule": warmup_cosine(warmup_steps=5, max_steps=100),
-        "config": TrainerConfig(output_dir="none", max_steps=100, seed=seed),
+        "max_steps": 100,
+        "max_grad_norm": 1.0,
+        "seed": seed,
         "global_batch_size": 8,
     }
-    return identity(**arguments | changes)
+    return run_identity(**arguments | changes)
 
 
 CHANGES = {

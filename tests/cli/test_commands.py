@@ -23,11 +23,11 @@ from homebrew.checkpoint.compatibility import ASPECTS
 from homebrew.cli.doctor_command import _compilation, examine
 from homebrew.cli.main import main
 from homebrew.cli.train_command import Preset, Train
+from homebrew.constants import Aspect
 from homebrew.data.prepare import prepare
 from homebrew.generation.sampling import Sampling
 from homebrew.generation.streaming import generate_text
 from homebrew.hub.load import load_model
-from homebrew.training.trainer_config import Aspect
 
 HOMEBREW = [sys.executable, "-m", "homebrew"]
 TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--micro-batch-size", "8"]

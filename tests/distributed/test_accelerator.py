@@ -6,7 +6,6 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 
-from homebrew import TrainerConfig
 from homebrew.distributed.accelerator import build_accelerator, check_accelerator
 from homebrew.errors import ConfigError
 
@@ -20,20 +19,20 @@ def test_a_cpu_that_multiplies_bf16_does(tmp_path, monkeypatch, has_instructions
         monkeypatch.setattr(kind, "is_available", lambda: beside_a_gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: not has_instructions)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
-    assert build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1)).mixed_precision == expected
+    assert build_accelerator(output_dir=tmp_path).mixed_precision == expected
 
 
 def test_the_launcher_s_precision_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1)).mixed_precision == "no"
+    assert build_accelerator(output_dir=tmp_path).mixed_precision == "no"
 
 
 def test_one_precision_a_process(tmp_path):
-    build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="bf16"))
-    assert build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="bf16"))
+    build_accelerator(output_dir=tmp_path, mixed_precision="bf16")
+    assert build_accelerator(output_dir=tmp_path, mixed_precision="bf16")
     with pytest.raises(ConfigError, match="mixed_precision='no' is not what an earlier"):
-        build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no"))
+        build_accelerator(output_dir=tmp_path, mixed_precision="no")
 
 
 @pytest.mark.parametrize(
@@ -45,13 +44,13 @@ def test_one_precision_a_process(tmp_path):
 )
 def test_an_accelerator_of_your_own_is_given_its_settings_itself(tmp_path, settings, told):
     with pytest.raises(ConfigError, match=told):
-        check_accelerator(Accelerator(cpu=True), TrainerConfig(output_dir=tmp_path, max_steps=1, **settings))
+        check_accelerator(Accelerator(cpu=True), **settings)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "no"])
 def test_an_accelerator_of_your_own_is_taken_as_it_is(tmp_path, wanted):
     own = Accelerator(cpu=True)
-    assert check_accelerator(own, TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision=wanted)) is own
+    assert check_accelerator(own, mixed_precision=wanted) is own
 
 
 @pytest.fixture
@@ -69,13 +68,13 @@ def only_tensorboard(monkeypatch):
 )
 def test_a_tracker_that_is_not_there(tmp_path, only_tensorboard, name, told):
     with pytest.raises(ConfigError, match=told):
-        build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, log_with=name))
+        build_accelerator(output_dir=tmp_path, log_with=name)
 
 
 def test_all_trackers_where_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
     with pytest.raises(ConfigError, match=r"log_with='all': none is installed.* Ready for use: none"):
-        build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, log_with="all"))
+        build_accelerator(output_dir=tmp_path, log_with="all")
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "all", "mine"])
@@ -84,5 +83,5 @@ def test_a_tracker_that_is_there(tmp_path, monkeypatch, only_tensorboard, name):
         name, requires_logging_directory = "mine", False
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mine", Mine)
-    accelerator = build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, log_with=name))
+    accelerator = build_accelerator(output_dir=tmp_path, log_with=name)
     assert list(map(str, accelerator.log_with)) == ["mine" if name == "mine" else "tensorboard"]

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from homebrew import GPT, GPTConfig, TrainerConfig
+from homebrew import GPT, GPTConfig
 from homebrew.distributed.accelerator import build_accelerator
 from homebrew.distributed.fsdp import (
     check_fsdp_options,
@@ -75,7 +75,7 @@ def test_sizes_that_are_not_the_world(tmp_path, monkeypatch):
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "8")
     with pytest.raises(LaunchError, match=r"is for 2 × 8 processes .* but it started 1"):
-        build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1))
+        build_accelerator(output_dir=tmp_path)
 
 
 @pytest.mark.parametrize("beside_a_gpu", [False, True])
@@ -85,8 +85,8 @@ def test_half_precision_that_a_cpu_does_not_have(tmp_path, monkeypatch, beside_a
     for kind in (torch.accelerator, torch.cuda):
         monkeypatch.setattr(kind, "is_available", lambda: beside_a_gpu)
     with pytest.raises(LaunchError, match="'fp16' cannot be used on cpu"):
-        build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="fp16"))
-    build_accelerator(TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no"))  # Accelerate kept nothing
+        build_accelerator(output_dir=tmp_path, mixed_precision="fp16")
+    build_accelerator(output_dir=tmp_path, mixed_precision="no")  # Accelerate kept nothing
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from homebrew.constants import IGNORE_INDEX
 from homebrew.errors import ConfigError, ModelError
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
-from homebrew.model.ops.chunked_loss import IGNORE_INDEX
 
 TINY = GPTConfig(block_size=16, vocab_size=100, n_layer=2, n_head=2, n_embd=16)
 

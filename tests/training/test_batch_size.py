@@ -76,7 +76,7 @@ def test_what_a_failed_trial_took_is_free_before_the_peak_is_reset(monkeypatch):
         micro_batch, "clear_device_cache", lambda **_: alive.append(sum(tensor() is not None for tensor in taken))
     )
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8))
-    accelerator = build_accelerator(TrainerConfig(output_dir="x", max_steps=1))
+    accelerator = build_accelerator(output_dir="x")
     model.to(accelerator.device)
     assert _fits(accelerator, model, 1, 16)
 

@@ -83,10 +83,10 @@ def test_a_loss_spike_is_left_out_and_does_not_move_the_mean(policy, fused):
     for step in range(SPIKE_WARMUP + 10):
         take(weight, optimizer, guard, step, loss=2.0 + 0.1 * (step % 2))
     assert enforce(guard) == []
-    before, history = snapshot(weight, optimizer), guard.state()["history"].clone()
+    before, history = snapshot(weight, optimizer), guard.state_dict()["history"].clone()
     take(weight, optimizer, guard, 100, loss=4.0)
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(weight, optimizer), strict=True))
-    assert torch.equal(history, guard.state()["history"])
+    assert torch.equal(history, guard.state_dict()["history"])
     take(weight, optimizer, guard, 101, loss=2.0)
     assert enforce(guard) == [(100, "loss_spike")]
     assert not torch.equal(before[0], weight)
@@ -98,7 +98,7 @@ def test_the_spike_rule_goes_on_from_its_state():
         take(weight, optimizer, guard, step, loss=2.0 + 0.1 * (step % 2))
     enforce(guard)
     _, _, other = make("skip", zscore=5.0)
-    other.load_state(guard.state())
+    other.load_state_dict(guard.state_dict())
     for step, loss in enumerate((2.1, 9.0)):
         other.record(step, other.judge(torch.tensor(loss), torch.tensor(1.0)))
     assert enforce(other) == [(1, "loss_spike")]
@@ -109,7 +109,7 @@ def test_the_running_moments_are_those_of_the_losses():
     losses = torch.randn(40, generator=torch.Generator().manual_seed(0)) + 3.0
     for step, loss in enumerate(losses.tolist()):
         take(weight, optimizer, guard, step, loss=loss)
-    mean, variance, number = guard.state()["history"].tolist()
+    mean, variance, number = guard.state_dict()["history"].tolist()
     assert number == 40
     assert mean == pytest.approx(losses.mean().item(), rel=1e-5)
     assert variance == pytest.approx(losses.var(correction=0).item(), rel=1e-4)
@@ -120,6 +120,6 @@ def test_what_it_remembers_stays_where_it_is():
     _, _, guard = make("raise", zscore=5.0)
     places = guard._blocked.data_ptr(), guard._history.data_ptr()
     guard.judge(torch.tensor(2.0), torch.tensor(1.0))
-    guard.load_state(guard.state())
+    guard.load_state_dict(guard.state_dict())
     guard.reset()
     assert (guard._blocked.data_ptr(), guard._history.data_ptr()) == places

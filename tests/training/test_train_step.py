@@ -179,4 +179,4 @@ def test_the_guard_remembers_what_happened_in_a_graph(device, policy, zscore, ca
     found = [[(held.step, held.reason) for held in run.held_back()] for run in runs]
     assert found[0] == found[1]
     assert ("loss_spike" in dict(found[0]).values()) is (zscore is not None)
-    torch.testing.assert_close(plain.guard.state()["history"], graphed.guard.state()["history"])
+    torch.testing.assert_close(plain.guard.state_dict()["history"], graphed.guard.state_dict()["history"])

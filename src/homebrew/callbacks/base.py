@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from homebrew.errors import ConfigError
-from homebrew.metrics.step_metrics import EvalMetrics, StepMetrics, past_eval_losses
-from homebrew.training.nan_guard import SkippedStep
+from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics, past_eval_losses
 
 if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer

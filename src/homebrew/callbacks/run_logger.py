@@ -18,8 +18,7 @@ from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.errors import ConfigError
 from homebrew.io import atomic_replace
-from homebrew.metrics.step_metrics import EvalMetrics, MetricsLog, StepMetrics
-from homebrew.training.nan_guard import SkippedStep
+from homebrew.metrics.step_metrics import EvalMetrics, MetricsLog, SkippedStep, StepMetrics
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

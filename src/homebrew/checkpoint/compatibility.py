@@ -1,17 +1,19 @@
 """Whether a checkpoint belongs to this run: what must be the same for it to go on exactly."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
 from torch.utils.data import Dataset
 
+from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, ResumeMismatch
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import base_fingerprint, lora_layers
-from homebrew.training.schedule import Schedule
-from homebrew.training.trainer_config import Aspect, TrainerConfig
+
+Schedule = Callable[[int], float]
+"""Step -> multiplier of the learning rate."""
 
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
@@ -20,14 +22,16 @@ _HOW_NOT_WHAT = ("fused", "foreach", "capturable", "differentiable")
 """Settings of an optimizer that change its speed, and differ between devices."""
 
 
-def identity(
+def run_identity(
     *,
     dataset: Dataset[Any],
     model: GPT,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
-    config: TrainerConfig,
+    max_steps: int,
+    max_grad_norm: float,
     global_batch_size: int,
+    seed: int,
 ) -> dict[str, Any]:
     """What decides a run's every step, one JSON value for each of `ASPECTS`.
 
@@ -36,19 +40,19 @@ def identity(
     Raises:
         ConfigError: the schedule does not give a number.
     """
-    probes = sorted({config.max_steps * i // _PROBES for i in range(_PROBES + 1)})
+    probes = sorted({max_steps * i // _PROBES for i in range(_PROBES + 1)})
     peaks = sorted({float(group["lr"]) for group in optimizer.param_groups})
     return {
         "dataset": getattr(dataset, "fingerprint", f"{len(dataset)} samples"),  # type: ignore[arg-type]
         "model": asdict(model.config),
         "adapter": _adapter(model),
-        "optimizer": _settings(optimizer) | {"max_grad_norm": config.max_grad_norm},
+        "optimizer": _settings(optimizer) | {"max_grad_norm": max_grad_norm},
         "schedule": {
-            "max_steps": config.max_steps,
+            "max_steps": max_steps,
             "learning rates": [[step, *(peak * _factor(schedule, step) for peak in peaks)] for step in probes],
         },
         "global_batch_size": global_batch_size,
-        "seed": config.seed,
+        "seed": seed,
     }
 
 
@@ -89,8 +93,8 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
     """Refuse to go on with what another run left.
 
     Args:
-        saved: `identity` as the checkpoint holds it.
-        ours: `identity` of this run.
+        saved: `run_identity` as the checkpoint holds it.
+        ours: `run_identity` of this run.
         accept_changes: aspects that may differ.
 
     Raises:

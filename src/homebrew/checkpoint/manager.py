@@ -21,17 +21,23 @@ from homebrew.checkpoint.compatibility import check_identity
 from homebrew.checkpoint.manifest import STATE, Checkpoint
 from homebrew.checkpoint.optimizer_numbers import OptimizerNumbers
 from homebrew.checkpoint.reports import SHARE, Reports
-from homebrew.checkpoint.state_dict import Files, check_files, gather_run, reserve_staging, run_bytes, scatter_run
+from homebrew.checkpoint.state_dict import (
+    Files,
+    Stateful,
+    check_files,
+    gather_run,
+    reserve_staging,
+    run_bytes,
+    scatter_run,
+)
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.distributed.collectives import gather_bytes, is_lost, run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
-from homebrew.distributed.heartbeat import PATIENCE_SECONDS
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from homebrew.model.gpt import GPT
-from homebrew.training.nan_guard import NanGuard
-from homebrew.training.trainer_config import TrainerConfig
 
+_ERROR_DELAY_SECONDS = 3.0
 _ASK_SECONDS = 1.0
 """How long a process waits for its own writer before it asks for the others'."""
 
@@ -47,8 +53,13 @@ class CheckpointManager:
         model: as `prepare` returned it.
         optimizer: not as `prepare` returned it.
         guard: of the run's updates.
-        config: the run's settings.
-        identity: what decides the run's every step (`resume.identity`).
+        output_dir: The run's folder.
+        keep_last: Newest checkpoints to keep.
+        keep_every: Keep checkpoints at multiples of this step for good.
+        gather_limit_bytes: Under FSDP, the largest checkpoint that rank 0 gathers and writes alone.
+        timeout_seconds: How long rank 0 waits for the other ranks' files.
+        seed: The run's random seed.
+        identity: what decides the run's every step (`compatibility.run_identity`).
         tokenizer: of the run's text, for whoever opens a checkpoint without the dataset.
     """
 
@@ -58,9 +69,14 @@ class CheckpointManager:
         bare: GPT,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        guard: NanGuard,
-        config: TrainerConfig,
+        guard: Stateful,
         *,
+        output_dir: Path,
+        keep_last: int,
+        keep_every: int | None,
+        gather_limit_bytes: int,
+        timeout_seconds: float,
+        seed: int,
         identity: dict[str, Any],
         tokenizer: Tokenizer | None,
     ) -> None:
@@ -73,16 +89,17 @@ class CheckpointManager:
         self._numbers = OptimizerNumbers(bare, optimizer)
         self._told_of_lost = False
         self._guard = guard
-        self._config = config
+        self._output_dir = output_dir
+        self._seed = seed
         self._identity = identity
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
-        self._store = CheckpointStore(config.output_dir, keep_last=config.keep_last, keep_every=config.keep_every)
+        self._store = CheckpointStore(output_dir, keep_last=keep_last, keep_every=keep_every)
         self._writer = AsyncWriter()
         self._reports: Reports | None = None
         """What the others write, where all write together."""
         several = uses_fsdp(accelerator) and accelerator.num_processes > 1
-        if several and run_bytes(bare) > config.gather_limit_bytes:
-            self._reports = Reports(accelerator, config.collective_timeout_seconds)
+        if several and run_bytes(bare) > gather_limit_bytes:
+            self._reports = Reports(accelerator, timeout_seconds)
         self._saved_step: int | None = None
         self._began = False
         self._found: Files = {}
@@ -101,10 +118,9 @@ class CheckpointManager:
             ConfigError: the folder cannot be written, or holds a run and `resume` is False or an older checkpoint's.
             CheckpointError: a checkpoint is damaged, or belongs to another run.
         """
-        accelerator, seed = self._accelerator, self._config.seed
+        accelerator, seed = self._accelerator, self._seed
         start = run_on_main(accelerator, lambda: self._find(resume, accept_changes))
         set_seed(seed, device_specific=True)
-        self._guard.reset()
         if self._began and not start["found"] and accelerator.is_main_process:
             warnings.warn(
                 "This Trainer has trained before, and there is no checkpoint to go back to: it starts at step 0 with "
@@ -129,7 +145,7 @@ class CheckpointManager:
         self._store.prepare()
         if not resume and self._store.steps():
             raise ConfigError(
-                f"output_dir={str(self._config.output_dir)!r} already holds a run. Go on with it by "
+                f"output_dir={str(self._output_dir)!r} already holds a run. Go on with it by "
                 f"train(resume=True), which is --resume on the command line, or choose another folder."
             )
         checkpoint = None
@@ -148,9 +164,9 @@ class CheckpointManager:
             checkpoint = self._store.open(resume)
             self._check_newest(checkpoint)
         if checkpoint is None:
-            if resume and not self._began and Path(self._config.output_dir, "metrics.jsonl").exists():
+            if resume and not self._began and Path(self._output_dir, "metrics.jsonl").exists():
                 warnings.warn(
-                    f"{self._config.output_dir} has figures of a run that saved no checkpoint: it begins anew. With a "
+                    f"{self._output_dir} has figures of a run that saved no checkpoint: it begins anew. With a "
                     f"smaller save_every less is lost.",
                     stacklevel=6,
                 )
@@ -239,7 +255,7 @@ class CheckpointManager:
         run_on_main(self._accelerator, partial(self._store.cancel, step))
         if blind := [f"{rank} on {host}" for rank, (sees, host) in enumerate(found) if not sees]:
             raise ConfigError(
-                f"output_dir={str(self._config.output_dir)!r} as the first process sees it is not there for process "
+                f"output_dir={str(self._output_dir)!r} as the first process sees it is not there for process "
                 f"{', '.join(blind)}. {SHARE}"
             )
 
@@ -301,7 +317,7 @@ class CheckpointManager:
         failed = {rank: text for rank, text in enumerate(map(json.loads, told)) if text is not None}
         rank = max(failed)  # the first process's error may be about another's
         if rank != self._accelerator.process_index:
-            time.sleep(PATIENCE_SECONDS)  # its own error is to be shown first
+            time.sleep(_ERROR_DELAY_SECONDS)  # the failing rank's own error should be shown first
         raise own or CheckpointError(f"Process {rank} could not write a checkpoint: {failed[rank]}")
 
     def __enter__(self) -> Self:

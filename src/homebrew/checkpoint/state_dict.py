@@ -7,7 +7,7 @@ The names are the bare model's whether it runs alone, on many processes, sharded
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,12 +27,21 @@ from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
 from homebrew.distributed.collectives import broadcast_bytes, gather_bytes
 from homebrew.errors import CorruptCheckpoint
 from homebrew.model.lora import LoRALinear
-from homebrew.training.nan_guard import NanGuard
 
 TIED = "lm_head.weight"
 """The head's weight is the embedding's: stored once, under `transformer.wte.weight`."""
 EMBEDDING = "transformer.wte.weight"
 _SEPARATOR = "//"
+
+
+class Stateful(Protocol):
+    """An object whose state is a flat dictionary of tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Restore the state."""
 
 
 Files = dict[str, dict[str, Tensor]]
@@ -53,7 +62,7 @@ def gather_run(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    guard: NanGuard,
+    guard: Stateful,
     *,
     in_pieces: bool = False,
 ) -> Files:
@@ -87,7 +96,7 @@ def gather_run(
         files = {}
     if not accelerator.is_main_process:
         return _copied(files)
-    files["guard"] = guard.state()
+    files["guard"] = guard.state_dict()
     return _copied(files) | {f"rng-{rank}": load(state) for rank, state in enumerate(states)}
 
 
@@ -95,7 +104,7 @@ def scatter_run(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    guard: NanGuard,
+    guard: Stateful,
     files: Files,
     *,
     seed: int,
@@ -112,7 +121,7 @@ def scatter_run(
     """
     _scatter_weights(model, files.get(_weights_file(model), {}))
     _scatter_optimizer(accelerator, model, optimizer, files.get("optimizer", {}))
-    guard.load_state(load(broadcast_bytes(accelerator, save(files.get("guard", {})))))
+    guard.load_state_dict(load(broadcast_bytes(accelerator, save(files.get("guard", {})))))
     for rank in range(accelerator.num_processes):
         state = broadcast_bytes(accelerator, save(files.get(f"rng-{rank}", {})))
         if rank == accelerator.process_index:

@@ -106,10 +106,9 @@ def _run() -> Iterator[Finding]:
     import torch
 
     from homebrew.distributed.accelerator import build_accelerator
-    from homebrew.training.trainer_config import TrainerConfig
 
     try:
-        accelerator = build_accelerator(TrainerConfig(output_dir="runs", max_steps=1))
+        accelerator = build_accelerator(output_dir="runs")
     except HomebrewError as error:
         yield Finding("launch", _NO_START, str(error))
         return

@@ -9,8 +9,9 @@ from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAct
 from tyro.constructors import PrimitiveConstructorSpec
 
 from homebrew.cli.open_model import choose_tokenizer
+from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, DataError
-from homebrew.training.trainer_config import Aspect, TrainerConfig
+from homebrew.training.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
     from homebrew.data.dataset import TokenDataset

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from homebrew.constants import IGNORE_INDEX
 from homebrew.data.dataset import TokenDataset
 from homebrew.data.sample_rng import DrawingDataset
 from homebrew.data.sampler import sample_indices
-from homebrew.data.validation import IGNORE_INDEX, check_ids, check_sample
+from homebrew.data.validation import check_ids, check_sample
 from homebrew.errors import DataError
 
 Batch = tuple[Tensor, Tensor]

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from homebrew.constants import IGNORE_INDEX
 from homebrew.errors import DataError
-
-IGNORE_INDEX = -100
-"""A target that is not scored."""
 
 
 def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int, vocab_size: int) -> int:

@@ -20,23 +20,34 @@ from accelerate.utils import (
 )
 
 from homebrew.errors import ConfigError, LaunchError
-from homebrew.training.trainer_config import TrainerConfig
 
 _SETTLE_SECONDS = 0.1
 _NOT_OURS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
-def build_accelerator(config: TrainerConfig) -> Accelerator:
-    """An Accelerator with the launcher's settings, ours where it has none.
+def build_accelerator(
+    *,
+    output_dir: str | Path = ".",
+    mixed_precision: str = "auto",
+    log_with: str | None = None,
+    collective_timeout_seconds: float = 600.0,
+) -> Accelerator:
+    """Build an Accelerator from the launcher's settings, with homebrew's defaults for the rest.
+
+    Args:
+        output_dir: The run's folder; trackers write to `logs` in it.
+        mixed_precision: "auto", "no", "bf16" or "fp16".
+        log_with: Name of an Accelerate tracker, "all", or None.
+        collective_timeout_seconds: Timeout of each collective operation, in seconds.
 
     Raises:
         ConfigError: an earlier Accelerator of the process has another precision, or the tracker is not there.
         LaunchError: the launcher started several processes and Accelerate sees one, or the like.
     """
     _check_parallelism()
-    if config.log_with is not None:
-        _check_tracker(config.log_with)
-    precision = _mixed_precision(config.mixed_precision)
+    if log_with is not None:
+        _check_tracker(log_with)
+    precision = _mixed_precision(mixed_precision)
     if _on_cpu():
         _check_precision(precision, "cpu")  # before Accelerate keeps it for the process
     try:
@@ -44,17 +55,17 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
             mixed_precision=precision,
             # The window of accumulation is the step's own, not a loader's.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.collective_timeout_seconds))],
-            log_with=config.log_with,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_seconds))],
+            log_with=log_with,
             project_config=ProjectConfiguration(
-                project_dir=str(config.output_dir), logging_dir=str(Path(config.output_dir) / "logs")
+                project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs")
             ),
         )
     except ValueError as error:
         if "already been initialized" not in str(error):
             raise
         raise ConfigError(
-            f"mixed_precision={config.mixed_precision!r} is not what an earlier Trainer or Accelerator of this process "
+            f"mixed_precision={mixed_precision!r} is not what an earlier Trainer or Accelerator of this process "
             f"chose, and Accelerate keeps one for all. Use that one's, or restart Python (in a notebook, the kernel)."
         ) from error
     check_world(accelerator)
@@ -62,23 +73,30 @@ def build_accelerator(config: TrainerConfig) -> Accelerator:
     return accelerator
 
 
-def check_accelerator(accelerator: Accelerator, config: TrainerConfig) -> Accelerator:
-    """An Accelerator that the user has built, which keeps the settings it has.
+def check_accelerator(
+    accelerator: Accelerator, *, mixed_precision: str = "auto", log_with: str | None = None
+) -> Accelerator:
+    """Check that an Accelerator built by the user agrees with the config, and return it.
+
+    Args:
+        accelerator: The user's Accelerator.
+        mixed_precision: The config's; "auto" or the Accelerator's own.
+        log_with: The config's; must be None.
 
     Raises:
         ConfigError: the config asks for others.
         LaunchError: as for one of ours.
     """
-    if config.mixed_precision not in ("auto", accelerator.mixed_precision):
+    if mixed_precision not in ("auto", accelerator.mixed_precision):
         raise ConfigError(
-            f"mixed_precision={config.mixed_precision!r}, but the Accelerator you give has mixed_precision="
+            f"mixed_precision={mixed_precision!r}, but the Accelerator you give has mixed_precision="
             f"{accelerator.mixed_precision!r}, and keeps it. Build it as Accelerator(mixed_precision="
-            f"{config.mixed_precision!r}), and leave the config's at 'auto'."
+            f"{mixed_precision!r}), and leave the config's at 'auto'."
         )
-    if config.log_with is not None:
+    if log_with is not None:
         raise ConfigError(
-            f"log_with={config.log_with!r} is for an Accelerator of the Trainer's. Yours has trackers of its own: "
-            f"build it as Accelerator(log_with={config.log_with!r}, project_dir=…), and leave the config's out."
+            f"log_with={log_with!r} is for an Accelerator of the Trainer's. Yours has trackers of its own: "
+            f"build it as Accelerator(log_with={log_with!r}, project_dir=…), and leave the config's out."
         )
     check_world(accelerator)
     return accelerator

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from homebrew import errors
+from homebrew.constants import IGNORE_INDEX
 from homebrew.data.loader import Batch
 from homebrew.errors import HomebrewError
-from homebrew.model.ops.chunked_loss import IGNORE_INDEX
 
 
 def target_shares(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> Tensor:

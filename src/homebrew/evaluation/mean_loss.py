@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
+from homebrew.constants import IGNORE_INDEX
 from homebrew.data.loader import eval_batches
 from homebrew.distributed.fsdp import reshard
 from homebrew.errors import DataError
 from homebrew.generation.generate import eval_mode
-from homebrew.model.ops.chunked_loss import IGNORE_INDEX
 
 
 @torch.no_grad()

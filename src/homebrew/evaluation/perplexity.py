@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from homebrew.constants import IGNORE_INDEX
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError, ModelError
 from homebrew.generation.generate import eval_mode
 from homebrew.model.gpt import GPT
-from homebrew.model.ops.chunked_loss import IGNORE_INDEX
 
 Track = Callable[[Sequence[int]], Iterable[int]]
 """Passes batch numbers on, and may show how far it is: `rich.progress.track`, or `iter` for nothing."""

@@ -7,7 +7,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -88,6 +88,17 @@ class EvalMetrics:
         """
         bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
         return cls(step, loss, math.exp(loss) if loss < 700 else math.inf, bits, num_tokens)
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step whose update was not applied."""
+
+    step: int
+    """Counted from 0."""
+    reason: Literal["non_finite", "loss_spike"]
+    loss: float
+    grad_norm: float
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -1,30 +1,18 @@
 """The guard between a step's gradients and the weights: a bad number never passes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from homebrew.errors import NonFiniteError
+from homebrew.metrics.step_metrics import SkippedStep
 from homebrew.training.trainer_config import NonFinitePolicy
 
 SPIKE_MEMORY = 0.98
 """Weight of the past in the running mean and variance of the loss: about the last fifty steps."""
 SPIKE_WARMUP = 50
 """Accepted steps before a loss can be a spike."""
-
-
-@dataclass(frozen=True)
-class SkippedStep:
-    """A step whose update was not applied."""
-
-    step: int
-    """Counted from 0."""
-    reason: Literal["non_finite", "loss_spike"]
-    loss: float
-    grad_norm: float
 
 
 class NanGuard:
@@ -175,11 +163,11 @@ class NanGuard:
         self._history.zero_()
         self._recorded, self._sent, self._in_a_row, self._fatal = [], [], 0, None
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What the spike rule remembers, for a checkpoint; call `send` and `check` first."""
         return {"history": self._history.clone(), "in_a_row": torch.tensor(self._in_a_row)}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Put `state` back."""
-        self._history.copy_(state["history"])
-        self._in_a_row = int(state["in_a_row"])
+        self._history.copy_(state_dict["history"])
+        self._in_a_row = int(state_dict["in_a_row"])

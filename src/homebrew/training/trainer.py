@@ -11,13 +11,12 @@ from torch.utils.data import Dataset
 
 from homebrew.callbacks.base import Callback, ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
-from homebrew.checkpoint.compatibility import identity
+from homebrew.checkpoint.compatibility import run_identity
 from homebrew.data.loader import StepLoader, explain_worker_errors
 from homebrew.data.tokenizer import dataset_tokenizer, default_prompt
 from homebrew.data.validation import check_dataset
 from homebrew.distributed.accelerator import build_accelerator, check_accelerator
 from homebrew.distributed.fsdp import configure_fsdp, gather_full_model, meta_copy, uses_fsdp
-from homebrew.distributed.heartbeat import Heartbeat
 from homebrew.distributed.signals import HANDLED_SIGNALS, FlagExchange, SignalHandler, ends, leave
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.evaluation.mean_loss import mean_loss
@@ -25,7 +24,6 @@ from homebrew.metrics.step_metrics import EvalMetrics
 from homebrew.metrics.throughput import ThroughputMeter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
-from homebrew.training.allocation import freed_memory_kept
 from homebrew.training.batch_size import explain_out_of_memory, plan_batch_for_device
 from homebrew.training.compile import EAGER_EVALUATION_FLOPS, compile_model, warm_up_compiled
 from homebrew.training.nan_guard import NanGuard
@@ -65,7 +63,16 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config = config
-        self.accelerator = check_accelerator(accelerator, config) if accelerator else build_accelerator(config)
+        self.accelerator = (
+            check_accelerator(accelerator, mixed_precision=config.mixed_precision, log_with=config.log_with)
+            if accelerator
+            else build_accelerator(
+                output_dir=config.output_dir,
+                mixed_precision=config.mixed_precision,
+                log_with=config.log_with,
+                collective_timeout_seconds=config.collective_timeout_seconds,
+            )
+        )
         self.model = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
@@ -104,13 +111,15 @@ class Trainer:
         self._optimizer = optimizer or adamw(
             self.model, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
-        run = identity(  # before the weights may be shared out
+        run = run_identity(  # before the weights may be shared out
             dataset=self.train_dataset,
             model=self.model,
             optimizer=self._optimizer,
             schedule=self.schedule,
-            config=config,
+            max_steps=config.max_steps,
+            max_grad_norm=config.max_grad_norm,
             global_batch_size=self.batch.global_batch_size,
+            seed=config.seed,
         )
         self._peak_lrs = [float(group["lr"]) for group in self._optimizer.param_groups]
         self._wrapped, prepared = accelerator.prepare(self.model, self._optimizer)
@@ -133,7 +142,18 @@ class Trainer:
             update_as_graph=as_graphs and optimizer is None and not scaled,
         )
         saved = (self.model, self._wrapped, self._optimizer, self._guard)
-        self._saver = CheckpointManager(accelerator, *saved, config, identity=run, tokenizer=self._tokenizer)
+        self._saver = CheckpointManager(
+            accelerator,
+            *saved,
+            output_dir=Path(config.output_dir),
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            gather_limit_bytes=config.gather_limit_bytes,
+            timeout_seconds=config.collective_timeout_seconds,
+            seed=config.seed,
+            identity=run,
+            tokenizer=self._tokenizer,
+        )
         self._loader = StepLoader(
             self.train_dataset,
             seed=config.seed,
@@ -174,9 +194,7 @@ class Trainer:
             agreement = FlagExchange(self.accelerator)
             with (
                 self._saver,
-                freed_memory_kept(self.accelerator.device),
                 SignalHandler() as signals,
-                Heartbeat(self.accelerator),
                 explain_out_of_memory(self.accelerator, self.batch),
                 explain_worker_errors(self.config.loader_timeout_seconds),
                 closing(self._loader.steps(self.step)) as steps,
@@ -207,6 +225,7 @@ class Trainer:
             # It may still hold half a gradient, and let no other in.
             raise TrainingError("A step was broken off, after which FSDP cannot go on: build a new Trainer.")
         self._take_step.begin()  # with gradients there, PyTorch would not load an optimizer's state
+        self._guard.reset()
         self.step = self._saver.begin(resume, accept_changes)
         self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left it anywhere
         self._wrapped.train()

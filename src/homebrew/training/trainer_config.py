@@ -10,8 +10,6 @@ from homebrew.errors import ConfigError
 from homebrew.training.schedule import Schedule, warmup_cosine
 
 NonFinitePolicy = Literal["raise", "skip"]
-Aspect = Literal["model", "adapter", "dataset", "optimizer", "schedule", "global_batch_size", "seed"]
-"""What a checkpoint remembers of its run, and `accept_changes` may name."""
 
 
 @dataclass(frozen=True, kw_only=True)

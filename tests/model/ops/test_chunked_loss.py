@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from homebrew import GPT, GPTConfig
+from homebrew.constants import IGNORE_INDEX
 from homebrew.model.ops import chunked_loss as loss
-from homebrew.model.ops.chunked_loss import IGNORE_INDEX, linear_cross_entropy
+from homebrew.model.ops.chunked_loss import linear_cross_entropy
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

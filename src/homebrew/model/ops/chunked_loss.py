@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-"""A target with this value is not scored (PyTorch's and Hugging Face's convention)."""
+from homebrew.constants import IGNORE_INDEX
 
 TOKENS_AT_ONCE = 16_384
 """Tokens whose logits exist at the same time: 1.6 GB of GPT-2's in bfloat16, and large matrix products."""
