@@ -14,7 +14,7 @@ from torch import nn
 from homebrew import GPT, GPTConfig
 from homebrew.training import compile as compilation
 from homebrew.training.compile import LAUNCH_BOUND_FLOPS, _rng_forked, compile_model, warm_up_compiled
-from homebrew.training.trainer_config import BatchPlan
+from homebrew.training.batch_size import BatchPlan
 
 SCRIPT = """
 import sys, torch

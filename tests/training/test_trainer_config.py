@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homebrew.errors import ConfigError
-from homebrew.training.trainer_config import TrainerConfig, plan_batch
+from homebrew.training.batch_size import plan_batch
+from homebrew.training.trainer_config import TrainerConfig
 
 
 def plan(**changes):

@@ -80,8 +80,6 @@ class CheckpointManager:
         identity: dict[str, Any],
         tokenizer: Tokenizer | None,
     ) -> None:
-        self.evaluated: tuple[int, float] | None = None
-        """The last evaluation's step and loss; the checkpoint of that step is ranked by it."""
         self._accelerator = accelerator
         self._bare = bare
         self._model = model
@@ -104,7 +102,7 @@ class CheckpointManager:
         self._began = False
         self._found: Files = {}
 
-    def begin(self, resume: bool | str | Path, accept_changes: Collection[str]) -> int:
+    def restore(self, resume: bool | str | Path, accept_changes: Collection[str]) -> int:
         """Bring the run to where it starts: weights, optimizer, random states.
 
         Args:
@@ -129,7 +127,6 @@ class CheckpointManager:
             )
         self._began = True
         step: int = start["step"]
-        self.evaluated = None
         self._saved_step = step if start["ours"] else None
         if start["found"]:
             files, self._found = self._found, {}
@@ -216,7 +213,7 @@ class CheckpointManager:
         """The folder of a step's checkpoint, whether it is there or not."""
         return self._store.path(step)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, eval_loss: float | None = None) -> None:
         """Hand a checkpoint of this step to the writer.
 
         Raises:
@@ -230,8 +227,7 @@ class CheckpointManager:
             token = run_on_main(self._accelerator, partial(self._start, step))
             others = partial(reports.collect, token, store.temporary(step))
         if self._accelerator.is_main_process:
-            score = self.evaluated[1] if self.evaluated and self.evaluated[0] == step else None
-            write = partial(store.save, step, files, self._state(), score=score, others=others)
+            write = partial(store.save, step, files, self._state(), score=eval_loss, others=others)
             self._writer.start(write, name=f"checkpoint-{step}")
         elif reports is not None:
             part = partial(write_files, store.temporary(step), step, files)

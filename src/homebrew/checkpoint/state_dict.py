@@ -176,7 +176,8 @@ def check_files(path: Path, files: Files, bare: nn.Module, optimizer: torch.opti
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if optimizer.defaults["amsgrad"] else 2]
         needed = {f"{name}{_SEPARATOR}{key}": p for name, p in trained.items() for key in keys}
         _check_tensors(path / "optimizer.safetensors", moments, needed)
-    _check_tensors(path / "guard.safetensors", files["guard"], {"history": torch.zeros(3), "in_a_row": torch.tensor(0)})
+    guard_state = {"history": torch.zeros(3), "num_consecutive": torch.tensor(0)}
+    _check_tensors(path / "guard.safetensors", files["guard"], guard_state)
     for name in files:
         if name.startswith("rng-"):
             check_rng(files[name])

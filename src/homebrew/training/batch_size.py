@@ -1,92 +1,146 @@
-"""How many sequences fit on the device at once: tried before a run, and explained if it fails in it."""
+"""The batch of a step: global batch size, micro-batch size, and what to do when memory runs out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 
-from homebrew.errors import TrainingError
+from homebrew.errors import ConfigError, TrainingError
 from homebrew.model.gpt import GPT
-from homebrew.training.trainer_config import BatchPlan, TrainerConfig, plan_batch
+from homebrew.training.trainer_config import TrainerConfig
 
-USUAL_MICRO_BATCH_TOKENS = {"cuda": 65_536}
-"""Tokens a device takes at once where the user does not say."""
-_USUAL_ELSEWHERE = 4_096
+DEFAULT_MICRO_BATCH_TOKENS = {"cuda": 65_536}
+"""Tokens of a micro-batch by device type, where the user sets no micro-batch size."""
+_DEFAULT_ELSEWHERE = 4_096
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step is divided: `global_batch_size` = ranks × accumulation steps × micro-batch size, in sequences."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+
+
+def plan_batch(
+    *,
+    global_batch_tokens: int | None,
+    micro_batch_size: int | None,
+    block_size: int,
+    num_processes: int,
+    micro_batch_tokens: int,
+) -> BatchPlan:
+    """Compute the number of accumulation steps from what the user sets.
+
+    Args:
+        global_batch_tokens: Tokens in a step; one micro-batch per rank if None.
+        micro_batch_size: Sequences in a micro-batch; if None, the largest divisor of a rank's share of the step that
+            stays within `micro_batch_tokens`.
+        block_size: Tokens in a sequence.
+        num_processes: Number of ranks that share the step.
+        micro_batch_tokens: Default number of tokens in a micro-batch.
+
+    Raises:
+        ConfigError: The numbers do not divide; the message gives the nearest that do.
+    """
+    if global_batch_tokens is None:
+        size = micro_batch_size or max(1, micro_batch_tokens // block_size)
+        return BatchPlan(size * num_processes, size, 1)
+    unit = block_size * num_processes * (micro_batch_size or 1)
+    if global_batch_tokens % unit:
+        below, above = global_batch_tokens // unit * unit, (global_batch_tokens // unit + 1) * unit
+        nearest = (
+            f"The nearest valid values are {below} and {above}" if below else f"The smallest valid value is {above}"
+        )
+        raise ConfigError(
+            f"global_batch_tokens={global_batch_tokens} does not divide into micro-batches of "
+            f"{micro_batch_size or 1} × block_size {block_size} tokens on each of {num_processes} process(es). "
+            f"{nearest}."
+        )
+    share = global_batch_tokens // (block_size * num_processes)
+    if micro_batch_size is None:
+        most = max(1, min(share, micro_batch_tokens // block_size))
+        micro_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
+    return BatchPlan(share * num_processes, micro_batch_size, share // micro_batch_size)
 
 
 def plan_batch_for_device(
     accelerator: Accelerator, model: GPT, config: TrainerConfig, sequence_length: int
 ) -> BatchPlan:
-    """A step's plan as the config asks for it.
+    """Plan a step's batch as the config asks for it; for "auto" find the largest micro-batch that fits.
 
     Args:
-        accelerator: of the run.
-        model: on its device, not yet compiled or wrapped.
-        config: of the run.
-        sequence_length: in tokens.
+        accelerator: The run's Accelerator.
+        model: Model on its device, not yet compiled or wrapped.
+        config: The run's config.
+        sequence_length: Tokens in a sequence.
 
     Raises:
-        ConfigError: the numbers do not divide.
-        TrainingError: not even one sequence fits.
+        ConfigError: The numbers do not divide.
+        TrainingError: Not even one sequence fits.
     """
     plan = plan_batch(
         global_batch_tokens=config.global_batch_tokens,
         micro_batch_size=config.micro_batch_size if isinstance(config.micro_batch_size, int) else None,
         block_size=sequence_length,
         num_processes=accelerator.num_processes,
-        micro_batch_tokens=USUAL_MICRO_BATCH_TOKENS.get(accelerator.device.type, _USUAL_ELSEWHERE),
+        micro_batch_tokens=DEFAULT_MICRO_BATCH_TOKENS.get(accelerator.device.type, _DEFAULT_ELSEWHERE),
     )
     if config.micro_batch_size != "auto":
         return plan
-    # A CPU has no limit to run into short of the machine's: there the usual is the most.
+    # A CPU has no memory limit of its own to hit, so that the default is the maximum there.
     most = plan.global_batch_size if accelerator.device.type != "cpu" else plan.micro_batch_size
-    return fit_plan(accelerator, model, plan, sequence_length=sequence_length, most=most)
+    return fit_micro_batch_size(accelerator, model, plan, sequence_length=sequence_length, most=most)
 
 
-def fit_plan(accelerator: Accelerator, model: GPT, plan: BatchPlan, *, sequence_length: int, most: int) -> BatchPlan:
-    """The same global batch in the largest micro-batches that fit on every process.
+def fit_micro_batch_size(
+    accelerator: Accelerator, model: GPT, plan: BatchPlan, *, sequence_length: int, most: int
+) -> BatchPlan:
+    """Divide the same global batch into the largest micro-batches that fit on every rank.
 
-    The trial is of the bare model, so that no process waits for another that has run out. A compiled step needs less
-    than this one, and so does a sharded one.
+    Trials use the bare model, so that no rank waits for another that has run out of memory. A compiled or sharded step
+    needs less memory than a trial.
 
     Args:
-        accelerator: of the run.
-        model: on its device, not yet compiled or wrapped.
-        plan: a global batch that divides by the number of processes.
-        sequence_length: in tokens.
-        most: sequences; larger micro-batches are not tried.
+        accelerator: The run's Accelerator.
+        model: Model on its device, not yet compiled or wrapped.
+        plan: Plan with a global batch that divides by the number of ranks.
+        sequence_length: Tokens in a sequence.
+        most: Largest micro-batch size to try.
 
     Raises:
-        TrainingError: not even one sequence fits.
+        TrainingError: Not even one sequence fits.
     """
     share = plan.global_batch_size // accelerator.num_processes
     sizes = [size for size in range(1, share + 1) if share % size == 0 and size <= max(1, most)]
 
     def fits(size: int) -> bool:
-        mine = _fits(accelerator, model, size, sequence_length)
-        everyone = accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum")
-        return bool(everyone.item() == accelerator.num_processes)
+        fits_here = _fits(accelerator, model, size, sequence_length)
+        num_fits = accelerator.reduce(torch.tensor(float(fits_here), device=accelerator.device), "sum")
+        return bool(num_fits.item() == accelerator.num_processes)
 
-    size = largest(sizes, fits)
+    size = largest_that_fits(sizes, fits)
     if size is None:
         raise TrainingError(
             f"Not even one sequence of {sequence_length} tokens fits on every process beside the weights, gradients "
-            f"and optimizer. {_SAVERS}"
+            f"and optimizer state. {_MEMORY_ADVICE}"
         )
     return BatchPlan(plan.global_batch_size, size, share // size)
 
 
-def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest size that fits, by bisection; None if none does.
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Find the largest size that fits, by bisection; None if none does.
 
     Args:
-        sizes: in ascending order.
-        fits: if a size does, so does every smaller one.
+        sizes: Sizes in ascending order.
+        fits: Monotonic predicate: if a size fits, every smaller one does.
     """
-    low, high = 0, len(sizes)  # all below `low` fit, none from `high` on
+    low, high = 0, len(sizes)  # sizes below index `low` fit, those from `high` on do not
     while low < high:
         middle = (low + high) // 2
         if fits(sizes[middle]):
@@ -98,35 +152,37 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 @contextmanager
 def explain_out_of_memory(accelerator: Accelerator, plan: BatchPlan) -> Iterator[None]:
-    """Say what to lower where a step runs out of memory within the context.
+    """Turn an out-of-memory error within the context into one that says what to change.
 
     Raises:
-        TrainingError: it did.
+        TrainingError: A step ran out of memory.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         smaller = next((n for n in range(plan.micro_batch_size - 1, 0, -1) if plan.micro_batch_size % n == 0), None)
-        advice = _SAVERS
+        advice = _MEMORY_ADVICE
         if smaller is not None:
-            advice = f"Lower micro_batch_size: {smaller} or 'auto' leaves the global batch as it is. Or else: {_SAVERS}"
+            advice = (
+                f"Lower micro_batch_size: {smaller} or 'auto' keeps the global batch. Alternatively: {_MEMORY_ADVICE}"
+            )
         raise TrainingError(
             f"Process {accelerator.process_index} ran out of memory on {accelerator.device} with "
             f"micro_batch_size={plan.micro_batch_size}. {advice}"
         ) from error
 
 
-_SAVERS = "Set activation_checkpointing=True, shard the model with FSDP2 over more GPUs, or train a smaller one."
+_MEMORY_ADVICE = "Set activation_checkpointing=True, shard the model with FSDP2 over more GPUs, or use a smaller model."
 
 
 def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int) -> bool:
-    """Whether this process can go through a trial; what it took is free again, and not in the peak that is reported."""
+    """Return whether a trial fits on this rank; its memory is freed, and is not counted in the logged peak."""
     device = accelerator.device
     was_training = model.training
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _try(accelerator, model, size, sequence_length)  # whose tensors are gone with it, also when it fails
+            _run_trial(accelerator, model, size, sequence_length)  # a call, so that its tensors are freed with it
     except torch.OutOfMemoryError:
         return False
     else:
@@ -139,9 +195,9 @@ def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int)
             torch.cuda.reset_peak_memory_stats(device)
 
 
-def _try(accelerator: Accelerator, model: GPT, size: int, sequence_length: int) -> None:
-    """Go through two micro-batches, the first's gradients and the optimizer in memory."""
-    _reserved = _reserve(accelerator, model)
+def _run_trial(accelerator: Accelerator, model: GPT, size: int, sequence_length: int) -> None:
+    """Run two micro-batches, so that the second has the first's gradients and the optimizer state beside it."""
+    _reserved = _reserve_optimizer_state(accelerator, model)
     ids = torch.zeros(size, sequence_length, dtype=torch.int64, device=accelerator.device)
     for _ in range(2):
         with accelerator.autocast():
@@ -149,9 +205,9 @@ def _try(accelerator: Accelerator, model: GPT, size: int, sequence_length: int) 
         loss.backward()
 
 
-def _reserve(accelerator: Accelerator, model: GPT) -> list[torch.Tensor]:
-    """As much memory as AdamW's two moments will take, and DDP's copy of the gradients."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _reserve_optimizer_state(accelerator: Accelerator, model: GPT) -> list[torch.Tensor]:
+    """Allocate as much memory as AdamW's two moments, and DDP's copy of the gradients, will take."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if accelerator.distributed_type == DistributedType.FSDP:
-        return [p.new_empty(2 * p.numel() // accelerator.num_processes) for p in trained]
-    return [p.new_empty((2 if accelerator.num_processes == 1 else 3) * p.numel()) for p in trained]
+        return [p.new_empty(2 * p.numel() // accelerator.num_processes) for p in trainable]
+    return [p.new_empty((2 if accelerator.num_processes == 1 else 3) * p.numel()) for p in trainable]

@@ -1,4 +1,4 @@
-"""CUDA graphs: a GPU runs a small model's kernels faster than Python launches them, one by one."""
+"""CUDA graphs: a GPU runs a small model's kernels faster than Python launches them one by one."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,41 +9,41 @@ from torch import Tensor
 class CudaGraph:
     """A function of tensors on a GPU, replayed as one CUDA graph.
 
-    A graph knows tensors by where they lie, and numbers by what they were. So it is captured once all that it touches
-    is as it was at the call before, and again when something has changed; in between the function is called as it is.
+    A graph refers to tensors by address and to numbers by value. It is captured once all dependencies are as they were
+    at the previous call, and captured again after one has changed; in between the function is called directly.
 
     Args:
-        function: of `inputs`, with a tensor as its result; nothing in it may wait for the device.
-        touches: what else it depends on or changes: tensors, which may come to lie elsewhere, and values.
+        function: Function of the inputs that returns a tensor; nothing in it may wait for the device.
+        dependencies: Returns what else the function reads or writes: tensors, whose address may change, and values.
     """
 
-    def __init__(self, function: Callable[..., Tensor], touches: Callable[[], Sequence[object]]) -> None:
+    def __init__(self, function: Callable[..., Tensor], dependencies: Callable[[], Sequence[object]]) -> None:
         self._function = function
-        self._touches = touches
-        self._known: list[object] = []
+        self._dependencies = dependencies
+        self._fingerprint: list[object] = []
         self._replay: Callable[[], None] | None = None
         self._inputs: list[Tensor] = []
         self._result = torch.empty(0)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The function's result, or the graph's, in memory of its own."""
-        known = [x.data_ptr() if isinstance(x, Tensor) else x for x in self._touches()]
-        known += [x.shape for x in inputs]
-        if known != self._known:
-            self._known, self._replay = known, None
+        """Return the function's result, in memory of its own."""
+        fingerprint = [x.data_ptr() if isinstance(x, Tensor) else x for x in self._dependencies()]
+        fingerprint += [x.shape for x in inputs]
+        if fingerprint != self._fingerprint:
+            self._fingerprint, self._replay = fingerprint, None
             return self._function(*inputs)
         if self._replay is None:
             self._inputs = [torch.empty_like(x) for x in inputs]
             self._replay = self._capture()
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
+        for buffer, given in zip(self._inputs, inputs, strict=True):
+            buffer.copy_(given)
         self._replay()
-        return self._result.clone()  # the next replay overwrites it
+        return self._result.clone()  # the next replay overwrites the buffer
 
     def _capture(self) -> Callable[[], None]:
-        """Record the function; nothing is run before the first replay."""
+        """Capture the function; nothing runs before the first replay."""
         graph = torch.cuda.CUDAGraph()
-        # The checkpoint's writer and a data loader's thread may use the GPU meanwhile.
+        # The checkpoint writer and a data loader's thread may use the GPU meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._result = self._function(*self._inputs)
         return graph.replay

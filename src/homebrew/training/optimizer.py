@@ -1,6 +1,6 @@
-"""AdamW over two groups of parameters: those that decay and those that do not."""
+"""Parameter groups, AdamW and the learning rate of a step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters: matrices and embeddings decay, biases and layer norms do not.
 
     Args:
-        model: its parameters are taken once each, however often a module shares them.
-        weight_decay: of the first group.
+        model: Model whose parameters are taken once each, however often modules share them.
+        weight_decay: Weight decay of the first group.
 
     Returns:
-        Two parameter groups, the decayed one first, both in the model's order; an empty one is left out.
+        Up to two parameter groups, the decayed one first, each in the model's order; an empty group is omitted.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -27,48 +27,62 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuse a model that cannot train, or not by this optimizer: gradients would pile up that nobody clears.
+def adamw(
+    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """Build GPT-3's optimizer (Brown et al. 2020, appendix B), with PyTorch's fused kernel where available.
 
     Args:
-        model: what to train.
-        optimizer: the user's, if there is one.
+        model: Model on the device it trains on.
+        learning_rate: Peak learning rate.
+        betas: Decay of the first and the second moment.
+        weight_decay: Weight decay of matrices and embeddings.
+    """
+    groups = decay_groups(model, weight_decay)
+    betas = (float(betas[0]), float(betas[1]))  # PyTorch does not accept an int beside a float
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=_can_fuse(groups))
+
+
+def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Check that something trains, and that a custom optimizer holds exactly the model's trainable parameters.
+
+    Args:
+        model: Model to train.
+        optimizer: The user's optimizer, if any.
 
     Raises:
-        ConfigError: nothing trains, or the optimizer lacks parameters that do, or has some that are not the model's.
+        ConfigError: No parameter is trainable, or the optimizer lacks one, or has one that is not the model's.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("No parameter of the model trains: unmerge_lora(model), or set requires_grad of some.")
+        raise ConfigError(
+            "No parameter of the model is trainable. Call unmerge_lora(model), or set requires_grad of some parameters."
+        )
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if held - {id(parameter) for parameter in model.parameters()}:
-        raise ConfigError("The optimizer has parameters that are not the model's: build it over model.parameters().")
+        raise ConfigError("The optimizer has parameters that are not the model's. Build it over model.parameters().")
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
         raise ConfigError(
-            f"The optimizer lacks {len(missing)} of the parameters that train, {missing[0]} among them: give it all of "
-            f"them, or freeze the others by requires_grad_(False)."
+            f"The optimizer lacks {len(missing)} trainable parameters, for example {missing[0]}. Add them to the "
+            f"optimizer, or freeze them with requires_grad_(False)."
         )
 
 
-def adamw(
-    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """GPT-3's optimizer (Brown et al. 2020, appendix B), in one kernel where PyTorch has it.
+def set_learning_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], multiplier: float) -> None:
+    """Set the learning rate of each parameter group to its peak times the schedule's multiplier.
 
     Args:
-        model: what to train; its parameters must be on the device they train on.
-        learning_rate: the peak, per step.
-        betas: decay of the first and the second moment.
-        weight_decay: per unit of learning rate, on matrices and embeddings.
+        optimizer: The run's optimizer.
+        peaks: Peak learning rate of each parameter group.
+        multiplier: The schedule's value at this step.
     """
-    groups = decay_groups(model, weight_decay)
-    betas = (float(betas[0]), float(betas[1]))  # PyTorch refuses a whole number beside another
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=_can_fuse(groups))
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * multiplier
 
 
 def _can_fuse(groups: Iterable[dict[str, Any]]) -> bool:
-    """Whether one kernel may update every parameter: floating point on a device that has it."""
+    """Return whether PyTorch has a fused kernel for these parameters."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     return all(p.is_floating_point() and p.device.type in ("cuda", "cpu", "mps", "xpu") for p in parameters)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""Learning-rate schedules: pure functions of the step, with nothing to save or restore."""
 
 import math
 from dataclasses import dataclass
@@ -8,23 +8,23 @@ from homebrew.errors import ConfigError
 
 
 class Schedule(Protocol):
-    """A function from the step, counted from 0, to the factor its learning rate is multiplied by."""
+    """A function from the step, counted from 0, to the multiplier of the learning rate."""
 
     def __call__(self, step: int) -> float:
-        """The factor at `step`."""
+        """Return the multiplier at `step`."""
 
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Linear warm-up, then half a cosine down to a floor, which it keeps (Brown et al. 2020, GPT-3).
+    """Linear warm-up, then a half cosine down to a floor (Brown et al. 2020, GPT-3).
 
     Args:
-        warmup_steps: steps of warm-up; the factor at step s is (s + 1) / `warmup_steps`.
-        max_steps: the step at which the floor is reached.
-        min_lr_ratio: the floor, as a share of the peak.
+        warmup_steps: Number of warm-up steps; the multiplier at step s is (s + 1) / `warmup_steps`.
+        max_steps: Step at which the floor is reached; the multiplier stays there.
+        min_lr_ratio: The floor, as a fraction of the peak.
 
     Raises:
-        ConfigError: a number is out of range, or the warm-up is longer than the run.
+        ConfigError: A value is out of range, or the warm-up is longer than the run.
     """
 
     warmup_steps: int
@@ -40,7 +40,7 @@ class WarmupCosine:
             raise ConfigError(f"min_lr_ratio={self.min_lr_ratio!r}: must be between 0 and 1.")
 
     def __call__(self, step: int) -> float:
-        """The factor at `step`."""
+        """Return the multiplier at `step`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if step >= self.max_steps:
@@ -50,5 +50,5 @@ class WarmupCosine:
 
 
 def warmup_cosine(*, warmup_steps: int, max_steps: int, min_lr_ratio: float = 0.1) -> Schedule:
-    """Linear warm-up, then half a cosine down to a floor; see `WarmupCosine`."""
+    """Return a linear warm-up followed by a half cosine down to a floor; see `WarmupCosine`."""
     return WarmupCosine(warmup_steps, max_steps, min_lr_ratio)

@@ -1,4 +1,4 @@
-"""What a training run is told."""
+"""Training configuration."""
 
 import math
 from collections.abc import Callable
@@ -14,95 +14,95 @@ NonFinitePolicy = Literal["raise", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """A run's settings; the defaults are GPT-3's for its smallest model (Brown et al. 2020, appendix B).
+    """Training configuration; the defaults are those of GPT-3's smallest model (Brown et al. 2020, appendix B).
 
     Raises:
-        ConfigError: one or more values are out of range; the message lists all of them.
+        ConfigError: One or more values are out of range; the message lists all of them.
     """
 
     output_dir: str | Path
-    """Folder for checkpoints, `metrics.jsonl` and `run.json`; made if it does not exist."""
+    """Folder for checkpoints, `metrics.jsonl` and `run.json`; created if it does not exist."""
     max_steps: int
-    """Optimizer steps in the run."""
+    """Number of optimizer steps in the run."""
     global_batch_tokens: int | None = None
-    """Tokens a step, over all processes and micro-batches; one micro-batch a process if not given."""
+    """Tokens in an optimizer step, over all processes and micro-batches. Default: one micro-batch per process."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Sequences a process runs through the model at once; the device's usual if not given.
-    "auto": the most that fit in every process's memory, which is tried before the run; needs `global_batch_tokens`."""
+    """Sequences in a forward and backward pass of one process. Default: depends on the device. "auto" finds the largest
+    number that fits in every process's memory before training; needs `global_batch_tokens`."""
     learning_rate: float = 6e-4
-    """The schedule's peak."""
+    """Peak learning rate."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; a twentieth of `max_steps` if not given."""
+    """Number of linear warm-up steps. Default: a twentieth of `max_steps`."""
     min_lr_ratio: float = 0.1
-    """The schedule's floor, as a share of `learning_rate`."""
+    """Final learning rate, as a fraction of `learning_rate`."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay of the first and the second moment."""
+    """AdamW's decay of the first and second moments."""
     weight_decay: float = 0.1
-    """AdamW's decay of matrices and embeddings; biases and layer norms have none."""
+    """Weight decay of matrices and embeddings; biases and layer norms are not decayed."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Gradients are clipped to this global norm."""
     non_finite: NonFinitePolicy = "raise"
-    """What to do with a step whose loss or gradient norm is not finite; its update is never applied."""
+    """If a loss or gradient norm is not finite: end the run, or skip the step. The update is never applied."""
     non_finite_limit: int = 10
-    """Steps in a row that may be left out."""
+    """Maximum number of consecutive skipped steps."""
     loss_spike_zscore: float | None = None
-    """Leave out a step whose loss is so many standard deviations above the last accepted ones' mean; none if not given.
-    Not in fp16, whose scaler alone decides which steps are taken."""
+    """Skip a step whose loss is more than this many standard deviations above the running mean. Default: never. Not
+    used in fp16, where the gradient scaler decides which steps to skip."""
     seed: int = 42
-    """Of the order of samples and of dropout; and of the weights, where the Trainer or the command line makes them."""
+    """Random seed for data order and dropout, and for the initial weights of a model that the Trainer creates."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """"auto": what the launcher, or your own `Accelerator`, chose, else bf16 on a GPU or CPU that multiplies it, else
-    none."""
+    """"auto": the choice of the launcher or of a custom `Accelerator`, else bf16 on hardware with native bfloat16, else
+    "no" (float32)."""
     compile: bool | Literal["auto"] = "auto"
-    """Whether to compile the model with torch.compile; "auto": on CUDA only."""
+    """Whether to compile the model with torch.compile; "auto" compiles on CUDA only."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third slower."""
+    """Store only each block's input for the backward pass and recompute the rest: less memory, a third slower."""
     collective_timeout_seconds: float = 600.0
-    """How long a process waits for the others before it ends the run."""
+    """Timeout of collective operations, in seconds: how long a process waits for the others."""
     eval_every: int | None = None
-    """Steps between evaluations; one at the end only if not given."""
+    """Steps between evaluations. Default: evaluate only at the end."""
     eval_batches: int | None = None
-    """Micro-batches a process evaluates; the whole dataset if not given."""
+    """Micro-batches that each process evaluates. Default: the full evaluation dataset."""
     log_every: int = 10
-    """Steps between two reports, each of which is made a step later: a GPU has that one to do meanwhile."""
+    """Steps between log entries. A step is logged one step late, so that a GPU never waits for the host."""
     log_with: str | None = None
-    """An Accelerate tracker besides `metrics.jsonl`: "tensorboard", "wandb", and so on, or "all" that are installed.
-    An `Accelerator` of your own is given it itself: figures go to its trackers."""
+    """Accelerate tracker to log to besides `metrics.jsonl`: "tensorboard", "wandb", …, or "all" that are installed. A
+    custom `Accelerator` brings its own trackers instead."""
     save_every: int | None = 500
-    """Steps between checkpoints, of which there is always one at the end; with None that one only."""
+    """Steps between checkpoints; None saves only at the end. A checkpoint is always saved at the end."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Checkpoints at multiples of this step are kept for good."""
+    """Keep checkpoints at multiples of this step permanently."""
     gather_limit_bytes: int = 32_000_000_000
-    """Under FSDP, the largest checkpoint (12 bytes a trained parameter) that the first process gathers and writes.
-    Of a larger one every process writes what it has; `output_dir` must then be on a file system that all share.
-    Both are opened, and gone on from, everywhere."""
+    """Under FSDP, the largest checkpoint, in bytes (12 per trainable parameter), that rank 0 gathers and writes. Larger
+    ones are written by all ranks, each its shards; `output_dir` must then be on a shared file system. Both kinds load
+    on any number of processes."""
     num_workers: int = 0
-    """Processes that read ahead, for slow datasets of your own; an evaluation reads in the main process."""
+    """Data loader processes, for slow custom datasets. Evaluation always reads in the main process."""
     loader_timeout_seconds: float = 600.0
-    """How long to wait for such a process."""
+    """Timeout for a data loader process, in seconds."""
 
     def schedule(self) -> Schedule:
-        """The learning rate's: a linear warm-up, then half a cosine."""
+        """Return the default schedule: linear warm-up, then a half cosine."""
         warmup_steps = self.max_steps // 20 if self.warmup_steps is None else self.warmup_steps
         return warmup_cosine(warmup_steps=warmup_steps, max_steps=self.max_steps, min_lr_ratio=self.min_lr_ratio)
 
     def __post_init__(self) -> None:
-        wrong = [
+        problems = [
             f"{name}={value!r}: must be {rule}."
             for names, rule, holds in _RULES
             for name in names.split()
             if not holds(value := getattr(self, name))
         ]
         if self.micro_batch_size == "auto" and self.global_batch_tokens is None:
-            wrong.append("micro_batch_size='auto': needs global_batch_tokens, for the step to stay the same.")
-        if wrong:
-            raise ConfigError("These settings cannot be used:\n  " + "\n  ".join(wrong))
+            problems.append("micro_batch_size='auto': needs global_batch_tokens, so that the step stays the same.")
+        if problems:
+            raise ConfigError("Invalid settings:\n  " + "\n  ".join(problems))
 
 
-def _is_count(value: object, *, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: object, *, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
@@ -110,49 +110,49 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _is_positive(value: object) -> bool:
-    return _is_number(value) and 0 < value <= _MOST
+    return _is_number(value) and 0 < value <= _MAX_NUMBER
 
 
-_MOST = 1e9
-"""Of rates, and of seconds, of which more than some 10**14 have no date."""
-_MOST_SEED = 4_000_000_000
-"""NumPy's are below 2**32, and the process's number and the step are added to it."""
+_MAX_NUMBER = 1e9
+"""Upper bound of learning rates and timeouts; `timedelta` overflows far above it."""
+_MAX_SEED = 4_000_000_000
+"""NumPy's seeds are below 2**32, and the rank and the step are added to the seed."""
 
 _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("output_dir", "a path", lambda value: isinstance(value, str | Path)),
-    ("max_steps log_every keep_last", "a whole number of at least 1", lambda value: _is_count(value, least=1)),
+    ("max_steps log_every keep_last", "an integer of at least 1", lambda value: _is_count(value, minimum=1)),
     (
         "global_batch_tokens eval_every eval_batches save_every keep_every",
-        "a whole number of at least 1, or None",
-        lambda value: value is None or _is_count(value, least=1),
+        "an integer of at least 1, or None",
+        lambda value: value is None or _is_count(value, minimum=1),
     ),
     (
         "micro_batch_size",
-        "a whole number of at least 1, 'auto' or None",
-        lambda value: value in (None, "auto") or _is_count(value, least=1),
+        "an integer of at least 1, 'auto' or None",
+        lambda value: value in (None, "auto") or _is_count(value, minimum=1),
     ),
     (
         "non_finite_limit gather_limit_bytes num_workers",
-        "a whole number of at least 0",
-        lambda value: _is_count(value, least=0),
+        "an integer of at least 0",
+        lambda value: _is_count(value, minimum=0),
     ),
     (
         "warmup_steps",
-        "a whole number of at least 0, or None",
-        lambda value: value is None or _is_count(value, least=0),
+        "an integer of at least 0, or None",
+        lambda value: value is None or _is_count(value, minimum=0),
     ),
-    ("seed", f"a whole number from 0 to {_MOST_SEED}", lambda value: _is_count(value, least=0) and value <= _MOST_SEED),
+    ("seed", f"an integer from 0 to {_MAX_SEED}", lambda value: _is_count(value, minimum=0) and value <= _MAX_SEED),
     (
         "learning_rate collective_timeout_seconds loader_timeout_seconds",
-        f"a number above 0 and at most {_MOST:g}",
+        f"a number above 0 and at most {_MAX_NUMBER:g}",
         _is_positive,
     ),
     (
         "loss_spike_zscore",
-        f"a number above 0 and at most {_MOST:g}, or None",
+        f"a number above 0 and at most {_MAX_NUMBER:g}, or None",
         lambda value: value is None or _is_positive(value),
     ),
-    ("max_grad_norm", "a number above 0", lambda value: _is_number(value) and value > 0),  # inf: no clipping
+    ("max_grad_norm", "a number above 0", lambda value: _is_number(value) and value > 0),  # inf disables clipping
     ("weight_decay", "a finite number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf),
     ("min_lr_ratio", "a number between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1),
     (
@@ -169,58 +169,4 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("mixed_precision", "one of 'auto', 'no', 'bf16', 'fp16'", lambda value: value in ("auto", "no", "bf16", "fp16")),
     ("non_finite", "one of 'raise', 'skip'", lambda value: value in ("raise", "skip")),
 )
-"""Names of settings, what they must be, and whether a value is that."""
-
-
-def is_due(step: int, every: int | None) -> bool:
-    """Whether something that is done every so many steps is done after this one."""
-    return every is not None and step % every == 0
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How a step's sequences are shared out: `global_batch_size` = processes · micro-batches · their size."""
-
-    global_batch_size: int
-    micro_batch_size: int
-    accumulation_steps: int
-
-
-def plan_batch(
-    *,
-    global_batch_tokens: int | None,
-    micro_batch_size: int | None,
-    block_size: int,
-    num_processes: int,
-    micro_batch_tokens: int,
-) -> BatchPlan:
-    """Work out accumulation from what the user states.
-
-    Args:
-        global_batch_tokens: tokens a step; one micro-batch a process if None.
-        micro_batch_size: sequences at once in a process; if None, the largest divisor of a process's share of
-            the step that stays within `micro_batch_tokens`.
-        block_size: tokens in a sequence.
-        num_processes: processes that share the step.
-        micro_batch_tokens: what the device usually takes at once.
-
-    Raises:
-        ConfigError: the numbers do not divide; the message names the nearest that do.
-    """
-    if global_batch_tokens is None:
-        size = micro_batch_size or max(1, micro_batch_tokens // block_size)
-        return BatchPlan(size * num_processes, size, 1)
-    unit = block_size * num_processes * (micro_batch_size or 1)
-    if global_batch_tokens % unit:
-        below, above = global_batch_tokens // unit * unit, (global_batch_tokens // unit + 1) * unit
-        nearest = f"{below} and {above} are the nearest that do" if below else f"the smallest that does is {above}"
-        raise ConfigError(
-            f"global_batch_tokens={global_batch_tokens} does not divide into micro-batches of "
-            f"{micro_batch_size or 1} × block_size {block_size} tokens on each of {num_processes} process(es): "
-            f"{nearest}."
-        )
-    share = global_batch_tokens // (block_size * num_processes)
-    if micro_batch_size is None:
-        most = max(1, min(share, micro_batch_tokens // block_size))
-        micro_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
-    return BatchPlan(share * num_processes, micro_batch_size, share // micro_batch_size)
+"""Names of settings, the rule their values must follow, and a predicate for the rule."""

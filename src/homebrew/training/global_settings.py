@@ -1,0 +1,24 @@
+"""The process-wide PyTorch settings that training changes; nothing else in homebrew changes any."""
+
+import torch
+
+RECOMPILE_LIMIT = 64
+"""Compiled variants of one function. PyTorch's limit is 8, beyond which the function silently runs uncompiled; all
+models of a process count together, each in training and in evaluation, so that four shapes in a notebook reach it."""
+
+
+def allow_tf32(device: torch.device) -> None:
+    """Let float32 matrix products on a CUDA GPU use TF32: 10 bits of mantissa, several times the throughput.
+
+    In bf16 training this affects only what autocast leaves in float32. Undo it with
+    `torch.set_float32_matmul_precision("highest")`.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def raise_recompile_limit() -> None:
+    """Raise Dynamo's limit of compiled variants to `RECOMPILE_LIMIT`; called only if the model is compiled."""
+    from torch._dynamo import config  # takes a second to import
+
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)

@@ -1,0 +1,269 @@
+"""Assembles what a Trainer holds: each part is built by a function of its own, from what was built before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import Dataset
+
+from homebrew.callbacks.base import Callback, ProgressDisplay
+from homebrew.callbacks.run_logger import RunLogger
+from homebrew.data.loader import StepLoader
+from homebrew.data.tokenizer import dataset_tokenizer
+from homebrew.data.validation import check_dataset
+from homebrew.distributed.accelerator import build_accelerator, check_accelerator
+from homebrew.distributed.fsdp import configure_fsdp, meta_copy, uses_fsdp
+from homebrew.metrics.throughput import ThroughputMeter
+from homebrew.model.gpt import GPT
+from homebrew.model.gpt_config import GPTConfig
+from homebrew.training.batch_size import BatchPlan, plan_batch_for_device
+from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compile_model
+from homebrew.training.global_settings import allow_tf32
+from homebrew.training.nan_guard import NanGuard
+from homebrew.training.optimizer import adamw, check_trainable
+from homebrew.training.schedule import Schedule
+from homebrew.training.step_logger import Emit, StepLogger
+from homebrew.training.train_step import TrainStep
+from homebrew.training.trainer_config import TrainerConfig
+
+if TYPE_CHECKING:
+    from homebrew.checkpoint.manager import CheckpointManager
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """The parts of a Trainer."""
+
+    accelerator: Accelerator
+    model: GPT
+    """The model without wrappers."""
+    wrapped: nn.Module
+    """The model as `Accelerator.prepare` returned it."""
+    meta_copy: GPT | None
+    """Under FSDP, a copy of the unsharded model whose weights take no memory."""
+    optimizer: torch.optim.Optimizer
+    """The optimizer without Accelerate's wrapper."""
+    sequence_length: int
+    batch: BatchPlan
+    compile_mode: CompileMode
+    evaluates_eagerly: bool
+    """Whether evaluation runs uncompiled, because compiling would take longer."""
+    guard: NanGuard
+    train_step: TrainStep
+    loader: StepLoader
+    logger: StepLogger
+    checkpoints: "CheckpointManager"
+
+
+def build_parts(
+    model: GPT | GPTConfig,
+    train_dataset: Dataset[Any],
+    eval_dataset: Dataset[Any] | None,
+    *,
+    config: TrainerConfig,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: Schedule,
+    accelerator: Accelerator | None,
+    emit: Emit,
+) -> TrainerParts:
+    """Check the arguments of a Trainer and build its parts. Nothing is trained or written.
+
+    Args:
+        model: Model, or the config of a new one.
+        train_dataset: Dataset to train on.
+        eval_dataset: Dataset to evaluate on, or None.
+        config: The run's config.
+        optimizer: The user's optimizer, or None for AdamW.
+        schedule: Step to learning-rate multiplier.
+        accelerator: The user's Accelerator, or None for a new one.
+        emit: Receives the step logger's events.
+
+    Raises:
+        HomebrewError: A setting, the data or the launch is invalid.
+    """
+    accelerator = resolve_accelerator(accelerator, config)
+    device = accelerator.device
+    allow_tf32(device)
+    bare = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
+    sequence_length = check_datasets(bare.config, train_dataset, eval_dataset)
+    bare.to(device)
+    meta = meta_copy(bare) if uses_fsdp(accelerator) else None
+    if configure_fsdp(accelerator) or config.activation_checkpointing:
+        bare.enable_activation_checkpointing()
+    batch = plan_batch_for_device(accelerator, bare, config, sequence_length)
+    flops = bare.flops_per_token(sequence_length) * sequence_length * batch.micro_batch_size
+    compile_mode = compile_model(bare, config.compile, accelerator, batch, micro_batch_flops=flops)
+    use_graphs = compile_mode == "cuda_graphs"
+
+    check_trainable(bare, optimizer)
+    bare_optimizer = optimizer or adamw(
+        bare, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    identity = describe_run(config, train_dataset, bare, bare_optimizer, schedule, batch)  # before FSDP shards weights
+    wrapped, prepared_optimizer = accelerator.prepare(bare, bare_optimizer)
+
+    uses_scaler = accelerator.scaler is not None
+    guard = NanGuard(
+        bare_optimizer,
+        "skip" if uses_scaler else config.non_finite,  # the scaler finds its scale by steps that overflow
+        config.non_finite_limit,
+        device,
+        spike_zscore=None if uses_scaler else config.loss_spike_zscore,
+    )
+    train_step = TrainStep(
+        wrapped,
+        # Accelerate's wrapper handles fp16's scaler; without one it only costs time, a tenth of a small model's step.
+        prepared_optimizer if uses_scaler else bare_optimizer,
+        guard,
+        accelerator,
+        max_grad_norm=config.max_grad_norm,
+        accumulate_in_place=use_graphs and batch.accumulation_steps > 1,
+        capture_update=use_graphs and optimizer is None and not uses_scaler,
+    )
+    return TrainerParts(
+        accelerator=accelerator,
+        model=bare,
+        wrapped=wrapped,
+        meta_copy=meta,
+        optimizer=bare_optimizer,
+        sequence_length=sequence_length,
+        batch=batch,
+        compile_mode=compile_mode,
+        evaluates_eagerly=use_graphs and flops < EAGER_EVALUATION_FLOPS,
+        guard=guard,
+        train_step=train_step,
+        loader=build_loader(config, train_dataset, batch, accelerator, vocab_size=bare.config.vocab_size),
+        logger=build_logger(config, bare, batch, accelerator, guard, emit, sequence_length=sequence_length),
+        checkpoints=build_checkpoint_manager(
+            config, accelerator, bare, wrapped, bare_optimizer, guard, identity, train_dataset
+        ),
+    )
+
+
+def build_callbacks(callbacks: Sequence[Callback], *, progress: bool) -> list[Callback]:
+    """Put the built-in callbacks before the user's, except those that the user replaces or switches off.
+
+    Args:
+        callbacks: The user's callbacks. A `ProgressDisplay` or `RunLogger` among them replaces the built-in one.
+        progress: Whether to show the progress display.
+    """
+    builtin: list[Callback] = [ProgressDisplay()] if progress else []
+    builtin.append(RunLogger())
+    return [b for b in builtin if not any(isinstance(c, type(b)) for c in callbacks)] + list(callbacks)
+
+
+def resolve_accelerator(accelerator: Accelerator | None, config: TrainerConfig) -> Accelerator:
+    """Return the user's Accelerator after checking it, or a new one."""
+    if accelerator is not None:
+        return check_accelerator(accelerator, mixed_precision=config.mixed_precision, log_with=config.log_with)
+    return build_accelerator(
+        output_dir=config.output_dir,
+        mixed_precision=config.mixed_precision,
+        log_with=config.log_with,
+        collective_timeout_seconds=config.collective_timeout_seconds,
+    )
+
+
+def check_datasets(shape: GPTConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None) -> int:
+    """Check that the model can read the datasets; return the sequence length in tokens."""
+    limits = {"block_size": shape.block_size, "vocab_size": shape.vocab_size}
+    sequence_length = check_dataset(train_dataset, "train_dataset", **limits)
+    if eval_dataset is not None:
+        check_dataset(eval_dataset, "eval_dataset", **limits)
+    return sequence_length
+
+
+def describe_run(
+    config: TrainerConfig,
+    dataset: Dataset[Any],
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    batch: BatchPlan,
+) -> dict[str, Any]:
+    """Return everything that decides the run's steps, for checkpoints to compare on resume."""
+    from homebrew.checkpoint.compatibility import run_identity
+
+    return run_identity(
+        dataset=dataset,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        max_steps=config.max_steps,
+        max_grad_norm=config.max_grad_norm,
+        global_batch_size=batch.global_batch_size,
+        seed=config.seed,
+    )
+
+
+def build_loader(
+    config: TrainerConfig, dataset: Dataset[Any], batch: BatchPlan, accelerator: Accelerator, *, vocab_size: int
+) -> StepLoader:
+    """Build the loader of this rank's micro-batches."""
+    return StepLoader(
+        dataset,
+        seed=config.seed,
+        global_batch_size=batch.global_batch_size,
+        micro_batch_size=batch.micro_batch_size,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        device=accelerator.device,
+        num_workers=config.num_workers,
+        timeout_seconds=config.loader_timeout_seconds,
+        vocab_size=vocab_size,
+    )
+
+
+def build_logger(
+    config: TrainerConfig,
+    model: GPT,
+    batch: BatchPlan,
+    accelerator: Accelerator,
+    guard: NanGuard,
+    emit: Emit,
+    *,
+    sequence_length: int,
+) -> StepLogger:
+    """Build the step logger and its throughput meter."""
+    meter = ThroughputMeter(
+        tokens_per_step=batch.global_batch_size * sequence_length,
+        flops_per_token=model.flops_per_token(sequence_length),
+        device=accelerator.device,
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32),
+        num_processes=accelerator.num_processes,
+    )
+    return StepLogger(guard, meter, emit, accelerator.device, log_every=config.log_every, max_steps=config.max_steps)
+
+
+def build_checkpoint_manager(
+    config: TrainerConfig,
+    accelerator: Accelerator,
+    model: GPT,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: NanGuard,
+    identity: dict[str, Any],
+    dataset: Dataset[Any],
+) -> "CheckpointManager":
+    """Build the manager of the run's checkpoints."""
+    from homebrew.checkpoint.manager import CheckpointManager  # slow to import, and needed by runs only
+
+    return CheckpointManager(
+        accelerator,
+        model,
+        wrapped,
+        optimizer,
+        guard,
+        output_dir=Path(config.output_dir),
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        gather_limit_bytes=config.gather_limit_bytes,
+        timeout_seconds=config.collective_timeout_seconds,
+        seed=config.seed,
+        identity=identity,
+        tokenizer=dataset_tokenizer(dataset),
+    )
