@@ -1,60 +1,60 @@
-"""The errors homebrew raises.
+"""The exceptions homebrew raises.
 
-Each message gives the value, the rule it broke and what to do about it.
+Each message says which value is wrong, which rule it breaks, and what to do about it.
 
 HomebrewError
-├── ConfigError            an option, or a combination of options, breaks a rule
-│   └── LaunchError        the launcher's processes and Accelerate's differ
-├── DataError              text, tokens or a data file that cannot be trained on
-│   └── TokenizerError     a tokenizer's vocabulary cannot be had
-├── ModelError             weights or adapters that do not fit the model, or input the model cannot take
-├── CheckpointError        a checkpoint could not be written, found, read or continued
-│   ├── CorruptCheckpoint  its files are not the ones its manifest describes
-│   └── ResumeMismatch     it is whole, but belongs to another run
-└── TrainingError          a run that cannot go on
-    └── NonFiniteError     a loss or gradient is not a finite number
+├── ConfigError            an option, or a combination of options, is invalid
+│   └── LaunchError        the launch is invalid, or Accelerate sees other processes than the launcher started
+├── DataError              text, tokens or a data file cannot be used
+│   └── TokenizerError     a tokenizer's vocabulary is not available
+├── ModelError             weights or adapters do not fit the model, or the model cannot take an input
+├── CheckpointError        a checkpoint cannot be written, found or loaded
+│   ├── CorruptCheckpoint  its files do not match its manifest
+│   └── ResumeMismatch     it is valid but belongs to another run
+└── TrainingError          the run cannot continue
+    └── NonFiniteError     a loss or gradient is not finite
 """
 
 
 class HomebrewError(Exception):
-    """Any error homebrew raises on purpose."""
+    """Base class of all homebrew exceptions."""
 
 
 class ConfigError(HomebrewError, ValueError):
-    """An option, or a combination of options, breaks a rule."""
+    """An option, or a combination of options, is invalid."""
 
 
 class LaunchError(ConfigError):
-    """The launcher's processes and Accelerate's differ."""
+    """The launch is invalid, or Accelerate sees other processes than the launcher started."""
 
 
 class DataError(HomebrewError, ValueError):
-    """Text, tokens or a data file that cannot be trained on."""
+    """Text, tokens or a data file cannot be used."""
 
 
 class TokenizerError(DataError):
-    """A tokenizer's vocabulary cannot be had."""
+    """A tokenizer's vocabulary is not available."""
 
 
 class ModelError(HomebrewError, ValueError):
-    """Weights or adapters that do not fit the model, or input the model cannot take."""
+    """Weights or adapters do not fit the model, or the model cannot take an input."""
 
 
 class CheckpointError(HomebrewError, RuntimeError):
-    """A checkpoint could not be written, found, read or continued."""
+    """A checkpoint cannot be written, found or loaded."""
 
 
-class CorruptCheckpoint(CheckpointError):  # noqa: N818 - reads as what it is
-    """A checkpoint's files are not the ones its manifest describes."""
+class CorruptCheckpoint(CheckpointError):  # noqa: N818 - reads well in an except clause
+    """A checkpoint's files do not match its manifest."""
 
 
-class ResumeMismatch(CheckpointError):  # noqa: N818 - reads as what it is
-    """A checkpoint is whole, but belongs to another run."""
+class ResumeMismatch(CheckpointError):  # noqa: N818 - reads well in an except clause
+    """A checkpoint is valid but belongs to another run."""
 
 
 class TrainingError(HomebrewError, RuntimeError):
-    """A run that cannot go on."""
+    """The run cannot continue."""
 
 
 class NonFiniteError(TrainingError):
-    """A loss or gradient is not a finite number."""
+    """A loss or gradient is not finite."""
