@@ -1,0 +1,220 @@
+"""Non-finite losses and gradients: they never reach the weights or the optimizer, and nothing waits for the device."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_runs import Recorder, equal, make_trainer, saved_steps, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from homebrew import GPT, GPTConfig
+from homebrew.callbacks.base import Callback
+from homebrew.errors import NonFiniteError
+from homebrew.training.optimizer import adamw
+
+BAD_STEP = 3  # counted from 0
+CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
+
+
+class Snapshots(Callback):
+    """Copies the weights and the optimizer's state at the start and after each step."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.by_step = {}
+
+    def on_train_begin(self, trainer):
+        self.on_step_end(trainer)
+
+    def on_step_end(self, trainer):
+        states = {
+            f"{i}/{key}": value.clone()
+            for i, state in enumerate(self.optimizer.state.values())
+            for key, value in state.items()
+        }
+        self.by_step[trainer.step] = weights(trainer) | states
+
+    def unchanged_steps(self):
+        """Return the steps, counted from 0, that changed nothing."""
+        return [
+            step for step, after in pairwise(sorted(self.by_step)) if equal(self.by_step[step], self.by_step[after])
+        ]
+
+
+def inject(trainer, where, value):
+    """Add `value` to the loss, or to the loss of one micro-batch, or set one element of one gradient to it."""
+    num_losses = 0
+
+    def into_loss(module, inputs, loss):
+        nonlocal num_losses
+        if trainer.step != BAD_STEP:
+            return loss
+        num_losses += 1
+        return loss + value if where == "loss" or num_losses == 2 else loss
+
+    def into_gradient(gradient):
+        if trainer.step == BAD_STEP:
+            gradient = gradient.clone()
+            gradient[0] = value
+        return gradient
+
+    if where == "gradient":
+        trainer.model.transformer.ln_f.bias.register_hook(into_gradient)
+    else:
+        trainer.model.register_forward_hook(into_loss)
+
+
+def make_small_trainer(output_dir, **settings):
+    return make_trainer(output_dir, **{"model": CONFIG, "micro_batch_size": 2, "compile": False} | settings)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("loss", math.nan), ("micro-batch", math.inf), ("gradient", math.nan), ("gradient", math.inf)],
+)
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(tmp_path, policy, where, value, fused):
+    model = GPT(CONFIG)
+    if fused:
+        optimizer = adamw(model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    snapshots, recorder = Snapshots(optimizer), Recorder()
+    settings = {"log_every": 2, "non_finite": policy, "save_every": None, "callbacks": [snapshots, recorder]}
+    trainer = make_small_trainer(tmp_path, model=model, optimizer=optimizer, **settings)
+    inject(trainer, where, value)
+    if policy == "raise":
+        with pytest.raises(NonFiniteError, match=f"step {BAD_STEP} "):
+            trainer.train()
+        snapshots.on_step_end(trainer)
+        assert BAD_STEP in snapshots.unchanged_steps()
+        assert not set(range(BAD_STEP)) & set(snapshots.unchanged_steps())
+    else:
+        trainer.train()
+        assert snapshots.unchanged_steps() == [BAD_STEP]
+    (skipped,) = recorder.skipped
+    assert (skipped.step, skipped.reason) == (BAD_STEP, "non_finite")
+    assert math.isfinite(skipped.loss) == (where == "gradient")
+    assert math.isfinite(skipped.grad_norm) == (where != "gradient")
+
+
+def test_weights_that_became_infinite_are_not_saved(tmp_path):
+    class SetInfinity(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == 2:
+                trainer.model.transformer.ln_f.bias.data[0] = math.inf
+
+    trainer = make_trainer(tmp_path, log_every=3, save_every=1, callbacks=[SetInfinity()])
+    with pytest.warns(UserWarning, match="checkpoint"), pytest.raises(NonFiniteError, match="step 2 "):
+        trainer.train()
+    assert saved_steps(tmp_path) == [1]
+
+
+def test_checkpoints_before_a_non_finite_step_are_kept(tmp_path):
+    trainer = make_small_trainer(tmp_path, log_every=5, save_every=1)
+    inject(trainer, "gradient", math.nan)
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    assert saved_steps(tmp_path) == [2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:.*step 0:UserWarning")
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_run_ended_by_non_finite_steps_cannot_be_saved_but_trained_again(tmp_path, policy):
+    class SaveOnSkip(Callback):
+        def on_step_skipped(self, trainer, steps):
+            if policy == "raise" or steps[-1].step == 2:
+                with pytest.raises(NonFiniteError):
+                    trainer.save()
+
+    settings = {"non_finite": policy, "non_finite_limit": 2, "log_every": 5, "save_every": None}
+    trainer = make_small_trainer(tmp_path, callbacks=[SaveOnSkip()], **settings)
+    before = weights(trainer)
+    handle = trainer.model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    with pytest.raises(NonFiniteError):
+        trainer.save()
+    assert saved_steps(tmp_path) == []
+    assert equal(before, weights(trainer))
+    handle.remove()
+    trainer.train(resume=True)
+    assert trainer.save().name == "step-00000006"
+    assert not equal(before, weights(trainer))
+
+
+def test_training_again_without_a_checkpoint_warns_that_it_starts_from_the_current_weights(tmp_path):
+    trainer = make_small_trainer(tmp_path, max_steps=1)
+    handle = trainer.model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    handle.remove()
+    with pytest.warns(UserWarning, match="step 0"):
+        trainer.train(resume=True)
+
+
+def test_a_loss_spike_is_skipped_if_configured(tmp_path, monkeypatch):
+    monkeypatch.setattr("homebrew.training.nan_guard.SPIKE_WARMUP", 5)
+    recorder = Recorder()
+    settings = {"loss_spike_zscore": 20.0, "max_steps": 10, "learning_rate": 1e-4, "callbacks": [recorder]}
+    trainer = make_small_trainer(tmp_path, **settings)
+    trainer.model.transformer.ln_f.register_forward_hook(lambda *args: args[-1] * 50 if trainer.step == 8 else None)
+    trainer.train()
+    assert [(skipped.step, skipped.reason) for skipped in recorder.skipped] == [(8, "loss_spike")]
+
+
+def test_a_gradient_scaler_disables_the_loss_spike_rule(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr("homebrew.training.nan_guard.SPIKE_WARMUP", 2)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    recorder = Recorder()
+    settings = {"learning_rate": 1e-9, "loss_spike_zscore": 1e-6, "mixed_precision": "auto", "callbacks": [recorder]}
+    make_small_trainer(tmp_path, accelerator=accelerator, **settings).train()
+    assert recorder.skipped == []
+
+
+class CountHostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host, which would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+GUARD_SETTINGS = [{}, {"non_finite": "skip"}, {"loss_spike_zscore": 5.0}]
+
+
+@pytest.mark.parametrize("settings", GUARD_SETTINGS)
+def test_a_step_reads_no_value_from_the_device(tmp_path, settings):
+    counts = []
+
+    class RecordCount(Callback):
+        def on_step_end(self, trainer):
+            counts.append(reads.count)
+
+    trainer = make_small_trainer(tmp_path, callbacks=[RecordCount()], log_every=5, max_steps=12, **settings)
+    with CountHostReads() as reads:
+        trainer.train()
+    assert len(set(counts)) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", GUARD_SETTINGS)
+def test_a_step_does_not_synchronize_with_the_gpu(tmp_path, settings):
+    class RaiseOnSynchronization(Callback):
+        def on_step_end(self, trainer):
+            torch.cuda.set_sync_debug_mode("error" if 3 <= trainer.step < 12 else "default")
+
+    callbacks = [RaiseOnSynchronization()]
+    try:
+        make_small_trainer(tmp_path, callbacks=callbacks, log_every=5, max_steps=12, **settings).train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

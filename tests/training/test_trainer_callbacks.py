@@ -1,0 +1,108 @@
+"""Callbacks: when events are emitted, and what a callback may do in them."""
+
+from types import SimpleNamespace
+
+import pytest
+from tiny_runs import RaiseAt, Recorder, StopAt, make_trainer, saved_steps, token_dataset
+
+from homebrew import GPT
+from homebrew.callbacks.base import Callback
+
+
+def test_a_step_is_logged_after_the_next_step_is_launched(tmp_path):
+    recorder = Recorder()
+    settings = {"eval_dataset": token_dataset(200), "log_every": 2, "eval_every": 4, "max_steps": 9}
+    make_trainer(tmp_path, **settings, callbacks=[recorder]).train()
+    assert recorder.logged_at == [(1, 2), (2, 3), (4, 4), (6, 7), (8, 8), (9, 9)]  # evaluations and the end wait
+
+
+def test_a_stopped_run_logs_its_last_due_step(tmp_path):
+    recorder, stop = Recorder(), StopAt(2)
+    trainer = make_trainer(tmp_path, log_every=2, callbacks=[stop, recorder])
+    trainer.train()
+    assert recorder.logged_at == [(1, 2), (2, 2)]
+    stop.step = 5
+    trainer.train(resume=True)
+    assert recorder.logged_at == [(1, 2), (2, 2), (4, 5)]
+
+
+def test_a_step_not_yet_logged_when_a_run_fails_is_never_logged(tmp_path):
+    recorder, failure = Recorder(), RaiseAt(2, KeyboardInterrupt())
+    trainer = make_trainer(tmp_path, log_every=2, save_every=1, callbacks=[failure, recorder])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.save()
+    assert recorder.logged_at == [(1, 1)]
+    trainer.callbacks.remove(failure)
+    trainer.train(resume=True)
+    assert recorder.logged_at == [(1, 1), (4, 4), (6, 6)]
+
+
+@pytest.mark.parametrize(("log_every", "save_every"), [(1, 1), (2, 2), (2, None)])
+def test_a_callback_may_save_in_on_log(tmp_path, log_every, save_every):
+    class SaveOnLog(Callback):
+        def on_log(self, trainer, metrics):
+            trainer.save()
+
+    recorder = Recorder()
+    settings = {"log_every": log_every, "save_every": save_every, "max_steps": 5, "keep_last": 9}
+    make_trainer(tmp_path, **settings, callbacks=[SaveOnLog(), recorder]).train()
+    assert list(recorder.losses) == ([1, 2, 3, 4, 5] if log_every == 1 else [1, 2, 4, 5])
+    assert recorder.saved == sorted(set(recorder.saved))
+    assert saved_steps(tmp_path) == recorder.saved
+
+
+def test_should_stop_ends_the_run_and_saves_it(tmp_path):
+    make_trainer(tmp_path, callbacks=[StopAt(2)]).train()
+    assert saved_steps(tmp_path) == [2]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock in place of the wall clock; on a CPU, because a GPU measures time by its own events."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("homebrew.metrics.throughput.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_elapsed_seconds_include_one_forward_pass_per_step(tmp_path, clock):
+    def advance(*_):
+        clock.now += 1.0
+
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, callbacks=[recorder])
+    trainer.model.register_forward_hook(advance)
+    trainer.train()
+    assert [metrics.elapsed_seconds for metrics in recorder.metrics.values()] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def test_throughput_excludes_compiling_evaluating_and_saving(tmp_path, clock, monkeypatch):
+    def advance(seconds):
+        clock.now += seconds
+
+    class SlowCallback(Callback):
+        def on_train_begin(self, trainer):
+            advance(50)
+
+        def on_evaluate(self, trainer, metrics):
+            advance(50)
+            trainer.save()
+
+        def on_save(self, trainer, path):
+            advance(50)
+
+        def on_step_end(self, trainer):
+            if trainer.step == 2:
+                trainer.evaluate()
+
+        def on_log(self, trainer, metrics):
+            trainer.evaluate()
+
+    monkeypatch.setattr(GPT, "compile", lambda *_, **__: None)  # the warm-up pass remains
+    recorder = Recorder()
+    settings = {"eval_dataset": token_dataset(200), "eval_every": 3, "max_steps": 5, "compile": True}
+    trainer = make_trainer(tmp_path, **settings, callbacks=[SlowCallback(), recorder])
+    trainer.model.register_forward_hook(lambda *_: advance(0.5))  # in evaluation too
+    trainer.train()
+    assert [metrics.tokens_per_second for metrics in recorder.metrics.values()] == [8 * 16 / 0.5] * 5

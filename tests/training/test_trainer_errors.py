@@ -1,0 +1,65 @@
+"""Errors that a Trainer raises before anything is trained."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import ONE_LAYER, make_trainer, random_tokens
+
+from homebrew import GPT, TokenDataset
+from homebrew.errors import ConfigError, DataError, LaunchError
+
+
+def test_a_dataset_the_model_cannot_read_is_an_error(tmp_path):
+    dataset = TokenDataset.from_tokens(random_tokens(), 32, vocab_size=50)
+    with pytest.raises(DataError, match=r"(?s)train_dataset.*block_size"):
+        make_trainer(tmp_path, train_dataset=dataset)
+    with pytest.raises(DataError, match=r"(?s)eval_dataset.*block_size"):
+        make_trainer(tmp_path, eval_dataset=dataset)
+
+
+def test_a_model_without_trainable_parameters_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="No parameter"):
+        make_trainer(tmp_path, model=GPT(ONE_LAYER).requires_grad_(False))
+
+
+def test_an_optimizer_over_other_parameters_is_an_error(tmp_path):
+    optimizer = torch.optim.SGD(GPT(ONE_LAYER).parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match=r"model\.parameters\(\)"):
+        make_trainer(tmp_path, model=GPT(ONE_LAYER), optimizer=optimizer)
+
+
+def test_an_optimizer_must_have_all_trainable_parameters(tmp_path):
+    model = GPT(ONE_LAYER)
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    with pytest.raises(ConfigError, match=r"wte\.weight.*requires_grad_\(False\)"):
+        make_trainer(tmp_path, model=model, optimizer=torch.optim.SGD(vectors, lr=0.1))
+    for parameter in model.parameters():
+        parameter.requires_grad = parameter.dim() < 2
+    make_trainer(tmp_path, model=model, optimizer=torch.optim.SGD(vectors, lr=0.1))
+
+
+def test_a_schedule_must_return_numbers(tmp_path):
+    make_trainer(tmp_path, schedule=lambda step: np.float32(0.5))
+    with pytest.raises(ConfigError, match=r"schedule\(0\) is None"):
+        make_trainer(tmp_path, schedule=lambda step: None)
+
+
+def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="output_dir"):
+        make_trainer(tmp_path / "file").train()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2"},  # torchrun's, without what Accelerate needs to join
+        {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},  # a launcher that started one of many
+    ],
+    ids=["world size", "launcher"],
+)
+def test_a_launch_that_accelerate_does_not_join_is_an_error(tmp_path, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match="process"):
+        make_trainer(tmp_path)

@@ -1,0 +1,81 @@
+"""Evaluation: its result, its errors, and the checkpoints beside it."""
+
+import math
+
+import pytest
+import torch
+from tiny_runs import (
+    Recorder,
+    UnevenTargets,
+    checkpoint_path,
+    make_trainer,
+    saved_steps,
+    token_dataset,
+)
+
+from homebrew.callbacks.base import Callback
+from homebrew.checkpoint.manifest import open_checkpoint
+from homebrew.errors import ConfigError, DataError
+
+
+def test_evaluation_loss_is_the_mean_over_all_targets(tmp_path):
+    dataset = UnevenTargets()  # 64 samples in micro-batches of 5
+    trainer = make_trainer(tmp_path, eval_dataset=dataset, micro_batch_size=5, global_batch_tokens=5 * 16)
+    with torch.no_grad():
+        device = trainer.model.device
+        logits = trainer.model(dataset.input_ids.to(device))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), dataset.targets.flatten().to(device))
+    metrics = trainer.evaluate()
+    assert metrics.loss == pytest.approx(loss.item(), abs=1e-5 if device.type == "cpu" else 2e-3)
+    assert metrics.num_tokens == int((dataset.targets != -100).sum())
+    assert metrics.perplexity == pytest.approx(math.exp(metrics.loss))
+    assert trainer.model.training
+
+
+def test_evaluates_every_eval_every_steps_and_at_the_end(tmp_path):
+    recorder = Recorder()
+    make_trainer(tmp_path, eval_dataset=token_dataset(200), eval_every=4, callbacks=[recorder]).train()
+    assert list(recorder.evaluations) == [4, 6]
+
+
+def test_evaluate_without_a_dataset_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="eval_dataset"):
+        make_trainer(tmp_path).evaluate()
+
+
+def test_evaluation_without_scored_targets_is_an_error(tmp_path):
+    ignored = [(torch.zeros(16, dtype=torch.int64), torch.full((16,), -100))] * 3
+    with pytest.raises(DataError):
+        make_trainer(tmp_path).evaluate(ignored)
+
+
+def dataset_with_a_short_sample():
+    return [(torch.zeros(16, dtype=torch.int64),) * 2] * 4 + [(torch.zeros(5, dtype=torch.int64),) * 2]
+
+
+def test_a_failed_evaluation_does_not_save_before_a_checkpoint_is_due(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=dataset_with_a_short_sample(), eval_every=2, save_every=3)
+    with pytest.raises(DataError):
+        trainer.train()
+    assert saved_steps(tmp_path) == []
+
+
+class RaiseOnEvaluate(Callback):
+    def on_evaluate(self, trainer, metrics):
+        raise KeyError
+
+
+@pytest.mark.parametrize("fails", ["dataset", "callback"])
+def test_a_failed_final_evaluation_still_saves_the_run(tmp_path, fails):
+    dataset = dataset_with_a_short_sample() if fails == "dataset" else token_dataset(200)
+    trainer = make_trainer(tmp_path, eval_dataset=dataset, max_steps=2, callbacks=[RaiseOnEvaluate()])
+    with pytest.raises(DataError if fails == "dataset" else KeyError):
+        trainer.train()
+    assert saved_steps(tmp_path) == [2]
+
+
+def test_a_checkpoint_is_scored_only_by_an_evaluation_of_its_own_step(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=token_dataset(300), eval_every=3, save_every=2, keep_every=2)
+    trainer.train()
+    scores = {step: open_checkpoint(checkpoint_path(tmp_path, step)).manifest.score for step in (2, 4, 6)}
+    assert [step for step, score in scores.items() if score is not None] == [6]

@@ -1,0 +1,250 @@
+"""Resuming a run: bitwise identical continuation, and what is compared before."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_runs import (
+    CONFIG,
+    ONE_LAYER,
+    RaiseAt,
+    Recorder,
+    StopAt,
+    checkpoint_path,
+    checkpoint_tensors,
+    equal,
+    make_trainer,
+    saved_steps,
+    token_dataset,
+    weights,
+)
+
+from homebrew import GPT, GPTConfig
+from homebrew.checkpoint.store import CheckpointStore
+from homebrew.errors import ConfigError, CorruptCheckpoint, ResumeMismatch
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_resume_is_bitwise_identical(tmp_path):
+    """Nine steps equal k steps, a resume and 9 - k steps: weights, optimizer and random states."""
+    config = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
+    dataset = token_dataset(44 * 16 + 1)  # 44 samples, 8 per step: the epoch ends within step 6
+    settings = {"model": config, "train_dataset": dataset, "max_steps": 9}
+    uninterrupted = make_trainer(tmp_path / "uninterrupted", **settings, eval_dataset=token_dataset(200), eval_every=2)
+    uninterrupted.train()
+    expected = checkpoint_tensors(tmp_path / "uninterrupted", 9)
+    for k in (1, 5, 8):
+        output_dir = tmp_path / f"stopped-after-{k}"
+        stopped = make_trainer(output_dir, **settings, callbacks=[StopAt(k)])
+        stopped.train()
+        assert stopped.step == k
+        torch.manual_seed(999)
+        resumed = make_trainer(output_dir, **settings)
+        resumed.train(resume=True)
+        assert resumed.step == 9
+        assert equal(checkpoint_tensors(output_dir, 9), expected)
+
+
+class PlainNumberState(torch.optim.Optimizer):
+    """Keeps Python numbers in its state and its parameter groups, as many custom optimizers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1, "num_calls": 0, "distance": 1e-6})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["num_calls"] += 1
+            group["distance"] *= 1.7
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": 0, "decay": 0.5, "is_odd": False, "moment": torch.zeros_like(parameter)}
+                state["step"] += 1
+                state["decay"] *= 0.9
+                state["is_odd"] = not state["is_odd"]
+                state["moment"].lerp_(parameter.grad, state["decay"])
+                scale = group["lr"] * (1 + group["distance"] + state["is_odd"]) / (state["step"] + group["num_calls"])
+                parameter.sub_(state["moment"], alpha=scale)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize(
+    "optimizer",
+    [PlainNumberState, lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), torch.optim.Adafactor],
+    ids=["plain numbers", "SGD", "Adafactor"],
+)
+def test_resume_with_a_custom_optimizer_is_bitwise_identical(tmp_path, optimizer):
+    def run(name, *callbacks):
+        model = GPT(CONFIG)
+        trainer = make_trainer(
+            tmp_path / name, model=model, optimizer=optimizer(model.parameters()), callbacks=callbacks
+        )
+        trainer.train(resume=True)
+        return weights(trainer)
+
+    uninterrupted = run("uninterrupted")
+    run("stopped", StopAt(3))
+    assert equal(run("stopped"), uninterrupted)
+
+
+def test_frozen_weights_are_restored(tmp_path):
+    first, second = (GPT(CONFIG, seed=seed) for seed in (1, 2))
+    for model in (first, second):
+        model.transformer.wpe.requires_grad_(False)
+        make_trainer(tmp_path, model=model, max_steps=2).train(resume=True)
+    assert equal(first.state_dict(), second.state_dict())
+
+
+def test_optimizer_of_a_finished_run_trains_on_with_its_peak_learning_rate(tmp_path):
+    model = GPT(ONE_LAYER)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3), amsgrad=True, foreach=False)
+    make_trainer(tmp_path, model=model, optimizer=optimizer).train()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    trainer = make_trainer(tmp_path, model=model, optimizer=optimizer, max_steps=8)
+    trainer.train(resume=True, accept_changes=["schedule"])
+    assert trainer.step == 8
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_step_that_raised_leaves_nothing_for_the_next_run(tmp_path):
+    make_trainer(tmp_path / "source", max_steps=4).train()
+    runs = []
+    for is_interrupted in (False, True):
+        trainer = make_trainer(tmp_path / str(is_interrupted), micro_batch_size=4)
+        if is_interrupted:
+            calls = []
+
+            def fail_in_second_micro_batch(*_, calls=calls):
+                calls.append(1)
+                if len(calls) == 2:
+                    raise ZeroDivisionError
+
+            hook = trainer.model.register_forward_hook(fail_in_second_micro_batch)
+            with pytest.raises(ZeroDivisionError):
+                trainer.train()
+            hook.remove()
+        trainer.train(resume=checkpoint_path(tmp_path / "source", 4), accept_changes=["schedule"])
+        runs.append(weights(trainer))
+    assert equal(*runs)
+
+
+def test_resume_without_a_checkpoint_warns_and_starts_at_step_0(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, callbacks=[RaiseAt(3, KeyboardInterrupt())]).train()
+    recorder = Recorder()
+    with pytest.warns(UserWarning, match="no checkpoint"):
+        make_trainer(tmp_path, callbacks=[recorder]).train(resume=True)
+    assert min(recorder.losses) == 1
+
+
+def test_new_run_in_an_output_dir_with_checkpoints_is_an_error(tmp_path):
+    make_trainer(tmp_path, max_steps=1).train()
+    with pytest.raises(ConfigError, match="resume=True"):
+        make_trainer(tmp_path, max_steps=1).train()
+    make_trainer(tmp_path, max_steps=1).train(resume=True)
+
+
+def test_resume_from_a_run_folder_is_an_error(tmp_path):
+    make_trainer(tmp_path, max_steps=1).train()
+    with pytest.raises(ConfigError, match="resume=True"):
+        make_trainer(tmp_path, max_steps=1).train(resume=tmp_path)
+
+
+def test_resume_from_an_older_checkpoint_needs_another_output_dir(tmp_path):
+    make_trainer(tmp_path, save_every=2, keep_every=2).train()
+    old = checkpoint_path(tmp_path, 2)
+    for source in (old, shutil.copytree(old, tmp_path / "copy" / old.name)):
+        with pytest.raises(ConfigError, match=r"step-00000006.*another output_dir"):
+            make_trainer(tmp_path).train(resume=source)
+
+    make_trainer(tmp_path / "branch", max_steps=2).train(resume=old, accept_changes=["schedule"])
+    assert saved_steps(tmp_path / "branch") == [2]
+
+
+CHANGES = {
+    "dataset": {"train_dataset": token_dataset(seed=9)},
+    "schedule": {"learning_rate": 2e-2},
+    "optimizer": {"max_grad_norm": 0.5},
+    "global_batch_size": {"global_batch_tokens": 16 * 16},
+    "seed": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("aspect", CHANGES)
+def test_a_changed_run_is_resumed_only_if_the_change_is_accepted(tmp_path, aspect):
+    make_trainer(tmp_path, max_steps=4, callbacks=[StopAt(2)]).train()
+    trainer = make_trainer(tmp_path, max_steps=4, **CHANGES[aspect])
+    with pytest.raises(ResumeMismatch, match=rf"(?s){aspect}: .*accept_changes=\('{aspect}',\)"):
+        trainer.train(resume=True)
+    trainer.train(resume=True, accept_changes=[aspect])
+    assert trainer.step == 4
+
+
+def test_accepting_another_model_still_checks_its_tensors(tmp_path):
+    make_trainer(tmp_path, max_steps=4, callbacks=[StopAt(2)]).train()
+    smaller = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
+    with pytest.raises(CorruptCheckpoint, match=r"transformer\.h\.1"):
+        make_trainer(tmp_path, model=smaller, max_steps=4).train(resume=True, accept_changes=["model"])
+
+
+def test_more_steps_are_named_as_a_change_of_the_schedule(tmp_path):
+    make_trainer(tmp_path, max_steps=2).train()
+    longer = make_trainer(tmp_path, max_steps=4)
+    with pytest.raises(ResumeMismatch, match="schedule: max_steps was 2, is 4"):
+        longer.train(resume=True)
+    longer.train(resume=True, accept_changes=["schedule"])
+    assert longer.step == 4
+
+
+def test_another_precision_or_world_size_warns(tmp_path):
+    make_trainer(tmp_path, max_steps=4, callbacks=[StopAt(2)]).train()
+    store = CheckpointStore(tmp_path)
+    checkpoint, _ = store.latest()
+    store.save(3, checkpoint.files(), checkpoint.state | {"mixed_precision": "bf16", "num_processes": 2})
+    with (
+        pytest.warns(UserWarning, match="2 process"),
+        pytest.warns(UserWarning, match="mixed_precision='bf16'"),
+    ):
+        make_trainer(tmp_path, max_steps=4).train(resume=True)
+
+
+def test_corrupt_checkpoints_are_an_error_and_not_a_new_run(tmp_path):
+    make_trainer(tmp_path, max_steps=2).train()
+    file = checkpoint_path(tmp_path, 2) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors"):
+        make_trainer(tmp_path, max_steps=2).train(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "corrupt", "message"),
+    [
+        ("model", lambda tensors: tensors.pop("transformer.ln_f.bias"), r"transformer\.ln_f\.bias"),
+        (
+            "optimizer",
+            lambda tensors: tensors.pop("transformer.ln_f.bias//exp_avg"),
+            r"ln_f\.bias.*exp_avg",
+        ),
+        ("rng-0", lambda tensors: tensors.update(torch=torch.zeros(5, dtype=torch.uint8)), "random"),
+        ("guard", lambda tensors: tensors.pop("history"), "history"),
+    ],
+)
+def test_invalid_tensors_leave_the_trainer_unchanged(tmp_path, file, corrupt, message):
+    make_trainer(tmp_path, max_steps=2).train()
+    path = checkpoint_path(tmp_path, 2)
+    tensors = load_file(path / f"{file}.safetensors")
+    corrupt(tensors)
+    save_file(tensors, path / f"{file}.safetensors")
+    manifest = json.loads((path / "manifest.json").read_text())
+    data = (path / f"{file}.safetensors").read_bytes()
+    manifest["files"][f"{file}.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    trainer = make_trainer(tmp_path, max_steps=2)
+    before = weights(trainer)
+    with pytest.raises(CorruptCheckpoint, match=message):
+        trainer.train(resume=path)
+    assert equal(before, weights(trainer))

@@ -1,0 +1,108 @@
+"""Saving: when checkpoints are written, failed writes, signals, and the run's other files."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from tiny_runs import CONFIG, Recorder, make_trainer, saved_steps, token_dataset
+
+from homebrew import GPT
+from homebrew.callbacks.base import Callback
+from homebrew.distributed.signals import HANDLED_SIGNALS
+from homebrew.errors import CheckpointError
+
+
+def test_metrics_jsonl_and_run_json_describe_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=token_dataset(300), eval_every=3, save_every=3)
+    trainer.train()
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = {
+        kind: [event["step"] for event in events if event["event"] == kind] for kind in ("step", "evaluate", "save")
+    }
+    assert steps == {"step": [1, 2, 3, 4, 5, 6], "evaluate": [3, 6], "save": [3, 6]}
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["model"]["n_layer"] == 2
+    assert run["train_dataset"]["fingerprint"] == trainer.train_dataset.fingerprint
+
+
+def test_log_with_tensorboard_writes_event_files(tmp_path):
+    make_trainer(tmp_path, log_with="tensorboard", max_steps=2).train()
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_interactive_mode_saves_and_raises_keyboard_interrupt(tmp_path, monkeypatch, signal_number):
+    class SendSignal(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == 3:
+                os.kill(os.getpid(), signal_number)
+
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    handlers = [signal.getsignal(number) for number in HANDLED_SIGNALS]
+    trainer = make_trainer(tmp_path, callbacks=[SendSignal()])
+    with pytest.raises(KeyboardInterrupt, match=signal_number.name):
+        trainer.train()
+    assert saved_steps(tmp_path) == [3]
+    assert [signal.getsignal(number) for number in HANDLED_SIGNALS] == handlers
+    trainer.train(resume=True)  # as in the next cell of a notebook
+    assert trainer.step == 6
+
+
+class BreakCheckpointFolder(Callback):
+    """Replaces the checkpoint folder by a file, so that no checkpoint can be written."""
+
+    def on_step_end(self, trainer):
+        folder = trainer.config.output_dir / "checkpoints"
+        if folder.is_dir():
+            shutil.rmtree(folder)
+            folder.touch()
+
+
+def test_a_failed_save_raises_and_can_be_retried(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[BreakCheckpointFolder()])
+    with pytest.raises(CheckpointError, match="checkpoints"):
+        trainer.train()
+    (tmp_path / "checkpoints").unlink()
+    assert (trainer.save() / "manifest.json").exists()
+
+
+def test_a_failed_save_is_a_warning_beside_the_error_that_ends_the_run(tmp_path):
+    class RaiseOnSave(Callback):
+        def on_save(self, trainer, path):
+            raise ValueError("custom error")
+
+    failures = [BreakCheckpointFolder(), RaiseOnSave()]
+    trainer = make_trainer(tmp_path, max_steps=4, save_every=2, callbacks=failures)
+    with pytest.warns(UserWarning, match="checkpoints"), pytest.raises(ValueError, match="custom error"):
+        trainer.train()
+    for callback in failures:
+        trainer.callbacks.remove(callback)
+    (tmp_path / "checkpoints").unlink()
+    assert trainer.save().is_dir()  # a failed step does not count as saved
+    trainer.train(resume=True)
+    assert trainer.step == 4
+
+
+def test_an_optimizer_with_state_that_cannot_be_saved_warns_once(tmp_path):
+    class UnsavableState(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["text"] = "abc"
+
+    model = GPT(CONFIG)
+    optimizer = UnsavableState(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="UnsavableState") as warned:
+        make_trainer(tmp_path, model=model, optimizer=optimizer, save_every=2).train()
+    assert len(warned) == 1
+
+
+def test_checkpoints_are_saved_every_save_every_steps_and_at_the_end(tmp_path):
+    recorder = Recorder()
+    make_trainer(tmp_path, save_every=4, callbacks=[recorder]).train()
+    assert recorder.saved == saved_steps(tmp_path) == [4, 6]
