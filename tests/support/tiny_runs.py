@@ -47,6 +47,7 @@ def make_trainer(
     schedule=None,
     accelerator=None,
     callbacks=(),
+    progress=True,
     **config,
 ):
     """Build a Trainer for six float32 steps of 8 sequences; `config` overrides fields of its TrainerConfig."""
@@ -67,6 +68,7 @@ def make_trainer(
         optimizer=optimizer,
         schedule=schedule,
         accelerator=accelerator,
+        progress=progress,
     )
 
 

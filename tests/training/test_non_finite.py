@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_runs import Recorder, equal, make_trainer, saved_steps, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,8 +167,6 @@ def test_a_loss_spike_is_skipped_if_configured(tmp_path, monkeypatch):
 
 
 def test_a_gradient_scaler_disables_the_loss_spike_rule(tmp_path, monkeypatch):
-    from accelerate import Accelerator
-
     monkeypatch.setattr("homebrew.training.nan_guard.SPIKE_WARMUP", 2)
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")

@@ -6,8 +6,8 @@ from homebrew.errors import ConfigError
 from homebrew.training.schedule import warmup_cosine
 
 
-def seed_notebook_lr(step, max_lr=3e-4, warmup_steps=10, max_steps=50):
-    """The formula the project grew out of, written out as it stood there."""
+def reference_learning_rate(step, max_lr=3e-4, warmup_steps=10, max_steps=50):
+    """The formula of the notebook that this project started from."""
     min_lr = max_lr * 0.1
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -17,18 +17,18 @@ def seed_notebook_lr(step, max_lr=3e-4, warmup_steps=10, max_steps=50):
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (max_lr - min_lr)
 
 
-def test_equals_the_seed_notebook_at_every_step():
+def test_warmup_cosine_equals_the_reference_at_every_step():
     schedule = warmup_cosine(warmup_steps=10, max_steps=50, min_lr_ratio=0.1)
     for step in range(120):
-        assert 3e-4 * schedule(step) == pytest.approx(seed_notebook_lr(step), rel=1e-12)
+        assert 3e-4 * schedule(step) == pytest.approx(reference_learning_rate(step), rel=1e-12)
 
 
-def test_edges():
+def test_warmup_may_take_no_step_or_all_steps():
     schedule = warmup_cosine(warmup_steps=0, max_steps=1)
     assert schedule(0) == 1.0
     assert schedule(1) == schedule(1_000_000) == 0.1
-    whole = warmup_cosine(warmup_steps=4, max_steps=4)
-    assert [whole(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 0.1]
+    schedule = warmup_cosine(warmup_steps=4, max_steps=4)
+    assert [schedule(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,6 @@ def test_edges():
         {"warmup_steps": 1, "max_steps": 10, "min_lr_ratio": 1.5},
     ],
 )
-def test_refuses_what_makes_no_schedule(arguments):
+def test_arguments_out_of_range_are_an_error(arguments):
     with pytest.raises(ConfigError, match="must be"):
         warmup_cosine(**arguments)

@@ -1,0 +1,65 @@
+"""Assembling a Trainer, and the process-wide settings that this changes."""
+
+import pytest
+import torch
+from tiny_runs import CONFIG, make_trainer, token_dataset
+
+from homebrew import TrainerConfig
+from homebrew.callbacks.base import Callback
+from homebrew.callbacks.run_logger import RunLogger
+from homebrew.training.global_settings import RECOMPILE_LIMIT, allow_tf32, raise_recompile_limit
+from homebrew.training.setup import build_callbacks, build_parts
+
+
+def test_build_parts_makes_a_working_train_step(tmp_path):
+    config = TrainerConfig(output_dir=tmp_path, max_steps=1, micro_batch_size=4, mixed_precision="no")
+    parts = build_parts(
+        CONFIG,
+        token_dataset(),
+        None,
+        config=config,
+        optimizer=None,
+        schedule=config.schedule(),
+        accelerator=None,
+        emit=lambda event, *arguments: None,
+    )
+    before = [parameter.detach().clone() for parameter in parts.model.parameters()]
+    micro_batches = next(iter(parts.loader.steps(0)))
+    _, is_skipped, loss, _ = parts.train_step(micro_batches).tolist()
+    assert not is_skipped
+    assert loss == pytest.approx(torch.tensor(50.0).log().item(), abs=0.1)
+    assert not all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_custom_callbacks_come_after_the_built_in_ones_or_replace_them():
+    class CustomLogger(RunLogger):
+        pass
+
+    custom, logger = Callback(), CustomLogger()
+    built_in = build_callbacks([custom], progress=True)
+    assert len(built_in) == 3
+    assert built_in[-1] is custom
+    assert build_callbacks([custom, logger], progress=False) == [custom, logger]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_switches_the_display(tmp_path, capsys, progress):
+    make_trainer(tmp_path, max_steps=1, progress=progress).train()
+    assert bool(capsys.readouterr().out) is progress
+
+
+def test_tf32_is_allowed_for_a_cuda_device_only():
+    allow_tf32(torch.device("cpu"))
+    assert torch.get_float32_matmul_precision() == "highest"
+    allow_tf32(torch.device("cuda"))
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_the_recompile_limit_is_never_lowered():
+    from torch._dynamo import config
+
+    for limit, expected in ((8, RECOMPILE_LIMIT), (1000, 1000)):
+        with config.patch(recompile_limit=limit):
+            raise_recompile_limit()
+            assert config.recompile_limit == expected
