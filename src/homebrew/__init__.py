@@ -4,7 +4,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from homebrew.callbacks.base import Callback, EarlyStopping, ProgressDisplay
+    from homebrew.callbacks.base import Callback
+    from homebrew.callbacks.early_stopping import EarlyStopping
+    from homebrew.callbacks.progress import ProgressDisplay
     from homebrew.callbacks.run_logger import RunLogger
     from homebrew.data.corpora import load_corpus
     from homebrew.data.dataset import TokenDataset
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "callbacks.base": ("Callback", "EarlyStopping", "ProgressDisplay"),
+    "callbacks.base": ("Callback",),
+    "callbacks.early_stopping": ("EarlyStopping",),
+    "callbacks.progress": ("ProgressDisplay",),
     "callbacks.run_logger": ("RunLogger",),
     "data.corpora": ("load_corpus",),
     "data.dataset": ("TokenDataset",),

@@ -1,5 +1,3 @@
-"""What a run leaves to read."""
-
 import json
 import resource
 from pathlib import Path
@@ -10,85 +8,88 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from torch.utils.data import Dataset
 
-from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig
-from homebrew.callbacks.base import Callback
-from homebrew.callbacks.run_logger import RunLogger
+from homebrew import Callback, GPTConfig, RunLogger, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import ConfigError
 
-SHAPE = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
+MODEL = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
 
 
-def dataset():
+def make_dataset():
     return TokenDataset.from_tokens(torch.arange(32).repeat(4), 8, vocab_size=32)
 
 
-def make(folder, *, train=None, accelerator=None, callbacks=(), **settings):
-    settings = {"max_steps": 1, "micro_batch_size": 2, "mixed_precision": "no"} | settings
-    config = TrainerConfig(output_dir=folder, **settings)
-    return Trainer(SHAPE, train or dataset(), config=config, accelerator=accelerator, callbacks=callbacks)
+def make_trainer(folder, *, train_dataset=None, accelerator=None, callbacks=()):
+    config = TrainerConfig(output_dir=folder, max_steps=1, micro_batch_size=2, mixed_precision="no")
+    dataset = train_dataset or make_dataset()
+    return Trainer(MODEL, dataset, config=config, accelerator=accelerator, callbacks=callbacks)
 
 
-class Tracker(GeneralTracker):
-    """Remembers what it is told."""
+def read_events(folder):
+    return [json.loads(line)["event"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
-    name, requires_logging_directory = "mine", False
+
+class RecordingTracker(GeneralTracker):
+    """Records the calls it receives: "start", the logged steps, "finish"."""
+
+    name, requires_logging_directory = "recording", False
 
     def __init__(self):
         super().__init__()
-        self.told = []
+        self.calls = []
 
     @property
     def tracker(self):
-        return self.told
+        return self.calls
 
     def start(self):
-        self.told.append("start")
+        self.calls.append("start")
 
     def log(self, values, step=None, **_):
-        self.told.append(step)
+        self.calls.append(step)
 
     def finish(self):
-        self.told.append("finish")
+        self.calls.append("finish")
 
 
 def test_each_run_on_an_accelerator_starts_and_finishes_its_trackers_once(tmp_path):
-    tracker = Tracker()
+    tracker = RecordingTracker()
     accelerator = Accelerator(cpu=True, log_with=tracker)
     for run in ("first", "second"):
-        make(tmp_path / run, accelerator=accelerator).train()
-        assert tracker.told == ["start", 1, "finish"]
-        tracker.told.clear()
+        make_trainer(tmp_path / run, accelerator=accelerator).train()
+        assert tracker.calls == ["start", 1, "finish"]
+        tracker.calls.clear()
 
 
-def test_trackers_that_are_running_get_the_figures_and_go_on(tmp_path):
-    tracker = Tracker()
+def test_trackers_started_by_the_caller_receive_metrics_and_stay_open(tmp_path):
+    tracker = RecordingTracker()
     accelerator = Accelerator(cpu=True, log_with=tracker)
-    accelerator.init_trackers("mine")
-    make(tmp_path, accelerator=accelerator).train()
+    accelerator.init_trackers("project")
+    make_trainer(tmp_path, accelerator=accelerator).train()
+    assert tracker.calls == ["start", 1]
     accelerator.end_training()
-    assert tracker.told == ["start", 1, "finish"]
+    assert tracker.calls == ["start", 1, "finish"]
 
 
-def test_a_tracker_that_does_not_start_is_not_taken_to_run(tmp_path):
-    class Offline(Tracker):
+def test_a_tracker_that_failed_to_start_is_started_by_the_next_run(tmp_path):
+    class FailsOnce(RecordingTracker):
         def start(self):
             super().start()
-            if self.told == ["start"]:
+            if self.calls == ["start"]:
                 raise OSError("no network")
 
-    tracker = Offline()
+    tracker = FailsOnce()
     accelerator = Accelerator(cpu=True, log_with=tracker)
     with pytest.raises(OSError, match="no network"):
-        make(tmp_path, accelerator=accelerator).train()
-    make(tmp_path, accelerator=accelerator).train()
-    assert tracker.told == ["start", "start", 1, "finish"]
+        make_trainer(tmp_path, accelerator=accelerator).train()
+    make_trainer(tmp_path, accelerator=accelerator).train()
+    assert tracker.calls == ["start", "start", 1, "finish"]
 
 
-class Wrapped(Dataset):
-    """A dataset of one's own, with attributes of its own."""
+class CustomDataset(Dataset):
+    """A custom dataset with the given attributes."""
 
     def __init__(self, **attributes):
-        self.samples = dataset()
+        self.samples = make_dataset()
         vars(self).update(attributes)
 
     def __len__(self):
@@ -98,8 +99,8 @@ class Wrapped(Dataset):
         return self.samples[i]
 
 
-class OtherTokenizer:
-    """As other libraries make them."""
+class TransformersTokenizer:
+    """A tokenizer with transformers' interface, which homebrew does not support."""
 
     name_or_path, vocab_size, eos_token_id = "gpt2", 32, 0
 
@@ -110,61 +111,60 @@ class OtherTokenizer:
         return ""
 
 
-def test_a_dataset_may_have_another_librarys_tokenizer(tmp_path):
-    trainer = make(tmp_path, train=Wrapped(tokenizer=OtherTokenizer()))
+def test_a_dataset_with_an_unsupported_tokenizer_is_described_without_it(tmp_path):
+    trainer = make_trainer(tmp_path, train_dataset=CustomDataset(tokenizer=TransformersTokenizer()))
     trainer.train()
     assert "tokenizer" not in json.loads((tmp_path / "run.json").read_text())["train_dataset"]
-    with pytest.raises(ConfigError, match="needs a tokenizer of ours"):
+    with pytest.raises(ConfigError, match="tokenizer"):
         trainer.sample()
 
 
-def test_facts_that_json_has_not_are_written_as_text(tmp_path):
-    make(tmp_path, train=Wrapped(source=Path("some/text"))).train()
+def test_values_json_cannot_represent_are_written_as_strings(tmp_path):
+    make_trainer(tmp_path, train_dataset=CustomDataset(source=Path("some/text"))).train()
     assert json.loads((tmp_path / "run.json").read_text())["train_dataset"]["source"] == "some/text"
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
-def test_a_folder_that_takes_no_record_is_told_before_the_first_step(tmp_path, name):
+def test_an_unwritable_output_dir_is_an_error_before_the_first_step(tmp_path, name):
     (tmp_path / name).mkdir()
-    trainer = make(tmp_path)
-    with pytest.raises(ConfigError, match=rf"output_dir=.* cannot take .*Is a directory.*{name}"):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ConfigError, match=rf"Cannot write .* to output_dir=.*Is a directory.*{name}"):
         trainer.train()
     assert trainer.step == 0
 
 
-def test_facts_that_do_not_fit_leave_those_from_before(tmp_path):
-    trainer = make(tmp_path)
+def test_a_failed_write_keeps_the_previous_run_json(tmp_path):
+    trainer = make_trainer(tmp_path)
     trainer.train()
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*")}
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(ConfigError, match="File too large"):
             RunLogger().on_train_begin(trainer)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path.name: path.read_bytes() for path in [*tmp_path.glob("*.*"), *tmp_path.glob(".*")]} == before
 
 
-def test_an_error_as_training_begins_is_followed_by_its_end(tmp_path):
-    class Breaks(Callback):
+def test_the_log_and_trackers_are_closed_after_an_error_in_on_train_begin(tmp_path):
+    class Fails(Callback):
         def on_train_begin(self, trainer):
-            raise ValueError("a callback's own")
+            raise ValueError("from a callback")
 
-    tracker = Tracker()
+    tracker = RecordingTracker()
     accelerator = Accelerator(cpu=True, log_with=tracker)
-    with pytest.raises(ValueError, match="a callback's own"):
-        make(tmp_path, accelerator=accelerator, callbacks=[Breaks()]).train()
-    events = [json.loads(line)["event"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert events == ["begin", "end"]
-    assert tracker.told == ["start", "finish"]
+    with pytest.raises(ValueError, match="from a callback"):
+        make_trainer(tmp_path, accelerator=accelerator, callbacks=[Fails()]).train()
+    assert read_events(tmp_path) == ["begin", "end"]
+    assert tracker.calls == ["start", "finish"]
 
 
-def test_what_a_callback_saves_as_training_begins_is_written_when_it_goes_on(tmp_path):
+def test_a_checkpoint_saved_in_on_train_begin_is_written_immediately(tmp_path):
     class Saves(Callback):
         def on_train_begin(self, trainer):
-            found.append(trainer.save().is_dir())
+            self.exists = trainer.save().is_dir()
 
-    found = []
-    make(tmp_path, callbacks=[Saves()]).train()
-    assert found == [True]
+    callback = Saves()
+    make_trainer(tmp_path, callbacks=[callback]).train()
+    assert callback.exists

@@ -13,7 +13,7 @@ import torch
 
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.errors import CheckpointError
-from homebrew.metrics.step_metrics import MetricsLog
+from homebrew.metrics.metrics_log import MetricsLog
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FAILED, MOUNTS_NOTHING = 1, 77

@@ -312,7 +312,7 @@ def test_a_bad_number_of_one_process_changes_no_bit_on_any(launch, tmp_path, lay
             assert digests[1] == digests[2], name  # the third step
             assert len(set(digests)) == 3
         events = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        held_back = [(event["step"], event["reason"]) for event in events if event["event"] == "held_back"]
+        held_back = [(event["step"], event["reason"]) for event in events if event["event"] == "step_skipped"]
         assert held_back == [(2, "non_finite")]
 
 

@@ -1,1 +1,10 @@
-"""Training events: the callback base class and the built-in callbacks."""
+"""Callbacks: the `Callback` base class and the built-in callbacks.
+
+- `base`: `Callback`, which documents every training event.
+- `progress`: `ProgressDisplay`, the live table on a terminal or plain lines elsewhere.
+- `run_logger`: `RunLogger`, which writes `run.json` and `metrics.jsonl` and feeds Accelerate's trackers.
+- `early_stopping`: `EarlyStopping`.
+
+To add a callback, subclass `Callback`, override the events you need and pass an instance in
+`Trainer(..., callbacks=[...])`.
+"""

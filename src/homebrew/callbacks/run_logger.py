@@ -1,4 +1,4 @@
-"""What a run leaves to read: `run.json`, `metrics.jsonl` and the trackers."""
+"""`RunLogger`: writes `run.json` and `metrics.jsonl`, and feeds Accelerate's trackers."""
 
 import json
 import platform
@@ -18,7 +18,8 @@ from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.errors import ConfigError
 from homebrew.io import atomic_replace
-from homebrew.metrics.step_metrics import EvalMetrics, MetricsLog, SkippedStep, StepMetrics
+from homebrew.metrics.metrics_log import MetricsLog
+from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -27,30 +28,35 @@ if TYPE_CHECKING:
 
 
 class RunLogger(Callback):
-    """Writes a run's facts and figures, on the first process, and passes the figures to Accelerate's trackers."""
+    """Records a run: writes `run.json` and `metrics.jsonl`, and sends metrics to Accelerate's trackers.
+
+    Only rank 0 writes files. `run.json` describes the run (configuration, model, data, hardware, versions).
+    `metrics.jsonl` has one event per line, with `"event"` being "begin" or "resume", "step", "evaluate", "save",
+    "step_skipped" or "end".
+    """
 
     def __init__(self) -> None:
         self._log: MetricsLog | None = None
-        self._trackers: list[GeneralTracker] = []  # which the run has started
+        self._started_trackers: list[GeneralTracker] = []
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        """Write `run.json`, open `metrics.jsonl`, start the trackers.
+        """Write `run.json`, open `metrics.jsonl` and start the trackers.
 
         Raises:
-            ConfigError: on every process, if the first cannot write to `output_dir`.
+            ConfigError: Rank 0 cannot write to `output_dir`. Raised on all ranks.
         """
-        facts = run_facts(trainer)
-        run_on_main(trainer.accelerator, partial(self._open, Path(trainer.config.output_dir), facts))
+        description = describe_run(trainer)
+        run_on_main(trainer.accelerator, partial(self._open_files, Path(trainer.config.output_dir), description))
         if self._log is not None:
             self._log.write("resume" if trainer.step else "begin", step=trainer.step)
-        self._start_trackers(trainer.accelerator, facts)
+        self._start_trackers(trainer.accelerator, description)
 
     def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """Record a step's figures."""
+        """Record the metrics of a step."""
         self._record("step", trainer, asdict(metrics))
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
-        """Record an evaluation."""
+        """Record the metrics of an evaluation."""
         self._record("evaluate", trainer, asdict(metrics))
 
     def on_save(self, trainer: "Trainer", path: Path) -> None:
@@ -59,62 +65,68 @@ class RunLogger(Callback):
             self._log.write("save", step=trainer.step, path=str(path))
 
     def on_step_skipped(self, trainer: "Trainer", steps: Sequence[SkippedStep]) -> None:
-        """Record steps whose updates were not applied."""
+        """Record the skipped steps."""
         if self._log is not None:
-            for held in steps:
-                self._log.write("held_back", **asdict(held))
+            for skipped in steps:
+                self._log.write("step_skipped", **asdict(skipped))
 
     def on_train_end(self, trainer: "Trainer") -> None:
-        """Close the file and the run's trackers; the process group stays for what the script does next."""
+        """Close the file and finish the trackers this run started.
+
+        `Accelerator.end_training` is not used, because it also destroys the process group.
+        """
         if self._log is not None:
             self._log.write("end", step=trainer.step)
             self._log.close()
             self._log = None
-        ours, self._trackers = self._trackers, []
-        trainer.accelerator.trackers = [tracker for tracker in trainer.accelerator.trackers if tracker not in ours]
-        for tracker in ours:
+        started, self._started_trackers = self._started_trackers, []
+        trainer.accelerator.trackers = [tracker for tracker in trainer.accelerator.trackers if tracker not in started]
+        for tracker in started:
             tracker.finish()
 
-    def _open(self, folder: Path, facts: dict[str, Any]) -> None:
-        """On the first process: write the facts, whole or not at all, and open the file of figures."""
+    def _open_files(self, folder: Path, description: dict[str, Any]) -> None:
         try:
             with atomic_replace(folder / "run.json") as path:
-                path.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+                path.write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
             self._log = MetricsLog(folder / "metrics.jsonl")
         except OSError as error:
             raise ConfigError(
-                f"output_dir={str(folder)!r} cannot take run.json and metrics.jsonl: {error}. Make room, look at "
-                f"the permissions there, or choose another folder."
+                f"Cannot write run.json and metrics.jsonl to output_dir={str(folder)!r}: {error}. Free some space, "
+                f"check the permissions, or choose another directory."
             ) from error
 
-    def _start_trackers(self, accelerator: Accelerator, facts: dict[str, Any]) -> None:
-        """Start the Accelerator's trackers; those that run get the figures too, but who started them ends them."""
+    def _start_trackers(self, accelerator: Accelerator, description: dict[str, Any]) -> None:
+        """Start the Accelerator's trackers, unless the caller has started them, who must then also finish them."""
         if accelerator.trackers:
             return
         try:
-            accelerator.init_trackers("homebrew", config=_flat(facts))
+            accelerator.init_trackers("homebrew", config=_flatten(description))
         except BaseException:
-            accelerator.trackers = []  # or the next run would take them to be running
+            accelerator.trackers = []  # otherwise the next run would treat half-started trackers as running
             raise
-        self._trackers = list(accelerator.trackers)
+        self._started_trackers = list(accelerator.trackers)
 
-    def _record(self, kind: str, trainer: "Trainer", figures: dict[str, Any]) -> None:
+    def _record(self, event: str, trainer: "Trainer", metrics: dict[str, Any]) -> None:
         if self._log is not None:
-            self._log.write(kind, **figures)
-        prefix = "eval" if kind == "evaluate" else "train"
-        numbers = {f"{prefix}/{k}": v for k, v in figures.items() if k != "step" and v is not None}
-        trainer.accelerator.log(numbers, step=figures["step"])
+            self._log.write(event, **metrics)
+        prefix = "eval" if event == "evaluate" else "train"
+        values = {f"{prefix}/{name}": value for name, value in metrics.items() if name != "step" and value is not None}
+        trainer.accelerator.log(values, step=metrics["step"])
 
 
-def run_facts(trainer: "Trainer") -> dict[str, Any]:
-    """What made the run: settings, model, data, processes and versions."""
+def describe_run(trainer: "Trainer") -> dict[str, Any]:
+    """Return the contents of `run.json`: configuration, model, data, hardware and versions.
+
+    Args:
+        trainer: Trainer of the run.
+    """
     accelerator = trainer.accelerator
     config = asdict(trainer.config)
     return {
         "config": config | {"output_dir": str(config["output_dir"])},
         "model": asdict(trainer.model.config) | {"num_parameters": trainer.model.num_parameters()},
-        "train_dataset": dataset_facts(trainer.train_dataset),
-        "eval_dataset": None if trainer.eval_dataset is None else dataset_facts(trainer.eval_dataset),
+        "train_dataset": describe_dataset(trainer.train_dataset),
+        "eval_dataset": None if trainer.eval_dataset is None else describe_dataset(trainer.eval_dataset),
         "batch": asdict(trainer.batch),
         "device": str(accelerator.device),
         "num_processes": accelerator.num_processes,
@@ -127,22 +139,26 @@ def run_facts(trainer: "Trainer") -> dict[str, Any]:
     }
 
 
-def dataset_facts(dataset: Dataset[Any]) -> dict[str, Any]:
-    """What is known of a dataset: its size and, where it says so, its source and fingerprint."""
-    facts: dict[str, Any] = {"num_samples": len(cast("Sized", dataset))}
+def describe_dataset(dataset: Dataset[Any]) -> dict[str, Any]:
+    """Return the number of samples and, if the dataset has them, its source, fingerprint and tokenizer.
+
+    Args:
+        dataset: Any map-style dataset.
+    """
+    description: dict[str, Any] = {"num_samples": len(cast("Sized", dataset))}
     for name in ("source", "fingerprint", "num_tokens"):
         if hasattr(dataset, name):
-            facts[name] = getattr(dataset, name)
+            description[name] = getattr(dataset, name)
     tokenizer = dataset_tokenizer(dataset)
-    return facts | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
+    return description | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
 
 
-def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Nested facts as the flat scalars a tracker takes."""
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Flatten nested dictionaries to "a/b" keys with scalar values, as trackers require."""
     flat: dict[str, int | float | str | bool] = {}
-    for key, value in facts.items():
+    for key, value in nested.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}/")
+            flat |= _flatten(value, f"{prefix}{key}/")
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
     return flat

@@ -1,1 +1,10 @@
-"""Metrics of a step, an evaluation and a device."""
+"""Metrics: the records of a step and an evaluation, and how they are measured and stored.
+
+- `step_metrics`: the records `StepMetrics`, `EvalMetrics` and `SkippedStep`.
+- `throughput`: `ThroughputMeter`, which measures tokens/s and MFU and builds `StepMetrics`.
+- `hardware`: peak FLOP/s of known GPUs, peak memory.
+- `metrics_log`: `MetricsLog`, the writer of `metrics.jsonl`, and a reader of past evaluation losses.
+
+To add a metric, add a field to `StepMetrics` and set it in `ThroughputMeter.measure`. `metrics.jsonl` and the
+trackers then contain it; `callbacks.progress.format_metrics` decides whether it is displayed.
+"""

@@ -1,4 +1,4 @@
-"""Turns the clock and the counts of a run into the figures of a step."""
+"""`ThroughputMeter`: measures tokens/s and MFU between two logged steps."""
 
 import time
 from collections.abc import Iterator
@@ -6,18 +6,22 @@ from contextlib import contextmanager
 
 import torch
 
-from homebrew.metrics.step_metrics import StepMetrics, memory_bytes, peak_flops
+from homebrew.metrics.hardware import peak_flops, peak_memory_bytes
+from homebrew.metrics.step_metrics import StepMetrics
 
 
 class ThroughputMeter:
-    """Measures throughput between one report and the next.
+    """Measures throughput between two logged steps, without synchronizing the device.
+
+    `mark()` records the end of a step on the device's timeline when the step is launched. `measure()`, called once
+    the device has finished that step, reads the time.
 
     Args:
-        tokens_per_step: over all processes.
-        flops_per_token: forward and backward.
-        device: of this process.
-        dtype: in which the matrix products run.
-        num_processes: devices that share a step.
+        tokens_per_step: Tokens per optimizer step over all ranks.
+        flops_per_token: Forward and backward FLOPs per token.
+        device: Device of this process.
+        dtype: Data type of the matrix products.
+        num_processes: World size.
     """
 
     def __init__(
@@ -37,36 +41,40 @@ class ThroughputMeter:
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Begin at `step`, which is not counted."""
-        self._began = self._reported = self._marked = _Stamp(self._device)
-        self._step = step
+        """Start measuring.
+
+        Args:
+            step: Number of steps taken so far; they are not part of the first measurement.
+        """
+        self._started_at = self._measured_at = self._marked_at = _Timestamp(self._device)
+        self._measured_step = step
         self._paused_seconds = 0.0
 
     def mark(self) -> None:
-        """Note when the device will have done what it was given so far: the end of the step that is measured next."""
-        self._marked = _Stamp(self._device)
+        """Record the end of the step that was just launched; `measure` uses this time."""
+        self._marked_at = _Timestamp(self._device)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out time in which no step is taken: compiling, an evaluation, a save; one may do another."""
-        began, before = time.perf_counter(), self._paused_seconds
+        """Exclude the time spent in this context: compilation, evaluations, saves. Contexts may be nested."""
+        start, paused_before = time.perf_counter(), self._paused_seconds
         try:
             yield
         finally:
-            self._paused_seconds = before + time.perf_counter() - began
+            self._paused_seconds = paused_before + time.perf_counter() - start  # of nested contexts, count the outer
 
     def measure(self, step: int, *, loss: float, grad_norm: float, learning_rate: float) -> StepMetrics:
-        """The figures at `step`, its throughput being that since the step measured before.
+        """Return the metrics of the step that was last marked.
 
         Args:
-            step: steps taken when it was marked.
-            loss: of the last of them, in nats.
-            grad_norm: before clipping.
-            learning_rate: of the first parameter group.
+            step: Number of steps taken when `mark` was called.
+            loss: Mean loss of that step, in nats per token.
+            grad_norm: Global gradient norm before clipping.
+            learning_rate: Learning rate of the first parameter group.
         """
-        seconds = self._marked.since(self._reported) - self._paused_seconds
-        tokens_per_second = self._tokens_per_step * (step - self._step) / max(seconds, 1e-9)
-        self._reported, self._step, self._paused_seconds = self._marked, step, 0.0
+        seconds = self._marked_at.seconds_since(self._measured_at) - self._paused_seconds
+        tokens_per_second = self._tokens_per_step * (step - self._measured_step) / max(seconds, 1e-9)
+        self._measured_at, self._measured_step, self._paused_seconds = self._marked_at, step, 0.0
         mfu = self._peak_flops and tokens_per_second * self._flops_per_token / self._peak_flops
         return StepMetrics(
             step=step,
@@ -75,14 +83,14 @@ class ThroughputMeter:
             grad_norm=grad_norm,
             tokens_per_second=tokens_per_second,
             mfu=mfu,
-            memory_bytes=memory_bytes(self._device),
+            memory_bytes=peak_memory_bytes(self._device),
             num_tokens=step * self._tokens_per_step,
-            elapsed_seconds=self._marked.since(self._began),
+            elapsed_seconds=self._marked_at.seconds_since(self._started_at),
         )
 
 
-class _Stamp:
-    """A time on the device's clock: a GPU does its work later than it is given it."""
+class _Timestamp:
+    """A point in time: on CUDA, when the device reaches the work queued so far; elsewhere, now."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
@@ -91,8 +99,8 @@ class _Stamp:
             self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(device))
 
-    def since(self, earlier: "_Stamp") -> float:
-        """Seconds, once this time has come."""
+    def seconds_since(self, earlier: "_Timestamp") -> float:
+        """Return the seconds between two timestamps, waiting until the device has reached this one."""
         if self._event is None or earlier._event is None:
             return self._seconds - earlier._seconds
         self._event.synchronize()

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
-from homebrew.callbacks.base import Callback, ProgressDisplay
+from homebrew.callbacks.base import Callback
+from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.data.loader import StepLoader
 from homebrew.data.tokenizer import dataset_tokenizer

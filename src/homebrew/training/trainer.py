@@ -174,7 +174,7 @@ class Trainer:
                 eagerly=self._evaluates_eagerly,
             )
         bytes_per_token = getattr(dataset, "bytes_per_token", None)
-        return EvalMetrics.of(step=self.step, loss=loss, num_tokens=num_tokens, bytes_per_token=bytes_per_token)
+        return EvalMetrics.from_loss(step=self.step, loss=loss, num_tokens=num_tokens, bytes_per_token=bytes_per_token)
 
     def save(self) -> Path:
         """Save a checkpoint of this step. Every process calls this; during training it is written asynchronously.

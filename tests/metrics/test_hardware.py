@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from homebrew.metrics.step_metrics import peak_flops
+from homebrew.metrics.hardware import peak_flops
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from homebrew.metrics.step_metrics import peak_flops
         ("Tesla T4", torch.bfloat16, None),
         ("Tesla V100-SXM2-32GB", torch.float16, 125),
         ("Tesla V100-PCIE-16GB", torch.float16, 112),
-        # What is not exactly a card that is known has another peak, or may have.
+        # Variants of known GPUs and unknown GPUs: their peaks are, or may be, different.
         ("NVIDIA T400 4GB", torch.float16, None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, None),
@@ -35,10 +35,10 @@ from homebrew.metrics.step_metrics import peak_flops
         ("AMD Instinct MI300X", torch.bfloat16, None),
     ],
 )
-def test_a_card_has_its_own_peak_and_an_unknown_one_none(monkeypatch, name, dtype, tflops):
+def test_peak_flops_of_gpu_models(monkeypatch, name, dtype, tflops):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
     assert peak_flops(torch.device("cuda"), dtype) == (None if tflops is None else tflops * 1e12)
 
 
-def test_a_cpu_has_no_peak_that_is_known():
+def test_peak_flops_of_a_cpu_is_unknown():
     assert peak_flops(torch.device("cpu"), torch.float32) is None
