@@ -24,8 +24,7 @@ if TYPE_CHECKING:
         TokenizerError,
         TrainingError,
     )
-    from homebrew.evaluation.hellaswag import HellaSwagScore, score_hellaswag
-    from homebrew.evaluation.hellaswag_data import load_hellaswag
+    from homebrew.evaluation.hellaswag import HellaSwagScore, load_hellaswag, score_hellaswag
     from homebrew.evaluation.perplexity import TextScore, score_text
     from homebrew.generation.sampling import Sampling
     from homebrew.generation.streaming import generate_text
@@ -62,8 +61,7 @@ _MODULES = {
         "TokenizerError",
         "TrainingError",
     ),
-    "evaluation.hellaswag": ("HellaSwagScore", "score_hellaswag"),
-    "evaluation.hellaswag_data": ("load_hellaswag",),
+    "evaluation.hellaswag": ("HellaSwagScore", "load_hellaswag", "score_hellaswag"),
     "evaluation.perplexity": ("TextScore", "score_text"),
     "generation.sampling": ("Sampling",),
     "generation.streaming": ("generate_text",),

@@ -1,4 +1,4 @@
-"""`homebrew eval`."""
+"""`homebrew eval`: perplexity on a text, accuracy on HellaSwag."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,51 +12,46 @@ from homebrew.data.text_file import read_text
 from homebrew.errors import ConfigError
 
 if TYPE_CHECKING:
-    from homebrew.evaluation.perplexity import Track
+    from homebrew.evaluation.perplexity import ProgressFn
 
 
 @dataclass
 class Eval:
-    """Measure a model: how well it predicts a text, how well it ends HellaSwag's sentences.
+    """Evaluate a model: perplexity on a text, accuracy on HellaSwag, or both."""
 
-    Perplexity is by strided windows: every token is predicted once, with at least block_size - stride tokens before
-    it. HellaSwag is scored in the completion style of build-nanogpt, which reports 0.2859 and (normalised) 0.2955
-    for GPT-2 small on all 10,042 questions.
-    """
-
-    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
-    """A run's folder (its newest checkpoint), a checkpoint, a folder or hub repository in transformers' format, or an
-    adapter's folder in PEFT's."""
-    base: str | None = None
-    """For an adapter, where its base is now, if not where it was trained on it."""
-    text: Path | None = None
-    """A UTF-8 text file: its loss (nats a token), perplexity and bits per byte."""
-    stride: int | None = None
-    """Tokens between two windows; half of the model's block size if not given."""
-    hellaswag: Literal["download"] | Path | None = None
-    """A file of HellaSwag's JSON lines (hellaswag_val.jsonl of github.com/rowanz/hellaswag); or "download", which
-    keeps it in the cache."""
-    limit: int | None = None
-    """HellaSwag's first questions only."""
+    checkpoint: Positional[Annotated[str, arg(metavar="MODEL")]]
+    """Folder of a model, or hub repository.
+    The folder may be a run, whose newest checkpoint is used, a checkpoint, an export or a PEFT adapter."""
+    base: Annotated[str | None, arg(help_behavior_hint="")] = None
+    """Base model of an adapter, if it has moved since training."""
+    text: Annotated[Path | None, arg(help_behavior_hint="")] = None
+    """UTF-8 text file. Prints the loss (nats per token), perplexity and bits per byte."""
+    stride: Annotated[int | None, arg(help_behavior_hint="(default: half the block size)")] = None
+    """Number of tokens between the starts of two text windows. A smaller stride gives each token more context."""
+    hellaswag: Annotated[Literal["download"] | Path | None, arg(help_behavior_hint="")] = None
+    """HellaSwag questions: "download" for the validation set, which is cached, or a hellaswag_val.jsonl file.
+    Scored like build-nanogpt, which reports an accuracy of 0.2859 (normalized: 0.2955) for GPT-2 small."""
+    limit: Annotated[int | None, arg(help_behavior_hint="(default: all)")] = None
+    """Number of HellaSwag questions to use."""
     batch_size: int = 8
-    """Windows or questions at once."""
+    """Number of windows or questions per forward pass."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto is the first accelerator there is."""
+    """PyTorch device: cpu, cuda, cuda:1, mps. "auto" selects the GPU if there is one."""
     dtype: Dtype = "float32"
-    """Of the weights."""
-    tokenizer: Literal["gpt2", "bytes"] | None = None
-    """For a model that does not say which one it was trained with."""
+    """Data type of the weights."""
+    tokenizer: Annotated[Literal["gpt2", "bytes"] | None, arg(help_behavior_hint="")] = None
+    """Tokenizer of a model that does not record which one it was trained with."""
 
     def run(self) -> None:
-        """Do it."""
+        """Run the command."""
         if self.text is None and self.hellaswag is None:
-            raise ConfigError("There is nothing to evaluate on: give --text, --hellaswag, or both.")
+            raise ConfigError("There is nothing to evaluate on. Pass --text, --hellaswag, or both.")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit}: must be at least 1.")
-        from homebrew.evaluation.hellaswag import score_hellaswag
-        from homebrew.evaluation.hellaswag_data import load_hellaswag
+        from homebrew.evaluation.hellaswag import load_hellaswag, score_hellaswag
         from homebrew.evaluation.perplexity import score_text
 
+        # Read the inputs before the model, whose loading takes longer, so that errors come first.
         text = None if self.text is None else read_text(self.text)
         questions = []
         if self.hellaswag is not None:
@@ -65,37 +60,39 @@ class Eval:
             self.checkpoint, self.device, self.dtype, base=self.base, tokenizer=self.tokenizer
         )
         if text is not None:
-            found = score_text(
-                model, tokenizer, text, stride=self.stride, batch_size=self.batch_size, track=_track("text")
+            text_score = score_text(
+                model, tokenizer, text, stride=self.stride, batch_size=self.batch_size, progress=_progress_bar("text")
             )
-            _report(
-                loss=f"{found.loss:.4f}",
-                perplexity=f"{found.perplexity:,.2f}",
-                bits_per_byte=f"{found.bits_per_byte:.4f}",
-                tokens=f"{found.num_tokens:,}",
+            _print_metrics(
+                loss=f"{text_score.loss:.4f}",
+                perplexity=f"{text_score.perplexity:,.2f}",
+                bits_per_byte=f"{text_score.bits_per_byte:.4f}",
+                tokens=f"{text_score.num_tokens:,}",
             )
         if questions:
-            score = score_hellaswag(model, tokenizer, questions, batch_size=self.batch_size, track=_track("HellaSwag"))
-            _report(
+            score = score_hellaswag(
+                model, tokenizer, questions, batch_size=self.batch_size, progress=_progress_bar("HellaSwag")
+            )
+            _print_metrics(
                 hellaswag_accuracy=f"{score.accuracy:.4f}",
                 hellaswag_accuracy_norm=f"{score.accuracy_norm:.4f}",
                 hellaswag_questions=f"{score.num_questions:,}",
             )
 
 
-def _track(what: str) -> "Track":
-    """A progress bar, on a terminal only."""
+def _progress_bar(description: str) -> "ProgressFn":
+    """Return a progress bar on standard error, shown only on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
 
-    def shown(numbers: Sequence[int]) -> Iterable[int]:
-        return track(numbers, what, console=console, transient=True) if console.is_terminal else numbers
+    def progress(batches: Sequence[int]) -> Iterable[int]:
+        return track(batches, description, console=console, transient=True) if console.is_terminal else batches
 
-    return shown
+    return progress
 
 
-def _report(**figures: str) -> None:
-    for name, figure in figures.items():
-        print(f"{name.replace('_', ' '):24}{figure}")
+def _print_metrics(**metrics: str) -> None:
+    for name, value in metrics.items():
+        print(f"{name.replace('_', ' '):24}{value}")

@@ -1,104 +1,182 @@
-"""How often a model finds HellaSwag's right ending the likeliest, in the completion style of build-nanogpt.
+"""HellaSwag (Zellers et al. 2019): accuracy at choosing the right one of four endings for a context.
 
-Every ending is read after the situation, and the one whose tokens have the lowest loss is the model's answer:
-in sum for accuracy, on average for normalised accuracy. (Harnesses that ask for a letter, or divide by characters,
-give other figures.)
+The model's answer is the ending with the lowest loss, as in build-nanogpt: the lowest total loss for accuracy, the
+lowest mean loss per token for normalized accuracy. Evaluation harnesses that normalize by characters, or prompt for a
+letter, give different values.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from homebrew.data.download import cache_dir, checked, download, read_file
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError
-from homebrew.evaluation.hellaswag_data import NUM_ENDINGS, Question
-from homebrew.evaluation.perplexity import Track
+from homebrew.evaluation.perplexity import ProgressFn
 from homebrew.generation.generate import eval_mode
 from homebrew.model.gpt import GPT
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+NUM_ENDINGS = 4
+_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One HellaSwag question."""
+
+    context: str
+    """Text before the ending."""
+    endings: tuple[str, ...]
+    """Four candidate endings."""
+    label: int
+    """Index of the right ending, from 0."""
 
 
 @dataclass(frozen=True)
 class HellaSwagScore:
-    """Shares of questions answered right."""
+    """Result of `score_hellaswag`."""
 
     accuracy: float
-    """By the summed loss of an ending."""
+    """Fraction of questions answered correctly, by the total loss of an ending."""
     accuracy_norm: float
-    """By its mean."""
+    """Fraction of questions answered correctly, by the mean loss per token of an ending."""
     num_questions: int
+    """Number of questions."""
+
+
+def load_hellaswag(path: str | Path | None = None) -> list[Question]:
+    """Load HellaSwag's 10,042 validation questions from the cache or the network, or questions from a file.
+
+    Args:
+        path: JSON-lines file with the fields `ctx`, `endings` and `label`. Default: download HellaSwag's validation
+            set, verify its SHA-256 and cache it.
+
+    Raises:
+        DataError: The file cannot be read or downloaded, or a line is malformed.
+    """
+    if path is not None:
+        if (data := read_file(Path(path))) is None:
+            raise DataError(f"{str(path)!r} cannot be read. Download HellaSwag's validation file from {URL}.")
+        return _parse(data, str(path))
+    cached = cache_dir() / "hellaswag_val.jsonl"
+    data = checked(read_file(cached), _SHA256) or download(URL, _SHA256, cached)
+    if data is None:
+        raise DataError(
+            f"HellaSwag is not cached at {cached} and could not be downloaded. Check the network connection, or "
+            f"download {URL} on another machine and pass its path."
+        )
+    return _parse(data, str(cached))
 
 
 def score_hellaswag(
-    model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], *, batch_size: int = 8, track: Track = iter
+    model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], *, batch_size: int = 8, progress: ProgressFn = iter
 ) -> HellaSwagScore:
-    """Answer questions.
+    """Compute a model's accuracy on HellaSwag.
 
     Args:
-        model: the model; its training mode is as before afterwards.
-        tokenizer: the one it was trained with.
-        questions: at least one.
-        batch_size: questions at once.
-        track: is given the batches' numbers.
+        model: Model to evaluate. Its training mode is restored afterwards.
+        tokenizer: Tokenizer the model was trained with.
+        questions: Questions to answer, at least one.
+        batch_size: Number of questions per forward pass.
+        progress: Wraps the iterable of batches, for example to display a progress bar.
 
     Raises:
-        ConfigError: `batch_size` is not positive.
-        DataError: an ending does not fit into the model's block size.
+        ConfigError: `batch_size` is less than 1.
+        DataError: An ending does not fit in the model's block size.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: must be at least 1.")
-    right = torch.zeros(2, dtype=torch.int64)  # by sum, by mean
-    for i in track(range(0, len(questions), batch_size)):
-        batch = questions[i : i + batch_size]
+    num_correct = torch.zeros(2, dtype=torch.int64)  # by total loss, by mean loss
+    for start in progress(range(0, len(questions), batch_size)):
+        batch = questions[start : start + batch_size]
         labels = torch.tensor([question.label for question in batch])
         losses = ending_losses(model, tokenizer, batch)
-        right += torch.stack([(loss.argmin(1) == labels).sum() for loss in losses])
-    accuracy, accuracy_norm = (right / len(questions)).tolist()
+        num_correct += torch.stack([(loss.argmin(1) == labels).sum() for loss in losses])
+    accuracy, accuracy_norm = (num_correct / len(questions)).tolist()
     return HellaSwagScore(accuracy, accuracy_norm, len(questions))
 
 
 @torch.no_grad()
 def ending_losses(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
-    """The loss of every ending, over its own tokens: summed and on average.
+    """Compute the loss of every ending over the ending's tokens.
 
-    A situation too long for the model loses its beginning.
+    A context that is too long for the model is truncated at its start.
 
     Args:
-        model: the model; its training mode is as before afterwards.
-        tokenizer: the one it was trained with.
-        questions: B of them.
+        model: Model to evaluate. Its training mode is restored afterwards.
+        tokenizer: Tokenizer the model was trained with.
+        questions: B questions.
 
     Returns:
-        Two tensors on the CPU, (B, 4), float32, in nats.
+        Total and mean loss of each ending in nats, each of shape (B, 4), float32, on the CPU.
 
     Raises:
-        DataError: an ending does not fit into the model's block size.
+        DataError: An ending does not fit in the model's block size.
     """
-    longest = model.config.block_size + 1  # the last is a target only
-    rows, lengths = [], []
+    max_length = model.config.block_size + 1  # the last token is only a target
+    sequences, ending_lengths = [], []
     for question in questions:
         context = torch.from_numpy(tokenizer.encode(question.context))
         for ending in question.endings:
-            ids = torch.from_numpy(tokenizer.encode(f" {ending}"))  # GPT-2's words begin with their space
-            if len(ids) >= longest:
+            ending_ids = torch.from_numpy(tokenizer.encode(f" {ending}"))  # GPT-2's words start with a space
+            if len(ending_ids) >= max_length:
                 raise DataError(
-                    f"The ending {ending[:40]!r}… has {len(ids)} tokens: with a token before it, it does not fit into "
-                    f"the model's block_size of {model.config.block_size}."
+                    f"The ending {ending[:40]!r}… has {len(ending_ids)} tokens and needs at least one token of context "
+                    f"before it, but the model's block_size is {model.config.block_size}. Remove the question, or "
+                    f"evaluate a model with a larger block_size."
                 )
-            rows.append(torch.cat([context, ids])[-longest:])
-            lengths.append(len(ids))
-    ids = pad_sequence(rows, batch_first=True).to(model.device)  # (R, T); what follows a row cannot be seen from it
-    ends = torch.tensor([len(row) for row in rows])[:, None]
+            sequences.append(torch.cat([context, ending_ids])[-max_length:])
+            ending_lengths.append(len(ending_ids))
+    ids = pad_sequence(sequences, batch_first=True).to(model.device)  # (4B, T); attention is causal: padding is unseen
+    lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
     positions = torch.arange(1, ids.shape[1])
-    scored = (positions < ends) & (positions >= ends - torch.tensor(lengths)[:, None])  # (R, T - 1)
-    scored = scored.to(model.device)
+    is_ending = (positions < lengths) & (positions >= lengths - torch.tensor(ending_lengths)[:, None])  # (4B, T - 1)
+    is_ending = is_ending.to(model.device)
     with eval_mode(model):
-        hidden = model.transformer(ids[:, :-1])[scored]  # (N, C): the head for endings only
-    logits = F.linear(hidden, model.lm_head.weight[: model.config.vocab_size]).float()
-    losses = logits.new_zeros(scored.shape)
-    losses[scored] = F.cross_entropy(logits, ids[:, 1:][scored], reduction="none")
-    sums = losses.sum(1).view(-1, NUM_ENDINGS)
-    return sums.cpu(), (sums / scored.sum(1).view(-1, NUM_ENDINGS)).cpu()
+        hidden = model.transformer(ids[:, :-1])[is_ending]  # (N, C): only endings need logits
+    logits = F.linear(hidden, model.lm_head.weight[: model.config.vocab_size]).float()  # (N, V)
+    losses = logits.new_zeros(is_ending.shape)
+    losses[is_ending] = F.cross_entropy(logits, ids[:, 1:][is_ending], reduction="none")
+    totals = losses.sum(1).view(-1, NUM_ENDINGS)
+    means = totals / is_ending.sum(1).view(-1, NUM_ENDINGS)
+    return totals.cpu(), means.cpu()
+
+
+def _parse(data: bytes, name: str) -> list[Question]:
+    questions = [
+        _parse_line(line, f"{name}, line {number}")
+        for number, line in enumerate(data.split(b"\n"), start=1)
+        if line.strip()
+    ]
+    if not questions:
+        raise DataError(f"{name} contains no questions.")
+    return questions
+
+
+def _parse_line(line: bytes, location: str) -> Question:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{location} is not valid JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{location} must be a JSON object, but is a {type(fields).__name__}.")
+    context, endings, label = fields.get("ctx"), fields.get("endings"), fields.get("label")
+    if not isinstance(context, str) or not context:
+        raise DataError(f"{location}: ctx={context!r} must be a non-empty string.")
+    if not (
+        isinstance(endings, list) and len(endings) == NUM_ENDINGS and all(isinstance(ending, str) for ending in endings)
+    ):
+        raise DataError(f"{location}: endings={endings!r} must be a list of {NUM_ENDINGS} strings.")
+    if type(label) is not int or not 0 <= label < NUM_ENDINGS:
+        raise DataError(
+            f"{location}: label={label!r} must be an integer from 0 to {NUM_ENDINGS - 1}. HellaSwag's test set has no "
+            f"labels: use the validation set."
+        )
+    return Question(context, tuple(endings), label)

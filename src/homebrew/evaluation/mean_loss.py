@@ -1,4 +1,4 @@
-"""The mean loss over a dataset, exact however many processes share the work."""
+"""Mean loss over a dataset, computed on all ranks."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -24,28 +24,30 @@ def mean_loss(
     micro_batch_size: int,
     vocab_size: int,
     max_batches: int | None = None,
-    eagerly: bool = False,
+    eager: bool = False,
 ) -> tuple[float, int]:
-    """The mean loss over a dataset; every process calls this.
+    """Compute the mean loss per target over a dataset. Must be called on all ranks.
+
+    The result does not depend on how the samples are divided among ranks: each target counts once.
 
     Args:
-        accelerator: of the run.
-        model: as `prepare` returned it; its training mode is as before afterwards.
-        dataset: of (input_ids, targets), each (T,), int64.
-        micro_batch_size: sequences in a forward pass.
-        vocab_size: ids must be below it.
-        max_batches: micro-batches of a process; the whole dataset if None.
-        eagerly: not compiled, though the model may be.
+        accelerator: Accelerator of the run.
+        model: Model returned by `Accelerator.prepare`. Its training mode is restored afterwards.
+        dataset: Samples of (input_ids, targets), each of shape (T,), int64.
+        micro_batch_size: Number of sequences per forward pass.
+        vocab_size: Upper bound (exclusive) of token ids.
+        max_batches: Maximum number of micro-batches per rank. Default: the entire dataset.
+        eager: Run a compiled model without compilation, which saves compiling it for evaluation.
 
     Returns:
-        Nats a scored target, and how many there were, over all processes.
+        Mean loss in nats per target, and the number of targets over all ranks, ignored targets excluded.
 
     Raises:
-        DataError: there were none.
+        DataError: Every target is ignored.
     """
-    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    totals = torch.zeros(2, dtype=exact, device=accelerator.device)  # sum of losses, scored targets
-    with eval_mode(model), torch.compiler.set_stance("force_eager") if eagerly else nullcontext():
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+    totals = torch.zeros(2, dtype=dtype, device=accelerator.device)  # total loss, number of targets
+    with eval_mode(model), torch.compiler.set_stance("force_eager") if eager else nullcontext():
         for input_ids, targets in eval_batches(
             dataset,
             micro_batch_size=micro_batch_size,
@@ -55,10 +57,12 @@ def mean_loss(
             vocab_size=vocab_size,
             max_batches=max_batches,
         ):
-            count = (targets != IGNORE_INDEX).sum()
-            totals += torch.stack([model(input_ids, targets) * count, count])
+            num_targets = (targets != IGNORE_INDEX).sum()
+            totals += torch.stack([model(input_ids, targets) * num_targets, num_targets])
     reshard(accelerator, model)
-    loss_sum, num_tokens = accelerator.reduce(totals, "sum").tolist()
-    if not num_tokens:
-        raise DataError(f"No target is scored: all that were read are {IGNORE_INDEX}. Evaluate on other samples.")
-    return loss_sum / num_tokens, int(num_tokens)
+    total_loss, total_targets = accelerator.reduce(totals, "sum").tolist()
+    if not total_targets:
+        raise DataError(
+            f"The evaluation has no targets: all are {IGNORE_INDEX}, which is ignored. Evaluate other samples."
+        )
+    return total_loss / total_targets, int(total_targets)

@@ -171,7 +171,7 @@ class Trainer:
                 micro_batch_size=self.batch.micro_batch_size,
                 vocab_size=shape.vocab_size,
                 max_batches=self.config.eval_batches,
-                eagerly=self._evaluates_eagerly,
+                eager=self._evaluates_eagerly,
             )
         bytes_per_token = getattr(dataset, "bytes_per_token", None)
         return EvalMetrics.from_loss(step=self.step, loss=loss, num_tokens=num_tokens, bytes_per_token=bytes_per_token)
