@@ -1,18 +1,18 @@
-"""The `homebrew` program: `python -m homebrew`, and `accelerate launch -m homebrew`."""
+"""Entry point of `homebrew`, `python -m homebrew` and `accelerate launch -m homebrew`."""
 
 import contextlib
 import io
 import sys
 
 INTERRUPTED = 130
-"""128 + SIGINT, as shells have it."""
+"""Exit code after Ctrl-C: 128 + SIGINT, as in shells."""
 
 
 def run() -> None:
-    """Do what the command line says; Ctrl-C is quiet from here on, also while all else is imported."""
+    """Run the command line and exit. Ctrl-C prints no traceback, not even during imports."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a model may write what this terminal cannot show
+            stream.reconfigure(errors="replace")  # a model may generate characters that the terminal cannot encode
     try:
         from homebrew.cli.main import main
 
@@ -21,7 +21,7 @@ def run() -> None:
         code = INTERRUPTED
     if code == INTERRUPTED and sys.stderr.isatty():
         with contextlib.suppress(OSError):
-            print(file=sys.stderr)  # the shell's next prompt does not belong beside ^C
+            print(file=sys.stderr)  # the terminal has echoed ^C: start the shell's prompt on a new line
     sys.exit(code)
 
 

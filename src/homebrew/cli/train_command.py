@@ -1,6 +1,5 @@
-"""`homebrew train`."""
+"""`homebrew train`: train a new model, or fine-tune a pretrained one."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from homebrew.cli.open_model import choose_tokenizer
+from homebrew.cli.open_datasets import (
+    are_token_files,
+    is_same_tokenizer,
+    open_dataset,
+    open_eval_dataset,
+    split_dataset,
+)
+from homebrew.cli.open_model import resolve_tokenizer
 from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, DataError
 from homebrew.training.trainer_config import TrainerConfig
@@ -17,190 +23,190 @@ if TYPE_CHECKING:
     from homebrew.data.dataset import TokenDataset
     from homebrew.data.tokenizer import Tokenizer
     from homebrew.model.gpt import GPT
+    from homebrew.model.gpt_config import GPTConfig
 
 Preset = Literal["baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+LoRATarget = Literal["c_attn", "c_proj", "c_fc"]
 
-_COMPILE: dict[str, bool | Literal["auto"]] = {"auto": "auto", "yes": True, "no": False}
-_AUTO_YES_NO = PrimitiveConstructorSpec(
+_DEFAULT_LORA_TARGETS: tuple[LoRATarget, ...] = ("c_attn", "c_proj")
+_COMPILE_CHOICES: dict[str, bool | Literal["auto"]] = {"auto": "auto", "yes": True, "no": False}
+_COMPILE_OPTION = PrimitiveConstructorSpec(
     nargs=1,
     metavar="{auto,yes,no}",
-    choices=tuple(_COMPILE),
-    instance_from_str=lambda words: _COMPILE[words[0]],
-    is_instance=lambda value: value in _COMPILE.values(),
-    str_from_instance=lambda value: [word for word, meant in _COMPILE.items() if meant == value],
+    choices=tuple(_COMPILE_CHOICES),
+    instance_from_str=lambda words: _COMPILE_CHOICES[words[0]],
+    is_instance=lambda value: value in _COMPILE_CHOICES.values(),
+    str_from_instance=lambda value: [word for word, choice in _COMPILE_CHOICES.items() if choice == value],
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(TrainerConfig):
-    """A run's, every field an option; below are those alone that are written otherwise than in Python, or of no use."""
+class TrainerOptions(TrainerConfig):
+    """Every field of `TrainerConfig` as an option.
+
+    Fields are repeated here only if they are parsed differently than in Python, or hidden because `TokenDataset` has
+    no use for them.
+    """
 
     output_dir: Path
-    compile: Annotated[bool | Literal["auto"], _AUTO_YES_NO] = TrainerConfig.compile
-    num_workers: Suppress[Fixed[int]] = TrainerConfig.num_workers  # our own datasets need none
+    compile: Annotated[bool | Literal["auto"], _COMPILE_OPTION] = TrainerConfig.compile
+    num_workers: Suppress[Fixed[int]] = TrainerConfig.num_workers
     loader_timeout_seconds: Suppress[Fixed[float]] = TrainerConfig.loader_timeout_seconds
 
 
 @dataclass(kw_only=True)
-class Data:
-    """What is trained and evaluated on."""
+class DataOptions:
+    """Training and evaluation data."""
 
-    files: Positional[Annotated[tuple[Path, ...], arg(metavar="DATA [DATA ...]")]]
-    """A UTF-8 text file, or token files that `homebrew prepare` wrote."""
-    eval_data: Path | None = None
-    """A text or token file to evaluate on, instead of a part of the data."""
+    files: Positional[Annotated[tuple[Path, ...], arg(metavar="DATA [DATA ...]", help_behavior_hint="(required)")]]
+    """UTF-8 text file, or token files written by `homebrew prepare`."""
+    eval_data: Annotated[Path | None, arg(help_behavior_hint="(default: a fraction of DATA)")] = None
+    """Text or token file to evaluate on."""
     eval_fraction: float = 0.1
-    """The part of the data's windows that is evaluated on and not trained on, drawn by the seed; 0 for none."""
-    tokenizer: Literal["gpt2", "bytes", "char"] | None = None
-    """For a text: "gpt2" if not given, or the one of --init-from."""
+    """Fraction of DATA used for evaluation instead of training, chosen at random. 0 disables evaluation."""
+    tokenizer: Annotated[
+        Literal["gpt2", "bytes", "char"] | None, arg(help_behavior_hint="(default: gpt2, or that of --init-from)")
+    ] = None
+    """Tokenizer for a text file."""
 
 
 @dataclass(kw_only=True)
-class Model:
-    """A new model has a preset's shape, changed by the sizes that are given; --init-from goes on from weights."""
+class ModelOptions:
+    """A new model with the shape of --preset, or a pretrained one with --init-from."""
 
-    preset: Preset | None = None
-    """A new model's shape: "gpt2" (124 M parameters) if not given; "baby" is for a CPU."""
-    n_layer: int | None = None
-    """Blocks."""
-    n_head: int | None = None
-    """Attention heads in a block."""
-    n_embd: int | None = None
-    """Width; a multiple of n_head."""
-    block_size: int | None = None
-    """Longest sequence, in tokens; with --init-from the length of training sequences."""
-    dropout: float | None = None
-    """Of a new model; 0 if not given."""
-    init_from: str | None = None
-    """Weights to go on from: a run, a checkpoint, or a folder or hub repository in transformers' GPT-2 format,
-    such as openai-community/gpt2."""
-    lora_rank: int | None = None
-    """Leave those weights as they are and train a LoRA adapter of this rank (8 is usual)."""
-    lora_alpha: float | None = None
-    """The adapter's change is scaled by alpha / rank; 2 · rank if not given."""
+    preset: Annotated[Preset | None, arg(help_behavior_hint="(default: gpt2)")] = None
+    """Shape of a new model. gpt2 has 124 M parameters. baby has 7 M and is small enough for a CPU."""
+    n_layer: Annotated[int | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """Number of transformer blocks."""
+    n_head: Annotated[int | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """Number of attention heads per block."""
+    n_embd: Annotated[int | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """Embedding size, a multiple of --n-head."""
+    block_size: Annotated[int | None, arg(help_behavior_hint="(default: the model's)")] = None
+    """Maximum sequence length in tokens. With --init-from, the length of training sequences."""
+    dropout: Annotated[float | None, arg(help_behavior_hint="(default: 0)")] = None
+    """Dropout probability of a new model."""
+    init_from: Annotated[str | None, arg(help_behavior_hint="(default: a new model)")] = None
+    """Pretrained model to start from: a hub repository such as openai-community/gpt2, or a folder.
+    The folder may be a run, a checkpoint or a model in transformers' GPT-2 format."""
+    lora_rank: Annotated[int | None, arg(help_behavior_hint="(default: train all weights)")] = None
+    """Freeze the pretrained weights and train a LoRA adapter of this rank. 8 is usual."""
+    lora_alpha: Annotated[float | None, arg(help_behavior_hint="(default: 2 * rank)")] = None
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
     lora_dropout: float = 0.0
-    """Probability of dropping a value of the adapter's input."""
-    lora_targets: tuple[Literal["c_attn", "c_proj", "c_fc"], ...] = ("c_attn", "c_proj")
-    """Which matrices it adapts."""
+    """Dropout probability of the adapter's input."""
+    lora_targets: tuple[LoRATarget, ...] = _DEFAULT_LORA_TARGETS
+    """Layers to which the adapter is added."""
+
+    def given_sizes(self) -> dict[str, Any]:
+        """Return the fields of `GPTConfig` that were given on the command line."""
+        names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def new_config(self, **changes: int) -> "GPTConfig":
+        """Return the shape of a new model.
+
+        Args:
+            changes: Fields to set besides those given on the command line.
+        """
+        from homebrew.model.gpt_config import GPTConfig
+
+        return GPTConfig.preset(self.preset or "gpt2", **self.given_sizes() | changes)
 
 
 @dataclass(kw_only=True)
 class Train:
-    """Train a GPT on a text or on token files.
+    """Train a GPT on a text file or on token files.
 
-    Several GPUs: accelerate launch --multi_gpu -m homebrew train … (or any Accelerate configuration). Ctrl-C finishes
-    the step, saves and leaves; --resume goes on.
+    Ctrl-C saves a checkpoint and exits; --resume continues the run.
+
+    On multiple GPUs:
+      accelerate launch --multi_gpu -m homebrew train ...
     """
 
     resume: bool = False
-    """Go on from the newest whole checkpoint in the output folder; where it has none, begin."""
+    """Resume from the newest valid checkpoint in --output-dir, or start from step 0 if there is none."""
     accept_changes: UseAppendAction[tuple[Aspect, ...]] = ()
-    """With --resume: what may differ from the run that saved; can be given several times."""
-    settings: Annotated[Settings, arg(name="")]
-    data: OmitArgPrefixes[Data]
-    model: OmitArgPrefixes[Model]
+    """With --resume, a property that may differ from the checkpoint's run."""
+    trainer: Annotated[TrainerOptions, arg(name="")]
+    data: OmitArgPrefixes[DataOptions]
+    model: OmitArgPrefixes[ModelOptions]
 
     def run(self) -> None:
-        """Do it."""
-        from homebrew import Trainer
-
-        if self.accept_changes and not self.resume:
-            raise ConfigError("--accept-changes says what may differ from a run that --resume goes on with: give both.")
-        output_dir = self.settings.output_dir
-        model, train, evaluate = self._model_and_data()
-        trainer = Trainer(model, train, eval_dataset=evaluate, config=self.settings)
-        trainer.train(resume=self.resume, accept_changes=self.accept_changes)
-        if trainer.is_main_process:
-            print(f"The model is in {output_dir}. To see what it writes: homebrew sample {output_dir}")
-
-    def _model_and_data(self) -> tuple["GPT", "TokenDataset", "TokenDataset | None"]:
-        from homebrew import GPT, GPTConfig
-        from homebrew.hub.load import load_model
+        """Run the command."""
+        from homebrew import GPT, Trainer
         from homebrew.model.lora import LoRAConfig, add_lora
 
-        model: GPT | None = None
-        known: Tokenizer | None = None
-        wanted, data, seed = self.model, self.data, self.settings.seed
-        tokenizer: Tokenizer | str = data.tokenizer or "gpt2"
-        sizes = {name: getattr(wanted, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout")}
-        sizes = {name: size for name, size in sizes.items() if size is not None}
-        shaped = (wanted.lora_alpha, wanted.lora_dropout, wanted.lora_targets) != (None, 0.0, ("c_attn", "c_proj"))
-        if shaped and wanted.lora_rank is None:
-            raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets shape an adapter: give its --lora-rank.")
+        self._check_options()
+        seed = self.trainer.seed
+        pretrained, tokenizer = self._load_pretrained()
+        train_dataset, eval_dataset = self._open_datasets(pretrained, tokenizer)
+        model = pretrained or GPT(self.model.new_config(vocab_size=train_dataset.vocab_size), seed=seed)
+        if (rank := self.model.lora_rank) is not None:
+            lora = LoRAConfig(rank, self.model.lora_alpha, self.model.lora_dropout, self.model.lora_targets)
+            add_lora(model, lora, seed=seed)
+        trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=self.trainer)
+        trainer.train(resume=self.resume, accept_changes=self.accept_changes)
+        if trainer.is_main_process:
+            output_dir = self.trainer.output_dir
+            print(f"The model is saved in {output_dir}. Try it: homebrew sample {output_dir}")
+
+    def _check_options(self) -> None:
+        """Check combinations of options before anything is loaded."""
+        model, data = self.model, self.data
+        if self.accept_changes and not self.resume:
+            raise ConfigError("--accept-changes applies to resuming a run. Add --resume, or remove --accept-changes.")
         if not 0 <= data.eval_fraction < 1:
             raise ConfigError(f"--eval-fraction {data.eval_fraction:g}: must be at least 0 and less than 1.")
-        are_tokens = _are_tokens(data.files)
-        if wanted.init_from is not None:
-            if given := sorted(({"preset"} if wanted.preset else set()) | (sizes.keys() - {"block_size"})):
-                raise ConfigError(f"--init-from brings its own shape, so {', '.join(given)} cannot be given with it.")
-            model, known = load_model(wanted.init_from)
-            if not are_tokens:
-                tokenizer = choose_tokenizer(wanted.init_from, known, data.tokenizer)
-            shape = model.config
-        else:
-            if wanted.lora_rank is not None:
-                raise ConfigError("--lora-rank adapts weights there are: say which with --init-from.")
-            shape = GPTConfig.preset(wanted.preset or "gpt2", **sizes)
-        train = open_dataset(data.files, wanted.block_size or shape.block_size, tokenizer)
-        name = None if train.tokenizer is None else train.tokenizer.name
-        if are_tokens and data.tokenizer not in (None, name):
-            raise ConfigError(
-                f"--tokenizer is for a text: {data.files[0]} is in the ids of {name or 'an unknown one'}."
-            )
-        if known is not None and train.tokenizer is not None and _described(known) != _described(train.tokenizer):
-            raise DataError(
-                f"{', '.join(map(str, data.files))} is not in the ids of {wanted.init_from}, which has the tokenizer "
-                f"{known.name!r}: prepare the text anew with that, or train a new model."
-            )
-        evaluate = None
+        adapter_options = (model.lora_alpha, model.lora_dropout, model.lora_targets)
+        if model.lora_rank is None and adapter_options != (None, 0.0, _DEFAULT_LORA_TARGETS):
+            raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets need --lora-rank. Add --lora-rank 8.")
+        if model.lora_rank is not None and model.init_from is None:
+            raise ConfigError("--lora-rank adapts a pretrained model. Choose the model with --init-from.")
+        if model.init_from is not None:
+            given = {"preset": model.preset} | model.given_sizes()
+            names = [
+                f"--{name.replace('_', '-')}" for name in given if given[name] is not None and name != "block_size"
+            ]
+            if names:
+                raise ConfigError(f"--init-from determines the model's shape. Remove {', '.join(names)}.")
+
+    def _load_pretrained(self) -> tuple["GPT | None", "Tokenizer | None"]:
+        """Load the model and tokenizer of --init-from; (None, None) for a new model."""
+        from homebrew.hub.load import load_model
+
+        return (None, None) if self.model.init_from is None else load_model(self.model.init_from)
+
+    def _open_datasets(
+        self, pretrained: "GPT | None", model_tokenizer: "Tokenizer | None"
+    ) -> tuple["TokenDataset", "TokenDataset | None"]:
+        """Open the training dataset, and the evaluation dataset or a split for it."""
+        data, init_from = self.data, self.model.init_from
+        block_size = self.model.block_size or (pretrained.config if pretrained else self.model.new_config()).block_size
+        tokenizer: Tokenizer | str = data.tokenizer or "gpt2"
+        if init_from is not None and not are_token_files(data.files):
+            tokenizer = resolve_tokenizer(init_from, model_tokenizer, data.tokenizer)
+        train_dataset = open_dataset(data.files, block_size, tokenizer)
+        self._check_tokenizer(train_dataset, model_tokenizer)
         if data.eval_data is not None:
-            evaluate = open_dataset([data.eval_data], train.block_size, train.tokenizer or tokenizer)
-            if _described(evaluate.tokenizer) != _described(train.tokenizer):
-                raise DataError(f"{data.eval_data} and the training data were made with different tokenizers.")
-        elif data.eval_fraction:
-            try:
-                train, evaluate = train.split(1 - data.eval_fraction, seed=seed)
-            except DataError as error:
-                raise DataError(
-                    f"--eval-fraction {data.eval_fraction:g} of {len(train)} sequences leaves none to train or none to "
-                    f"evaluate on: change it (0 is for no evaluation), or lower --block-size."
-                ) from error
-        if model is None:
-            changes: dict[str, Any] = sizes | {"vocab_size": train.vocab_size}
-            model = GPT(GPTConfig.preset(wanted.preset or "gpt2", **changes), seed=seed)
-        if wanted.lora_rank is not None:
-            adapter = LoRAConfig(wanted.lora_rank, wanted.lora_alpha, wanted.lora_dropout, wanted.lora_targets)
-            add_lora(model, adapter, seed=seed)
-        return model, train, evaluate
+            return train_dataset, open_eval_dataset(data.eval_data, train_dataset)
+        if not data.eval_fraction:
+            return train_dataset, None
+        return split_dataset(train_dataset, data.eval_fraction, seed=self.trainer.seed)
 
-
-def open_dataset(paths: Sequence[Path], block_size: int, tokenizer: "Tokenizer | str") -> "TokenDataset":
-    """Windows over a text file or over token files, whichever it is.
-
-    Args:
-        paths: one text file, or token files.
-        block_size: tokens in a sequence.
-        tokenizer: for a text.
-
-    Raises:
-        DataError: a file cannot be read, or there are several texts.
-    """
-    from homebrew.data.dataset import TokenDataset
-
-    if not paths:
-        raise DataError("There is no data: give a text file, or token files.")
-    if _are_tokens(paths):
-        return TokenDataset.from_shards(paths, block_size)
-    if len(paths) > 1:
-        raise DataError(f"{len(paths)} text files were given: make one token file of them with `homebrew prepare`.")
-    return TokenDataset.from_file(paths[0], block_size, tokenizer=tokenizer)
-
-
-def _are_tokens(paths: Sequence[Path]) -> bool:
-    from homebrew.data.token_file import is_token_file
-
-    return any(map(is_token_file, paths))
-
-
-def _described(tokenizer: "Tokenizer | None") -> dict[str, Any] | None:
-    return None if tokenizer is None else tokenizer.to_json()
+    def _check_tokenizer(self, dataset: "TokenDataset", model_tokenizer: "Tokenizer | None") -> None:
+        """Check that token files have the requested tokenizer and that of --init-from."""
+        files = ", ".join(map(str, self.data.files))
+        name = dataset.tokenizer.name if dataset.tokenizer else "unknown"
+        if are_token_files(self.data.files) and self.data.tokenizer not in (None, name):
+            raise ConfigError(
+                f"--tokenizer {self.data.tokenizer} applies to a text file, but {files} already has token ids "
+                f"(tokenizer: {name}). Remove --tokenizer."
+            )
+        if model_tokenizer is None or dataset.tokenizer is None:
+            return  # one of them is unknown
+        if not is_same_tokenizer(model_tokenizer, dataset.tokenizer):
+            raise DataError(
+                f"{files} has the tokenizer {name!r}, but {self.model.init_from} has the tokenizer "
+                f"{model_tokenizer.name!r}. Prepare the text with the model's tokenizer, or train a new model."
+            )

@@ -1,0 +1,55 @@
+import re
+
+import pytest
+import torch
+
+from homebrew.cli.doctor_command import check_compilation, run_checks
+
+
+def test_doctor_shows_what_a_run_would_use(invoke, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("COLUMNS", "200")
+    output = invoke("doctor", "--output-dir", tmp_path)
+    for expected in (torch.__version__, "bf16, set by the launcher", "cpu", "GPT-2's vocabulary", "available"):
+        assert expected in output
+
+
+def test_doctor_prints_how_to_install_missing_packages(tmp_path, monkeypatch, invoke):
+    monkeypatch.setattr("homebrew.cli.doctor_command.installed_version", lambda _: None)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "pip install 'homebrew-gpt[plot]'" in invoke("doctor", "--output-dir", tmp_path)
+
+
+def test_doctor_fails_if_a_run_cannot_start(tmp_path, monkeypatch, capsys):
+    from homebrew.cli.main import main
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch = next(finding for finding in run_checks(tmp_path / "runs") if finding.topic == "launch")
+    assert "2 processes" in launch.fix
+    assert main(["doctor", "--output-dir", str(tmp_path)]) == 1
+    assert "cannot start" in capsys.readouterr().err
+
+
+def test_an_unwritable_output_dir_is_found(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "runs"):
+        assert "not writable" in list(run_checks(path))[-1].fix
+    assert list(run_checks(tmp_path / ("a" * 300)))[-1].value.endswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("has_triton", "has_compiler", "value", "fix"),
+    [
+        (True, True, "on", ""),
+        (False, True, "fails: the triton package not found", "Install the triton package, or .* --compile no.*"),
+        (True, False, "fails, also with --compile no: no C compiler found", "Install a C compiler.*"),
+        (False, False, "fails: .* and a C compiler not found", "Install the triton package and a C compiler, or .*"),
+    ],
+)
+def test_requirements_of_compilation_on_a_gpu(monkeypatch, has_triton, has_compiler, value, fix):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if has_triton else None)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/cc" if has_compiler else None)
+    finding = check_compilation(torch.device("cuda"))
+    assert re.fullmatch(value, finding.value)
+    assert re.fullmatch(fix, finding.fix)

@@ -1,0 +1,143 @@
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import homebrew
+from homebrew.__main__ import run as run_program
+from homebrew.cli.main import main
+from homebrew.data.prepare import prepare
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["train", "prepare", "sample", "eval", "export", "doctor"]
+TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "missing.txt", "--output-dir", "x", "--max-steps", "1"], r"missing\.txt"),
+        (["train", "TEXT", "TEXT", "--output-dir", "x", "--max-steps", "1"], "2 text files"),
+        (["train", "--output-dir", "x", "--max-steps", "1"], "No data"),
+        (["train", "TEXT", "--output-dir", "x", "--max-steps", "0"], "max_steps=0"),
+        ([*TRAIN, "--accept-changes", "seed"], "--resume"),
+        ([*TRAIN, "--micro-batch-size", "auto"], "global_batch_tokens"),
+        ([*TRAIN, "--eval-fraction", "2"], "--eval-fraction 2: must be"),
+        ([*TRAIN, "--lora-rank", "8"], "--init-from"),
+        ([*TRAIN, "--lora-dropout", "0.1"], "--lora-rank"),
+        ([*TRAIN, "--init-from", "RUN", "--n-layer", "3", "--preset", "baby"], "--preset, --n-layer"),
+        ([*TRAIN, "--init-from", "RUN", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
+        (["train", "TOKENS", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN"], "tokenizer 'bytes'"),
+        (
+            ["train", "TOKENS", "--output-dir", "x", "--max-steps", "1", "--tokenizer", "bytes"],
+            r"--tokenizer bytes applies to a text file.*char",
+        ),
+        (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
+        (["sample", "./missing"], "missing"),
+        (["sample", "RUN", "--prompt", "a", "--top-k", "-1"], "top_k=-1"),
+        (["sample", "RUN", "--prompt", "a", "--base", "x"], "base"),
+        (["sample", "user/step-gpt"], "user/step-gpt"),
+        (["sample", "RUN", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens=-1"),
+        (["sample", "RUN", "--prompt", "a", "--device", "cuda:99"], "cuda:99.*homebrew doctor"),
+        (["eval", "RUN"], "--text"),
+        (["eval", "RUN", "--text", "missing.txt"], r"missing\.txt"),
+        (["eval", "RUN", "--hellaswag", "TEXT"], "line 1 is not valid JSON"),
+        (["eval", "RUN", "--hellaswag", "TEXT", "--limit", "0"], "--limit 0"),
+        (["export", "RUN"], "--push-to-hub"),
+        (["export", "RUN", "--adapter", "--push-to-hub", "a/b"], "--adapter"),
+        (["export", "RUN", "x", "--adapter"], "adapter"),
+        (["export", "RUN", "x", "--private"], "--push-to-hub"),
+        (["export", "RUN", "RUN"], "run"),
+        (["export", "RUN", "CHECKPOINT"], "checkpoint"),
+        (["prepare", "--output", "x"], "text"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, invoke_error, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # do not wait 20 s for the network
+    token_file = run.parent / "char.npy"
+    if not token_file.exists():
+        prepare([text], token_file, tokenizer="char")
+    newest_checkpoint = max((run / "checkpoints").iterdir())
+    paths = {"TEXT": text, "RUN": run, "TOKENS": token_file, "CHECKPOINT": newest_checkpoint}
+    error = invoke_error(*(paths.get(argument, argument) for argument in arguments))
+    assert re.search(message, error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]  # nothing is written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (["sample", "x", "--promt", "a"], "--prompt"),
+        (["smaple"], "sample"),
+        (["train", "x", "--output-dir", "y"], "--max-steps"),
+        (["train", "x", "--output-dir", "y", "--max-steps", "1", "--compile", "True"], "'yes'"),
+        (["train", "x", "--output-dir", "y", "--max-steps", "1", "--num-workers", "1"], "Unrecognized"),
+        (["prepare", "x", "--output", "y", "--tokenizer", "gpt3"], "gpt2"),
+        ([], ", ".join(COMMANDS)),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_with_a_suggestion(capsys, arguments, suggestion):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert suggestion in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_describes_every_option(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([*([command] if command else []), "--help"])
+    assert caught.value.code == 0
+    output = capsys.readouterr().out
+    assert len(output) > 300
+    assert not re.search(r"^│ \[*(STR|PATH)", output, re.MULTILINE), "a positional argument has no name"
+    assert not re.search(r"--[a-z-]+ [A-Z]+ +\(", output), "an option has no description"
+
+
+def test_version_is_printed(invoke):
+    assert invoke("--version") == f"homebrew {homebrew.__version__}\n"
+
+
+def test_help_and_version_do_not_import_torch():
+    script = """
+import sys
+from homebrew.cli.main import main
+main(["--version"])
+try:
+    main(["train", "--help"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["eval", "x"], 1), (["sample"], 2)])
+def test_exit_codes_of_the_process(program, arguments, code):
+    process = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False)
+    assert process.returncode == code
+    assert "Traceback" not in process.stderr
+
+
+def test_ctrl_c_during_imports_prints_no_traceback(monkeypatch, capsys):
+    class Interrupted:
+        @property
+        def main(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "homebrew.cli.main", Interrupted())
+    with pytest.raises(SystemExit) as caught:
+        run_program()
+    assert caught.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_pyproject_declares_the_program():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, function = project["scripts"]["homebrew"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert project["version"] == homebrew.__version__

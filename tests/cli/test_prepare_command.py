@@ -1,0 +1,14 @@
+def test_only_token_files_are_overwritten(text, tmp_path, invoke, invoke_error):
+    before = text.read_bytes()
+    assert str(text) in invoke_error("prepare", text, "--output", text, "--tokenizer", "bytes")
+    assert text.read_bytes() == before
+    tokens = tmp_path / "new" / "a.npy"
+    for _ in range(2):
+        invoke("prepare", text, "--output", tokens, "--tokenizer", "bytes")
+
+
+def test_unusable_texts_are_rejected(text, tmp_path, invoke, invoke_error):
+    tokens = tmp_path / "a.npy"
+    invoke("prepare", text, "--output", tokens, "--tokenizer", "bytes")
+    for path, message in ((tokens, "token file"), (tmp_path / "missing", "missing")):
+        assert message in invoke_error("prepare", path, "--output", tmp_path / "b.npy")

@@ -1,0 +1,99 @@
+import io
+import os
+import signal
+import subprocess
+
+import pexpect
+import pytest
+
+from homebrew import Sampling, generate_text, load_model
+
+
+def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, invoke_error):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/bok", "runs/book/checkpoints"):
+        error = invoke_error("sample", name)
+        assert name in error
+        assert "folder" in error
+        assert "hub" not in error.lower()
+
+
+@pytest.fixture
+def converse(run, invoke, monkeypatch):
+    """Run interactive mode with lines of input and return its output."""
+
+    def converse(lines, *options):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        return invoke("sample", run, "--max-new-tokens", 40, "--seed", 1, "--top-k", 256, *options)
+
+    return converse
+
+
+def test_interactive_mode_continues_the_text_so_far(run, converse):
+    one_turn, two_turns = converse("Hello\n"), converse("Hello\nA\n")
+    text = f"Hello\n{one_turn}\nA\n"  # longer than the model's block size, so that the reply depends on its end
+    sampling = Sampling(top_k=256)
+    second_reply = "".join(generate_text(*load_model(run), text, 40, sampling=sampling, seed=2, stop=["\n\n"]))
+    assert two_turns == one_turn + second_reply + "\n"
+    assert len(two_turns) > len(one_turn) > 20
+
+
+def test_interactive_mode_stops_before_stop_strings(converse):
+    reply = converse("Hello\n")
+    stop_strings = [character for character in reply if character.isascii() and character.isalpha()][-2:]
+    stopped = converse("Hello\n", *(option for string in stop_strings for option in ("--stop", string)))
+    assert reply.startswith(stopped.removesuffix("\n"))
+    assert not {*stop_strings} & {*stopped}
+    assert len(stopped) < len(reply)
+
+
+def test_interactive_mode_with_a_vocabulary_without_newlines(tmp_path, invoke, monkeypatch, tiny):
+    (tmp_path / "dna.txt").write_text("GATTACA" * 40)
+    options = ["--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 1, *tiny]
+    invoke("train", tmp_path / "dna.txt", *options)
+    monkeypatch.setattr("sys.stdin", io.StringIO("GAT\n\nTACA\n"))
+    replies = invoke("sample", tmp_path / "run", "--max-new-tokens", 30, "--top-k", 0).split("\n")
+    assert [len(reply) for reply in replies] == [30, 30, 30, 0]
+    assert set("".join(replies)) <= set("GATC")
+    assert len(invoke("sample", tmp_path / "run", "--prompt", "", "--max-new-tokens", 30)) == 31
+
+
+@pytest.mark.slow
+def test_interactive_mode_on_a_terminal(run, program):
+    """Prompts, replies and Ctrl-C, on a terminal that cannot encode all characters."""
+    arguments = [*program[1:], "sample", str(run), "--max-new-tokens", "30", "--seed", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    terminal = pexpect.spawn(program[0], arguments, env=environment, encoding="utf-8", timeout=120)
+    try:
+        terminal.expect_exact("> ")
+        for line in ("Hello", "", "Thou"):
+            terminal.sendline(line)
+            terminal.expect_exact(f"{line}\r\n")
+            terminal.expect_exact("\r\n> ")
+            assert terminal.before.isascii()
+        terminal.sendintr()
+        terminal.expect(pexpect.EOF)
+    finally:
+        terminal.close(force=True)
+    assert terminal.before == "^C\r\n"
+    assert terminal.exitstatus == 130
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_generating_prints_no_traceback(run, program):
+    command = [*program, "sample", str(run), "--prompt", "Hello", "--max-new-tokens", "1000000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.read(5) == b"Hello"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (130, b"")
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_ends_the_command_silently(run, shell):
+    process = shell(["sample", run, "--prompt", "Hello", "--max-new-tokens", 3000], "| head -c 5")
+    assert (process.stdout, process.stderr) == (b"Hello", b"")

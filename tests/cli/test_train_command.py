@@ -1,0 +1,193 @@
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import typing
+from pathlib import Path
+
+import pexpect
+import pytest
+import torch
+from transformers import pipeline
+
+from homebrew import GPTConfig, TrainerConfig, load_model
+from homebrew.cli.main import main
+from homebrew.cli.train_command import Preset, Train
+
+
+def test_data_paths_may_be_symlinks(invoke, text, tmp_path, tiny):
+    link = tmp_path / "link"
+    link.symlink_to(text)
+    options = ["--output-dir", tmp_path / "run", "--max-steps", 1, "--tokenizer", "bytes", *tiny]
+    assert "step 1/1" in invoke("train", link, "--eval-data", link, *options)
+
+
+def test_resume_must_be_requested_and_changes_accepted(text, tmp_path, invoke, invoke_error, tiny):
+    train = ["train", text, "--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 2, *tiny]
+    invoke(*train)
+    assert "output_dir=" in invoke_error(*train)
+    assert "step 2/2" in invoke(*train, "--resume")
+
+    accept = ["--accept-changes", "dataset", "--accept-changes", "seed"]
+    assert " ".join(accept) in invoke_error(*train, "--resume", "--seed", 7)
+    invoke(*train, "--resume", "--seed", 7, *accept)
+
+
+def test_an_eval_fraction_without_eval_data_is_an_error(text, tmp_path, invoke_error, tiny):
+    options = ["--output-dir", tmp_path / "run", "--max-steps", 1, "--tokenizer", "bytes", *tiny]
+    assert "--eval-fraction 0.9999 of " in invoke_error("train", text, *options, "--eval-fraction", 0.9999)
+
+
+def test_training_starts_from_pretrained_weights(run, text, tmp_path, invoke):
+    base, _ = load_model(run)
+    base.save_pretrained(tmp_path / "base")
+    for name, source, options in (("run", run, []), ("base", tmp_path / "base", ["--tokenizer", "bytes"])):
+        output_dir = tmp_path / f"from-{name}"
+        train = ["train", text, "--output-dir", output_dir, "--max-steps", 1, "--init-from", source, *options]
+        invoke(*train, "--eval-data", text, "--learning-rate", 1e-9, "--micro-batch-size", 8)
+        model, tokenizer = load_model(output_dir)
+        assert tokenizer.name == "bytes"
+        torch.testing.assert_close(model.state_dict(), base.state_dict(), atol=1e-6, rtol=0)
+
+
+def test_an_adapter_is_trained_and_exported(run, invoke, invoke_error, text, tmp_path):
+    base, moved_base, lora = tmp_path / "base", tmp_path / "moved", tmp_path / "lora"
+    shutil.copytree(run, base)
+    train = ["train", text, "--output-dir", lora, "--max-steps", 2, "--init-from", base, "--lora-rank", 2]
+    train += ["--micro-batch-size", 8, "--learning-rate", 0.1]
+    num_trainable = 2 * 2 * ((16 + 48) + (16 + 16) + (64 + 16))  # 2 blocks, rank 2: c_attn and both c_proj
+    assert f"({num_trainable:,} trainable)" in invoke(*train)
+    assert list(lora.rglob("adapter.safetensors"))
+    assert not list(lora.rglob("model.safetensors"))
+    assert "step 2/2" in invoke(*train, "--resume")
+
+    base.rename(moved_base)
+    greedy = ["sample", "--prompt", "Hello", "--temperature", 0, "--max-new-tokens", 10]
+    assert "base" in invoke_error(*greedy, lora)
+    sample = invoke(*greedy, lora, "--base", moved_base)
+    assert sample != invoke(*greedy, run)
+    invoke("export", lora, tmp_path / "merged", "--base", moved_base)
+    generate = pipeline("text-generation", str(tmp_path / "merged"), device="cpu")
+    assert sample == generate("Hello", max_new_tokens=10, do_sample=False)[0]["generated_text"] + "\n"
+    invoke("export", lora, tmp_path / "adapter", "--base", moved_base, "--adapter")
+    assert sample == invoke(*greedy, tmp_path / "adapter")
+
+
+NON_DEFAULT_OPTIONS = {
+    "output_dir": Path("runs/own"),
+    "max_steps": 7,
+    "global_batch_tokens": 64,
+    "micro_batch_size": "auto",
+    "learning_rate": 0.5,
+    "warmup_steps": 3,
+    "min_lr_ratio": 0.25,
+    "betas": (0.8, 0.9),
+    "weight_decay": 0.0,
+    "max_grad_norm": 2.0,
+    "non_finite": "skip",
+    "non_finite_limit": 4,
+    "loss_spike_zscore": 5.0,
+    "seed": 1,
+    "mixed_precision": "no",
+    "compile": True,
+    "activation_checkpointing": True,
+    "collective_timeout_seconds": 30.0,
+    "eval_every": 2,
+    "eval_batches": 9,
+    "log_every": 8,
+    "log_with": "tensorboard",
+    "save_every": 6,
+    "keep_last": 12,
+    "keep_every": 13,
+    "gather_limit_bytes": 14,
+}
+"""A non-default value of every field of TrainerConfig that is an option of the command line."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parse the arguments of `homebrew train` and return its TrainerConfig."""
+    commands = []
+    monkeypatch.setattr(Train, "run", lambda command: commands.append(command))
+
+    def parse(*arguments):
+        assert main(["train", "text.txt", *arguments]) == 0
+        return commands.pop().trainer
+
+    return parse
+
+
+def test_every_trainer_config_field_is_an_option(parse):
+    arguments = []
+    for name, value in NON_DEFAULT_OPTIONS.items():
+        arguments.append(f"--{name.replace('_', '-')}")
+        if name == "compile":
+            arguments.append("yes")
+        elif value is not True:
+            arguments += map(str, value if isinstance(value, tuple) else [value])
+    hidden = {"num_workers": 0, "loader_timeout_seconds": 600.0}
+    assert dataclasses.asdict(parse(*arguments)) == NON_DEFAULT_OPTIONS | hidden
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainerConfig)}
+    assert not [name for name, value in NON_DEFAULT_OPTIONS.items() if value == defaults[name]]
+
+
+def test_options_have_the_defaults_of_trainer_config(parse):
+    config = parse("--output-dir", "x", "--max-steps", "1")
+    assert dataclasses.asdict(config) == dataclasses.asdict(TrainerConfig(output_dir=Path("x"), max_steps=1))
+
+
+@pytest.mark.parametrize(("word", "value"), [("auto", "auto"), ("yes", True), ("no", False)])
+def test_compile_option(parse, word, value):
+    assert parse("--output-dir", "x", "--max-steps", "1", "--compile", word).compile is value
+
+
+def test_every_preset_exists():
+    for preset in typing.get_args(Preset):
+        GPTConfig.preset(preset)
+
+
+def test_ctrl_c_saves_a_checkpoint_and_prints_no_traceback(program, text, tmp_path, tiny):
+    options = ["--output-dir", tmp_path / "run", "--max-steps", 10**6, "--tokenizer", "bytes", "--log-every", 1, *tiny]
+    command = [*program, "train", *map(str, [text, *options])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            output = b""
+            while b"step 3/" not in output:
+                output += (chunk := os.read(process.stdout.fileno(), 1000))
+                assert chunk, process.stderr.read()
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (130, b"")
+    assert b"saving" in output + rest
+    load_model(tmp_path / "run")
+
+
+def test_a_closed_terminal_saves_a_checkpoint(program, text, tmp_path, tiny):
+    options = ["--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 10**6, *tiny]
+    process = pexpect.spawn(
+        program[0],
+        [*program[1:], "train", *map(str, [text, *options])],
+        timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup, it is inherited as ignored
+    )
+    exit_code = None
+    try:
+        process.expect("loss")
+        os.close(process.child_fd)  # closes the terminal
+        process.child_fd = -1
+        exit_code = os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])
+    finally:
+        if exit_code is None:
+            os.kill(process.pid, signal.SIGKILL)
+    assert exit_code == 128 + signal.SIGHUP
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_a_run_continues_after_its_output_pipe_is_closed(shell, text, tmp_path, tiny):
+    options = ["--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 30, "--log-every", 1, *tiny]
+    assert shell(["train", text, *options], "| head -1").stderr == b""
+    assert (tmp_path / "run" / "checkpoints" / "step-00000030").is_dir()
