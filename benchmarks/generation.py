@@ -10,7 +10,7 @@ import tyro
 from alternating import DEVICE, Clock, Report, Side, Stretch, alternate
 from sides import hf_model, random_ids
 
-from homebrew import GPT, GPTConfig
+from homebrew import GPT, GPTConfig, Sampling
 
 
 @dataclass
@@ -48,7 +48,7 @@ def main(options: Options) -> None:
     theirs.generation_config.pad_token_id = 0
     for batch in options.batches:
         prompt = random_ids(batch * options.prompt, shape.vocab_size).view(batch, -1).to(DEVICE)
-        sampling = {"top_k": options.top_k}
+        sampling = Sampling(top_k=options.top_k)
 
         def write(
             model: Any, prompt: torch.Tensor = prompt, count: int = options.new_tokens, **how: Any
@@ -66,12 +66,12 @@ def main(options: Options) -> None:
 
             return lambda: stretch
 
-        hf = {**sampling, "do_sample": True, "use_cache": True}
+        hf = {"top_k": options.top_k, "do_sample": True, "use_cache": True}
         sides = []
         if options.compiled:
-            sides += [Side("homebrew, compile=True", write(ours, **sampling, compile=True))]
+            sides += [Side("homebrew, compile=True", write(ours, sampling=sampling, compile=True))]
         default = write(theirs, count=options.eager_tokens or options.new_tokens, **hf)
-        sides += [Side("homebrew", write(ours, **sampling)), Side("transformers", default)]
+        sides += [Side("homebrew", write(ours, sampling=sampling)), Side("transformers", default)]
         if options.compiled:
             static = write(theirs, **hf, cache_implementation="static")
             sides += [Side("transformers, static cache, compiled", static)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from homebrew import GPT, TokenDataset, Trainer, TrainerConfig, load_corpus
+from homebrew import GPT, Sampling, TokenDataset, Trainer, TrainerConfig, load_corpus
 from homebrew.hub.peft import save_adapter
 from homebrew.model.lora import LoRAConfig
 
@@ -47,7 +47,7 @@ def main(options: Options) -> None:
     )
     trainer = Trainer(model, train, eval_dataset=val, config=config)
     trainer.train(resume=options.resume)
-    said = trainer.sample("ROMEO:", max_new_tokens=100, top_k=50, seed=42)
+    said = trainer.sample("ROMEO:", max_new_tokens=100, sampling=Sampling(top_k=50), seed=42)
     if trainer.is_main_process:
         adapter = options.output_dir / "adapter"
         save_adapter(model, adapter, base_model=options.base)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import tyro
 
-from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig, load_corpus
+from homebrew import GPT, GPTConfig, Sampling, TokenDataset, Trainer, TrainerConfig, load_corpus
 
 
 @dataclass
@@ -50,7 +50,7 @@ def main(options: Options) -> None:
     trainer = Trainer(GPT(shape, seed=options.seed), train, eval_dataset=val, config=config)
     trainer.accelerator.print(f"Text: {corpus.source}; {dataset.num_tokens:,} tokens.")
     trainer.train(resume=options.resume)
-    said = trainer.sample("ROMEO:", max_new_tokens=100, top_k=50, seed=options.seed)
+    said = trainer.sample("ROMEO:", max_new_tokens=100, sampling=Sampling(top_k=50), seed=options.seed)
     trainer.accelerator.print(f"\n{said}\n\nCheckpoints, metrics.jsonl and run.json are in {options.output_dir}.")
     trainer.accelerator.print("A run that was stopped before its last step goes on with --resume.")
 

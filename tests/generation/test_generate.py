@@ -77,8 +77,8 @@ def test_padding_before_a_sequence_changes_nothing(model):
 def test_generation_is_that_without_a_cache(model, length):
     (prompt,) = prompts_of(length)
     expected = continued_without_cache(model, prompt, 24 - length)
-    assert model.generate([prompt], 24 - length, temperature=0.0) == [expected]
-    out = model.generate(torch.tensor([prompt]), 24 - length, temperature=0.0)
+    assert model.generate([prompt], 24 - length, sampling=GREEDY) == [expected]
+    out = model.generate(torch.tensor([prompt]), 24 - length, sampling=GREEDY)
     assert out.tolist() == [expected]
     assert out.dtype == torch.int64
 
@@ -87,19 +87,19 @@ def test_generation_is_that_without_a_cache(model, length):
 def test_past_the_block_size_the_window_slides(model, lengths):
     prompts = prompts_of(*lengths)
     expected = [continued_without_cache(model, prompt, 60) for prompt in prompts]
-    assert model.generate(prompts, 60, temperature=0.0) == expected
+    assert model.generate(prompts, 60, sampling=GREEDY) == expected
 
 
 def test_unequal_prompts_are_continued_as_if_each_were_alone(model):
     prompts = prompts_of(2, 9, 1, 13)
-    alone = [model.generate([prompt], 8, temperature=0.0)[0] for prompt in prompts]
-    assert model.generate(prompts, 8, temperature=0.0) == alone
+    alone = [model.generate([prompt], 8, sampling=GREEDY)[0] for prompt in prompts]
+    assert model.generate(prompts, 8, sampling=GREEDY) == alone
 
 
 def test_past_the_block_size_it_stops_if_asked(model):
     prompts = prompts_of(20, 24, 5)
-    out = model.generate(prompts, 10, temperature=0.0, overflow="stop")
-    slid = model.generate(prompts, 10, temperature=0.0)
+    out = model.generate(prompts, 10, sampling=GREEDY, overflow="stop")
+    slid = model.generate(prompts, 10, sampling=GREEDY)
     assert [len(ids) for ids in out] == [24, 24, 15]
     assert all(ids == longer[: len(ids)] for ids, longer in zip(out, slid, strict=True))
     assert model.generate(torch.tensor(prompts[:1]), 10, overflow="stop").shape == (1, 24)
@@ -109,23 +109,23 @@ def test_past_the_block_size_it_stops_if_asked(model):
 
 def test_a_sequence_ends_at_its_end_of_text_id(model):
     prompts = prompts_of(4, 6)
-    free = model.generate(prompts, 12, temperature=0.0)
+    free = model.generate(prompts, 12, sampling=GREEDY)
     eos = free[0][4 + 3]
     first = [
         ids.index(eos, len(p)) + 1 if eos in ids[len(p) :] else len(ids) for ids, p in zip(free, prompts, strict=True)
     ]
-    out = model.generate(prompts, 12, temperature=0.0, eos_token_id=eos)
+    out = model.generate(prompts, 12, sampling=GREEDY, eos_token_id=eos)
     assert out == [ids[:n] for ids, n in zip(free, first, strict=True)]
     rows = torch.tensor([prompts[0], prompts[0]])
-    out = model.generate(rows, 12, temperature=0.0, eos_token_id=eos)
+    out = model.generate(rows, 12, sampling=GREEDY, eos_token_id=eos)
     assert out.tolist() == [free[0][: first[0]]] * 2
 
 
 def test_rows_of_a_tensor_that_ended_are_filled_up(model):
     rows = torch.tensor(prompts_of(6, 6))
-    free = model.generate(rows, 12, temperature=0.0)[:, 6:].tolist()
+    free = model.generate(rows, 12, sampling=GREEDY)[:, 6:].tolist()
     eos = next(i for i in free[0] if i not in free[1])
-    out = model.generate(rows, 12, temperature=0.0, eos_token_id=eos)[:, 6:].tolist()
+    out = model.generate(rows, 12, sampling=GREEDY, eos_token_id=eos)[:, 6:].tolist()
     assert out[1] == free[1]
     end = free[0].index(eos)
     assert out[0] == free[0][:end] + [eos] * (12 - end)
@@ -146,8 +146,8 @@ def test_the_training_mode_and_gradients_are_left_as_they_were(training):
     model = GPT(GPTConfig(block_size=8, vocab_size=60, n_layer=1, n_head=2, n_embd=8, dropout=0.9))
     model.train(training)
     ids = torch.tensor(prompts_of(3))
-    out = model.generate(ids, 4, temperature=0.0)
-    assert torch.equal(out, model.generate(ids, 4, temperature=0.0))  # no dropout while it generates
+    out = model.generate(ids, 4, sampling=GREEDY)
+    assert torch.equal(out, model.generate(ids, 4, sampling=GREEDY))  # no dropout while it generates
     assert all(module.training == training for module in model.modules())
     model(out).sum().backward()  # what it gives can be trained on
     steps = generate_steps(model, [[1]], 5, GREEDY)
@@ -250,7 +250,7 @@ def test_a_temperature_of_zero_takes_the_likeliest():
 
 def test_a_repetition_penalty_counts_the_prompt_and_what_was_generated(model):
     (prompt,) = prompts_of(6)
-    out = model.generate([prompt], 18, temperature=0.0, repetition_penalty=1e6)[0]
+    out = model.generate([prompt], 18, sampling=Sampling(temperature=0.0, repetition_penalty=1e6))[0]
     assert len(set(out[6:])) == 18
     assert not set(out[6:]) & set(prompt)
 
@@ -266,6 +266,16 @@ def test_a_repetition_penalty_counts_the_prompt_and_what_was_generated(model):
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"min_p": -0.1}, "min_p=-0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+    ],
+)
+def test_sampling_rejects_values_out_of_range(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"overflow": "crash"}, "overflow='crash'"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
@@ -309,7 +319,7 @@ def test_tokens_that_may_never_come_take_no_memory(model):
     steps = generate_steps(model, prompts_of(3, 9), 10**15, GREEDY)
     first = [next(steps).tolist() for _ in range(4 * model.config.block_size)]
     steps.close()
-    expected = model.generate(prompts_of(3, 9), 4 * model.config.block_size, temperature=0.0)
+    expected = model.generate(prompts_of(3, 9), 4 * model.config.block_size, sampling=GREEDY)
     assert [list(row) for row in zip(*first, strict=True)] == [expected[0][3:], expected[1][9:]]
 
 
@@ -331,23 +341,23 @@ class Bytes:
 
 
 def test_text_streams_as_it_is_generated_and_stops_at_a_stop_string(model):
-    pieces = list(generate_text(model, Bytes(), "abc", 40, GREEDY))
+    pieces = list(generate_text(model, Bytes(), "abc", 40, sampling=GREEDY))
     text = "".join(pieces)
-    ids = model.generate([Bytes().encode("abc")], 40, temperature=0.0)[0][3:]
+    ids = model.generate([Bytes().encode("abc")], 40, sampling=GREEDY)[0][3:]
     assert text == Bytes().decode_bytes(ids).decode(errors="replace")
     assert len(pieces) > 5
     stop = text[9:12]
-    stopped = list(generate_text(model, Bytes(), "abc", 40, GREEDY, stop=[stop, "never"]))
+    stopped = list(generate_text(model, Bytes(), "abc", 40, sampling=GREEDY, stop=[stop, "never"]))
     assert "".join(stopped) == text[: text.index(stop)]
-    assert list(generate_text(model, Bytes(), "abc", 40, GREEDY, stop=stop)) == stopped
+    assert list(generate_text(model, Bytes(), "abc", 40, sampling=GREEDY, stop=stop)) == stopped
     with pytest.raises(ConfigError, match="stop string is empty"):
-        list(generate_text(model, Bytes(), "abc", 40, GREEDY, stop=["", stop]))
+        list(generate_text(model, Bytes(), "abc", 40, sampling=GREEDY, stop=["", stop]))
 
 
 def test_streamed_text_ends_before_the_end_of_text_id(model):
-    ids = model.generate([Bytes().encode("abc")], 40, temperature=0.0)[0][3:]
+    ids = model.generate([Bytes().encode("abc")], 40, sampling=GREEDY)[0][3:]
     eos = ids[6]
-    text = "".join(generate_text(model, Bytes(), "abc", 40, GREEDY, eos_token_id=eos))
+    text = "".join(generate_text(model, Bytes(), "abc", 40, sampling=GREEDY, eos_token_id=eos))
     assert text == Bytes().decode_bytes(ids[: ids.index(eos)]).decode(errors="replace")
 
 
@@ -387,11 +397,13 @@ def test_every_layers_cache_is_a_tensor_of_its_own():
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_captured_step_generates_what_the_cpu_does(model, compile):  # noqa: A002
     prompts = prompts_of(3, 9)
-    expected = model.generate(prompts, 40, temperature=0.0, repetition_penalty=1.1)
+    penalised = Sampling(temperature=0.0, repetition_penalty=1.1)
+    expected = model.generate(prompts, 40, sampling=penalised)
     gpu = GPT(CONFIG).cuda()
     gpu.load_state_dict(model.state_dict())
-    assert gpu.generate(prompts, 40, temperature=0.0, repetition_penalty=1.1, compile=compile) == expected
-    assert gpu.generate(prompts, 40, seed=1, top_k=5) == gpu.generate(prompts, 40, seed=1, top_k=5)
+    assert gpu.generate(prompts, 40, sampling=penalised, compile=compile) == expected
+    sampled = [gpu.generate(prompts, 40, sampling=Sampling(top_k=5), seed=1) for _ in range(2)]
+    assert sampled[0] == sampled[1]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -404,7 +416,7 @@ def test_a_model_need_not_be_on_the_current_gpu(model):
         loss = gpu(ids.to(device), ids.to(device))
         loss.backward()
         losses.append((loss.item(), gpu.lm_head.weight.grad.norm().item()))
-        texts.append(gpu.generate(prompts_of(3, 9), 40, temperature=0.0))
+        texts.append(gpu.generate(prompts_of(3, 9), 40, sampling=GREEDY))
     assert losses[0] == pytest.approx(losses[1])
     assert texts[0] == texts[1]
 
@@ -419,9 +431,9 @@ def test_a_compiled_step_is_compiled_once_for_all_calls_of_a_size(model, monkeyp
     compile_ = functools.partial(torch.compile, backend=backend, fullgraph=True)
     monkeypatch.setattr(torch, "compile", compile_)
     torch.compiler.reset()
-    options = {"repetition_penalty": 1.1, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 3}
+    sampling = Sampling(repetition_penalty=1.1, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
     for lengths, num_tokens in (((3, 9), 6), ((7, 2), 14), ((1, 4), 30)):
         prompts = prompts_of(*lengths)
-        expected = model.generate(prompts, num_tokens, **options)
-        assert model.generate(prompts, num_tokens, **options, compile=True) == expected
+        expected = model.generate(prompts, num_tokens, sampling=sampling, seed=3)
+        assert model.generate(prompts, num_tokens, sampling=sampling, seed=3, compile=True) == expected
     assert len(sizes) == 1

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from homebrew.data.tokenizer import ByteTokenizer, get_tokenizer
 from homebrew.errors import HomebrewError, ModelError
+from homebrew.generation.sampling import Sampling
 from homebrew.hub import export
 from homebrew.hub.export import push_folder
 from homebrew.hub.peft import save_adapter
@@ -405,7 +406,7 @@ def test_the_pipeline_generates_what_we_do(exported):
     ours = GPT.from_pretrained(exported)
     generate = pipeline("text-generation", model=str(exported))
     (out,) = generate("ROMEO:", max_new_tokens=8, do_sample=False, return_tensors=True)
-    assert out["generated_token_ids"] == ours.generate([[33676, 4720, 25]], 8, temperature=0.0)[0]
+    assert out["generated_token_ids"] == ours.generate([[33676, 4720, 25]], 8, sampling=Sampling(temperature=0.0))[0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from homebrew.errors import ConfigError, ModelError
+from homebrew.generation.sampling import Sampling
 from homebrew.hub.peft import load_adapter, save_adapter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
@@ -229,7 +230,9 @@ def test_an_adapted_model_generates_and_compiles():
     plain = GPT(CONFIG)
     plain.load_state_dict(merged_state_dict(model))
     prompts = [[1, 2, 3], [4]]
-    assert model.generate(prompts, 8, temperature=0.0) == plain.generate(prompts, 8, temperature=0.0)
+    assert model.generate(prompts, 8, sampling=Sampling(temperature=0.0)) == plain.generate(
+        prompts, 8, sampling=Sampling(temperature=0.0)
+    )
 
     def loss_and_gradients(call):
         model.train().zero_grad()

@@ -4,8 +4,9 @@ import codecs
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError
 from homebrew.generation.generate import NO_TOKEN, Overflow, generate_steps
 from homebrew.generation.sampling import Sampling
@@ -14,23 +15,13 @@ if TYPE_CHECKING:
     from homebrew.model.gpt import GPT
 
 
-class TextTokenizer(Protocol):
-    """What generation needs of a tokenizer."""
-
-    def encode(self, text: str) -> Iterable[int]:
-        """The ids of `text`."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes that the ids stand for."""
-
-
 def generate_text(
     model: "GPT",
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,
-    sampling: Sampling | None = None,
     *,
+    sampling: Sampling | None = None,
     stop: str | Sequence[str] = (),
     eos_token_id: int | None = None,
     seed: int | None = None,
@@ -44,7 +35,7 @@ def generate_text(
         tokenizer: the one the model was trained with.
         prompt: the text to continue.
         max_new_tokens: tokens to add at most.
-        sampling: how tokens are chosen; as the model predicts them if not given.
+        sampling: How to choose tokens. By default, sample from the model's distribution unchanged.
         stop: the text ends before the first of these strings, or before this one.
         eos_token_id: as for `generate_steps`; not part of the text.
         seed: as for `generate_steps`.

@@ -256,11 +256,7 @@ class GPT(nn.Module):
         input_ids: Prompts,
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float = 1.0,
+        sampling: Sampling | None = None,
         eos_token_id: int | None = None,
         seed: int | None = None,
         overflow: Overflow = "slide",
@@ -271,11 +267,7 @@ class GPT(nn.Module):
         Args:
             input_ids: (B, T), an integer tensor, or a list of B lists of ids, of any lengths.
             max_new_tokens: tokens to add to each sequence at most.
-            temperature: divides the logits; 0 always takes the likeliest token.
-            top_k: draw from the k likeliest tokens only.
-            top_p: draw from the likeliest tokens that together reach this probability only.
-            min_p: draw from tokens at least this fraction as probable as the likeliest only.
-            repetition_penalty: above 1 makes tokens that already occur less likely.
+            sampling: How to choose tokens. By default, sample from the model's distribution unchanged.
             eos_token_id: a sequence ends with this id.
             seed: of the choice; without one each call differs.
             overflow: "slide" forgets the older half of a sequence of `block_size` tokens, "stop" ends it.
@@ -289,18 +281,11 @@ class GPT(nn.Module):
             ModelError: a sequence is empty or too long, has an id outside the vocabulary, or a dtype too narrow for it.
             ConfigError: an option is out of its range.
         """
-        sampling = Sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
         steps = generate_steps(
             self,
             as_lists(input_ids, self.config.vocab_size),
             max_new_tokens,
-            sampling,
+            sampling or Sampling(),
             eos_token_id=eos_token_id,
             seed=seed,
             overflow=overflow,

@@ -17,6 +17,7 @@ from homebrew.distributed.fsdp import gather_full_model
 from homebrew.distributed.signals import HANDLED_SIGNALS, FlagExchange, SignalHandler, ends, leave
 from homebrew.errors import ConfigError
 from homebrew.evaluation.mean_loss import mean_loss
+from homebrew.generation.sampling import Sampling
 from homebrew.metrics.step_metrics import EvalMetrics
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
@@ -204,14 +205,17 @@ class Trainer:
         """
         return self.model if self._meta_copy is None else gather_full_model(self._meta_copy, self._wrapped)
 
-    def sample(self, text: str = "", max_new_tokens: int = 100, **sampling: Any) -> str:  # noqa: ANN401
+    def sample(
+        self, text: str = "", max_new_tokens: int = 100, *, sampling: Sampling | None = None, seed: int | None = None
+    ) -> str:
         """Generate text that continues `text`.
 
         Args:
             text: Prompt, which the result includes. If empty: the tokenizer's end-of-text token, a newline, or the
                 first character of its alphabet.
             max_new_tokens: Number of tokens to generate.
-            sampling: `GPT.generate`'s arguments: temperature, top_k, seed and so on.
+            sampling: How to choose tokens. Default: sample from the model's distribution unchanged.
+            seed: Random seed for sampling. Default: each call differs.
 
         Raises:
             ConfigError: The training dataset has no tokenizer.
@@ -221,7 +225,7 @@ class Trainer:
             raise ConfigError("sample() needs a Tokenizer, but train_dataset has none. Use model.generate on ids.")
         end = tokenizer.end_of_text_id
         ids = list(tokenizer.encode(text or default_prompt(tokenizer))) if text or end is None else [end]
-        generated = self.full_model().generate([ids], max_new_tokens, **sampling)[0]
+        generated = self.full_model().generate([ids], max_new_tokens, sampling=sampling, seed=seed)[0]
         return str(tokenizer.decode(generated if text else generated[1:]))
 
     @property
