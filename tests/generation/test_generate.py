@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.generation.generate import Decoder, generate_steps
+from homebrew.generation.decoder import Decoder
+from homebrew.generation.generate import generate_steps
 from homebrew.generation.kv_cache import KeyValueCache
 from homebrew.generation.sampling import Sampling
 from homebrew.generation.streaming import generate_text, whole_text

@@ -10,7 +10,8 @@ from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
 from homebrew.errors import LaunchError
-from homebrew.model.gpt import GPT, Block
+from homebrew.model.gpt import GPT
+from homebrew.model.transformer import Block
 
 
 def uses_fsdp(accelerator: Accelerator) -> bool:

@@ -19,7 +19,7 @@ from homebrew.data.download import cache_dir, checked, download, read_file
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError
 from homebrew.evaluation.perplexity import ProgressFn
-from homebrew.generation.generate import eval_mode
+from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"

@@ -12,7 +12,7 @@ from homebrew.constants import IGNORE_INDEX
 from homebrew.data.loader import eval_batches
 from homebrew.distributed.fsdp import reshard
 from homebrew.errors import DataError
-from homebrew.generation.generate import eval_mode
+from homebrew.model.eval_mode import eval_mode
 
 
 @torch.no_grad()

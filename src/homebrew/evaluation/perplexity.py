@@ -9,7 +9,7 @@ import torch
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError, ModelError
-from homebrew.generation.generate import eval_mode
+from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 
 ProgressFn = Callable[[Sequence[int]], Iterable[int]]

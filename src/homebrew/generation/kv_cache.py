@@ -5,14 +5,13 @@ whole generation, and positions are tensors, so that a CUDA graph or a compiled 
 without the host taking part.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from homebrew.model.gpt_config import GPTConfig
+from homebrew.model.gpt_config import GPTConfig
 
 
 class LayerCache(NamedTuple):
@@ -45,7 +44,7 @@ class KeyValueCache:
     """
 
     def __init__(
-        self, config: "GPTConfig", batch_size: int, length: int, *, device: torch.device, dtype: torch.dtype
+        self, config: GPTConfig, batch_size: int, length: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         # Each layer's in tensors of its own: of a part of one for all, a compiled step would write all anew.
         shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)

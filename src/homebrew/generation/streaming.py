@@ -4,19 +4,16 @@ import codecs
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError
 from homebrew.generation.generate import NO_TOKEN, Overflow, generate_steps
 from homebrew.generation.sampling import Sampling
-
-if TYPE_CHECKING:
-    from homebrew.model.gpt import GPT
+from homebrew.model.gpt import GPT
 
 
 def generate_text(
-    model: "GPT",
+    model: GPT,
     tokenizer: Tokenizer,
     prompt: str,
     max_new_tokens: int,

@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from homebrew.errors import ModelError
-from homebrew.generation.generate import eval_mode
 from homebrew.hub.from_pretrained import (
     COMPUTED,
     CONFIG_FILE,
@@ -24,6 +23,7 @@ from homebrew.hub.peft import CONFIG_FILE as ADAPTER_CONFIG
 from homebrew.hub.source import writing_to
 from homebrew.hub.tokenizer_files import TOKENIZER_FILES, ExportableTokenizer, to_json, tokenizer_files
 from homebrew.io import atomic_replace
+from homebrew.model.eval_mode import eval_mode
 from homebrew.model.lora import merged_state_dict
 
 if TYPE_CHECKING:

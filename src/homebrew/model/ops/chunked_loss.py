@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from homebrew.constants import IGNORE_INDEX
+from homebrew.model.ops.autocast import compute_dtype
 
 TOKENS_AT_ONCE = 16_384
 """Tokens whose logits exist at the same time: 1.6 GB of GPT-2's in bfloat16, and large matrix products."""
@@ -51,13 +52,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     )
     loss: Tensor = total / (targets != IGNORE_INDEX).sum().clamp(min=1)
     return loss
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of `x` run in: autocast's where it is on, else its own."""
-    device = x.device.type
-    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return dtype
 
 
 @torch.library.custom_op("homebrew::linear_cross_entropy", mutates_args=())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from homebrew.model.ops.chunked_loss import compute_dtype
+from homebrew.model.ops.autocast import compute_dtype
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 

@@ -1,0 +1,112 @@
+"""The transformer of GPT-2: attention, MLP, blocks and embeddings."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from homebrew.model.gpt_config import GPTConfig
+from homebrew.model.ops.attention import causal_attention
+from homebrew.model.ops.autocast import compute_dtype
+from homebrew.model.ops.mlp import mlp
+
+if TYPE_CHECKING:
+    from homebrew.generation.kv_cache import KeyValueCache, LayerCache
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and those before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, after the tokens already in it."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            y = cache.attend(q, k, v)
+        else:
+            y = causal_attention(q, k, v, dropout=self.dropout, training=self.training)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two matrix products with a tanh GELU between them, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if type(self.c_fc) is type(self.c_proj) is nn.Linear:
+            x = mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        elif self.training and torch.is_grad_enabled():
+            # An adapted layer keeps its input for the backward pass: here the widest tensor there is, and quickly had.
+            x = checkpoint(self._activate_and_project, self.c_fc(x), use_reentrant=False)
+        else:
+            x = self._activate_and_project(self.c_fc(x))
+        return F.dropout(x, self.dropout, self.training)
+
+    def _activate_and_project(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c_proj(F.gelu(x, approximate="tanh"))
+        return y
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normalised copy and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation_checkpointing = False
+        """Whether only the input is kept for the backward pass, which computes the rest anew (Chen et al. 2016)."""
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if self.activation_checkpointing and self.training:
+            again: Tensor = checkpoint(self._forward, x, None, use_reentrant=False)
+            return again
+        return self._forward(x, cache)
+
+    def _forward(self, x: Tensor, cache: "LayerCache | None") -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class Transformer(nn.Module):
+    """Token and position embeddings, the blocks and a last layer norm: everything below the head."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    def forward(self, input_ids: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
+        """(B, T) int64 -> (B, T, C); with a cache, after the tokens already in it."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if cache is None else cache.positions
+        x: Tensor = self.wte(input_ids) + self.wpe(positions)
+        x = x.to(compute_dtype(x))  # half the bytes in every norm and sum of the blocks
+        x = F.dropout(x, self.dropout, self.training)
+        for index, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layer(index))
+        normed: Tensor = self.ln_f(x)
+        return normed
