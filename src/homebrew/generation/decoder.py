@@ -1,4 +1,4 @@
-"""Decoding: one step of a model over its key-value cache."""
+"""The decoder: runs a model over its key-value cache, one token of every sequence at a time."""
 
 import torch
 from torch import Tensor
@@ -8,20 +8,24 @@ from homebrew.generation.kv_cache import KeyValueCache
 from homebrew.generation.sampling import Sampling
 from homebrew.model.gpt import GPT
 
-_EAGER_STEPS = 2
-"""On a GPU, steps taken kernel by kernel, so that all is loaded, before the step is captured as a graph."""
+_NUM_EAGER_STEPS = 2
+"""On a GPU, steps run kernel by kernel before the step is captured as a CUDA graph, so that lazy loading is done."""
 
 
 class Decoder:
-    """A model reading into a cache and choosing tokens.
+    """Generates tokens with a model and a key-value cache.
+
+    `prefill` reads the prompts, and each call of `step` then adds one token to every sequence. Dimensions: B batch
+    size, T prompt length, V vocabulary size, C embedding dimension.
 
     Args:
-        model: the model, in evaluation mode.
-        batch_size: sequences, B.
-        length: slots in the cache.
-        sampling: how tokens are chosen.
-        seed: of the choice; PyTorch's global random state is neither used nor moved. None takes a fresh one.
-        compile: compile the step of one token.
+        model: The model, in evaluation mode.
+        batch_size: Number of sequences, B.
+        length: Number of slots in the cache.
+        sampling: How to choose tokens.
+        seed: Random seed for sampling. PyTorch's global random state is neither used nor changed. By default, a
+            new seed is drawn.
+        compile: Whether to compile the step.
     """
 
     def __init__(
@@ -32,33 +36,36 @@ class Decoder:
         sampling: Sampling,
         *,
         seed: int | None = None,
-        compile: bool = False,  # noqa: A002 - the ecosystem's word
+        compile: bool = False,  # noqa: A002 - the name transformers and PyTorch use
     ) -> None:
         self.model = model
         self.sampling = sampling
         device, vocab_size = model.device, model.config.vocab_size
         self.cache = KeyValueCache(model.config, batch_size, length, device=device, dtype=model.lm_head.weight.dtype)
         self.ids = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)
+        """The token chosen last in each sequence, (B, 1)."""
         self.slot = torch.zeros(1, device=device, dtype=torch.int64)
+        """The cache slot of those tokens, (1,)."""
         self.noise = torch.ones(batch_size, vocab_size, device=device)
         self.seen: Tensor | None = None
+        """Tokens that already occur in each sequence, (B, V), bool. None without a repetition penalty."""
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(batch_size, vocab_size, device=device, dtype=torch.bool)
         self._generator = torch.Generator(device)
         self._generator.seed() if seed is None else self._generator.manual_seed(seed)
-        self._one_step = torch.compile(self._advance, dynamic=False) if compile else self._advance
+        self._run_step = torch.compile(self._decode_one, dynamic=False) if compile else self._decode_one
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._steps = 0
+        self._num_steps = 0
 
-    def read(self, input_ids: Tensor, start: Tensor) -> Tensor:
-        """Read sequences into the empty cache and choose the token that follows each.
+    def prefill(self, input_ids: Tensor, start: Tensor) -> Tensor:
+        """Read sequences into the empty cache and choose the next token of each.
 
         Args:
-            input_ids: (B, T), int64, each sequence at its row's end.
-            start: (B,), int64, where in the row it begins.
+            input_ids: Right-aligned token ids, (B, T), int64.
+            start: Column of each sequence's first token, (B,), int64.
 
         Returns:
-            The chosen ids, (B, 1), int64; the next call overwrites them.
+            Ids of the next tokens, (B, 1), int64. The next call overwrites this tensor.
         """
         T = input_ids.shape[1]
         self.cache.start.copy_(start[:, None])
@@ -68,38 +75,41 @@ class Decoder:
         return self.ids
 
     def step(self) -> Tensor:
-        """Read the tokens just chosen and choose the next; returns as `read` does."""
+        """Read the tokens chosen last and choose the next ones. The result is as in `prefill`."""
         self._draw_noise()
-        if self.ids.is_cuda and self._graph is None and self._steps == _EAGER_STEPS:
+        if self.ids.is_cuda and self._graph is None and self._num_steps == _NUM_EAGER_STEPS:
             self._graph = torch.cuda.CUDAGraph()
-            # PyTorch's own stream for captures is of whichever device was the first.
+            # PyTorch's default capture stream belongs to the device that was current at the first capture.
             stream = torch.cuda.Stream(self.ids.device)  # type: ignore[no-untyped-call]
             with torch.cuda.graph(self._graph, stream=stream):
-                self._one_step()
+                self._run_step()
         if self._graph is not None:
             self._graph.replay()
         else:
-            self._one_step()
-        self._steps += 1
+            self._run_step()
+        self._num_steps += 1
         return self.ids
 
     def logits(self, input_ids: Tensor, slots: Tensor) -> Tensor:
-        """Read tokens into the cache; the logits after the last, (B, V), float32.
+        """Read tokens into the cache and return the logits after the last one.
 
         Args:
-            input_ids: (B, T), int64.
-            slots: (T,), int64, where in the cache they go.
+            input_ids: Token ids, (B, T), int64.
+            slots: Consecutive cache slots to write, (T,), int64.
+
+        Returns:
+            Logits, (B, V), float32.
         """
-        self.cache.move_to(slots)
+        self.cache.set_slots(slots)
         hidden = self.model.transformer(input_ids, self.cache)[:, -1]  # (B, C)
         return F.linear(hidden, self.model.lm_head.weight)[:, : self.model.config.vocab_size].float()
 
-    def _advance(self) -> None:
+    def _decode_one(self) -> None:
         self._choose(self.logits(self.ids, self.slot))
         self.slot += 1
 
     def _choose(self, logits: Tensor) -> None:
-        self.ids.copy_(self.sampling.choose(logits, self.noise, self.seen)[:, None])
+        self.ids.copy_(self.sampling.sample(logits, self.noise, self.seen)[:, None])
         if self.seen is not None:
             self.seen.scatter_(1, self.ids, value=True)
 

@@ -1,4 +1,4 @@
-"""Generation: prompts in, tokens out, one of every sequence at a time."""
+"""Generation of token ids: continue a batch of prompts, all at once or token by token."""
 
 import operator
 from collections.abc import Generator, Iterable, Sequence
@@ -9,82 +9,111 @@ from torch import Tensor
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.generation.decoder import Decoder
-from homebrew.generation.sampling import Sampling, is_whole
+from homebrew.generation.sampling import Sampling, is_integer
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 
 Overflow = Literal["slide", "stop"]
-"""What happens when a sequence has `block_size` tokens: its older half is forgotten, or it ends."""
+"""What to do when a sequence reaches `block_size` tokens: drop the older half of its context, or end it."""
 
 Prompts = TypeVar("Prompts", Tensor, list[list[int]])
-"""Token sequences: one tensor, (B, T), or a list for each."""
+"""Token ids of a batch: a tensor of shape (B, T), or a list for each sequence."""
 
-NO_TOKEN = -1
-"""Stands where a sequence that has ended would have its next id."""
+FINISHED = -1
+"""Yielded by `stream_tokens` in place of a token id for a sequence that has ended."""
 
 _CACHE_MULTIPLE = 64
-"""The cache's length is rounded up to this: attention kernels want aligned masks."""
+"""The cache length is rounded up to a multiple of this, since attention kernels need aligned masks."""
 
 _STEPS_BETWEEN_CHECKS = 16
-"""On a GPU, steps between looks at whether every sequence has ended: each look waits for the device."""
+"""On a GPU, steps between checks whether all sequences have ended. Each check waits for the device."""
 
 
-@torch.no_grad()
-def generate_steps(
+def generate(
     model: GPT,
-    prompts: Sequence[Sequence[int]],
+    input_ids: Prompts,
     max_new_tokens: int,
-    sampling: Sampling,
     *,
+    sampling: Sampling | None = None,
     eos_token_id: int | None = None,
     seed: int | None = None,
     overflow: Overflow = "slide",
-    compile: bool = False,  # noqa: A002 - the ecosystem's word
-) -> Generator[Tensor]:
-    """Continue a batch of prompts, a token of each at a time.
+    compile: bool = False,  # noqa: A002 - the name transformers and PyTorch use
+) -> Prompts:
+    """Generate a continuation of each token sequence. `GPT.generate` documents the arguments and errors."""
+    tokens = stream_tokens(
+        model,
+        _to_lists(input_ids, model.config.vocab_size),
+        max_new_tokens,
+        sampling=sampling,
+        eos_token_id=eos_token_id,
+        seed=seed,
+        overflow=overflow,
+        compile=compile,
+    )
+    if isinstance(input_ids, Tensor):
+        return _append_to_tensor(input_ids, tokens, eos_token_id)
+    return _append_to_lists(input_ids, tokens)
 
-    The model is in evaluation mode until the iterator ends or is closed.
+
+@torch.no_grad()
+def stream_tokens(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None = None,
+    eos_token_id: int | None = None,
+    seed: int | None = None,
+    overflow: Overflow = "slide",
+    compile: bool = False,  # noqa: A002 - the name transformers and PyTorch use
+) -> Generator[Tensor]:
+    """Continue a batch of prompts, yielding one token of every sequence at a time.
+
+    The model is in evaluation mode until the generator ends or is closed.
 
     Args:
-        model: the model.
-        prompts: token ids, one list a sequence, of any lengths.
-        max_new_tokens: tokens to add to each at most.
-        sampling: how tokens are chosen.
-        eos_token_id: a sequence ends with this id.
-        seed: of the choice; None takes a fresh one.
-        overflow: what happens when a sequence has `block_size` tokens: "slide" forgets its older half and
-            reads the rest again (learned positions cannot shift), "stop" ends it. A prompt longer than that
-            loses its beginning, or is an error.
-        compile: compile the step of one token: for many tokens on a GPU.
+        model: The model.
+        prompts: Token ids of each sequence, of any lengths. B sequences in total.
+        max_new_tokens: Maximum number of tokens to add to each sequence.
+        sampling: How to choose tokens. By default, sample from the model's distribution unchanged.
+        eos_token_id: Id that ends a sequence.
+        seed: Random seed for sampling. By default, each call differs.
+        overflow: What to do when a sequence reaches `block_size` tokens. "slide" drops the older half of the
+            context and reads the rest again, since learned position embeddings cannot shift; a longer prompt
+            loses its beginning. "stop" ends the sequence; a longer prompt is an error.
+        compile: Whether to compile the decoding step, which pays off for long outputs on a GPU.
 
     Yields:
-        The new ids, (B,), int64, -1 for a sequence that has ended.
+        Ids of the new tokens, (B,), int64, with `FINISHED` for sequences that have ended.
 
     Raises:
-        ModelError: a prompt is empty or too long, or has an id outside the vocabulary.
-        ConfigError: `max_new_tokens`, `eos_token_id` or `seed` is out of its range, or `overflow` neither "slide" nor
-            "stop".
+        ModelError: A prompt is empty, is too long, or has an id outside the vocabulary.
+        ConfigError: `max_new_tokens`, `eos_token_id`, `seed` or `overflow` is not valid.
     """
-    prompts = _check(model.config, prompts, max_new_tokens, overflow, eos_token_id, seed)
+    prompts = _check_arguments(model.config, prompts, max_new_tokens, overflow, eos_token_id, seed)
+    sampling = sampling or Sampling()
     block_size, device = model.config.block_size, model.device
     lengths = [len(prompt) for prompt in prompts]
-    end = max(lengths)  # all sequences end at the same column
-    budget = [max_new_tokens if overflow == "slide" else min(max_new_tokens, block_size - n) for n in lengths]
-    num_steps = max(budget)
-    start = [end - min(n, block_size) for n in lengths]  # the first column that each may see
-    base = min(start)  # the column in the cache's first slot
 
-    padded = [[0] * (end - len(prompt)) + prompt for prompt in prompts]
-    ids = torch.tensor(padded, device=device)  # (B, T), the columns up to `end`, those that are no longer seen left out
-    new_ids: list[Tensor] = []  # (B, 1) each, the columns that follow
-    budgets = torch.tensor(budget, device=device)
-    exhausted = set(budget)  # the steps at which a budget ends: at the others nothing is asked of the device
-    finished = torch.zeros(len(prompts), device=device, dtype=torch.bool)
-    num_slots = min(block_size, end - base + num_steps)
-    cache_length = -(-num_slots // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
+    # The sequences are right-aligned in columns: each step adds a column, `end`, with one token of every sequence.
+    end = max(lengths)
+    start = [end - min(n, block_size) for n in lengths]  # first column in each sequence's context
+    base = min(start)  # the column in the cache's first slot
+    left_padded = [[0] * (end - len(prompt)) + prompt for prompt in prompts]
+    ids = torch.tensor(left_padded, device=device)  # (B, T): the columns up to `end` that are in a context
+    new_ids: list[Tensor] = []  # (B, 1) each: the columns generated since
+
+    limits = [max_new_tokens if overflow == "slide" else min(max_new_tokens, block_size - n) for n in lengths]
+    num_steps = max(limits)
+    limit_steps = set(limits)  # only at these steps can a sequence reach its limit
+    limit = torch.tensor(limits, device=device)  # (B,)
+    finished = torch.zeros(len(prompts), device=device, dtype=torch.bool)  # (B,)
     check_every = 1 if device.type == "cpu" else _STEPS_BETWEEN_CHECKS
 
+    num_slots = min(block_size, end - base + num_steps)
+    cache_length = -(-num_slots // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     with eval_mode(model):
         decoder = Decoder(model, len(prompts), cache_length, sampling, seed=seed, compile=compile)
         if decoder.seen is not None:
@@ -92,71 +121,57 @@ def generate_steps(
                 decoder.seen[row, torch.tensor(prompt, device=device)] = True
         for step in range(num_steps):
             if step == 0 or end - base > block_size:
+                # Halve the contexts that are longer than a block, and read everything that remains.
                 start = [end - block_size // 2 if end - first > block_size else first for first in start]
                 start = [min(first, end - 1) for first in start]
                 base = min(start)
                 ids = torch.cat([ids, *new_ids], dim=1)[:, base - end :]
                 new_ids = []
-                new = decoder.read(ids, torch.tensor(start, device=device) - base).clone()
+                column = decoder.prefill(ids, torch.tensor(start, device=device) - base).clone()
             else:
-                new = decoder.step().clone()
-            new_ids.append(new)
-            new = new[:, 0]
+                column = decoder.step().clone()
+            new_ids.append(column)
+            tokens = column[:, 0]  # (B,)
             end += 1
-            if step in exhausted:
-                finished |= budgets <= step
-            yield torch.where(finished, NO_TOKEN, new)
+            if step in limit_steps:
+                finished |= limit <= step
+            yield torch.where(finished, FINISHED, tokens)
             if eos_token_id is not None:
-                finished |= new == eos_token_id
+                finished |= tokens == eos_token_id
                 if (step + 1) % check_every == 0 and finished.all():
                     return
 
 
-def as_lists(prompts: Prompts, vocab_size: int) -> list[list[int]]:
-    """Token sequences as lists.
-
-    Raises:
-        ModelError: a tensor's dtype cannot hold all the ids that may be added.
-    """
+def _to_lists(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     if not isinstance(prompts, Tensor):
         return prompts
-    whole = not (prompts.dtype.is_floating_point or prompts.dtype.is_complex or prompts.dtype == torch.bool)
-    if whole and torch.iinfo(prompts.dtype).max < vocab_size - 1:
-        raise ModelError(
-            f"A tensor of {prompts.dtype} cannot hold ids up to {vocab_size - 1}: give one of torch.int64."
-        )
+    is_integral = not (prompts.dtype.is_floating_point or prompts.dtype.is_complex or prompts.dtype == torch.bool)
+    if is_integral and torch.iinfo(prompts.dtype).max < vocab_size - 1:
+        raise ModelError(f"A tensor of {prompts.dtype} cannot hold ids up to {vocab_size - 1}. Use torch.int64.")
     ids: list[list[int]] = prompts.tolist()
     return ids
 
 
-def append_columns(input_ids: Tensor, steps: Iterable[Tensor], eos_token_id: int | None) -> Tensor:
-    """Sequences with what `generate_steps` gave for them; those that ended are filled up with `eos_token_id`.
-
-    Args:
-        input_ids: (B, T), any integer dtype.
-        steps: new ids, (B,) each.
-        eos_token_id: the filling.
-
-    Returns:
-        (B, T + added), as `input_ids`; nothing is added after the last sequence has ended.
-    """
-    columns = list(steps)
+def _append_to_tensor(input_ids: Tensor, tokens: Iterable[Tensor], eos_token_id: int | None) -> Tensor:
+    """Append the result of `stream_tokens`, up to the step at which the last sequence ended."""
+    columns = list(tokens)
     if not columns:
         return input_ids
     new = torch.stack(columns, dim=1)  # (B, steps)
-    live = new != NO_TOKEN
-    new = new.where(live, eos_token_id or 0)[:, : int(live.any(0).sum())]
-    return torch.cat([input_ids, new.to(input_ids)], dim=1)
+    valid = new != FINISHED
+    num_valid = int(valid.any(0).sum())
+    new = new.where(valid, eos_token_id or 0)[:, :num_valid]
+    return torch.cat([input_ids, new.to(input_ids)], dim=1)  # (B, T + new tokens)
 
 
-def append_lists(prompts: Sequence[Sequence[int]], steps: Iterable[Tensor]) -> list[list[int]]:
-    """Sequences with what `generate_steps` gave for them, new ids, (B,) each; they end where they ended."""
-    columns = list(steps)
-    new = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in prompts]  # one wait for the device
-    return [[*prompt, *(i for i in ids if i != NO_TOKEN)] for prompt, ids in zip(prompts, new, strict=True)]
+def _append_to_lists(prompts: Sequence[Sequence[int]], tokens: Iterable[Tensor]) -> list[list[int]]:
+    """Append the result of `stream_tokens`. Each list ends where its sequence ended."""
+    columns = list(tokens)
+    new = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in prompts]  # waits for the device once
+    return [[*prompt, *(i for i in ids if i != FINISHED)] for prompt, ids in zip(prompts, new, strict=True)]
 
 
-def _check(
+def _check_arguments(
     config: GPTConfig,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -164,35 +179,36 @@ def _check(
     eos_token_id: int | None,
     seed: int | None,
 ) -> list[list[int]]:
-    """The prompts as lists of Python's integers, once everything is known to be as it must."""
-    if not is_whole(max_new_tokens) or max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens={max_new_tokens!r}: must be a whole number of at least 0.")
-    if eos_token_id is not None and not is_whole(eos_token_id):
-        raise ConfigError(f"eos_token_id={eos_token_id!r}: must be one id.")
-    if seed is not None and not (is_whole(seed) and -(2**63) <= seed < 2**64):
-        raise ConfigError(f"seed={seed!r}: must be a whole number from -2**63 to 2**64 - 1.")
+    """Validate the arguments of `stream_tokens` and return the prompts as lists of Python integers."""
+    if not is_integer(max_new_tokens) or max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens={max_new_tokens!r} is not valid. Use an integer of at least 0.")
+    if eos_token_id is not None and not is_integer(eos_token_id):
+        raise ConfigError(f"eos_token_id={eos_token_id!r} is not valid. Use a single id, or None.")
+    if seed is not None and not (is_integer(seed) and -(2**63) <= seed < 2**64):
+        raise ConfigError(f"seed={seed!r} is not valid. Use an integer from -2**63 to 2**64 - 1, or None.")
     if overflow not in ("slide", "stop"):
-        raise ConfigError(f'overflow={overflow!r}: must be "slide" or "stop".')
+        raise ConfigError(f'overflow={overflow!r} is not valid. Use "slide" or "stop".')
     try:
-        rows = [[operator.index(token) for token in prompt] for prompt in prompts]
+        sequences = [[operator.index(token) for token in prompt] for prompt in prompts]
     except TypeError as error:
         raise ModelError(
-            f"Prompts must be a tensor of whole numbers, (B, T), or a list of lists of them ({error})."
+            f"The prompts are not token ids ({error}). Use an integer tensor of shape (B, T), or a list of lists of "
+            f"integers."
         ) from None
-    if not rows:
-        raise ModelError("There is no prompt: give at least one sequence of token ids.")
-    for row in rows:
-        if not row:
-            raise ModelError("A prompt is empty: give it at least one token, such as the end-of-text id.")
-        if overflow == "stop" and len(row) > config.block_size:
+    if not sequences:
+        raise ModelError("There are no prompts. Give at least one sequence of token ids.")
+    for sequence in sequences:
+        if not sequence:
+            raise ModelError("A prompt is empty. Give at least one token, such as the end-of-text id.")
+        if overflow == "stop" and len(sequence) > config.block_size:
             raise ModelError(
-                f"A prompt has {len(row)} tokens, but the model's block_size is {config.block_size}. "
-                f'Shorten it, or let its beginning be forgotten with overflow="slide".'
+                f"A prompt has {len(sequence)} tokens, but the model's block_size is {config.block_size}. "
+                f'Shorten the prompt, or use overflow="slide" to drop its beginning.'
             )
-        for token in (min(row), max(row)):
+        for token in (min(sequence), max(sequence)):
             if not 0 <= token < config.vocab_size:
                 raise ModelError(
-                    f"A prompt has token id {token}, but the model's vocab_size is {config.vocab_size}: "
-                    f"ids go from 0 to {config.vocab_size - 1}. Use the tokenizer the model was trained with."
+                    f"A prompt has token id {token}, but the model's vocab_size is {config.vocab_size}: valid ids are "
+                    f"0 to {config.vocab_size - 1}. Use the tokenizer the model was trained with."
                 )
-    return rows
+    return sequences

@@ -1,8 +1,10 @@
-"""The key-value cache: what attention has computed for the tokens already read.
+"""The key-value cache: keys and values of the tokens that a model has already processed.
 
-Pope et al. 2022, "Efficiently Scaling Transformer Inference". Its buffers have one size and one place for a
-whole generation, and positions are tensors, so that a CUDA graph or a compiled kernel reads token after token
-without the host taking part.
+Pope et al. 2022, "Efficiently Scaling Transformer Inference". The buffers keep their sizes and addresses for an
+entire generation and positions are tensors, so that a CUDA graph or a compiled step can run for token after token
+without the host.
+
+Dimensions: B batch size, T number of new tokens, L number of cache slots, nh number of heads, hs head size.
 """
 
 from typing import NamedTuple
@@ -15,60 +17,75 @@ from homebrew.model.gpt_config import GPTConfig
 
 
 class LayerCache(NamedTuple):
-    """One layer's part of a `KeyValueCache`."""
+    """One layer's view of a `KeyValueCache`."""
 
     keys: Tensor
+    """(B, nh, L, hs)."""
     values: Tensor
+    """(B, nh, L, hs)."""
     slots: Tensor
+    """Slots of the new tokens, (T,), int64."""
     mask: Tensor
+    """Added to the attention scores: 0 for visible slots and -inf for the others, (B, 1, T, L)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new keys and values, then attend to all that are visible; (B, nh, T, hs) each."""
+        """Store the new keys and values, then attend to all visible slots.
+
+        Args:
+            q: Queries of the new tokens, (B, nh, T, hs).
+            k: Keys of the new tokens, (B, nh, T, hs).
+            v: Values of the new tokens, (B, nh, T, hs).
+
+        Returns:
+            Tensor of shape (B, nh, T, hs).
+        """
         self.keys.index_copy_(2, self.slots, k.to(self.keys.dtype))
         self.values.index_copy_(2, self.slots, v.to(self.values.dtype))
         return F.scaled_dot_product_attention(q.to(self.keys.dtype), self.keys, self.values, attn_mask=self.mask)
 
 
 class KeyValueCache:
-    """The keys and values of tokens already read, in buffers that never move.
+    """Keys and values of every layer, in preallocated buffers.
 
-    A sequence occupies the slots from its `start` on: the sequences of a batch end at the same slot, so the
-    shorter ones start later.
+    All sequences of a batch end at the same slot, so a shorter sequence starts at a later slot. The slots before
+    its start are padding, which its tokens do not attend to.
 
     Args:
-        config: the model's shape.
-        batch_size: sequences, B.
-        length: slots, L.
-        device: where the model is.
-        dtype: of the model's weights.
+        config: Configuration of the model.
+        batch_size: Number of sequences, B.
+        length: Number of slots, L.
+        device: Device of the model.
+        dtype: Dtype of the model's weights.
     """
 
     def __init__(
         self, config: GPTConfig, batch_size: int, length: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
-        # Each layer's in tensors of its own: of a part of one for all, a compiled step would write all anew.
+        # Separate tensors for each layer: a compiled step copies the full buffer when it updates a slice of it.
         shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)
         self.keys, self.values = (
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
         )
         self.start = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)
-        self.move_to(torch.zeros(1, device=device, dtype=torch.int64))
+        """First slot of each sequence, (B, 1)."""
+        self.set_slots(torch.zeros(1, device=device, dtype=torch.int64))
 
-    def move_to(self, slots: Tensor) -> None:
-        """Say where the tokens read next are to be stored.
+    def set_slots(self, slots: Tensor) -> None:
+        """Set the slots that the next forward pass writes, with their positions and attention mask.
 
         Args:
-            slots: (T,), int64, consecutive.
+            slots: Consecutive slots, (T,), int64.
         """
-        every = torch.arange(self.keys[0].shape[2], device=slots.device)  # (L,)
-        here = every == slots[:, None]  # (T, L); padding before a start sees itself, or its softmax is 0 / 0
-        visible = (every <= slots[:, None]) & (every >= self.start[:, :, None])  # (B, T, L)
+        all_slots = torch.arange(self.keys[0].shape[2], device=slots.device)  # (L,)
+        # A padding slot attends to itself, since a softmax over no slots would be NaN.
+        itself = all_slots == slots[:, None]  # (T, L)
+        visible = (all_slots <= slots[:, None]) & (all_slots >= self.start[:, :, None])  # (B, T, L)
         self.slots = slots
-        # Added to the scores: every layer would make this of a mask of truth values, in kernels of its own.
-        unseen = ~(visible | here)[:, None]
-        self.mask = torch.zeros_like(unseen, dtype=self.keys[0].dtype).masked_fill_(unseen, -torch.inf)  # (B, 1, T, L)
+        # A float mask, because with a boolean mask every layer would launch kernels to convert it.
+        hidden = ~(visible | itself)[:, None]
+        self.mask = torch.zeros_like(hidden, dtype=self.keys[0].dtype).masked_fill_(hidden, -torch.inf)  # (B, 1, T, L)
         self.positions = (slots - self.start).clamp(min=0)  # (B, T)
 
     def layer(self, index: int) -> LayerCache:
-        """What the attention of layer `index` needs."""
+        """Return the cache of layer `index`."""
         return LayerCache(self.keys[index], self.values[index], self.slots, self.mask)

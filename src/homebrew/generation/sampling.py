@@ -1,4 +1,4 @@
-"""How logits become the next token."""
+"""Sampling: choose the next token from the logits."""
 
 import math
 from dataclasses import dataclass
@@ -10,48 +10,62 @@ from torch import Tensor
 from homebrew.errors import ConfigError
 
 
-def is_whole(value: object) -> bool:
-    """Whether this is a whole number, Python's or NumPy's."""
+def is_integer(value: object) -> bool:
+    """Return whether a value is an integer of Python or NumPy. Booleans and tensors are not."""
     return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen from the logits; applied in this order, as transformers does.
+    """How to choose the next token.
+
+    The options are applied in the order of the fields, as in transformers.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: A value is out of range.
     """
 
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens that already occur, multiplies negative ones (Keskar et al. 2019)."""
+    """Makes tokens that already occur less likely if above 1: their positive logits are divided by it, their
+    negative ones multiplied (Keskar et al. 2019)."""
     temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Divides the logits. 0 always takes the most likely token (greedy decoding)."""
     top_k: int | None = None
-    """Only the k likeliest tokens can be drawn."""
+    """Sample from the k most likely tokens only."""
     top_p: float | None = None
-    """Only the likeliest tokens that together reach this probability can be drawn (Holtzman et al. 2019)."""
+    """Sample from the smallest set of most likely tokens whose probabilities sum to `top_p` (Holtzman et al. 2019)."""
     min_p: float | None = None
-    """Only tokens at least this fraction as probable as the likeliest can be drawn (Nguyen et al. 2024)."""
+    """Sample only from tokens at least `min_p` times as likely as the most likely token (Nguyen et al. 2024)."""
 
     def __post_init__(self) -> None:
         if not self.repetition_penalty > 0:
-            raise ConfigError(f"repetition_penalty={self.repetition_penalty!r}: must be above 0; 1 is no penalty.")
+            raise ConfigError(
+                f"repetition_penalty={self.repetition_penalty!r} is not valid. Use a number above 0; 1 is no penalty."
+            )
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature!r}: must be at least 0; 0 takes the likeliest token.")
-        if self.top_k is not None and not (is_whole(self.top_k) and self.top_k >= 1):
-            raise ConfigError(f"top_k={self.top_k!r}: must be a whole number of at least 1; None keeps all tokens.")
+            raise ConfigError(
+                f"temperature={self.temperature!r} is not valid. Use a number of at least 0; 0 is greedy decoding."
+            )
+        if self.top_k is not None and not (is_integer(self.top_k) and self.top_k >= 1):
+            raise ConfigError(
+                f"top_k={self.top_k!r} is not valid. Use an integer of at least 1, or None to keep all tokens."
+            )
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"{name}={value!r}: must be above 0 and at most 1; None keeps all tokens.")
+                raise ConfigError(
+                    f"{name}={value!r} is not valid. Use a number above 0 and at most 1, or None to keep all tokens."
+                )
 
-    def adjust(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Logits whose softmax is the distribution to draw from; tokens that cannot be drawn have -inf.
+    def process_logits(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Return logits whose softmax is the distribution to sample from. Excluded tokens have -inf.
 
         Args:
-            logits: (B, V), float32.
-            seen: (B, V), bool, the tokens that already occur; needed for a repetition penalty.
+            logits: Logits of the model, (B, V), float32.
+            seen: Tokens that already occur in each sequence, (B, V), bool. Required for a repetition penalty.
+
+        Returns:
+            Tensor of shape (B, V), float32.
         """
         if seen is not None and self.repetition_penalty != 1.0:
             penalty = self.repetition_penalty
@@ -65,25 +79,25 @@ class Sampling:
         if self.top_p is not None:
             ordered, order = logits.sort(descending=True)
             probabilities = ordered.softmax(-1)
-            cut = probabilities.cumsum(-1) - probabilities >= self.top_p  # likelier tokens reach it already
-            logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
+            excluded = probabilities.cumsum(-1) - probabilities >= self.top_p  # more likely tokens suffice
+            logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
         if self.min_p is not None:
-            floor = logits.amax(-1, keepdim=True) + math.log(self.min_p)
-            logits = logits.masked_fill(logits < floor, -torch.inf)
+            threshold = logits.amax(-1, keepdim=True) + math.log(self.min_p)
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
         return logits
 
-    def choose(self, logits: Tensor, noise: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Draw one token for each row, by the Gumbel-max trick: argmax(logits - log E), E exponential.
+    def sample(self, logits: Tensor, noise: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Sample one token per row, by the Gumbel-max trick: argmax(logits - log(noise)).
 
         Args:
-            logits: (B, V), float32.
-            noise: (B, V), float32, exponentially distributed.
-            seen: as for `adjust`.
+            logits: Logits of the model, (B, V), float32.
+            noise: Exponentially distributed noise, (B, V), float32.
+            seen: As in `process_logits`.
 
         Returns:
             Token ids, (B,), int64.
         """
-        logits = self.adjust(logits, seen)
+        logits = self.process_logits(logits, seen)
         if self.temperature > 0:
             logits = logits - noise.clamp(min=torch.finfo(noise.dtype).eps / 2).log()
         return logits.argmax(-1)

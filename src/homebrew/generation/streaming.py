@@ -1,4 +1,4 @@
-"""Generated text: whole characters as soon as they are known, up to a stop string."""
+"""Streaming text generation: complete characters as soon as they are known, up to a stop string."""
 
 import codecs
 import itertools
@@ -7,7 +7,7 @@ from contextlib import closing
 
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError
-from homebrew.generation.generate import NO_TOKEN, Overflow, generate_steps
+from homebrew.generation.generate import FINISHED, Overflow, stream_tokens
 from homebrew.generation.sampling import Sampling
 from homebrew.model.gpt import GPT
 
@@ -23,73 +23,80 @@ def generate_text(
     eos_token_id: int | None = None,
     seed: int | None = None,
     overflow: Overflow = "slide",
-    compile: bool = False,  # noqa: A002 - the ecosystem's word
+    compile: bool = False,  # noqa: A002 - the name transformers and PyTorch use
 ) -> Iterator[str]:
-    """The text that follows a prompt, in whole characters, as soon as they are known.
+    """Generate the continuation of a prompt as a stream of text.
 
     Args:
-        model: the model.
-        tokenizer: the one the model was trained with.
-        prompt: the text to continue.
-        max_new_tokens: tokens to add at most.
+        model: The model.
+        tokenizer: Tokenizer the model was trained with.
+        prompt: Text to continue.
+        max_new_tokens: Maximum number of tokens to generate.
         sampling: How to choose tokens. By default, sample from the model's distribution unchanged.
-        stop: the text ends before the first of these strings, or before this one.
-        eos_token_id: as for `generate_steps`; not part of the text.
-        seed: as for `generate_steps`.
-        overflow: as for `generate_steps`.
-        compile: as for `generate_steps`.
+        stop: String, or strings, at which the text ends. The stop string is not part of the text.
+        eos_token_id: Id that ends the text. It is not part of the text.
+        seed: Random seed for sampling. By default, each call differs.
+        overflow: What to do when the sequence reaches `block_size` tokens: "slide" drops the older half of the
+            context and continues, "stop" ends the text.
+        compile: Whether to compile the decoding step, which pays off for long outputs on a GPU.
+
+    Yields:
+        Pieces of the text, each of complete characters, without the prompt.
 
     Raises:
-        ConfigError: a stop string is empty, or another option out of its range.
-        ModelError: as `generate_steps` does.
+        ConfigError: A stop string is empty, or another option is out of range.
+        ModelError: The prompt is empty, is too long, or has an id outside the model's vocabulary.
     """
     stop = (stop,) if isinstance(stop, str) else stop
     if "" in stop:
-        raise ConfigError("A stop string is empty, so that there would be no text: leave it out.")
+        raise ConfigError("A stop string is empty, which would end the text at once. Remove it.")
     ids = [int(i) for i in tokenizer.encode(prompt)]
-    steps = generate_steps(
+    steps = stream_tokens(
         model,
         [ids],
         max_new_tokens,
-        sampling or Sampling(),
+        sampling=sampling,
         eos_token_id=eos_token_id,
         seed=seed,
         overflow=overflow,
         compile=compile,
     )
     with closing(steps):
-        new = itertools.takewhile(lambda i: i not in (NO_TOKEN, eos_token_id), (int(step) for step in steps))
-        yield from whole_text((tokenizer.decode_bytes([i]) for i in new), stop)
+        new_ids = itertools.takewhile(lambda i: i not in (FINISHED, eos_token_id), (int(step) for step in steps))
+        yield from decode_stream((tokenizer.decode_bytes([i]) for i in new_ids), stop)
 
 
-def whole_text(pieces: Iterable[bytes], stop: Sequence[str] = ()) -> Iterator[str]:
-    """Text from UTF-8 bytes that come in pieces, cut at a stop string.
+def decode_stream(chunks: Iterable[bytes], stop: Sequence[str] = ()) -> Iterator[str]:
+    """Decode a stream of UTF-8 bytes, up to the first stop string.
 
-    A character is given once all its bytes are there, and nothing is given that may be the beginning of a
-    stop string. Bytes that are not UTF-8 become U+FFFD.
+    A character is yielded once all its bytes have arrived. Text that may be the beginning of a stop string is
+    buffered. Bytes that are not valid UTF-8 become U+FFFD.
 
     Args:
-        pieces: the bytes.
-        stop: the text ends before the first of these strings.
+        chunks: The bytes, split anywhere.
+        stop: Strings at which the text ends.
+
+    Yields:
+        Non-empty pieces of the text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held = ""
-    for piece in pieces:
-        held += decoder.decode(piece)
-        found = [at for at in (held.find(s) for s in stop) if at >= 0]
-        if found:
-            held = held[: min(found)]
+    buffer = ""
+    for chunk in chunks:
+        buffer += decoder.decode(chunk)
+        matches = [index for index in map(buffer.find, stop) if index >= 0]
+        if matches:
+            buffer = buffer[: min(matches)]
             break
-        ready = len(held) - max((_overlap(held, s) for s in stop), default=0)
-        if ready:
-            yield held[:ready]
-            held = held[ready:]
+        num_ready = len(buffer) - max((_partial_match_length(buffer, s) for s in stop), default=0)
+        if num_ready:
+            yield buffer[:num_ready]
+            buffer = buffer[num_ready:]
     else:
-        held += decoder.decode(b"", final=True)
-    if held:
-        yield held
+        buffer += decoder.decode(b"", final=True)
+    if buffer:
+        yield buffer
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are the beginning of `stop`."""
+def _partial_match_length(text: str, stop: str) -> int:
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,1 +1,1 @@
-"""GPT-2: configuration, model and LoRA."""
+"""The GPT-2 model: configuration, network, LoRA and the operations below them."""

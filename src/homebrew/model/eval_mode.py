@@ -1,4 +1,4 @@
-"""Evaluation mode as a context manager."""
+"""A context manager for evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation mode, and afterwards in the one it was in."""
+    """Put a module in evaluation mode, and restore its previous mode on exit."""
     was_training = module.training
     module.eval()
     try:

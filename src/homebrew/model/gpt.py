@@ -1,8 +1,4 @@
-"""GPT-2, named as Hugging Face names it.
-
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm transformer, learned
-positions, tanh GELU, the head tied to the token embedding.
-"""
+"""The GPT-2 language model: the transformer with its head, loss, loading, export and generation."""
 
 import math
 from dataclasses import asdict
@@ -29,55 +25,58 @@ if TYPE_CHECKING:
 class GPT(nn.Module):
     """A GPT-2 language model.
 
+    State dict keys are those of Hugging Face's GPT-2. The head shares its weight with the token embedding.
+
     Args:
-        config: the shape.
-        seed: of the initial weights; they do not depend on, nor move, PyTorch's global random state.
+        config: Sizes of the model.
+        seed: Random seed for the initial weights. PyTorch's global random state is neither used nor changed.
     """
 
     def __init__(self, config: GPTConfig, *, seed: int = 42) -> None:
         super().__init__()
         self.config = config
         self.source: str | None = None
-        """Folder or repository the weights were read from; where an adapter's checkpoints look for their base."""
-        with torch.random.fork_rng(devices=[]):  # layers draw weights of their own as they are built
+        """Folder or Hub repository the weights were loaded from. An adapter's checkpoint refers to it."""
+        with torch.random.fork_rng(devices=[]):  # each layer's constructor draws weights, which are replaced below
             self.transformer = Transformer(config)
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        self._initialise(seed)
+        self._init_weights(seed)
 
     @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        """Normal weights of deviation 0.02, GPT-2's; the 2·n_layer branches into the residual stream less."""
+    def _init_weights(self, seed: int) -> None:
+        """Initialize as GPT-2: normal with std 0.02, and 0.02 / sqrt(2 * n_layer) for residual projections."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 2:
-                branch = name.endswith("c_proj.weight")
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if branch else 0.02
+                is_residual = name.endswith("c_proj.weight")
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_residual else 0.02
                 parameter.normal_(0.0, std, generator=generator)
-        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding
 
     @overload
     def forward(self, input_ids: Tensor) -> Tensor: ...
     @overload
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor: ...
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits, or with targets the loss.
+        """Compute logits, or the loss if targets are given.
 
         Args:
-            input_ids: token ids, (B, T), int64, T at most `block_size`.
-            targets: the ids that follow, (B, T), int64; -100 is not scored.
+            input_ids: Token ids, (B, T), int64, with T at most `block_size`.
+            targets: Ids of the next tokens, (B, T), int64. Positions with -100 are ignored.
 
         Returns:
-            Without targets the logits, (B, T, V); with them the mean cross entropy, a float32 scalar in nats.
+            Without targets, logits of shape (B, T, vocab_size). With targets, the mean cross-entropy in nats, a
+            float32 scalar.
 
         Raises:
-            ModelError: the sequence is longer than `block_size`, or the shapes are not (B, T), both.
+            ModelError: The sequence is longer than `block_size`, or a shape is not (B, T).
         """
         if input_ids.dim() != 2 or (targets is not None and targets.shape != input_ids.shape):
-            given = " and ".join(str(tuple(ids.shape)) for ids in (input_ids, targets) if ids is not None)
-            raise ModelError(f"Token ids and targets must be (B, T), a target for each id: their shapes are {given}.")
+            shapes = " and ".join(str(tuple(ids.shape)) for ids in (input_ids, targets) if ids is not None)
+            raise ModelError(f"input_ids and targets must have the same shape (B, T), but got {shapes}.")
         T = input_ids.shape[1]
         if T > self.config.block_size:
             raise ModelError(
@@ -86,7 +85,7 @@ class GPT(nn.Module):
             )
         hidden = self.transformer(input_ids)  # (B, T, C)
         if targets is None:
-            return F.linear(hidden, self.lm_head.weight)[..., : self.config.vocab_size]
+            return F.linear(hidden, self.lm_head.weight)[..., : self.config.vocab_size]  # (B, T, V)
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size)
 
     @classmethod
@@ -99,17 +98,20 @@ class GPT(nn.Module):
         dtype: torch.dtype = torch.float32,
         lora: LoRAConfig | None = None,
     ) -> Self:
-        """A model with the weights of a folder or a hub repository in transformers' GPT-2 format.
+        """Load a model in Hugging Face's GPT-2 format from a folder or the Hub.
 
         Args:
-            name_or_folder: a folder, or a repository, such as "openai-community/gpt2".
-            revision: branch, tag or commit of the repository.
-            local_files_only: take the repository from the local cache only.
-            dtype: of the weights in memory.
-            lora: freeze the weights and train adapters of this shape instead.
+            name_or_folder: Local folder, or Hub repository such as "openai-community/gpt2".
+            revision: Branch, tag or commit of the repository.
+            local_files_only: Whether to use only files in the local cache, without network access.
+            dtype: Dtype of the weights in memory.
+            lora: If given, freeze the weights and add a LoRA adapter with this configuration.
+
+        Returns:
+            The model on the CPU, in evaluation mode.
 
         Raises:
-            ModelError: there are no such weights, or they are not of a model we can build.
+            ModelError: The weights are not found, or are not those of a supported GPT-2.
         """
         from homebrew.hub.from_pretrained import open_pretrained
 
@@ -124,15 +126,17 @@ class GPT(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
-        """Write the model, adapters merged, so that transformers opens it; then read and compare.
+        """Save the model in Hugging Face's GPT-2 format, then reload and verify it.
+
+        A LoRA adapter is merged into the saved weights.
 
         Args:
-            folder: where to; files of the same names are replaced.
-            tokenizer: the one the model was trained with; without one no tokenizer is written.
+            folder: Output folder. Existing files with the same names are replaced.
+            tokenizer: Tokenizer the model was trained with, saved along with the model.
 
         Raises:
-            ModelError: the folder cannot be written, the tokenizer does not fit, or what was written has other
-                weights or gives other logits.
+            ModelError: The folder cannot be written, the tokenizer does not fit the model, or the saved files
+                differ from the model.
         """
         from homebrew.hub.export import check_written, write_pretrained
 
@@ -140,15 +144,15 @@ class GPT(nn.Module):
         check_written(folder, self, type(self).from_pretrained(folder))
 
     def push_to_hub(self, repository: str, tokenizer: "Tokenizer | None" = None, *, private: bool | None = None) -> str:
-        """Upload what `save_pretrained` writes to the Hugging Face hub.
+        """Upload the model to the Hugging Face Hub, in the format of `save_pretrained`.
 
         Args:
-            repository: its name, "user/name"; it is made if it is not there.
-            tokenizer: the one the model was trained with; without one no tokenizer is uploaded.
-            private: whether a repository that is made can be seen by its owner only.
+            repository: Repository name, "user/name". Created if it does not exist.
+            tokenizer: Tokenizer the model was trained with, uploaded along with the model.
+            private: Whether a newly created repository is private.
 
         Returns:
-            The commit's address.
+            URL of the commit.
         """
         from homebrew.hub.export import push_folder
 
@@ -165,72 +169,75 @@ class GPT(nn.Module):
         eos_token_id: int | None = None,
         seed: int | None = None,
         overflow: "Overflow" = "slide",
-        compile: bool = False,  # noqa: A002 - the ecosystem's word
+        compile: bool = False,  # noqa: A002 - the name transformers and PyTorch use
     ) -> "Prompts":
-        """Continue token sequences; `text.generate_text` does so for text, as it comes.
+        """Generate a continuation of each token sequence. For text, see `generate_text`.
 
         Args:
-            input_ids: (B, T), an integer tensor, or a list of B lists of ids, of any lengths.
-            max_new_tokens: tokens to add to each sequence at most.
+            input_ids: Token ids: an integer tensor of shape (B, T), or a list of B lists of any lengths.
+            max_new_tokens: Maximum number of tokens to add to each sequence.
             sampling: How to choose tokens. By default, sample from the model's distribution unchanged.
-            eos_token_id: a sequence ends with this id.
-            seed: of the choice; without one each call differs.
-            overflow: "slide" forgets the older half of a sequence of `block_size` tokens, "stop" ends it.
-            compile: compile the step of one token, on a GPU worth it for many tokens.
+            eos_token_id: Id that ends a sequence.
+            seed: Random seed for sampling. By default, each call differs.
+            overflow: What to do when a sequence reaches `block_size` tokens: "slide" drops the older half of the
+                context and continues, "stop" ends the sequence.
+            compile: Whether to compile the decoding step, which pays off for long outputs on a GPU.
 
         Returns:
-            The sequences with what was added, as given: a tensor, (B, T + added), in which one that ended is
-            filled up with `eos_token_id`, or lists, which end where the sequence did.
+            The sequences with their continuations, in the type of `input_ids`. In a tensor, (B, T + new tokens),
+            sequences that ended early are filled with `eos_token_id`; lists end where their sequence ended.
 
         Raises:
-            ModelError: a sequence is empty or too long, has an id outside the vocabulary, or a dtype too narrow for it.
-            ConfigError: an option is out of its range.
+            ModelError: A sequence is empty, is too long, has an id outside the vocabulary, or has a dtype that
+                cannot represent all ids.
+            ConfigError: An option is out of range.
         """
-        from homebrew.generation.generate import append_columns, append_lists, as_lists, generate_steps
-        from homebrew.generation.sampling import Sampling
+        from homebrew.generation.generate import generate
 
-        steps = generate_steps(
+        return generate(
             self,
-            as_lists(input_ids, self.config.vocab_size),
+            input_ids,
             max_new_tokens,
-            sampling or Sampling(),
+            sampling=sampling,
             eos_token_id=eos_token_id,
             seed=seed,
             overflow=overflow,
             compile=compile,
         )
-        if isinstance(input_ids, Tensor):
-            return append_columns(input_ids, steps, eos_token_id)
-        return append_lists(input_ids, steps)
 
     def enable_activation_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only each block's input for the backward pass: less memory, a third more work."""
-        for module in self.transformer.h.children():
-            module.activation_checkpointing = enabled  # type: ignore[assignment]
+        """Save only each block's input for the backward pass: less memory for about a third more compute."""
+        for block in self.transformer.h.children():
+            block.activation_checkpointing = enabled  # type: ignore[assignment]
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.lm_head.weight.device
 
     def num_parameters(self) -> int:
-        """Values in the model, the tied head once and the vocabulary's padding not at all."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(parameter.numel() for parameter in self.parameters()) - padding
+        """Return the number of parameters, without the vocabulary padding; the tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters()) - self._num_padding_parameters()
 
     def flops_per_token(self, sequence_length: int | None = None) -> int:
-        """Floating-point operations of one token's forward and backward pass, recomputation not counted.
+        """Return the floating-point operations per token of a forward and backward pass.
 
-        6 for each value of a matrix, 4 where it is frozen and so has no gradient, and 12·L·C·T for attention (Chowdhery
-        et al. 2022, PaLM, appendix B).
+        Each matrix parameter counts 6, or 4 if frozen because it has no gradient, and attention counts
+        12·n_layer·C·T (Chowdhery et al. 2022, "PaLM", appendix B). Recomputation is not counted.
 
         Args:
-            sequence_length: tokens in a sequence; `block_size` if not given.
+            sequence_length: Sequence length T. By default, `block_size`.
         """
         config = self.config
-        sizes = [(p.numel(), 6 if p.requires_grad else 4) for p in self.parameters() if p.dim() == 2]
-        padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
-        sizes.append((-padding, 6 if self.lm_head.weight.requires_grad else 4))
-        return sum(size * each for size, each in sizes) + 12 * config.n_layer * config.n_embd * (
-            sequence_length or config.block_size
-        )
+        T = sequence_length or config.block_size
+
+        def flops(weight: Tensor) -> int:
+            return 6 if weight.requires_grad else 4
+
+        matrices = sum(p.numel() * flops(p) for p in self.parameters() if p.dim() == 2)
+        padding = self._num_padding_parameters() * flops(self.lm_head.weight)
+        attention = 12 * config.n_layer * config.n_embd * T
+        return matrices - padding + attention
+
+    def _num_padding_parameters(self) -> int:
+        return (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd

@@ -1,4 +1,4 @@
-"""The shape of a GPT."""
+"""The configuration of a GPT."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -6,7 +6,7 @@ from typing import Any, Self
 from homebrew.errors import ConfigError
 
 VOCAB_MULTIPLE = 128
-"""The head's rows are padded to a multiple of this, so that its matrix product fills whole tiles on a GPU."""
+"""The vocabulary is padded to a multiple of this, so that the head's matrix product fills whole tiles on a GPU."""
 
 _PRESETS: dict[str, dict[str, int]] = {
     "baby": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
@@ -19,50 +19,51 @@ _PRESETS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT; the defaults are GPT-2 small's.
+    """The configuration of a GPT. The defaults are those of GPT-2 small.
 
     Raises:
-        ConfigError: a size is not positive, `n_embd` is not a multiple of `n_head`, or `dropout` is
+        ConfigError: A size is not a positive integer, `n_embd` is not a multiple of `n_head`, or `dropout` is
             not in [0, 1).
     """
 
     block_size: int = 1024
-    """Longest sequence, in tokens."""
+    """Maximum sequence length, in tokens."""
     vocab_size: int = 50_257
-    """Token ids that exist: 0 to `vocab_size - 1`."""
+    """Number of token ids. Valid ids are 0 to `vocab_size - 1`."""
     n_layer: int = 12
-    """Blocks."""
+    """Number of transformer blocks."""
     n_head: int = 12
-    """Attention heads in a block."""
+    """Number of attention heads in each block."""
     n_embd: int = 768
-    """Width of the residual stream."""
+    """Width of the residual stream (embedding dimension)."""
     dropout: float = 0.0
-    """Probability, in training, of dropping a value of the embedding, the attention or a residual branch."""
+    """Dropout probability for embeddings, attention weights and residual branches during training."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1.")
+                raise ConfigError(f"{name}={value!r} is not valid. Use an integer of at least 1.")
         if self.n_embd % self.n_head:
+            lower = self.n_embd // self.n_head * self.n_head
             raise ConfigError(
-                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: every head needs the same "
-                f"width. The nearest multiples are {self.n_embd // self.n_head * self.n_head} and "
-                f"{(self.n_embd // self.n_head + 1) * self.n_head}."
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}, so the heads cannot have equal "
+                f"widths. The nearest multiples are {lower} and {lower + self.n_head}."
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout!r}: must be at least 0 and less than 1.")
+            raise ConfigError(f"dropout={self.dropout!r} is not valid. Use a number of at least 0 and less than 1.")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401 - any field of the config
-        """A named shape: GPT-2's four sizes, or "baby", about 7 M parameters for a CPU.
+        """Return a named configuration.
 
         Args:
-            name: "baby", "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl".
-            changes: fields to set otherwise.
+            name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", or "baby", a model with about 7 million
+                parameters that trains on a CPU.
+            changes: Fields to override.
 
         Raises:
-            ConfigError: no preset has that name.
+            ConfigError: There is no preset called `name`, or a changed field is not valid.
         """
         if name not in _PRESETS:
             raise ConfigError(f"There is no preset {name!r}. Choose one of: {', '.join(_PRESETS)}.")
@@ -70,5 +71,5 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the head in memory; those from `vocab_size` on are never used."""
+        """Number of rows of the embedding and the head in memory. Rows from `vocab_size` on are padding."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

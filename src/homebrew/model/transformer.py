@@ -1,4 +1,11 @@
-"""The transformer of GPT-2: attention, MLP, blocks and embeddings."""
+"""The transformer of GPT-2: attention, MLP, blocks and embeddings.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned position
+embeddings, tanh GELU. Modules and parameters have the names they have in Hugging Face's GPT-2.
+
+Dimensions: B batch size, T sequence length, C embedding dimension (`n_embd`), nh number of heads, hs head size
+(C / nh).
+"""
 
 from typing import TYPE_CHECKING
 
@@ -17,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and those before it."""
+    """Multi-head self-attention in which each position attends to itself and earlier positions."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -27,7 +34,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
-        """(B, T, C) -> (B, T, C); with a cache, after the tokens already in it."""
+        """Apply attention.
+
+        Args:
+            x: Hidden states, (B, T, C).
+            cache: Keys and values of earlier tokens, which the new tokens also attend to. Updated in place.
+
+        Returns:
+            Tensor of shape (B, T, C).
+        """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
@@ -40,7 +55,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrix products with a tanh GELU between them, four times as wide inside."""
+    """Two linear layers with a tanh GELU between them. The hidden layer is 4·C wide."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -49,38 +64,39 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Map (B, T, C) to (B, T, C)."""
         if type(self.c_fc) is type(self.c_proj) is nn.Linear:
             x = mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
         elif self.training and torch.is_grad_enabled():
-            # An adapted layer keeps its input for the backward pass: here the widest tensor there is, and quickly had.
-            x = checkpoint(self._activate_and_project, self.c_fc(x), use_reentrant=False)
+            # A LoRA layer saves its input for the backward pass. For c_proj that is the widest activation of the
+            # model, and recomputing the GELU is cheap.
+            x = checkpoint(self._gelu_and_project, self.c_fc(x), use_reentrant=False)
         else:
-            x = self._activate_and_project(self.c_fc(x))
+            x = self._gelu_and_project(self.c_fc(x))
         return F.dropout(x, self.dropout, self.training)
 
-    def _activate_and_project(self, x: Tensor) -> Tensor:
+    def _gelu_and_project(self, x: Tensor) -> Tensor:
         y: Tensor = self.c_proj(F.gelu(x, approximate="tanh"))
         return y
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on a normalised copy and added to the residual stream."""
+    """A pre-norm transformer block: attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation_checkpointing = False
-        """Whether only the input is kept for the backward pass, which computes the rest anew (Chen et al. 2016)."""
+        """Whether to save only the block's input and recompute the rest in the backward pass (Chen et al. 2016)."""
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Map (B, T, C) to (B, T, C). `cache` is as in `CausalSelfAttention`."""
         if self.activation_checkpointing and self.training:
-            again: Tensor = checkpoint(self._forward, x, None, use_reentrant=False)
-            return again
+            output: Tensor = checkpoint(self._forward, x, None, use_reentrant=False)
+            return output
         return self._forward(x, cache)
 
     def _forward(self, x: Tensor, cache: "LayerCache | None") -> Tensor:
@@ -90,7 +106,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token and position embeddings, the blocks and a last layer norm: everything below the head."""
+    """GPT-2 without its head: token and position embeddings, blocks and a final layer norm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -101,12 +117,22 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, input_ids: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
-        """(B, T) int64 -> (B, T, C); with a cache, after the tokens already in it."""
+        """Compute the final hidden states.
+
+        Args:
+            input_ids: Token ids, (B, T), int64.
+            cache: Keys and values of earlier tokens, which the new tokens also attend to. Updated in place.
+
+        Returns:
+            Hidden states, (B, T, C).
+        """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if cache is None else cache.positions
-        x: Tensor = self.wte(input_ids) + self.wpe(positions)
-        x = x.to(compute_dtype(x))  # half the bytes in every norm and sum of the blocks
+        x: Tensor = self.wte(input_ids) + self.wpe(positions)  # (B, T, C)
+        # Under bfloat16 autocast the residual stream is bfloat16 too, which halves the bytes that every norm and
+        # every residual addition reads and writes.
+        x = x.to(compute_dtype(x))
         x = F.dropout(x, self.dropout, self.training)
         for index, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layer(index))
-        normed: Tensor = self.ln_f(x)
-        return normed
+        hidden: Tensor = self.ln_f(x)
+        return hidden
