@@ -15,7 +15,7 @@ from homebrew.hub.peft import load_adapter, save_adapter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.lora import (
-    TARGETS,
+    TARGET_MODULES,
     LoRAConfig,
     LoRALinear,
     adapter_state_dict,
@@ -33,8 +33,8 @@ CONFIG = GPTConfig(block_size=12, vocab_size=70, n_layer=2, n_head=2, n_embd=16)
 IDS = torch.randint(70, (4, 13), generator=torch.Generator().manual_seed(0))
 
 
-def base() -> GPT:
-    """A model whose every weight counts."""
+def base_model() -> GPT:
+    """A model whose weights are all nonzero and large enough to affect the logits."""
     model = GPT(CONFIG)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -44,9 +44,9 @@ def base() -> GPT:
     return model.eval()
 
 
-def trained(config: LoRAConfig | None = None, steps: int = 3) -> GPT:
-    """A base with an adapter that a few steps have changed."""
-    model = base()
+def trained_model(config: LoRAConfig | None = None, steps: int = 3) -> GPT:
+    """The base model with an adapter trained for a few steps."""
+    model = base_model()
     add_lora(model, config or LoRAConfig(rank=4))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -63,14 +63,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def test_a_fresh_adapter_changes_nothing():
-    model = base()
+def test_new_adapter_does_not_change_the_logits():
+    model = base_model()
     before = logits(model)
     add_lora(model, LoRAConfig())
     assert torch.equal(logits(model), before)
 
 
-def test_a_begins_uniform_and_b_zero():
+def test_initial_a_is_uniform_and_b_is_zero():
     model = GPT(GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=256))
     add_lora(model, LoRAConfig(rank=32))
     for layer in lora_layers(model).values():
@@ -82,9 +82,9 @@ def test_a_begins_uniform_and_b_zero():
         assert not layer.lora_B.any()
 
 
-def test_the_seed_makes_the_adapter_and_leaves_the_global_random_state():
+def test_seed_determines_the_adapter_without_global_random_state():
     before = torch.get_rng_state()
-    first, same, other = base(), base(), base()
+    first, same, other = base_model(), base_model(), base_model()
     add_lora(first, LoRAConfig(), seed=1)
     add_lora(same, LoRAConfig(), seed=1)
     add_lora(other, LoRAConfig(), seed=2)
@@ -101,46 +101,46 @@ def test_the_seed_makes_the_adapter_and_leaves_the_global_random_state():
         (("c_attn", "c_proj"), {"attn.c_attn", "attn.c_proj", "mlp.c_proj"}),
         (("c_fc",), {"mlp.c_fc"}),
         (("attn.c_proj",), {"attn.c_proj"}),
-        (TARGETS, {"attn.c_attn", "attn.c_proj", "mlp.c_proj", "mlp.c_fc"}),
+        (TARGET_MODULES, {"attn.c_attn", "attn.c_proj", "mlp.c_proj", "mlp.c_fc"}),
     ],
 )
-def test_the_target_modules_are_adapted(targets, names):
-    model = base()
+def test_target_modules_are_adapted(targets, names):
+    model = base_model()
     add_lora(model, LoRAConfig(target_modules=targets))
     assert set(lora_layers(model)) == {f"transformer.h.{i}.{name}" for i in range(2) for name in names}
 
 
-def test_only_the_adapter_trains():
-    before = base().state_dict()
-    fingerprint = base_fingerprint(base())
-    model = trained()
+def test_training_changes_only_the_adapter():
+    before = base_model().state_dict()
+    fingerprint = base_fingerprint(base_model())
+    model = trained_model()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == set(adapter_state_dict(model))
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert num_trainable == 2 * 4 * ((16 + 48) + (16 + 16) + (64 + 16))
     after = model.state_dict()
-    assert before.keys() == after.keys() - trainable  # the base's weights keep their names
+    assert before.keys() == after.keys() - trainable
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert base_fingerprint(model) == fingerprint
     assert all(tensor.any() for tensor in adapter_state_dict(model).values())
 
 
-def test_frozen_weights_cost_no_gradient_of_their_own():
-    plain, model = base(), trained()
+def test_flops_do_not_count_gradients_of_frozen_weights():
+    plain, model = base_model(), trained_model()
     adapter = sum(tensor.numel() for tensor in adapter_state_dict(model).values())
     attention = 12 * 2 * 16 * 12
     frozen = (plain.flops_per_token() - attention) // 6 * 4
     assert model.flops_per_token() == frozen + 6 * adapter + attention
 
 
-def test_the_loss_falls():
-    model = trained(steps=0)
-    first = model(IDS[:, :-1], IDS[:, 1:])
-    assert trained(steps=20)(IDS[:, :-1], IDS[:, 1:]) < 0.8 * first
+def test_loss_decreases():
+    model = trained_model(steps=0)
+    initial_loss = model(IDS[:, :-1], IDS[:, 1:])
+    assert trained_model(steps=20)(IDS[:, :-1], IDS[:, 1:]) < 0.8 * initial_loss
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 2.0), (4, 1.0), (1, 0.25)])
-def test_the_change_is_scaled_by_alpha_over_rank(alpha, scale):
+def test_update_is_scaled_by_alpha_over_rank(alpha, scale):
     linear = torch.nn.Linear(5, 3)
     layer = LoRALinear(linear, LoRAConfig(rank=4, alpha=alpha), torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_the_change_is_scaled_by_alpha_over_rank(alpha, scale):
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_dropout_acts_on_the_adapter_in_training_only():
+def test_dropout_applies_to_the_adapter_during_training_only():
     linear = torch.nn.Linear(5, 3)
     layer = LoRALinear(linear, LoRAConfig(rank=4, dropout=0.5), torch.Generator().manual_seed(0))
     x = torch.randn(2, 7, 5)
@@ -162,8 +162,8 @@ def test_dropout_acts_on_the_adapter_in_training_only():
     assert torch.equal(layer(x), layer(x))
 
 
-def test_a_base_in_bfloat16_has_an_adapter_in_float32():
-    model = base().to(torch.bfloat16)
+def test_adapter_of_a_bfloat16_model_is_float32():
+    model = base_model().to(torch.bfloat16)
     add_lora(model, LoRAConfig())
     model(IDS[:, :-1], IDS[:, 1:]).backward()
     for tensor in adapter_state_dict(model).values():
@@ -171,14 +171,14 @@ def test_a_base_in_bfloat16_has_an_adapter_in_float32():
     assert lora_layers(model)["transformer.h.0.mlp.c_proj"].lora_B.grad.any()
 
 
-def test_merged_is_unmerged_and_comes_apart_bit_for_bit():
-    model = trained()
-    apart, before = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert not torch.allclose(apart, logits(base()), atol=0.1)
+def test_merging_keeps_the_logits_and_unmerging_is_exact():
+    model = trained_model()
+    unmerged, before = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not torch.allclose(unmerged, logits(base_model()), atol=0.1)
     fingerprint = base_fingerprint(model)
     merge_lora(model)
-    merge_lora(model)  # once is enough
-    torch.testing.assert_close(logits(model), apart, atol=1e-5, rtol=1e-5)
+    merge_lora(model)  # has no further effect
+    torch.testing.assert_close(logits(model), unmerged, atol=1e-5, rtol=1e-5)
     name = "transformer.h.0.attn.c_attn.weight"
     assert not torch.equal(model.state_dict()[name], before[name])
     assert model.state_dict().keys() == before.keys()
@@ -191,8 +191,8 @@ def test_merged_is_unmerged_and_comes_apart_bit_for_bit():
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_the_merged_state_dict_is_that_of_a_plain_model(merged):
-    model = trained()
+def test_merged_state_dict_loads_into_a_model_without_adapter(merged):
+    model = trained_model()
     expected = logits(model)
     if merged:
         merge_lora(model)
@@ -201,68 +201,77 @@ def test_the_merged_state_dict_is_that_of_a_plain_model(merged):
     torch.testing.assert_close(logits(plain.eval()), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_an_adapter_goes_on_from_its_state_dict_bitwise():
-    state = {name: tensor.clone() for name, tensor in adapter_state_dict(trained()).items()}
-    model = base()
+def test_adapter_state_dict_restores_the_adapter_exactly():
+    state = {name: tensor.clone() for name, tensor in adapter_state_dict(trained_model()).items()}
+    model = base_model()
     add_lora(model, LoRAConfig(rank=4), seed=9)
     load_adapter_state_dict(model, state)
-    assert torch.equal(logits(model), logits(trained()))
-    other = base()
+    assert torch.equal(logits(model), logits(trained_model()))
+    other = base_model()
     add_lora(other, LoRAConfig(rank=5))
-    with pytest.raises(ModelError, match="12 tensors"):
+    with pytest.raises(ModelError, match="12 adapter tensors"):
         load_adapter_state_dict(other, state)
     state.pop("transformer.h.0.attn.c_attn.lora_A")
-    with pytest.raises(ModelError, match=r"1 tensors, such as transformer\.h\.0\.attn\.c_attn\.lora_A"):
+    with pytest.raises(ModelError, match=r"1 adapter tensors, such as transformer\.h\.0\.attn\.c_attn\.lora_A"):
         load_adapter_state_dict(model, state)
 
 
-def test_a_fingerprint_is_that_of_the_weights():
-    first, other = base(), base()
+def test_fingerprint_depends_on_values_and_dtypes():
+    first, other = base_model(), base_model()
     assert base_fingerprint(first) == base_fingerprint(other)
     with torch.no_grad():
         other.transformer.ln_f.bias[0] += 1e-6
     assert base_fingerprint(first) != base_fingerprint(other)
-    assert base_fingerprint(base().to(torch.bfloat16)) != base_fingerprint(first)
+    assert base_fingerprint(base_model().to(torch.bfloat16)) != base_fingerprint(first)
 
 
-def test_an_adapted_model_generates_and_compiles():
-    model = trained()
-    plain = GPT(CONFIG)
-    plain.load_state_dict(merged_state_dict(model))
-    prompts = [[1, 2, 3], [4]]
-    assert model.generate(prompts, 8, sampling=Sampling(temperature=0.0)) == plain.generate(
-        prompts, 8, sampling=Sampling(temperature=0.0)
-    )
+def test_generation_matches_the_merged_model():
+    model = trained_model()
+    merged = GPT(CONFIG)
+    merged.load_state_dict(merged_state_dict(model))
+    prompts, greedy = [[1, 2, 3], [4]], Sampling(temperature=0.0)
+    assert model.generate(prompts, 8, sampling=greedy) == merged.generate(prompts, 8, sampling=greedy)
 
-    def loss_and_gradients(call):
-        model.train().zero_grad()
+
+def gradients(model: GPT) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.slow
+def test_compiled_training_step_matches_eager():
+    model = trained_model().train()
+    results = []
+    for call in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
+        model.zero_grad()
         loss = call(IDS[:, :-1], IDS[:, 1:])
         loss.backward()
-        return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(loss_and_gradients(compiled), loss_and_gradients(model))
+        results.append((loss, gradients(model)))
+    torch.testing.assert_close(*results)
 
 
-def test_training_keeps_the_mlps_widest_tensor_once_and_computes_little_again():
-    # Kept before the GELU, for its gradient; made anew after it, for the adapter's, but not the base's product.
-    model, wide = trained(), []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: wide.append(t.numel() == 4 * 12 * 64) or t, lambda t: t)
-    found = {}
+def test_training_saves_the_widest_activation_once_and_recomputes_little():
+    # Training saves only the GELU's input. It recomputes the GELU for the adapter's gradient, but not the base product.
+    model = trained_model()
+    saved_is_widest = []
+
+    def pack(tensor):
+        saved_is_widest.append(tensor.numel() == 4 * 12 * 64)
+        return tensor
+
+    flops, num_widest, grads = {}, {}, {}
     for training in (False, True):
         model.train(training).zero_grad()
-        wide.clear()
-        with FlopCounterMode(display=False) as counted:
-            with hooks:
+        saved_is_widest.clear()
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 loss = model(IDS[:, :-1], IDS[:, 1:])
             loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-        found[training] = (counted.get_total_flops(), sum(wide), gradients)
-    assert found[False][1] == 2 * 2
-    assert found[True][1] == 2
-    torch.testing.assert_close(found[True][2], found[False][2])
-    adapters = 2 * 2 * 4 * 12 * (64 * 4 + 4 * 16)  # in two blocks, of 4 × 12 tokens: 64 -> rank 4 -> 16
-    assert found[True][0] <= found[False][0] + adapters
+        flops[training], num_widest[training] = counter.get_total_flops(), sum(saved_is_widest)
+        grads[training] = gradients(model)
+    assert num_widest == {False: 2 * 2, True: 2}  # two blocks
+    torch.testing.assert_close(grads[True], grads[False])
+    recomputed = 2 * 2 * 4 * 12 * (64 * 4 + 4 * 16)  # c_proj's adapter in two blocks: 64 -> rank 4 -> 16
+    assert flops[True] <= flops[False] + recomputed
 
 
 @pytest.mark.parametrize(
@@ -279,47 +288,44 @@ def test_training_keeps_the_mlps_widest_tensor_once_and_computes_little_again():
         ({"target_modules": ()}, r"target_modules=\(\)"),
     ],
 )
-def test_a_wrong_option_says_what_is_wrong(options, message):
+def test_invalid_config_is_rejected(options, message):
     with pytest.raises(ConfigError, match=message):
         LoRAConfig(**options)
 
 
-def test_an_adapter_that_is_taken_off_leaves_the_base():
-    model = trained()
+def test_removing_the_adapter_restores_the_base_model():
+    model = trained_model()
     merge_lora(model)
     remove_lora(model)
-    assert torch.equal(logits(model), logits(base()))
-    assert model.state_dict().keys() == base().state_dict().keys()
+    assert torch.equal(logits(model), logits(base_model()))
+    assert model.state_dict().keys() == base_model().state_dict().keys()
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_an_adapter_too_many_or_too_few_is_an_error(tmp_path):
-    model = base()
-    for needs_one in (merge_lora, unmerge_lora, remove_lora):
+def test_missing_or_second_adapter_is_an_error(tmp_path):
+    model = base_model()
+    for function in (merge_lora, unmerge_lora, remove_lora):
         with pytest.raises(ModelError, match="no adapter"):
-            needs_one(model)
+            function(model)
     with pytest.raises(ModelError, match="no adapter to save"):
         save_adapter(model, tmp_path)
     add_lora(model, LoRAConfig())
-    with pytest.raises(ModelError, match="an adapter already"):
+    with pytest.raises(ModelError, match="already has an adapter"):
         add_lora(model, LoRAConfig())
-    with pytest.raises(ModelError, match="No layer"):
+    with pytest.raises(ModelError, match="No linear layer"):
         add_lora(torch.nn.Linear(2, 2), LoRAConfig())
 
 
-# --- PEFT
-
-
-# transformers warns of what PEFT calls
-peft_warns = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# PEFT calls a deprecated function of transformers
+peft_warning = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def saved_base(folder: Path) -> Path:
-    base().save_pretrained(folder)
+    base_model().save_pretrained(folder)
     return folder
 
 
-@peft_warns
+@peft_warning
 @pytest.mark.parametrize(
     "config",
     [
@@ -329,18 +335,18 @@ def saved_base(folder: Path) -> Path:
     ],
     ids=str,
 )
-def test_peft_loads_our_adapter(tmp_path, config):
-    ours = trained(config)
-    save_adapter(ours, tmp_path / "adapter", base_model="openai-community/gpt2")
-    theirs = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base"))
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(logits(theirs), logits(base()), atol=0.05)
-    torch.testing.assert_close(logits(theirs.merge_and_unload()), logits(ours), atol=1e-4, rtol=1e-4)
+def test_peft_loads_a_saved_adapter(tmp_path, config):
+    model = trained_model(config)
+    save_adapter(model, tmp_path / "adapter", base_model="openai-community/gpt2")
+    reference = AutoModelForCausalLM.from_pretrained(saved_base(tmp_path / "base"))
+    reference = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")
+    torch.testing.assert_close(logits(reference), logits(model), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(reference), logits(base_model()), atol=0.05)
+    torch.testing.assert_close(logits(reference.merge_and_unload()), logits(model), atol=1e-4, rtol=1e-4)
 
 
-def theirs_trained(folder: Path, **options) -> peft.PeftModel:
-    """An adapter that PEFT made, every value random, on the same base."""
+def random_peft_adapter(folder: Path, **options) -> peft.PeftModel:
+    """Save a PEFT adapter of random values on the same base model."""
     model = AutoModelForCausalLM.from_pretrained(saved_base(folder / "base"))
     settings = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "fan_in_fan_out": True, **options}
     model = peft.get_peft_model(model, peft.LoraConfig(**settings))
@@ -353,11 +359,10 @@ def theirs_trained(folder: Path, **options) -> peft.PeftModel:
     return model.eval()
 
 
-@peft_warns
+@peft_warning
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"target_modules": ["c_attn", "c_proj"]},
         {"target_modules": ["c_fc", "attn.c_proj"], "lora_dropout": 0.3},
         {"target_modules": "all-linear"},
@@ -366,20 +371,19 @@ def theirs_trained(folder: Path, **options) -> peft.PeftModel:
     ],
     ids=str,
 )
-def test_we_load_an_adapter_of_peft(tmp_path, options):
-    theirs = theirs_trained(tmp_path, **options)
-    ours = base()
-    load_adapter(ours, tmp_path / "adapter")
-    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(logits(ours), logits(base()), atol=0.05)
-    # and back: what we save of it, PEFT reads as it was
-    save_adapter(ours, tmp_path / "back")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    again = peft.PeftModel.from_pretrained(again, tmp_path / "back")
-    torch.testing.assert_close(logits(again), logits(theirs), atol=1e-5, rtol=1e-5)
+def test_adapter_from_peft_is_loaded_and_saved(tmp_path, options):
+    reference = random_peft_adapter(tmp_path, **options)
+    model = base_model()
+    load_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), logits(reference), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(model), logits(base_model()), atol=0.05)
+    save_adapter(model, tmp_path / "saved")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    reloaded = peft.PeftModel.from_pretrained(reloaded, tmp_path / "saved")
+    torch.testing.assert_close(logits(reloaded), logits(reference), atol=1e-5, rtol=1e-5)
 
 
-@peft_warns
+@peft_warning
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -391,14 +395,14 @@ def test_we_load_an_adapter_of_peft(tmp_path, options):
         ({"layers_to_transform": [0]}, "tensors, such as"),
     ],
 )
-def test_an_adapter_that_is_more_than_plain_lora_is_refused(tmp_path, options, message):
-    theirs_trained(tmp_path, **options)
+def test_unsupported_peft_options_are_rejected(tmp_path, options, message):
+    random_peft_adapter(tmp_path, **options)
     with pytest.raises(ModelError, match=message):
-        load_adapter(base(), tmp_path / "adapter")
+        load_adapter(base_model(), tmp_path / "adapter")
 
 
-def test_an_adapter_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(tmp_path):
-    save_adapter(trained(), tmp_path)
+def test_adapter_that_does_not_fit_is_rejected_without_changing_the_model(tmp_path):
+    save_adapter(trained_model(), tmp_path)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     good, tensors = json.loads(config.read_text()), load_file(weights)
     for changes, message in [
@@ -411,7 +415,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(t
         ({"init_lora_weights": "pissa"}, "pissa"),
     ]:
         config.write_text(json.dumps(good | changes))
-        model = base()
+        model = base_model()
         with pytest.raises(ModelError, match=message):
             load_adapter(model, tmp_path)
         assert not lora_layers(model)
@@ -419,20 +423,20 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(t
     config.write_text(json.dumps(good))
     save_file(tensors | {"base_model.model.transformer.wte.weight": torch.ones(70, 16)}, weights)
     with pytest.raises(ModelError, match=r"wte\.weight, which is no part"):
-        load_adapter(base(), tmp_path)
+        load_adapter(base_model(), tmp_path)
     weights.unlink()
     with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
-        load_adapter(base(), tmp_path)
+        load_adapter(base_model(), tmp_path)
 
 
-def test_pretrained_weights_come_with_an_adapter_and_go_out_merged(tmp_path):
+def test_from_pretrained_adds_an_adapter_and_save_pretrained_merges_it(tmp_path):
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(
+    reference = GPT2LMHeadModel(
         GPT2Config(vocab_size=70, n_positions=12, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
     )
-    theirs.save_pretrained(tmp_path / "in")
+    reference.save_pretrained(tmp_path / "in")
     model = GPT.from_pretrained(tmp_path / "in", lora=LoRAConfig(rank=2))
-    torch.testing.assert_close(logits(model), logits(theirs.eval()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model), logits(reference.eval()), atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         for tensor in adapter_state_dict(model).values():
             tensor.normal_(std=0.3)

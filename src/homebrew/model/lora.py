@@ -1,7 +1,7 @@
-"""LoRA: train a low-rank change of some matrices and leave the weights as they are.
+"""LoRA: train a low-rank update of some weight matrices while the base weights stay frozen.
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". The adapted layer is a linear layer with
-two parameters more, so the base's weights keep their names.
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". A LoRA layer is a linear layer with two more
+parameters, so that the base weights keep their names in the state dict.
 """
 
 import hashlib
@@ -16,60 +16,64 @@ from torch.nn import functional as F
 from homebrew.errors import ConfigError, ModelError
 
 MAX_ALPHA = 1e6
-"""More is no scale that anybody trains with, and makes infinities of weights that are finite."""
+"""Far above any useful scale. A larger alpha from a file could turn finite weights into infinities."""
 
-TARGETS = ("c_attn", "c_proj", "c_fc", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-"""Matrices that can be adapted; "c_proj" is both attention's and the MLP's."""
+TARGET_MODULES = ("c_attn", "c_proj", "c_fc", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+"""Supported values of `LoRAConfig.target_modules`. "c_proj" matches the layer in both attention and MLP."""
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The shape of an adapter.
+    """Configuration of a LoRA adapter.
 
     Raises:
-        ConfigError: a value is out of its range, or a target has another name.
+        ConfigError: A value is out of range, or a target module is not supported.
     """
 
     rank: int = 8
-    """Inner width: the change of an (out, in) matrix is that of (out, rank) · (rank, in)."""
+    """Rank of the update: an (out, in) matrix is updated by the product of (out, rank) and (rank, in)."""
     alpha: float | None = None
-    """The change is scaled by alpha / rank; 2 · rank if not given."""
+    """The update is scaled by alpha / rank. By default, 2 * rank."""
     dropout: float = 0.0
-    """Probability, in training, of dropping a value of the adapter's input."""
+    """Dropout probability for the adapter's input during training."""
     target_modules: tuple[str, ...] = ("c_attn", "c_proj")
-    """Which matrices: any of `TARGETS`."""
+    """Names of the linear layers to adapt, from `TARGET_MODULES`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ConfigError(f"rank={self.rank!r}: must be a whole number of at least 1.")
+            raise ConfigError(f"rank={self.rank!r} is not valid. Use an integer of at least 1.")
         if self.alpha is not None and not 0 < self.alpha <= MAX_ALPHA:
-            raise ConfigError(f"alpha={self.alpha!r}: must be above 0, {MAX_ALPHA:g} at most; without it, 2 * rank.")
+            raise ConfigError(
+                f"alpha={self.alpha!r} is not valid. Use a number above 0 and at most {MAX_ALPHA:g}, or None for "
+                f"2 * rank."
+            )
         if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout!r}: must be at least 0 and less than 1.")
-        unknown = sorted(set(self.target_modules) - set(TARGETS))
-        if unknown or not self.target_modules:
-            raise ConfigError(f"target_modules={self.target_modules!r}: must be some of {', '.join(TARGETS)}.")
+            raise ConfigError(f"dropout={self.dropout!r} is not valid. Use a number of at least 0 and less than 1.")
+        if not self.target_modules or not set(self.target_modules) <= set(TARGET_MODULES):
+            raise ConfigError(
+                f"target_modules={self.target_modules!r} is not valid. Use one or more of {', '.join(TARGET_MODULES)}."
+            )
 
     @property
     def scale(self) -> float:
-        """What the adapter's output is multiplied by."""
+        """Factor of the update, alpha / rank."""
         return (2 * self.rank if self.alpha is None else self.alpha) / self.rank
 
-    def targets(self, module_name: str) -> bool:
-        """Whether the module of this name is to be adapted."""
+    def matches(self, module_name: str) -> bool:
+        """Return whether the module with this qualified name is a target."""
         return any(f".{module_name}".endswith(f".{target}") for target in self.target_modules)
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer plus a trained change of low rank: y = x Wᵀ + b + scale · x Aᵀ Bᵀ.
+    """A frozen linear layer with a trainable low-rank update: y = x Wᵀ + b + scale · x Aᵀ Bᵀ.
 
-    A, (rank, in), begins uniform in ±1/√in and B, (out, rank), zero, so that nothing changes at first. Both
-    are float32, whatever the layer is, and take part in the input's dtype.
+    A, (rank, in), is initialized uniformly in ±1/√in and B, (out, rank), with zeros, so that the update is zero at
+    first. Both are float32, whatever the dtype of the layer, and are cast to the input's dtype when used.
 
     Args:
-        linear: the layer, whose parameters are taken over.
-        config: the adapter's shape.
-        generator: of A's values, on the CPU.
+        linear: The layer to adapt. The new layer shares its parameters.
+        config: Configuration of the adapter.
+        generator: Random generator for A, on the CPU.
     """
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig, generator: torch.Generator) -> None:
@@ -82,60 +86,57 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, config.rank, device=device))
         self.base_weight: Tensor | None
+        """The original weight while the adapter is merged, else None."""
         self.register_buffer("base_weight", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         if self.base_weight is not None:
             return super().forward(x)
-        inner = F.dropout(x, self.config.dropout, self.training)
-        inner = F.linear(inner, self.lora_A.to(x.dtype)) * self.config.scale  # (..., rank)
-        change = F.linear(inner, self.lora_B.to(inner.dtype))
-        return change + super().forward(x)  # last, for where a part is computed again it can be left out
+        h = F.dropout(x, self.config.dropout, self.training)
+        h = F.linear(h, self.lora_A.to(x.dtype)) * self.config.scale  # (..., rank)
+        update = F.linear(h, self.lora_B.to(h.dtype))  # (..., out)
+        # The base product comes last: activation checkpointing stops recomputing once all saved tensors are
+        # available, and the backward pass does not need this result.
+        return update + super().forward(x)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """The one matrix that does what weight and adapter do together, (out, in)."""
+        """Return the weight with the update added, (out, in)."""
         if self.base_weight is not None:
             return self.weight.detach()
-        change = self.lora_B @ self.lora_A * self.config.scale
-        return (self.weight + change).to(self.weight.dtype)
+        update = self.lora_B @ self.lora_A * self.config.scale
+        return (self.weight + update).to(self.weight.dtype)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the model's LoRA layers by qualified name. The result is empty if the model has no adapter."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 42) -> None:
-    """Freeze a model and give it an adapter, its only parameters that train.
+    """Freeze a model and add an adapter, whose parameters are then the only trainable ones.
 
     Args:
-        model: the model, changed in place.
-        config: the adapter's shape.
-        seed: of the adapter's first values; PyTorch's global random state is neither used nor moved.
+        model: The model, changed in place.
+        config: Configuration of the adapter.
+        seed: Random seed for the initial values. PyTorch's global random state is neither used nor changed.
 
     Raises:
-        ModelError: it has an adapter already, or no module has a target's name.
+        ModelError: The model already has an adapter, or no layer matches `config.target_modules`.
     """
-    layers = _targets(model, config)
+    layers = _target_layers(model, config)
     model.requires_grad_(requires_grad=False)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in layers.items():
         model.set_submodule(name, LoRALinear(linear, config, generator).train(linear.training))
 
 
-def _targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
-    if lora_layers(model):
-        raise ModelError("The model has an adapter already: merge it and save the model, or start from the base.")
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and config.targets(name)
-    }
-    if not layers:
-        raise ModelError(f"No layer of the model is named {' or '.join(config.target_modules)}.")
-    return layers
-
-
 def remove_lora(model: nn.Module) -> None:
-    """Take a model's adapter off: the base is as it was, and all of it trains again.
+    """Remove the adapter, restore the base weights and make all parameters trainable.
 
     Raises:
-        ModelError: the model has no adapter.
+        ModelError: The model has no adapter.
     """
     unmerge_lora(model)
     for name, layer in lora_layers(model).items():
@@ -145,21 +146,17 @@ def remove_lora(model: nn.Module) -> None:
     model.requires_grad_(requires_grad=True)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """A model's adapted layers by name; none if it has no adapter."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Put the adapter into the weights, so that it costs nothing more; training needs `unmerge_lora` first.
+    """Add the update to the weights, so that inference costs no more than that of the base model.
 
-    The weights as they were are kept beside, for `unmerge_lora` to bring back bit for bit.
+    The original weights are kept in memory, so that `unmerge_lora` restores them exactly. Before training the
+    adapter further, call `unmerge_lora`.
 
     Raises:
-        ModelError: the model has no adapter.
+        ModelError: The model has no adapter.
     """
-    for layer in _adapted(model):
+    for layer in _existing_lora_layers(model):
         if layer.base_weight is None:
             merged = layer.merged_weight()
             layer.base_weight = layer.weight.detach().clone()
@@ -172,9 +169,9 @@ def unmerge_lora(model: nn.Module) -> None:
     """Undo `merge_lora`.
 
     Raises:
-        ModelError: the model has no adapter.
+        ModelError: The model has no adapter.
     """
-    for layer in _adapted(model):
+    for layer in _existing_lora_layers(model):
         if layer.base_weight is not None:
             layer.weight.copy_(layer.base_weight)
             layer.base_weight = None
@@ -182,78 +179,90 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model without adapter that does what this one does, which stays as it is."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not _is_adapter(name)}
+    """Return the state dict of an equivalent model without adapter. The model itself is not changed."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if not _is_adapter_name(name)}
     return state | {f"{name}.weight": layer.merged_weight() for name, layer in lora_layers(model).items()}
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's part of the state dict: what training changes, and all a checkpoint needs to hold."""
-    return {name: tensor for name, tensor in model.state_dict().items() if _is_adapter(name)}
+    """Return the adapter's part of the state dict."""
+    return {name: tensor for name, tensor in model.state_dict().items() if _is_adapter_name(name)}
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give an adapter the values that `adapter_state_dict` had.
+    """Load the tensors of `adapter_state_dict` into the model's adapter.
 
     Raises:
-        ModelError: names or shapes are not those of the model's adapter.
+        ModelError: Names or shapes differ from those of the model's adapter.
     """
-    _compare({name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}, state)
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}, state)
     model.load_state_dict(dict(state), strict=False)
 
 
 def check_adapter_fits(model: nn.Module, config: LoRAConfig, state: Mapping[str, Tensor]) -> None:
-    """Refuse values that are not of such an adapter, before there is one: a stranger's rank may be any number.
+    """Check that an adapter can be added and loaded, before `add_lora` allocates memory for it.
+
+    The configuration may come from a file, whose rank can be any number.
 
     Args:
-        model: without an adapter.
-        config: what `add_lora` is to be given.
-        state: what `load_adapter_state_dict` is.
+        model: The model, without adapter.
+        config: Configuration to pass to `add_lora`.
+        state: Tensors to pass to `load_adapter_state_dict`.
 
     Raises:
-        ModelError: as they do.
+        ModelError: `add_lora` or `load_adapter_state_dict` would raise it.
     """
     expected = {}
-    for name, linear in _targets(model, config).items():
+    for name, linear in _target_layers(model, config).items():
         expected[f"{name}.lora_A"] = (config.rank, linear.in_features)
         expected[f"{name}.lora_B"] = (linear.out_features, config.rank)
-    _compare(expected, state)
-
-
-def _compare(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
-    wrong = sorted(
-        name
-        for name in expected.keys() | state.keys()
-        if name not in expected or name not in state or expected[name] != tuple(state[name].shape)
-    )
-    if wrong:
-        raise ModelError(
-            f"{len(wrong)} tensors, such as {wrong[0]}, are missing, unknown or of another shape than the "
-            f"model's adapter has: give the model the LoRAConfig that the adapter was trained with."
-        )
+    _check_shapes(expected, state)
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of the weights below the adapter: their names, shapes, dtypes and bytes."""
+    """Return the SHA-256 of the base weights (names, shapes, dtypes and bytes) in hexadecimal."""
     digest = hashlib.sha256()
-    originals = {
+    unmerged = {
         f"{name}.weight": layer.base_weight
         for name, layer in lora_layers(model).items()
         if layer.base_weight is not None
     }
-    for name, tensor in sorted((model.state_dict() | originals).items()):
-        if not _is_adapter(name):
+    for name, tensor in sorted((model.state_dict() | unmerged).items()):
+        if not _is_adapter_name(name):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _adapted(model: nn.Module) -> list[LoRALinear]:
-    layers = list(lora_layers(model).values())
+def _target_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
+    if lora_layers(model):
+        raise ModelError("The model already has an adapter. Merge it and save the model, or load the base model again.")
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and config.matches(name)
+    }
     if not layers:
-        raise ModelError("The model has no adapter: give it one with add_lora, or load one.")
+        raise ModelError(
+            f"No linear layer of the model is named {' or '.join(config.target_modules)}. Choose other target_modules."
+        )
     return layers
 
 
-def _is_adapter(name: str) -> bool:
+def _existing_lora_layers(model: nn.Module) -> list[LoRALinear]:
+    layers = list(lora_layers(model).values())
+    if not layers:
+        raise ModelError("The model has no adapter. Add one with add_lora, or load one with load_adapter.")
+    return layers
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
+    actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} adapter tensors, such as {wrong[0]}, are missing, unexpected or have another shape than "
+            f"the LoRAConfig requires. Use the LoRAConfig that the adapter was trained with."
+        )
+
+
+def _is_adapter_name(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B"))
