@@ -30,26 +30,26 @@ _END_OF_TEXT_ID = 50_256
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What turns text into ids and back."""
+    """Interface of a tokenizer, the only one that homebrew uses: implement it to use a custom tokenizer."""
 
     name: str
-    """Under which `get_tokenizer` knows it."""
+    """Name in messages and metadata; the built-in tokenizers are found under it by `get_tokenizer`."""
     vocab_size: int
-    """Ids that exist."""
+    """Number of token ids."""
     end_of_text_id: int | None
-    """The id that marks the end of a document, where there is one."""
+    """Id of the end-of-text token, or None if the tokenizer has none."""
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """The ids of a text, (n,)."""
+        """Encode a text as token ids, (num_tokens,), int64."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Decode token ids as text. Invalid UTF-8 is replaced by U+FFFD."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The UTF-8 bytes of ids, which may begin or end within a character."""
+        """Decode token ids as UTF-8 bytes, which may start or end inside a character."""
 
     def to_json(self) -> dict[str, Any]:
-        """What `tokenizer_from_json` makes it from again."""
+        """Return a JSON-serializable description, from which `tokenizer_from_json` builds the tokenizer."""
 
 
 class GPT2Tokenizer:
@@ -227,6 +227,20 @@ def gpt2_vocabulary_files() -> dict[str, bytes]:
     return {name: _gpt2_file(name) for name in _GPT2_SHA256}
 
 
+@cache
+def gpt2_byte_to_char() -> dict[int, str]:
+    """Return the printable character that GPT-2's vocabulary files write for each byte.
+
+    Printable bytes stand for themselves. The others are written as the characters from U+0100 on.
+
+    Returns:
+        A dictionary with the 256 bytes as keys. It is cached: do not modify it.
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
 def _gpt2_file(name: str) -> bytes:
     sha256, url = _GPT2_SHA256[name], _GPT2_URL + name
     cached = _tiktoken_cache_dir() / hashlib.sha1(url.encode()).hexdigest()  # noqa: S324 - tiktoken's naming
@@ -252,21 +266,14 @@ def _gpt2_encoding() -> tiktoken.Encoding:
     """tiktoken's, built from a file at hand: its own loader downloads without a timeout."""
     ids: dict[str, int] = json.loads(_gpt2_file("encoder.json"))
     ids.pop(_END_OF_TEXT)
-    to_byte = _printable_to_byte()
+    char_to_byte = {char: byte for byte, char in gpt2_byte_to_char().items()}
     return tiktoken.Encoding(
         name="gpt2",
         explicit_n_vocab=GPT2Tokenizer.vocab_size,
         pat_str=_GPT2_PATTERN,
-        mergeable_ranks={bytes(to_byte[c] for c in token): rank for token, rank in ids.items()},
+        mergeable_ranks={bytes(char_to_byte[c] for c in token): rank for token, rank in ids.items()},
         special_tokens={_END_OF_TEXT: _END_OF_TEXT_ID},
     )
-
-
-def _printable_to_byte() -> dict[str, int]:
-    """GPT-2's files write each byte as a printable character: itself, or the next free one from U+0100."""
-    printable = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
