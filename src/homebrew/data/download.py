@@ -1,4 +1,4 @@
-"""Where bytes come from: an installed package, a cache, the network; each checked against a SHA-256."""
+"""Read files from caches, installed packages and the network, verified by their SHA-256."""
 
 import contextlib
 import hashlib
@@ -11,31 +11,42 @@ from pathlib import Path
 from homebrew.io import atomic_replace
 
 TIMEOUT_SECONDS = 5.0
-"""How long the network may keep silent."""
+"""Maximum time without a response from the network."""
+
+MAX_DOWNLOAD_BYTES = 16 * 1024**2
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: `$HOMEBREW_GPT_CACHE`, else `homebrew-gpt` in the user's cache folder."""
-    if own := os.environ.get("HOMEBREW_GPT_CACHE"):
-        return Path(own)
+    """Return the download cache: `$HOMEBREW_GPT_CACHE`, or `homebrew-gpt` in the user's cache directory."""
+    if configured := os.environ.get("HOMEBREW_GPT_CACHE"):
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "homebrew-gpt"
 
 
-def checked(data: bytes | None, sha256: str) -> bytes | None:
-    """The bytes, if they are the ones that were meant."""
-    return data if data is not None and hashlib.sha256(data).hexdigest() == sha256 else None
-
-
 def read_file(path: Path) -> bytes | None:
-    """A file's bytes, None where it cannot be read."""
+    """Read a file, or return None if that fails."""
     try:
         return path.read_bytes()
     except OSError:
         return None
 
 
+def read_verified(path: Path, sha256: str) -> bytes | None:
+    """Read a file, or return None if that fails or its SHA-256 differs."""
+    data = read_file(path)
+    return data if data is not None and _matches(data, sha256) else None
+
+
 def installed_files(distribution: str, suffix: str) -> list[Path]:
-    """Files of an installed distribution whose path ends in `suffix`, sorted; the package is not imported."""
+    """List the files of an installed distribution without importing it.
+
+    Args:
+        distribution: Name of the distribution.
+        suffix: End of the paths to list.
+
+    Returns:
+        Sorted paths. Empty if the distribution is not installed.
+    """
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -43,16 +54,30 @@ def installed_files(distribution: str, suffix: str) -> list[Path]:
     return sorted(Path(str(file.locate())) for file in files if str(file).endswith(suffix))
 
 
-def download(url: str, sha256: str, keep_at: Path) -> bytes | None:
-    """Fetch a URL and keep the bytes in a cache; None where that fails or they are not the ones that were meant."""
+def download(url: str, sha256: str, cache_path: Path) -> bytes | None:
+    """Download a file and store it in a cache.
+
+    Args:
+        url: Address of the file.
+        sha256: Expected SHA-256 of the file, in hexadecimal.
+        cache_path: Path to store the file at. A cache that cannot be written to is not an error.
+
+    Returns:
+        The file's content, or None if the download failed or the SHA-256 differs.
+    """
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 - our own constants
-            data = checked(response.read(16 * 1024**2), sha256)
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 - only constant URLs
+            data: bytes = response.read(MAX_DOWNLOAD_BYTES)
     except (OSError, http.client.HTTPException):
         return None
-    if data is not None:
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs only the next download
-            keep_at.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_replace(keep_at) as path:
-                path.write_bytes(data)
+    if not _matches(data, sha256):
+        return None
+    with contextlib.suppress(OSError):
+        cache_path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_replace(cache_path) as path:
+            path.write_bytes(data)
     return data
+
+
+def _matches(data: bytes, sha256: str) -> bool:
+    return hashlib.sha256(data).hexdigest() == sha256

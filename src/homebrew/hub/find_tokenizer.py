@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, gpt2_vocabulary_files, tokenizer_from_json
+from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_files
+from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_json
 from homebrew.errors import DataError, ModelError, TokenizerError
 from homebrew.hub.from_pretrained import CONFIG_FILE
 from homebrew.hub.source import Source, open_source, read_json, read_text
