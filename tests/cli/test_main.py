@@ -53,7 +53,7 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
         (["export", "RUN", "x", "--private"], "--push-to-hub"),
         (["export", "RUN", "RUN"], "run"),
         (["export", "RUN", "CHECKPOINT"], "checkpoint"),
-        (["prepare", "--output", "x"], "text"),
+        (["prepare", "--output", "x.npy"], "text"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, invoke_error, arguments, message):

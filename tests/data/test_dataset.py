@@ -15,29 +15,29 @@ def counting(num_tokens=100, block_size=8, **options):
 
 
 def shards(folder, sizes, vocab_size=1000, first=0, **options):
-    """Files that together count on from `first`."""
+    """Token files that together hold consecutive ids from `first`."""
     for i, size in enumerate(sizes):
-        write_tokens(folder / f"{i}.tokens", np.arange(first, first + size), vocab_size=vocab_size, **options)
+        write_tokens(folder / f"{i}.npy", np.arange(first, first + size), vocab_size=vocab_size, **options)
         first += size
-    return [folder / f"{i}.tokens" for i in range(len(sizes))]
+    return [folder / f"{i}.npy" for i in range(len(sizes))]
 
 
 def inputs(dataset):
-    """The first id of each window: where it starts, when ids count."""
+    """The first id of each window. For consecutive ids this is the window's position."""
     return [int(dataset[i][0][0]) for i in range(len(dataset))]
 
 
-def as_memory(tmp_path, ids, block_size, **options):
+def in_memory(tmp_path, ids, block_size, **options):
     return TokenDataset.from_tokens(ids, block_size, vocab_size=1000, **options)
 
 
-def as_file(tmp_path, ids, block_size, **options):
-    write_tokens(tmp_path / "made.tokens", ids, vocab_size=1000)
-    return TokenDataset.from_shards(tmp_path / "made.tokens", block_size, **options)
+def in_file(tmp_path, ids, block_size, **options):
+    write_tokens(tmp_path / "ids.npy", ids, vocab_size=1000)
+    return TokenDataset.from_shards(tmp_path / "ids.npy", block_size, **options)
 
 
-@pytest.mark.parametrize("make", [as_memory, as_file])
-def test_windows_follow_one_another_and_targets_follow_inputs(tmp_path, make):
+@pytest.mark.parametrize("make", [in_memory, in_file])
+def test_windows_are_consecutive_and_targets_are_shifted_inputs(tmp_path, make):
     dataset = make(tmp_path, np.arange(100), 8)
     assert inputs(dataset) == list(range(0, 92, 8))
     assert dataset.num_tokens == 96
@@ -48,7 +48,7 @@ def test_windows_follow_one_another_and_targets_follow_inputs(tmp_path, make):
     assert torch.equal(dataset[3][1], targets[0])
 
 
-@pytest.mark.parametrize("make", [as_memory, as_file])
+@pytest.mark.parametrize("make", [in_memory, in_file])
 @pytest.mark.parametrize("stride", [1, 3, 20])
 def test_stride(tmp_path, make, stride):
     assert inputs(make(tmp_path, np.arange(30), 8, stride=stride)) == list(range(0, 22, stride))
@@ -64,23 +64,23 @@ def test_without_a_stride_each_token_is_a_target_at_most_once(num_tokens, block_
     assert num_tokens - 1 - len(targets) < block_size
 
 
-def test_exactly_one_window_is_enough():
+def test_a_dataset_may_have_one_window():
     assert len(counting(9, 8)) == 1
 
 
-@pytest.mark.parametrize("make", [as_memory, as_file])
+@pytest.mark.parametrize("make", [in_memory, in_file])
 @pytest.mark.parametrize("seed", [0, 42, None])
-def test_a_split_shares_out_all_windows(tmp_path, make, seed):
-    whole = make(tmp_path, np.arange(400), 8)
-    first, second = whole.split(0.8, seed=seed)
-    assert len(first) == int(0.8 * len(whole))
-    assert sorted(inputs(first) + inputs(second)) == inputs(whole)
-    assert first.tokens is whole.tokens, "the tokens are shared"
-    again, _ = whole.split(0.8, seed=seed)
-    assert inputs(again) == inputs(first)
+def test_a_split_distributes_all_windows(tmp_path, make, seed):
+    dataset = make(tmp_path, np.arange(400), 8)
+    first, second = dataset.split(0.8, seed=seed)
+    assert len(first) == int(0.8 * len(dataset))
+    assert sorted(inputs(first) + inputs(second)) == inputs(dataset)
+    assert first.tokens is dataset.tokens, "the tokens are shared"
+    repeated, _ = dataset.split(0.8, seed=seed)
+    assert inputs(repeated) == inputs(first)
 
 
-def test_a_split_by_seed_is_shuffled_and_one_without_is_not():
+def test_a_split_is_shuffled_only_with_a_seed():
     first, second = counting(400).split(0.5, seed=None)
     assert max(inputs(first)) < min(inputs(second))
     parts = [inputs(counting(400).split(0.5, seed=seed)[0]) for seed in (1, 2)]
@@ -88,18 +88,18 @@ def test_a_split_by_seed_is_shuffled_and_one_without_is_not():
     assert max(parts[0]) > min(inputs(second))
 
 
-def test_overlapping_windows_are_cut_without_a_leak_or_not_at_all():
+def test_a_split_of_overlapping_windows_shares_no_targets():
     overlapping = counting(200, 8, stride=3)
     with pytest.raises(DataError, match="seed=None"):
         overlapping.split(0.5)
     first, second = overlapping.split(0.5, seed=None)
-    seen = {int(i) for n in range(len(first)) for i in first[n][1]}
-    asked = {int(i) for n in range(len(second)) for i in second[n][1]}
-    assert seen
-    assert not seen & asked
+    first_targets = {int(i) for n in range(len(first)) for i in first[n][1]}
+    second_targets = {int(i) for n in range(len(second)) for i in second[n][1]}
+    assert first_targets
+    assert not first_targets & second_targets
 
 
-def test_a_part_of_a_shuffled_split_can_be_cut_again():
+def test_a_split_can_be_split_again():
     train, _ = counting(800).split(0.8, seed=1)
     first, second = train.split(0.75, seed=None)
     assert sorted(inputs(first) + inputs(second)) == sorted(inputs(train))
@@ -107,52 +107,52 @@ def test_a_part_of_a_shuffled_split_can_be_cut_again():
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, 1e-9, float("nan"), float("inf")])
-def test_a_split_with_an_empty_part_is_refused(fraction):
-    with pytest.raises(DataError, match="leaves a part without any"):
+def test_a_split_with_an_empty_part_raises(fraction):
+    with pytest.raises(DataError, match="leaves one of the two datasets empty"):
         counting().split(fraction)
 
 
-def test_a_split_whose_overlapping_windows_leave_a_part_empty_is_refused():
-    with pytest.raises(DataError, match="leaves a part without any"):
+def test_a_split_of_overlapping_windows_with_an_empty_part_raises():
+    with pytest.raises(DataError, match="leaves one of the two datasets empty"):
         TokenDataset.from_tokens(range(30), 10, stride=1).split(0.2, seed=None)
 
 
-def test_a_split_has_the_nearest_number_of_windows():
+def test_a_split_rounds_to_the_nearest_number_of_windows():
     first, _ = TokenDataset.from_tokens(range(401), 4).split(0.58)
-    assert len(first) == 58  # though 100 * 0.58 is 57.99999999999999
+    assert len(first) == 58  # 100 * 0.58 is 57.99999999999999
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
         ([], "There are 0 tokens"),
-        ([1, 2], "There are 2 tokens, but one window takes block_size . 1 = 5"),
-        (torch.rand(20), "must be integers in one row; got float32"),
-        (torch.ones(20, dtype=torch.bool), "must be integers in one row; got bool"),
-        (torch.zeros(4, 5, dtype=torch.int64), r"got int64 of shape \(4, 5\)"),
-        (["to", "be"], "must be integers in one row"),
-        ([[1, 2], [3]], "must be integers in one row"),
-        ([2**70] * 9, "must be integers in one row"),
+        ([1, 2], "There are 2 tokens, but one window needs block_size . 1 = 5"),
+        (torch.rand(20), "are float32"),
+        (torch.ones(20, dtype=torch.bool), "are bool"),
+        (torch.zeros(4, 5, dtype=torch.int64), r"are int64 of shape \(4, 5\)"),
+        (["to", "be"], "must be a one-dimensional sequence of integers"),
+        ([[1, 2], [3]], "must be a one-dimensional sequence of integers"),
+        ([2**70] * 9, "must be a one-dimensional sequence of integers"),
         ([1, 2, 3, 4, 99], "Token id 99 is outside the vocabulary of 50"),
         ([1, 2, 3, 4, -1], "Token id -1 is outside the vocabulary of 50"),
         (np.full(9, 2**63, np.uint64), f"Token id {2**63} is outside"),
     ],
 )
-def test_wrong_ids_are_refused(ids, said):
-    with pytest.raises(DataError, match=said):
+def test_invalid_ids_raise(ids, message):
+    with pytest.raises(DataError, match=message):
         TokenDataset.from_tokens(ids, 4, vocab_size=50)
 
 
 @pytest.mark.parametrize(
     "ids", [np.arange(9, dtype=np.uint16), np.frombuffer(bytes(range(9)), np.uint8), list(range(9))]
 )
-def test_ids_may_be_of_any_integer_type(ids):
+def test_ids_may_have_any_integer_dtype(ids):
     dataset = TokenDataset.from_tokens(ids, 4)
     assert dataset[1][0].tolist() == [4, 5, 6, 7]
     assert dataset.vocab_size == 9
 
 
-def test_the_tokens_are_a_copy():
+def test_ids_are_copied():
     ids = np.arange(9, dtype=np.int32)
     dataset = TokenDataset.from_tokens(ids, 4)
     ids[:] = 0
@@ -160,12 +160,12 @@ def test_the_tokens_are_a_copy():
 
 
 @pytest.mark.parametrize(("block_size", "stride"), [(0, None), (-1, None), (4, 0)])
-def test_wrong_windows_are_refused(block_size, stride):
+def test_invalid_windows_raise(block_size, stride):
     with pytest.raises(DataError, match="must be at least 1"):
         counting(20, block_size, stride=stride)
 
 
-def test_text_and_file(tmp_path):
+def test_from_file(tmp_path):
     text = "Ŧo be, or not to be: that is the question"
     (tmp_path / "text").write_text(text, encoding="utf-8")
     for tokenizer in ("bytes", "char", "gpt2", get_tokenizer("bytes")):
@@ -176,86 +176,87 @@ def test_text_and_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("", "empty"), ("abc", "There are 3 tokens"), ("abc\ud800 and more", "U.D800")]
+    ("text", "message"), [("", "empty"), ("abc", "There are 3 tokens"), ("abc\ud800 and more", "U.D800")]
 )
 @pytest.mark.parametrize("tokenizer", ["bytes", "char"])
-def test_wrong_text_is_refused(text, said, tokenizer):
-    with pytest.raises(DataError, match=said):
+def test_invalid_text_raises(text, message, tokenizer):
+    with pytest.raises(DataError, match=message):
         TokenDataset.from_text(text, 8, tokenizer=tokenizer)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_invalid_text_files_raise(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "binary", tmp_path, tmp_path / "none"):
+    for path in (tmp_path / "binary", tmp_path, tmp_path / "missing"):
         with pytest.raises(DataError, match="cannot be read"):
             TokenDataset.from_file(path, 4)
 
 
-@pytest.mark.parametrize("make", [as_memory, as_file])
-def test_a_fingerprint_is_that_of_the_samples(tmp_path, make):
+@pytest.mark.parametrize("make", [in_memory, in_file])
+def test_the_fingerprint_depends_on_the_samples_only(tmp_path, make):
     ids = np.arange(100)
-    print_of = make(tmp_path, ids, 8).fingerprint
-    assert make(tmp_path, ids, 8).fingerprint == print_of
+    fingerprint = make(tmp_path, ids, 8).fingerprint
+    assert make(tmp_path, ids, 8).fingerprint == fingerprint
     changed = ids.copy()
     changed[50] = 0
     others = [make(tmp_path, changed, 8), make(tmp_path, ids, 4), make(tmp_path, ids, 8, stride=4)]
     others += make(tmp_path, ids, 8).split(0.5)
-    assert len({print_of, *(other.fingerprint for other in others)}) == 6
+    assert len({fingerprint, *(other.fingerprint for other in others)}) == 6
 
 
-@pytest.mark.parametrize("make", [as_memory, as_file])
-def test_another_device(tmp_path, make):
+@pytest.mark.parametrize("make", [in_memory, in_file])
+def test_to_another_device(tmp_path, make):
     dataset = make(tmp_path, np.arange(100), 8)
     moved = dataset.to(torch.device("meta"))
     assert moved.device.type == moved.starts.device.type == "meta"
-    assert moved.fingerprint if moved is dataset else len(moved) == len(dataset)
+    assert len(moved) == len(dataset)
     assert dataset.to(torch.device("cpu"))[1][0].tolist() == list(range(8, 16))
     assert moved.nbytes == dataset.nbytes == 100 * 4 + 12 * 8
 
 
-def test_windows_of_several_files_stay_within_one(tmp_path):
+def test_no_window_spans_two_files(tmp_path):
     paths = shards(tmp_path, [20, 5, 30], num_text_bytes=50, source="counting")
     dataset = TokenDataset.from_shards(paths, 8)
-    assert inputs(dataset) == [0, 8, 25, 33, 41], "5 tokens are too few for a window"
-    everything = torch.arange(len(dataset))
-    input_ids, targets = dataset.batch(everything)
+    assert inputs(dataset) == [0, 8, 25, 33, 41], "the second file is shorter than a window"
+    input_ids, targets = dataset.batch(torch.arange(len(dataset)))
     assert torch.equal(targets, input_ids + 1)
     assert dataset.bytes_per_token == 150 / 55
     assert dataset.source == f"the token file {paths[0]} and 2 more (from counting)"
     assert dataset.vocab_size == 1000
 
 
-def test_files_bring_their_tokenizer(tmp_path):
-    mine = get_tokenizer("char", text="to be")
-    write_tokens(tmp_path / "a", mine.encode("to be or"[:5] * 4), vocab_size=5, tokenizer_json=mine.to_json())
-    assert TokenDataset.from_shards(tmp_path / "a", 5).tokenizer.alphabet == mine.alphabet
-    write_tokens(tmp_path / "b", np.arange(5), vocab_size=5, tokenizer_json={"name": "own"})
+def test_the_tokenizer_is_built_from_the_metadata(tmp_path):
+    tokenizer = get_tokenizer("char", text="to be")
+    write_tokens(
+        tmp_path / "a.npy", tokenizer.encode("to be or"[:5] * 4), vocab_size=5, tokenizer_json=tokenizer.to_json()
+    )
+    assert TokenDataset.from_shards(tmp_path / "a.npy", 5).tokenizer.alphabet == tokenizer.alphabet
+    write_tokens(tmp_path / "b.npy", np.arange(5), vocab_size=5, tokenizer_json={"name": "own"})
     with pytest.raises(DataError, match="'own'"):
-        TokenDataset.from_shards(tmp_path / "b", 4)
-    assert TokenDataset.from_shards(tmp_path / "b", 4, tokenizer=mine).tokenizer is mine
+        TokenDataset.from_shards(tmp_path / "b.npy", 4)
+    assert TokenDataset.from_shards(tmp_path / "b.npy", 4, tokenizer=tokenizer).tokenizer is tokenizer
 
 
-def test_files_that_do_not_fit_together_are_refused(tmp_path):
-    write_tokens(tmp_path / "a", np.arange(20), vocab_size=50)
-    write_tokens(tmp_path / "b", np.arange(20), vocab_size=60)
-    write_tokens(tmp_path / "c", np.arange(20), vocab_size=50, tokenizer_json={"name": "bytes"})
-    for other, said in (("b", "vocab_size=60"), ("c", "tokenizer=.'name': 'bytes'")):
-        with pytest.raises(DataError, match=said):
-            TokenDataset.from_shards([tmp_path / "a", tmp_path / other], 4)
+def test_incompatible_token_files_raise(tmp_path):
+    write_tokens(tmp_path / "a.npy", np.arange(20), vocab_size=50)
+    write_tokens(tmp_path / "b.npy", np.arange(20), vocab_size=60)
+    write_tokens(tmp_path / "c.npy", np.arange(20), vocab_size=50, tokenizer_json={"name": "bytes"})
+    for other, message in (("b.npy", "vocab_size=60"), ("c.npy", "tokenizer=.'name': 'bytes'")):
+        with pytest.raises(DataError, match=message):
+            TokenDataset.from_shards([tmp_path / "a.npy", tmp_path / other], 4)
     with pytest.raises(DataError, match="There are 20 tokens"):
-        TokenDataset.from_shards([tmp_path / "a"], 20)
-    with pytest.raises(DataError, match="no token files"):
+        TokenDataset.from_shards([tmp_path / "a.npy"], 20)
+    with pytest.raises(DataError, match="list of token files is empty"):
         TokenDataset.from_shards([], 20)
 
 
-def test_a_damaged_file_is_found_at_once_and_a_wrong_id_when_it_is_read(tmp_path):
-    write_tokens(tmp_path / "a", np.arange(20), vocab_size=50)
-    with (tmp_path / "a").open("r+b") as file:
+def test_a_corrupt_file_raises_at_once_and_unchecked_when_the_id_is_read(tmp_path):
+    write_tokens(tmp_path / "a.npy", np.arange(20), vocab_size=50)
+    with (tmp_path / "a.npy").open("r+b") as file:
         file.seek(-2, 2)
         file.write(b"\xff\xff")
-    with pytest.raises(DataError, match="token id 65535"):
-        TokenDataset.from_shards(tmp_path / "a", 4)
-    unchecked = TokenDataset.from_shards(tmp_path / "a", 4, check=False, stride=1)
+    with pytest.raises(DataError, match="corrupt: its SHA-256"):
+        TokenDataset.from_shards(tmp_path / "a.npy", 4)
+    unchecked = TokenDataset.from_shards(tmp_path / "a.npy", 4, check=False, stride=1)
     assert unchecked[14][1].tolist() == [15, 16, 17, 18]
     with pytest.raises(DataError, match="token id 65535"):
         unchecked[15]

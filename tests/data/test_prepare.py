@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homebrew import TokenDataset, get_tokenizer
-from homebrew.data.prepare import prepare, text_pieces
+from homebrew.data.prepare import prepare, text_chunks
 from homebrew.data.token_file import TokenFile, is_token_file
 from homebrew.errors import DataError
 
@@ -17,63 +17,69 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("prepare") / "text.txt"
 
 
-@settings(deadline=None, max_examples=300)
-@given(text=TEXTS, piece_characters=st.integers(1, 12))
-def test_pieces_encode_to_what_the_whole_text_does(path, text, piece_characters):
+@settings(deadline=None, max_examples=200)
+@given(text=TEXTS, chunk_characters=st.integers(1, 12))
+def test_encoding_in_chunks_equals_encoding_at_once(path, text, chunk_characters):
     path.write_bytes(text.encode(errors="ignore"))
-    whole = path.read_text(encoding="utf-8")
-    pieces = list(text_pieces(path, piece_characters))
-    assert "".join(pieces) == whole
-    assert all(pieces)
+    expected = path.read_text(encoding="utf-8")
+    chunks = list(text_chunks(path, chunk_characters))
+    assert "".join(chunks) == expected
+    assert all(chunks)
     for name in ("gpt2", "bytes"):
         tokenizer = get_tokenizer(name)
-        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(whole).tolist()
+        assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(expected).tolist()
 
 
-def test_a_long_text_comes_in_small_pieces(path):
+def test_chunks_of_a_long_text_are_small(path):
     path.write_text("A line of text.\n" * 1000)
-    assert max(map(len, text_pieces(path, 100))) < 200
+    assert max(map(len, text_chunks(path, 100))) < 200
     path.write_text("A text of one line. " * 1000)
-    assert max(map(len, text_pieces(path, 100))) < 200
+    assert max(map(len, text_chunks(path, 100))) < 200
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "char"])
-def test_a_prepared_text_is_the_text_itself(path, tmp_path, tokenizer):
+def test_a_prepared_text_gives_the_dataset_of_the_text(path, tmp_path, tokenizer):
     path.write_text("Grüße —\nto all\n" * 10)
-    header = prepare([path], tmp_path / "out", tokenizer=tokenizer, piece_characters=7)
-    ours = TokenDataset.from_shards(tmp_path / "out", 8)
-    theirs = TokenDataset.from_file(path, 8, tokenizer=tokenizer)
-    assert ours[1][0].tolist() == theirs[1][0].tolist()
-    assert len(ours) == len(theirs)
-    assert ours.tokenizer.to_json() == theirs.tokenizer.to_json()
-    assert ours.bytes_per_token == theirs.bytes_per_token
-    assert header.num_text_bytes == path.stat().st_size
-    assert is_token_file(tmp_path / "out")
+    metadata = prepare([path], tmp_path / "out.npy", tokenizer=tokenizer, chunk_characters=7)
+    prepared = TokenDataset.from_shards(tmp_path / "out.npy", 8)
+    direct = TokenDataset.from_file(path, 8, tokenizer=tokenizer)
+    assert prepared[1][0].tolist() == direct[1][0].tolist()
+    assert len(prepared) == len(direct)
+    assert prepared.tokenizer.to_json() == direct.tokenizer.to_json()
+    assert prepared.bytes_per_token == direct.bytes_per_token
+    assert metadata.num_text_bytes == path.stat().st_size
+    assert is_token_file(tmp_path / "out.npy")
     assert not is_token_file(path)
 
 
-def test_texts_are_parted_by_the_end_of_text(tmp_path):
+def test_texts_are_separated_by_the_end_of_text_token(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(f"{name}\n")
-    prepare([tmp_path / "a", tmp_path / "b"], tmp_path / "gpt2")
-    prepare([tmp_path / "a", tmp_path / "b"], tmp_path / "bytes", tokenizer="bytes")
-    gpt2, plain = (TokenFile.open(tmp_path / name) for name in ("gpt2", "bytes"))
+    prepare([tmp_path / "a", tmp_path / "b"], tmp_path / "gpt2.npy")
+    prepare([tmp_path / "a", tmp_path / "b"], tmp_path / "bytes.npy", tokenizer="bytes")
+    gpt2, plain = (TokenFile(tmp_path / name) for name in ("gpt2.npy", "bytes.npy"))
     assert gpt2.read(0, len(gpt2)).tolist() == [64, 198, 50256, 65, 198]
     assert bytes(plain.read(0, len(plain)).tolist()) == b"a\nb\n"
 
 
-def test_what_is_no_text_is_refused_and_nothing_written(tmp_path):
+def test_invalid_texts_raise_and_nothing_is_written(tmp_path):
     (tmp_path / "good").write_text("good")
     (tmp_path / "bad").write_bytes(b"a\xff")
     (tmp_path / "empty").touch()
-    for name, message in (("bad", "UTF-8"), ("none", "none"), ("empty", "no text")):
+    for name, message in (("bad", "UTF-8"), ("missing", "missing"), ("empty", "no text")):
         paths = [tmp_path / "good", tmp_path / name] if name != "empty" else [tmp_path / name]
         with pytest.raises(DataError, match=message):
-            prepare(paths, tmp_path / "out", tokenizer="bytes")
-    assert not (tmp_path / "out").exists()
+            prepare(paths, tmp_path / "out.npy", tokenizer="bytes")
+    assert {path.name for path in tmp_path.iterdir()} == {"good", "bad", "empty"}
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+def test_a_token_file_as_text_raises(path, tmp_path):
+    prepare([path], tmp_path / "a.npy", tokenizer="bytes")
+    with pytest.raises(DataError, match=r"a\.npy is a token file"):
+        prepare([tmp_path / "a.npy"], tmp_path / "b.npy")
+
+
+def test_a_pipe_raises_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="pipe is not a regular file"):
-        prepare([tmp_path / "pipe"], tmp_path / "out")
+    with pytest.raises(DataError, match="pipe' is not a regular file"):
+        prepare([tmp_path / "pipe"], tmp_path / "out.npy")

@@ -1,11 +1,13 @@
+import contextlib
+import dataclasses
 import hashlib
+import io
 import json
 import os
 import pickle
 import resource
 import signal
 import stat
-import struct
 import tracemalloc
 from datetime import timedelta
 from pathlib import Path
@@ -16,8 +18,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from homebrew.data import token_file as shards
-from homebrew.data.token_file import MAX_HEADER_BYTES, TokenFile, is_token_file, write_tokens
+from homebrew.data.token_file import TokenFile, TokenMetadata, is_token_file, metadata_path, write_tokens
 from homebrew.errors import DataError
 
 IDS = np.arange(0, 600, 3)
@@ -25,301 +26,348 @@ IDS = np.arange(0, 600, 3)
 
 @pytest.fixture
 def path(tmp_path):
-    path = tmp_path / "made.tokens"
+    """A valid token file."""
+    path = tmp_path / "book.npy"
     write_tokens(path, IDS, vocab_size=600, tokenizer_json={"name": "own"}, num_text_bytes=700, source="threes")
     return path
 
 
-def with_header(path, **changes):
-    """A file whose header was changed; `...` leaves a field out."""
-    data = path.read_bytes()
-    (length,) = struct.unpack_from("<I", data, 12)
-    header = json.loads(data[16 : 16 + length]) | changes
-    text = json.dumps({name: value for name, value in header.items() if value is not ...}).encode()
-    path.write_bytes(data[:12] + struct.pack("<I", len(text)) + text + data[16 + length :])
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read_all(path):
+    file = TokenFile(path)
+    file.verify()
+    return file.read(0, len(file)).tolist()
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(600, "uint16"), (2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_what_is_written_is_read(tmp_path, vocab_size, dtype):
-    ids = np.append(IDS, vocab_size - 1)
-    written = write_tokens(tmp_path / "a", ids, vocab_size=vocab_size, source="ünïcode")
-    file = TokenFile.open(tmp_path / "a")
-    assert file.header == written
-    assert (written.dtype, written.num_tokens, written.source) == (dtype, 201, "ünïcode")
-    assert written.sha256 == hashlib.sha256(ids.astype(dtype).tobytes()).hexdigest()
-    for start, stop in [(0, 201), (0, 0), (201, 201), (5, 6), (100, 201)]:
-        assert file.read(start, stop).tolist() == ids[start:stop].tolist()
-    file.check()
+def test_write_and_read(tmp_path, vocab_size, dtype):
+    path, ids = tmp_path / "book.npy", np.append(IDS, vocab_size - 1)
+    written = write_tokens(path, ids, vocab_size=vocab_size, source="ünïcode")
+    assert TokenFile(path).metadata == written
+    assert (written.num_tokens, written.source) == (201, "ünïcode")
+    assert written.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_all(path) == ids.tolist()
+    for start, stop in [(0, 0), (201, 201), (5, 6), (100, 201)]:
+        assert TokenFile(path).read(start, stop).tolist() == ids[start:stop].tolist()
+    array = np.load(path, allow_pickle=False)
+    assert array.dtype == dtype
+    assert array.tolist() == ids.tolist()
 
 
-def test_the_header_keeps_what_it_was_told(path):
-    header = TokenFile.open(path).header
-    assert (header.vocab_size, header.tokenizer, header.num_text_bytes) == (600, {"name": "own"}, 700)
+def test_metadata_is_plain_json(path):
+    fields = json.loads(metadata_path(path).read_text())
+    assert fields.pop("metadata_sha256")
+    assert fields == {
+        "format_version": 1,
+        "vocab_size": 600,
+        "num_tokens": 200,
+        "num_text_bytes": 700,
+        "tokenizer": {"name": "own"},
+        "source": "threes",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
 
 
 @pytest.mark.parametrize(
     "ids",
     [iter([IDS[:7], IDS[7:7], IDS[7:]]), torch.from_numpy(IDS), [torch.from_numpy(IDS[:1]), IDS[1:].astype("u2")]],
 )
-def test_ids_come_in_any_rows(tmp_path, ids):
-    write_tokens(tmp_path / "a", ids, vocab_size=600)
-    assert TokenFile.open(tmp_path / "a").read(0, 200).tolist() == IDS.tolist()
+def test_ids_may_be_written_in_several_arrays(tmp_path, ids):
+    write_tokens(tmp_path / "book.npy", ids, vocab_size=600)
+    assert read_all(tmp_path / "book.npy") == IDS.tolist()
 
 
-def test_a_file_follows_the_umask_and_nothing_is_left_beside_it(tmp_path):
-    before = os.umask(0o027)
+def test_files_follow_the_umask_and_no_temporary_file_remains(tmp_path):
+    umask = os.umask(0o027)
     try:
-        write_tokens(tmp_path / "a", IDS, vocab_size=600)
+        write_tokens(tmp_path / "book.npy", IDS, vocab_size=600)
     finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
-    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+        os.umask(umask)
+    assert {path.name for path in tmp_path.iterdir()} == {"book.npy", "book.json"}
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o640 for path in tmp_path.iterdir())
 
 
-def breaking_off():
+def interrupted_ids():
     yield IDS
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
-    ("ids", "vocab_size", "error", "said"),
+    ("ids", "vocab_size", "error", "message"),
     [
-        ([], 600, DataError, "would hold no token"),
+        ([], 600, DataError, "no tokens to write"),
         ([IDS, np.array([600])], 600, DataError, "Token id 600 is outside the vocabulary of 600"),
         (np.array([3, -1]), 600, DataError, "Token id -1 is outside"),
-        (np.array([0.5]), 600, DataError, "got float64"),
+        (np.array([0.5]), 600, DataError, "are float64"),
         (np.zeros((2, 2), int), 600, DataError, r"shape \(2, 2\)"),
-        ([1, 2, 3], 600, DataError, "integers in one row"),
+        ([1, 2, 3], 600, DataError, "one-dimensional sequence of integers"),
         (IDS, 0, DataError, "vocab_size=0"),
         (IDS, 2**31 + 1, DataError, "vocab_size="),
-        (breaking_off(), 600, KeyboardInterrupt, None),
+        (interrupted_ids(), 600, KeyboardInterrupt, None),
     ],
 )
-def test_a_failed_write_leaves_the_old_file(path, ids, vocab_size, error, said):
-    before = path.read_bytes()
-    with pytest.raises(error, match=said):
+def test_a_failed_write_keeps_the_old_files(path, ids, vocab_size, error, message):
+    before = contents(path.parent)
+    with pytest.raises(error, match=message):
         write_tokens(path, ids, vocab_size=vocab_size)
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
+    assert contents(path.parent) == before
 
 
-def test_a_folder_that_is_not_there_or_a_description_too_long_is_refused(tmp_path):
-    (tmp_path / "file").write_text("of the user's")
-    with pytest.raises(DataError, match=r"file/a .* could not be written: Not a directory|File exists"):
-        write_tokens(tmp_path / "file" / "a", IDS, vocab_size=600)
-    with pytest.raises(DataError, match="is there and is no token file"):
-        write_tokens(tmp_path / "file", IDS, vocab_size=600)
-    (tmp_path / "file").unlink()
-    with pytest.raises(DataError, match="to_json"):
-        write_tokens(tmp_path / "a", IDS, vocab_size=600, tokenizer_json={"own": "x" * MAX_HEADER_BYTES})
-    assert not list(tmp_path.iterdir())
+def test_an_existing_token_file_is_replaced(path):
+    write_tokens(path, IDS[:5], vocab_size=600)
+    assert read_all(path) == IDS[:5].tolist()
 
 
-def test_a_full_disk_is_an_error_that_says_so(path):
-    before = path.read_bytes()
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, usual[1]))  # Python ignores SIGXFSZ: a write fails instead
+@pytest.mark.parametrize(
+    ("name", "existing", "message"),
+    [
+        ("book.txt", "book.txt", "must end in .npy"),
+        ("book.json", "book.json", "must end in .npy"),
+        ("book.npy", "book.npy", "book.npy exists and does not belong to a valid token file"),
+        ("book.npy", "book.json", "book.json exists and does not belong to a valid token file"),
+        ("folder/book.npy", "folder", "cannot be written: (Not a directory|File exists)"),
+    ],
+)
+def test_other_files_are_not_overwritten(tmp_path, name, existing, message):
+    (tmp_path / existing).write_text("{}")
+    with pytest.raises(DataError, match=message):
+        write_tokens(tmp_path / name, IDS, vocab_size=600)
+    assert contents(tmp_path) == {existing: b"{}"}
+
+
+def test_a_full_disk_raises_and_keeps_the_old_files(path):
+    before = contents(path.parent)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, limits[1]))  # Python ignores SIGXFSZ, so writing fails
     try:
-        with pytest.raises(DataError, match=r"bytes so far\) could not be written: File too large\. Free some space"):
+        with pytest.raises(DataError, match=r"cannot be written: File too large.*Free some disk space"):
             write_tokens(path, (np.zeros(500_000, int) for _ in range(4)), vocab_size=9)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(path.parent) == before
 
 
-def test_a_killed_write_leaves_the_old_file(path):
-    before = path.read_bytes()
+def test_a_killed_write_keeps_the_old_files(path):
     child = os.fork()
     if child == 0:
         write_tokens(path, (os.kill(os.getpid(), signal.SIGKILL) for _ in range(1)), vocab_size=9)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert path.read_bytes() == before
-    TokenFile.open(path).check()
+    assert read_all(path) == IDS.tolist()
 
 
-def test_bytes_are_on_the_disk_before_the_name_is(path, monkeypatch):
-    order = []
-    for name in ("fsync", "replace"):
-        true = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, true=true: (order.append(name), true(*args))[1])
+def test_a_write_killed_between_the_two_renames_is_detected(path):
+    old = metadata_path(path).read_bytes()
+    write_tokens(path, IDS[::-1], vocab_size=600)
+    metadata_path(path).write_bytes(old)
+    with pytest.raises(DataError, match="corrupt: its SHA-256"):
+        TokenFile(path).verify()
+
+
+def test_each_file_is_synced_before_its_rename_and_the_metadata_is_renamed_last(path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(Path(new).name), replace(old, new))[1])
     write_tokens(path, IDS, vocab_size=600)
-    assert order == ["fsync", "replace", "fsync"]
+    assert calls == ["fsync", "book.npy", "fsync", "fsync", "book.json", "fsync"]
 
 
-def test_a_file_may_be_named_by_a_link(path):
-    """As the files of the hub's cache are."""
-    link = path.parent / "link"
-    link.symlink_to(path)
-    assert is_token_file(link)
-    assert TokenFile.open(link).read(0, 200).tolist() == IDS.tolist()
+def test_links_are_followed(path):
+    folder = path.parent / "linked"
+    folder.mkdir()
+    for file in (path, metadata_path(path)):
+        (folder / file.name).symlink_to(file)
+    assert is_token_file(folder / path.name)
+    assert read_all(folder / path.name) == IDS.tolist()
 
 
-def test_pipes_folders_and_nothing_are_refused_by_a_link_too(path):
-    folder = path.parent
-    os.mkfifo(folder / "pipe")
-    (folder / "to-pipe").symlink_to("pipe")
-    (folder / "to-itself").symlink_to("to-itself")
-    for name, said in [
+def test_pipes_directories_and_missing_files_raise(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link-to-pipe").symlink_to("pipe")
+    for name, message in [
         ("pipe", "not a regular file"),
-        ("to-pipe", "not a regular file"),
-        ("to-itself", "Too many levels of symbolic links"),
+        ("link-to-pipe", "not a regular file"),
         ("", "not a regular file"),
-        ("none", "No such file"),
-        ("a\0b", "no path"),
+        ("missing", "No such file"),
+        ("a\0b", "cannot be read"),
     ]:
-        with pytest.raises(DataError, match=said):
-            TokenFile.open(folder / name)
+        with pytest.raises(DataError, match=message):
+            TokenFile(tmp_path / name)
+
+
+def npy(array):
+    """The content of a `.npy` file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
-        (b"", "0 bytes"),
-        (b"HBTOKENS", "8 bytes"),
-        (b"\x80\x04" + bytes(100), "begins with"),
-        (b"HBTOKENS" + struct.pack("<II", 2, 2) + b"{}", "version 2"),
-        (b"HBTOKENS" + struct.pack("<II", 1, 2**32 - 1) + b"{}", "4,294,967,295 bytes"),
-        (b"HBTOKENS" + struct.pack("<II", 1, 3) + b"{}", "3 bytes"),
-        (b"HBTOKENS" + struct.pack("<II", 1, 2) + b"{}", "must be an object with"),
-        (b"HBTOKENS" + struct.pack("<II", 1, 2) + b"[]", "must be an object with"),
-        (b"HBTOKENS" + struct.pack("<II", 1, 2) + b"\xff{", "is not JSON"),
-        (b"HBTOKENS" + struct.pack("<II", 1, 10**6) + b"[" * 10**6, "is not JSON"),
-        (b"HBTOKENS" + struct.pack("<II", 1, 10**5) + b"9" * 10**5, "is not JSON"),
+        (b"", "not in NumPy's .npy format"),
+        (pickle.dumps(IDS), "not in NumPy's .npy format"),
+        (b"\x93NUMPY", "is corrupt"),
+        (b"\x93NUMPY\x09\x00" + bytes(200), "is corrupt"),
+        (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 2**16, "is corrupt"),
+        (npy(np.array([object()])), "is corrupt"),
+        (npy(IDS[:5].astype("<u2")), r"holds uint16 of shape \(5,\), but its metadata says uint16 of shape \(200,\)"),
+        (npy(IDS), r"holds int64 of shape"),
+        (npy(IDS.astype(">u2")), r"holds >u2 of shape"),
+        (npy(IDS.astype("<u2").reshape(2, 100)), r"holds uint16 of shape \(2, 100\)"),
     ],
 )
-def test_what_is_no_token_file_is_refused(tmp_path, data, said):
-    (tmp_path / "a").write_bytes(data)
-    with pytest.raises(DataError, match=said):
-        TokenFile.open(tmp_path / "a")
+def test_other_arrays_raise(path, data, message):
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        TokenFile(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not the metadata of a token file"),
+        ("[]", "not the metadata of a token file"),
+        ("{}", "not the metadata of a token file"),
+        ("[" * 10**6, "not the metadata of a token file"),
+        ('{"format_version": 2, "metadata_sha256": ""}', "format version 2, but this version of homebrew reads 1"),
+    ],
+)
+def test_other_metadata_raises(path, text, message):
+    metadata_path(path).write_text(text)
+    with pytest.raises(DataError, match=message):
+        TokenFile(path)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("dtype", "float32"), ("dtype", ["uint16"]), ("num_tokens", 0), ("num_tokens", -200), ("num_tokens", 200.0),
-        ("num_tokens", True), ("num_tokens", 2**70), ("num_tokens", 201), ("num_tokens", 2**60), ("vocab_size", 0),
-        ("vocab_size", 2**40), ("vocab_size", None), ("tokenizer", "gpt2"), ("num_text_bytes", 0),
-        ("num_text_bytes", "700"), ("sha256", 5), ("sha256", "ab"), ("source", {}), ("source", ...),
+        ("vocab_size", "600"),
+        ("vocab_size", None),
+        ("num_tokens", 200.0),
+        ("num_text_bytes", "700"),
+        ("tokenizer", "gpt2"),
+        ("sha256", 5),
+        ("source", {}),
     ],
-)  # fmt: skip
-def test_a_header_that_lies_is_refused(path, field, value):
-    with_header(path, **{field: value})
-    with pytest.raises(DataError, match=field if field != "num_tokens" else "num_tokens|tokens its header"):
-        TokenFile.open(path)
+)
+def test_metadata_of_wrong_types_raises(path, field, value):
+    metadata = TokenFile(path).metadata
+    metadata_path(path).write_text(dataclasses.replace(metadata, **{field: value}).to_json())
+    with pytest.raises(DataError, match="values of the right types"):
+        TokenFile(path)
 
 
-def test_a_huge_file_of_nothing_is_refused_without_reading_it(tmp_path):
-    with (tmp_path / "a").open("wb") as file:
-        file.write(b"HBTOKENS" + struct.pack("<II", 1, 2**31))
-        file.truncate(2**40)
-    with pytest.raises(DataError, match="damaged"):
-        TokenFile.open(tmp_path / "a")
+@pytest.mark.parametrize("changes", [{"num_tokens": 201}, {"num_tokens": 2**60}, {"vocab_size": 2**40}])
+def test_metadata_that_does_not_match_the_array_raises(path, changes):
+    metadata_path(path).write_text(dataclasses.replace(TokenFile(path).metadata, **changes).to_json())
+    with pytest.raises(DataError, match="but its metadata says"):
+        TokenFile(path)
 
 
-def test_another_hash_is_found_by_a_check(path):
-    with_header(path, sha256="0" * 64)
-    file = TokenFile.open(path)
-    with pytest.raises(DataError, match=f"damaged.*{hashlib.sha256(IDS.astype('<u2').tobytes()).hexdigest()}"):
-        file.check()
+def test_missing_metadata_raises(path):
+    metadata_path(path).unlink()
+    with pytest.raises(DataError, match=r"book\.json does not exist.*prepare.*write_tokens"):
+        TokenFile(path)
 
 
-def test_an_id_outside_the_vocabulary_is_never_handed_out(path):
-    with_header(path, vocab_size=300)
-    file = TokenFile.open(path)
+def test_modified_metadata_raises(path):
+    text = metadata_path(path).read_text()
+    metadata_path(path).write_text(text.replace('"vocab_size": 600', '"vocab_size": 601'))
+    with pytest.raises(DataError, match="was modified"):
+        TokenFile(path)
+
+
+def test_bit_flips_in_the_metadata_are_detected_or_harmless(path):
+    expected, data = TokenFile(path).metadata, metadata_path(path).read_bytes()
+    for bit in range(0, 8 * len(data), 5):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        metadata_path(path).write_bytes(flipped)
+        with contextlib.suppress(DataError):
+            assert TokenMetadata.read(metadata_path(path)) == expected
+
+
+def test_an_id_outside_the_vocabulary_raises_when_it_is_read(path):
+    array = np.load(path)
+    array[100] = 600
+    np.save(path, array)
+    file = TokenFile(path)
     assert file.read(0, 100).max() == 297
-    with pytest.raises(DataError, match="token id 300 between 100 and 101, outside its vocabulary of 300"):
-        file.read(100, 101)
-    with pytest.raises(DataError, match="outside its vocabulary"):
-        file.check()
+    with pytest.raises(DataError, match="token id 600 at position 100, outside the vocabulary of 600"):
+        file.read(90, 110)
+    with pytest.raises(DataError, match="corrupt: its SHA-256"):
+        file.verify()
 
 
-@pytest.mark.parametrize(("start", "stop"), [(-1, 5), (0, 201), (5, 4), (300, 301)])
-def test_positions_that_are_not_there_are_refused(path, start, stop):
-    with pytest.raises(DataError, match="tokens 0 to 200"):
-        TokenFile.open(path).read(start, stop)
+def test_a_file_may_be_pickled_for_another_process(path):
+    data = pickle.dumps(TokenFile(path))
+    assert len(data) < 500
+    assert pickle.loads(data).read(0, 200).tolist() == IDS.tolist()
 
 
-def test_a_file_cut_while_in_use_is_an_error(path):
-    file = TokenFile.open(path)
-    os.truncate(path, path.stat().st_size - 10)
-    assert len(file.read(0, 195)) == 195
-    with pytest.raises(DataError, match="cut while in use"):
-        file.read(0, 200)
-
-
-def test_a_file_is_closed_with_its_last_reference_and_opens_again_elsewhere(path):
-    def descriptors():
-        return len(list(Path("/dev/fd").iterdir()))
-
-    before = descriptors()
-    file = TokenFile.open(path)
-    assert descriptors() == before + 1
-    assert pickle.loads(pickle.dumps(file)).header == file.header, "as a process started with spawn has it"
-    del file
-    assert descriptors() == before
-
-
-def test_a_part_is_read_without_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_AT_ONCE", 2**16)
-    count = 2**22
+def test_writing_and_reading_need_little_memory(tmp_path):
+    path, num_tokens = tmp_path / "book.npy", 2**23
     tracemalloc.start()
     try:
-        write_tokens(
-            tmp_path / "a", (np.full(2**14, i % 600, np.uint16) for i in range(count // 2**14)), vocab_size=600
-        )
-        file = TokenFile.open(tmp_path / "a")
-        file.check()
-        for start in range(0, count - 1000, 100_003):
+        write_tokens(path, (np.full(2**14, i % 600, np.uint16) for i in range(num_tokens // 2**14)), vocab_size=600)
+        file = TokenFile(path)
+        file.verify()
+        for start in range(0, num_tokens - 1000, 100_003):
             file.read(start, start + 1000)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 2**20, "of 8 MiB"
+    assert peak < 2**20, "the file has 16 MiB"
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """A whole file, and another path."""
-    folder = tmp_path_factory.mktemp("sound")
-    write_tokens(folder / "sound", IDS[:40], vocab_size=600, source="x")
-    return (folder / "sound").read_bytes(), folder / "damaged"
+def valid(tmp_path_factory):
+    """A valid token file, and the contents of its two files."""
+    path = tmp_path_factory.mktemp("valid") / "book.npy"
+    write_tokens(path, IDS[:40], vocab_size=600, source="x")
+    return path, path.read_bytes(), metadata_path(path).read_bytes()
 
 
-EDITS = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 6), st.binary(max_size=6)), max_size=3)
-"""Where, how many bytes to take out, and what to put there."""
+EDITS = st.lists(st.tuples(st.integers(0, 500), st.integers(0, 6), st.binary(max_size=6)), max_size=3)
+"""Positions, numbers of bytes to remove there, and bytes to insert."""
+
+
+def edited(data, edits):
+    for position, length, inserted in edits:
+        data = data[:position] + inserted + data[position + length :]
+    return data
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck))
-@given(prefix=st.sampled_from([None, None, None, b"", b"HBTOKENS\x01\0\0\0"]), body=st.binary(max_size=64), edits=EDITS)
-@example(prefix=None, body=b"", edits=[])
-def test_a_damaged_file_gives_the_right_tokens_or_an_error(sound, bounded_memory, prefix, body, edits):
-    data, path = sound
-    if prefix is not None:
-        data = prefix + body
-    for at, out, put in edits:
-        data = data[:at] + put + data[at + out :]
-    path.write_bytes(data)
+@settings(max_examples=300, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck))
+@given(array_edits=EDITS, metadata_edits=EDITS)
+@example(array_edits=[], metadata_edits=[])
+def test_a_corrupt_file_gives_the_right_tokens_or_an_error(valid, bounded_memory, array_edits, metadata_edits):
+    path, array, metadata = valid
+    path.write_bytes(edited(array, array_edits))
+    metadata_path(path).write_bytes(edited(metadata, metadata_edits))
     try:
         with bounded_memory():
-            file = TokenFile.open(path)
-            file.check()
-            tokens = file.read(0, len(file))
+            tokens = read_all(path)
     except DataError:
         return
-    assert tokens.tolist() == IDS[:40].tolist()
+    assert tokens == IDS[:40].tolist()
 
 
-def test_a_file_cut_anywhere_or_with_a_bit_of_its_tokens_flipped_is_an_error(sound):
-    data, path = sound
-    for size in range(len(data)):
-        path.write_bytes(data[:size])
+def test_truncated_files_and_flipped_bits_raise(valid):
+    path, array, metadata = valid
+    metadata_path(path).write_bytes(metadata)
+    for size in range(0, len(array), 3):
+        path.write_bytes(array[:size])
         with pytest.raises(DataError):
-            TokenFile.open(path)
-    for bit in range(8 * (len(data) - 80), 8 * len(data), 7):
-        flipped = bytearray(data)
+            TokenFile(path)
+    for bit in range(0, 8 * len(array), 13):
+        flipped = bytearray(array)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         with pytest.raises(DataError):
-            TokenFile.open(path).check()
+            TokenFile(path).verify()

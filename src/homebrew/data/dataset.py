@@ -1,4 +1,4 @@
-"""Token windows: what a model trains on."""
+"""`TokenDataset`: fixed-length windows over a sequence of token ids."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,32 +13,34 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.text_file import read_text
-from homebrew.data.token_file import MAX_VOCAB_SIZE, TokenFile
-from homebrew.data.token_source import FileTokens, MemoryTokens, Tokens
+from homebrew.data.token_file import TokenFile
+from homebrew.data.token_ids import as_token_ids, check_token_ids
+from homebrew.data.token_source import FileTokens, MemoryTokens, TokenSource
 from homebrew.data.tokenizer import Tokenizer, encode_utf8, get_tokenizer, tokenizer_from_json
 from homebrew.errors import DataError
 
-Pair = tuple[Tensor, Tensor]
+Sample = tuple[Tensor, Tensor]
+"""(input_ids, targets)."""
 
 
-class TokenDataset(Dataset[Pair]):
-    """Windows of `block_size + 1` consecutive tokens: all but the last are the input, all but the first the targets.
+class TokenDataset(Dataset[Sample]):
+    """Windows of `block_size + 1` consecutive tokens. The inputs omit the last token, the targets the first.
 
-    Made by `from_text`, `from_file`, `from_tokens` or `from_shards`.
+    Use `from_text`, `from_file`, `from_tokens` or `from_shards` to create a dataset.
 
     Args:
-        tokens: in memory or in files.
-        starts: where each window starts, (number of windows,), int64.
-        block_size: tokens in an input.
-        vocab_size: ids that may occur.
-        tokenizer: what made the tokens, for samples to decode.
-        num_text_bytes: UTF-8 bytes of the text the tokens stand for.
-        source: where the text came from, in words.
+        tokens: Source of the token ids.
+        starts: Position of the first token of each window, (num_windows,), int64.
+        block_size: Sequence length of the inputs, in tokens.
+        vocab_size: Size of the vocabulary; all token ids are below it.
+        tokenizer: Tokenizer that made the token ids.
+        num_text_bytes: Size of the text in UTF-8 bytes.
+        source: Description of the text's origin.
     """
 
     def __init__(
         self,
-        tokens: Tokens,
+        tokens: TokenSource,
         starts: Tensor,
         *,
         block_size: int,
@@ -65,28 +67,30 @@ class TokenDataset(Dataset[Pair]):
         stride: int | None = None,
         source: str | None = None,
     ) -> Self:
-        """Windows over a text.
+        """Create a dataset from a text.
 
         Args:
-            text: what to learn.
-            block_size: tokens in an input.
-            tokenizer: "gpt2", "bytes", "char" (the text's own characters), or one of your own.
-            stride: tokens between the starts of windows; `block_size`, so that each is a target once, if None.
-            source: where the text came from, in words, for the run's record.
+            text: Training text.
+            block_size: Sequence length of the inputs, in tokens.
+            tokenizer: "gpt2", "bytes", "char" (the characters that occur in the text), or a custom tokenizer.
+            stride: Distance between the starts of consecutive windows, in tokens. If None it is `block_size`, so that
+                every token is a target at most once.
+            source: Description of the text's origin, stored in the run's metadata.
 
         Raises:
-            DataError: the text is empty or shorter than one window, or no Unicode.
+            DataError: If the text is empty, shorter than one window, or not valid Unicode.
         """
         if not text:
-            raise DataError("The text is empty: there is nothing to train on.")
+            raise DataError("The text is empty. Give a text to train on.")
         num_text_bytes = len(encode_utf8(text))
-        chosen = get_tokenizer(tokenizer, text=text) if isinstance(tokenizer, str) else tokenizer
-        made = cls.from_tokens(
-            chosen.encode(text), block_size, vocab_size=chosen.vocab_size, tokenizer=chosen, stride=stride
+        if isinstance(tokenizer, str):
+            tokenizer = get_tokenizer(tokenizer, text=text)
+        dataset = cls.from_tokens(
+            tokenizer.encode(text), block_size, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, stride=stride
         )
-        made.num_text_bytes = num_text_bytes
-        made.source = source
-        return made
+        dataset.num_text_bytes = num_text_bytes
+        dataset.source = source
+        return dataset
 
     @classmethod
     def from_file(
@@ -97,16 +101,16 @@ class TokenDataset(Dataset[Pair]):
         tokenizer: str | Tokenizer = "gpt2",
         stride: int | None = None,
     ) -> Self:
-        """Windows over a UTF-8 text file.
+        """Create a dataset from a UTF-8 text file.
 
         Args:
-            path: the file.
-            block_size: tokens in an input.
-            tokenizer: as in `from_text`.
-            stride: as in `from_text`.
+            path: Path of the text file.
+            block_size: Sequence length of the inputs, in tokens.
+            tokenizer: As in `from_text`.
+            stride: As in `from_text`.
 
         Raises:
-            DataError: the file cannot be read as UTF-8 text, or is too short.
+            DataError: If the file cannot be read as UTF-8 text, or is shorter than one window.
         """
         text = read_text(path)
         return cls.from_text(text, block_size, tokenizer=tokenizer, stride=stride, source=f"the file {path}")
@@ -121,32 +125,26 @@ class TokenDataset(Dataset[Pair]):
         tokenizer: Tokenizer | None = None,
         stride: int | None = None,
     ) -> Self:
-        """Windows over token ids.
+        """Create a dataset from token ids. The ids are copied.
 
         Args:
-            ids: (n,), integers.
-            block_size: tokens in an input.
-            vocab_size: ids that may occur; one more than the largest if None.
-            tokenizer: what made them, for samples to decode.
-            stride: as in `from_text`.
+            ids: Token ids, (num_tokens,), integers.
+            block_size: Sequence length of the inputs, in tokens.
+            vocab_size: Size of the vocabulary. If None it is the largest id plus 1.
+            tokenizer: Tokenizer that made the ids.
+            stride: As in `from_text`.
 
         Raises:
-            DataError: there are fewer than one window's, or one is outside the vocabulary.
+            DataError: If there are fewer ids than one window needs, or an id is outside the vocabulary.
         """
-        tokens = _as_ids(ids)
-        starts = _starts(len(tokens), block_size, stride)
-        _refuse_if_none(starts, len(tokens), block_size)
-        low, high = int(tokens.min()), int(tokens.max())
-        vocab_size = high + 1 if vocab_size is None else vocab_size
-        if low < 0 or high >= min(vocab_size, MAX_VOCAB_SIZE):
-            outside = low if low < 0 else high
-            raise DataError(
-                f"Token id {outside} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}): use the "
-                f"tokenizer that made the ids, or give its vocab_size."
-            )
-        # The smallest dtype that indexing and CUDA kernels both know; a copy, which nobody else can change.
-        memory = MemoryTokens(torch.from_numpy(tokens.astype(np.int32)))
-        return cls(memory, starts, block_size=block_size, vocab_size=vocab_size, tokenizer=tokenizer)
+        array = as_token_ids(ids)
+        starts = _window_starts(len(array), block_size, stride)
+        _check_not_empty(starts, len(array), block_size)
+        vocab_size = int(array.max()) + 1 if vocab_size is None else vocab_size
+        check_token_ids(array, vocab_size)
+        # int32 is the smallest dtype that both PyTorch's indexing and the CUDA kernels support.
+        tokens = MemoryTokens(torch.from_numpy(array.astype(np.int32)))
+        return cls(tokens, starts, block_size=block_size, vocab_size=vocab_size, tokenizer=tokenizer)
 
     @classmethod
     def from_shards(
@@ -158,89 +156,146 @@ class TokenDataset(Dataset[Pair]):
         stride: int | None = None,
         check: bool = True,
     ) -> Self:
-        """Windows over token files, read by position: the tokens need not fit into memory.
-
-        A window lies within one file; what a file has too little of for a window is left out.
+        """Create a dataset from token files, without loading them into memory. No window spans two files.
 
         Args:
-            paths: one file that `homebrew prepare` or `write_tokens` wrote, or several.
-            block_size: tokens in an input.
-            tokenizer: what made the tokens; the one that the files name if None.
-            stride: as in `from_text`.
-            check: read each file once now and compare its SHA-256 with its header's; the fingerprint rests on it.
+            paths: Path of one `.npy` file written by `homebrew prepare` or `write_tokens`, or a sequence of paths.
+            block_size: Sequence length of the inputs, in tokens.
+            tokenizer: Tokenizer that made the tokens. If None it is built from the files' metadata.
+            stride: As in `from_text`.
+            check: Whether to read each file once and compare its SHA-256 with its metadata.
 
         Raises:
-            DataError: a file is not a whole token file, they have different vocabularies or tokenizers, or no file
-                has as much as a window.
+            DataError: If a file is not a valid token file, the files have different vocabularies or tokenizers, or no
+                file is as long as one window.
         """
-        files = [TokenFile.open(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+        files = [TokenFile(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
         if not files:
-            raise DataError("There are no token files: give the path of at least one.")
-        first = files[0].header
+            raise DataError("The list of token files is empty. Give the path of at least one.")
+        metadata = files[0].metadata
         for file in files:
             for name in ("vocab_size", "tokenizer"):
-                theirs, ours = getattr(file.header, name), getattr(first, name)
-                if theirs != ours:
+                value, expected = getattr(file.metadata, name), getattr(metadata, name)
+                if value != expected:
                     raise DataError(
-                        f"{file.path} has {name}={theirs!r:.100}, {files[0].path} has {ours!r:.100}: prepare all "
-                        f"files with one tokenizer."
+                        f"{file.path} has {name}={value!r:.100}, but {files[0].path} has {expected!r:.100}. Prepare "
+                        f"all files with the same tokenizer."
                     )
             if check:
-                file.check()
-        if tokenizer is None and first.tokenizer is not None:
-            tokenizer = tokenizer_from_json(first.tokenizer)
+                file.verify()
+        if tokenizer is None and metadata.tokenizer is not None:
+            tokenizer = tokenizer_from_json(metadata.tokenizer)
         tokens = FileTokens(files)
         starts = torch.cat(
-            [start + _starts(len(file), block_size, stride) for start, file in zip(tokens.firsts, files, strict=True)]
+            [
+                offset + _window_starts(len(file), block_size, stride)
+                for offset, file in zip(tokens.offsets, files, strict=True)
+            ]
         )
-        _refuse_if_none(starts, max(map(len, files)), block_size)
-        sizes = [file.header.num_text_bytes for file in files]
+        _check_not_empty(starts, max(map(len, files)), block_size)
+        sizes = [file.metadata.num_text_bytes for file in files]
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        origin = f" (from {metadata.source})" if metadata.source else ""
         return cls(
             tokens,
             starts,
             block_size=block_size,
-            vocab_size=first.vocab_size,
+            vocab_size=metadata.vocab_size,
             tokenizer=tokenizer,
             num_text_bytes=None if None in sizes else sum(filter(None, sizes)),
-            source=f"the token file {files[0].path}{more}" + (f" (from {first.source})" if first.source else ""),
+            source=f"the token file {files[0].path}{more}{origin}",
         )
 
     def split(self, fraction: float, *, seed: int | None = 42) -> tuple[Self, Self]:
-        """Two datasets over the same tokens, the first with `fraction` of the windows.
+        """Split the windows into two datasets that share the tokens.
 
         Args:
-            fraction: between 0 and 1.
-            seed: of the shuffle that deals out the windows; None cuts the text in two instead, which overlapping
-                windows need.
+            fraction: Fraction of the windows in the first dataset, between 0 and 1.
+            seed: Random seed for distributing the windows. If None the text is cut in two instead, which is required
+                for overlapping windows.
 
         Raises:
-            DataError: a part would be empty, or overlapping windows would put one's text into the other.
+            DataError: If a dataset would be empty, or the windows overlap and `seed` is not None.
         """
-        windows = len(self)
-        empty = DataError(
-            f"fraction={fraction!r} of {windows} windows leaves a part without any: it must be between 0 and 1, "
-            f"and there must be enough text for both."
+        num_windows = len(self)
+        empty_error = DataError(
+            f"fraction={fraction!r} of {num_windows} windows leaves one of the two datasets empty. Choose a fraction "
+            f"between 0 and 1, or give more text."
         )
-        first = round(windows * fraction) if 0 < fraction < 1 else 0
-        if not 0 < first < windows:
-            raise empty
+        num_first = round(num_windows * fraction) if 0 < fraction < 1 else 0
+        if not 0 < num_first < num_windows:
+            raise empty_error
         if seed is None:
-            in_order = self.starts.sort().values
-            before, after = in_order[:first], in_order[first:]
-            before = before[before + self.block_size <= after[0]]
-            if not len(before):
-                raise empty
-            return self._over(before), self._over(after)
+            starts = self.starts.sort().values
+            first, second = starts[:num_first], starts[num_first:]
+            first = first[first + self.block_size <= second[0]]
+            if not len(first):
+                raise empty_error
+            return self._with_starts(first), self._with_starts(second)
         if bool((self.starts.diff().abs() < self.block_size).any()):
             raise DataError(
-                "These windows overlap, so a shuffled split would train on what it evaluates: use "
-                "split(fraction, seed=None), which cuts the text in two."
+                "The windows overlap, so after a random split the model would be evaluated on tokens that it was "
+                "trained on. Use split(fraction, seed=None), which cuts the text in two."
             )
-        order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-        return self._over(self.starts[order[:first]]), self._over(self.starts[order[first:]])
+        order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))
+        return self._with_starts(self.starts[order[:num_first]]), self._with_starts(self.starts[order[num_first:]])
 
-    def _over(self, starts: Tensor) -> Self:
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Sample:
+        input_ids, targets = self.batch(torch.tensor([index], device=self.device))
+        return input_ids[0], targets[0]
+
+    def batch(self, indices: Tensor) -> Sample:
+        """Return a batch of windows on the dataset's device.
+
+        Args:
+            indices: Indices of the windows, (B,), int64, on the same device.
+
+        Returns:
+            `input_ids` and `targets`, each (B, block_size), int64.
+        """
+        windows = self.tokens.windows(self.starts[indices], self.block_size + 1)
+        # Contiguous copies instead of views: torch.compile would compile the model once for each stride.
+        input_ids = windows[:, :-1].clone(memory_format=torch.contiguous_format)
+        targets = windows[:, 1:].clone(memory_format=torch.contiguous_format)
+        return input_ids, targets
+
+    def to(self, device: torch.device) -> Self:
+        """Return the dataset with its tokens on another device."""
+        moved = self._with_starts(self.starts.to(device))
+        moved.tokens = self.tokens.to(device)
+        return moved
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the batches."""
+        return self.tokens.device
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of targets in all windows."""
+        return len(self) * self.block_size
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the dataset needs on a device, in bytes."""
+        return 4 * len(self.tokens) + self.starts.nbytes
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Average UTF-8 bytes per token, which converts the loss to bits per byte. None if unknown."""
+        return None if self.num_text_bytes is None else self.num_text_bytes / len(self.tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the tokens, the windows and `block_size`. Datasets with equal fingerprints have equal samples."""
+        digest = hashlib.sha256(f"{self.block_size} {len(self.tokens)} {len(self)} {self.tokens.digest}\n".encode())
+        digest.update(self.starts.cpu().numpy().data)
+        return digest.hexdigest()
+
+    def _with_starts(self, starts: Tensor) -> Self:
         return type(self)(
             self.tokens,
             starts,
@@ -251,75 +306,18 @@ class TokenDataset(Dataset[Pair]):
             source=self.source,
         )
 
-    def __len__(self) -> int:
-        return len(self.starts)
 
-    def __getitem__(self, index: int) -> Pair:
-        input_ids, targets = self.batch(torch.tensor([index], device=self.device))
-        return input_ids[0], targets[0]
-
-    def batch(self, indices: Tensor) -> Pair:
-        """The windows at `indices`, (B,), int64, where the tokens are: input_ids and targets, (B, T), int64."""
-        windows = self.tokens.windows(self.starts[indices], self.block_size + 1)
-        # Copies: a copy to another device has other strides than a view, for which a model would be compiled anew.
-        whole = torch.contiguous_format
-        return windows[:, :-1].clone(memory_format=whole), windows[:, 1:].clone(memory_format=whole)
-
-    def to(self, device: torch.device) -> Self:
-        """The same dataset with its tokens on another device."""
-        moved = self._over(self.starts.to(device))
-        moved.tokens = self.tokens.to(device)
-        return moved
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches come out."""
-        return self.tokens.device
-
-    @property
-    def num_tokens(self) -> int:
-        """Targets in all windows."""
-        return len(self) * self.block_size
-
-    @property
-    def nbytes(self) -> int:
-        """Memory the tokens and windows take on a device."""
-        return 4 * len(self.tokens) + self.starts.nbytes
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes a token stands for, over the whole text; for bits per byte."""
-        return None if self.num_text_bytes is None else self.num_text_bytes / len(self.tokens)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over tokens, windows and `block_size`: two datasets with the same one give the same samples."""
-        digest = hashlib.sha256(f"{self.block_size} {len(self.tokens)} {len(self)} {self.tokens.digest}\n".encode())
-        digest.update(self.starts.cpu().numpy().data)
-        return digest.hexdigest()
-
-
-def _as_ids(ids: Tensor | NDArray[np.integer] | Sequence[int]) -> NDArray[np.integer]:
-    try:
-        array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"Token ids must be integers in one row: {error}.") from error
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise DataError(f"Token ids must be integers in one row; got {array.dtype} of shape {array.shape}.")
-    return array
-
-
-def _starts(num_tokens: int, block_size: int, stride: int | None) -> Tensor:
-    """Where windows begin, (number of windows,), int64."""
+def _window_starts(num_tokens: int, block_size: int, stride: int | None) -> Tensor:
+    """Return the position of the first token of each window, (num_windows,), int64."""
     stride = block_size if stride is None else stride
     if block_size < 1 or stride < 1:
-        raise DataError(f"block_size={block_size} and stride={stride}: both must be at least 1.")
+        raise DataError(f"block_size={block_size} and stride={stride} must be at least 1. Change the smaller one.")
     return torch.arange(0, max(0, num_tokens - block_size), stride)
 
 
-def _refuse_if_none(starts: Tensor, num_tokens: int, block_size: int) -> None:
+def _check_not_empty(starts: Tensor, num_tokens: int, block_size: int) -> None:
     if len(starts) == 0:
         raise DataError(
-            f"There are {num_tokens} tokens, but one window takes block_size + 1 = {block_size + 1}: give more "
-            f"text, or a smaller block_size."
+            f"There are {num_tokens} tokens, but one window needs block_size + 1 = {block_size + 1}. Give more text, "
+            f"or use a smaller block_size."
         )

@@ -1,6 +1,5 @@
-"""Texts of any size to a token file, a piece at a time."""
+"""Tokenize text files of any size into a token file, one chunk at a time."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,16 +7,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from homebrew.data.text_file import unreadable
-from homebrew.data.token_file import TokenHeader, check_replaceable, is_token_file, write_tokens
+from homebrew.data.text_file import read_error
+from homebrew.data.token_file import TokenMetadata, check_output_path, is_token_file, write_tokens
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer
 from homebrew.errors import DataError
 
-PIECE_CHARACTERS = 2**22
-"""Read and encoded at once; what tiktoken needs for them is some hundred MB."""
+CHUNK_CHARACTERS = 2**22
+"""Characters read and encoded at a time. tiktoken needs some hundred MB for them."""
 
-_UP_TO_CUT = re.compile(r".*\S(?=[ \t\n])", re.DOTALL)
-"""No token of GPT-2 goes across white space that follows a word: its pattern takes it into the next."""
+_UP_TO_LAST_SPLIT = re.compile(r".*\S(?=[ \t\n])", re.DOTALL)
+"""A text up to the last white space after a word. GPT-2's pattern starts a new word there, so no token spans it."""
 
 
 def prepare(
@@ -25,43 +24,42 @@ def prepare(
     output: str | Path,
     *,
     tokenizer: str = "gpt2",
-    piece_characters: int = PIECE_CHARACTERS,
-) -> TokenHeader:
-    """Write the tokens of texts, one after the other, to a token file.
+    chunk_characters: int = CHUNK_CHARACTERS,
+) -> TokenMetadata:
+    """Tokenize text files into one token file.
 
-    Where the tokenizer has an end-of-text id it stands between two texts. The tokens of one text are those of
-    encoding it at once.
+    The tokens of a text do not depend on the chunk size. Texts are separated by the tokenizer's end-of-text token, if
+    it has one.
 
     Args:
-        paths: UTF-8 text files.
-        output: the token file; one that is there is replaced, a file of another kind is not.
+        paths: Paths of UTF-8 text files.
+        output: Path of the `.npy` file to write. An existing token file is replaced.
         tokenizer: "gpt2", "bytes" or "char" (the characters that occur in the texts).
-        piece_characters: read at once.
+        chunk_characters: Number of characters to read at a time.
 
     Returns:
-        The file's header.
+        The token file's metadata.
 
     Raises:
-        DataError: a file cannot be read as UTF-8 text, all are empty, or `output` cannot be written.
+        DataError: If a file cannot be read as UTF-8 text, all files are empty, or `output` cannot be written.
     """
-    check_replaceable(Path(output))
+    check_output_path(Path(output))
     num_bytes, alphabet = 0, set[str]()
     for path in paths:
-        if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 - False for impossible names
-            raise DataError(f"{path} is not a regular file, and the text is read twice: write it to a file first.")
-        if os.path.isfile(path) and is_token_file(path):  # noqa: PTH113
-            raise DataError(f"{path} is a token file already: give the text that it was made of, or train on it.")
-        for piece in text_pieces(path, piece_characters):
-            num_bytes += len(piece.encode())
+        if is_token_file(path):  # also raises for pipes: the text is read twice
+            raise DataError(f"{path} is a token file. Give the text that it was made from, or train on it directly.")
+        for chunk in text_chunks(path, chunk_characters):
+            num_bytes += len(chunk.encode())
             if tokenizer == "char":
-                alphabet.update(piece)
+                alphabet.update(chunk)
     if not num_bytes:
-        raise DataError(f"{', '.join(map(str, paths)) or 'No file'}: there is no text to prepare.")
+        names = ", ".join(map(str, paths))
+        raise DataError(f"There is no text to prepare{' in ' + names if names else ''}. Give files that are not empty.")
     chosen = get_tokenizer(tokenizer, text="".join(alphabet))
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return write_tokens(
         output,
-        _encoded(paths, chosen, piece_characters),
+        _encode_files(paths, chosen, chunk_characters),
         vocab_size=chosen.vocab_size,
         tokenizer_json=chosen.to_json(),
         num_text_bytes=num_bytes,
@@ -69,37 +67,39 @@ def prepare(
     )
 
 
-def text_pieces(path: str | Path, piece_characters: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """A text in pieces that can be encoded one by one.
+def text_chunks(path: str | Path, chunk_characters: int = CHUNK_CHARACTERS) -> Iterator[str]:
+    """Read a text file in chunks that can be encoded separately.
 
     Args:
-        path: a UTF-8 text file.
-        piece_characters: read at once.
+        path: Path of a UTF-8 text file.
+        chunk_characters: Number of characters to read at a time.
 
     Yields:
-        Pieces that together are the text, cut before white space; none is empty.
+        Consecutive parts of the text, split before white space. None is empty.
 
     Raises:
-        DataError: the file cannot be read as UTF-8 text.
+        DataError: If the file cannot be read as UTF-8 text.
     """
-    held = ""
+    buffer = ""
     try:
         with Path(path).open(encoding="utf-8") as file:
-            while new := file.read(piece_characters):
-                searched = max(len(held) - 1, 0)
-                held += new
-                if match := _UP_TO_CUT.match(held, searched):
-                    yield held[: match.end()]
-                    held = held[match.end() :]
+            while new := file.read(chunk_characters):
+                search_start = max(len(buffer) - 1, 0)
+                buffer += new
+                if match := _UP_TO_LAST_SPLIT.match(buffer, search_start):
+                    yield buffer[: match.end()]
+                    buffer = buffer[match.end() :]
     except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from error
-    if held:
-        yield held
+        raise read_error(path, error) from error
+    if buffer:
+        yield buffer
 
 
-def _encoded(paths: Sequence[str | Path], tokenizer: Tokenizer, piece_characters: int) -> Iterator[NDArray[np.int64]]:
-    for number, path in enumerate(paths):
-        if number and tokenizer.end_of_text_id is not None:
+def _encode_files(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, chunk_characters: int
+) -> Iterator[NDArray[np.int64]]:
+    for i, path in enumerate(paths):
+        if i and tokenizer.end_of_text_id is not None:
             yield np.array([tokenizer.end_of_text_id])
-        for piece in text_pieces(path, piece_characters):
-            yield tokenizer.encode(piece)
+        for chunk in text_chunks(path, chunk_characters):
+            yield tokenizer.encode(chunk)

@@ -1,46 +1,40 @@
-"""Files opened with care."""
+"""Read text files with error messages that name the file and the remedy."""
 
-import os
-import stat
 from pathlib import Path
 
 from homebrew.errors import DataError
 
 
-def unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> DataError:
-    """The error of a text that could not be read."""
-    if isinstance(error, OSError):
-        return DataError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions.")
-    return DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Give a text file.")
-
-
 def read_text(path: str | Path) -> str:
-    """A text file's text.
+    """Read a UTF-8 text file.
 
     Raises:
-        DataError: it cannot be read as UTF-8.
+        DataError: If the file cannot be read, or is not UTF-8.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from error
+    except (OSError, ValueError) as error:
+        raise read_error(path, error) from error
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor to read a file by, opened without waiting on a pipe.
-
-    Links are followed: only the user says which file this is, and in the hub's cache all are links.
+def check_regular_file(path: str | Path) -> None:
+    """Raise an error for a missing file, a directory or a pipe. Opening a pipe could block.
 
     Raises:
-        DataError: there is no such regular file.
+        DataError: If the path is not a regular file, or a link to one.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise DataError(f"{path} cannot be opened: {error.strerror}. Check the path and its permissions.") from error
-    except ValueError as error:
-        raise DataError(f"{str(path)!r} is no path: {error}.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DataError(f"{path} is not a regular file: give the path of one.")
-    return descriptor
+        Path(path).stat()
+    except (OSError, ValueError) as error:
+        raise read_error(path, error) from error
+    if not Path(path).is_file():
+        raise DataError(f"{str(path)!r} is not a regular file. If it is a pipe, write its content to a file first.")
+
+
+def read_error(path: str | Path, error: OSError | ValueError) -> DataError:
+    """Build the error for a file that could not be read."""
+    if isinstance(error, OSError):
+        return DataError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions.")
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Convert the file to UTF-8.")
+    return DataError(f"{str(path)!r} cannot be read: {error}. Check the path.")

@@ -1,9 +1,8 @@
-"""Where a dataset's tokens are: in memory, or in files."""
+"""Token sources: where a `TokenDataset` reads its windows from, memory or token files."""
 
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
@@ -14,98 +13,100 @@ from torch import Tensor
 from homebrew.data.token_file import TokenFile
 
 
-class Tokens(Protocol):
-    """Token ids, counted from 0."""
+class TokenSource(Protocol):
+    """Interface of a sequence of token ids. Implement it to read tokens from another format."""
 
     @property
     def device(self) -> torch.device:
-        """Where windows come out."""
+        """Device that `windows` returns tensors on."""
 
     @property
     def digest(self) -> str:
-        """Of the ids, in hexadecimal: equal digests, equal ids."""
+        """Hash of the ids, in hexadecimal. Sources with equal digests have equal ids."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Number of token ids."""
 
     def windows(self, starts: Tensor, length: int) -> Tensor:
-        """The `length` ids from each of `starts`, (B,), int64, on: (B, length), int64."""
+        """Return the `length` ids from each of `starts`, (B,), int64, as a tensor (B, length), int64."""
 
-    def to(self, device: torch.device) -> "Tokens":
-        """The same ids on another device."""
+    def to(self, device: torch.device) -> "TokenSource":
+        """Return a source of the same ids on another device."""
 
 
 class MemoryTokens:
-    """Ids in one tensor.
+    """Token ids in one tensor.
 
     Args:
-        ids: (n,), int32.
-        digest: SHA-256 of the ids where it is known.
+        ids: Token ids, (num_tokens,), int32.
+        digest: Hash of the ids; their SHA-256 if None.
     """
 
     def __init__(self, ids: Tensor, digest: str | None = None) -> None:
         self.ids = ids
-        if digest is not None:
-            self.digest = digest
+        self._digest = digest
 
     @property
     def device(self) -> torch.device:
-        """Where the ids are."""
+        """Device of the ids."""
         return self.ids.device
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """SHA-256 of the ids."""
-        return hashlib.sha256(self.ids.cpu().numpy().data).hexdigest()
+        """Hash of the ids, in hexadecimal. It is computed once."""
+        if self._digest is None:
+            self._digest = hashlib.sha256(self.ids.cpu().numpy().data).hexdigest()
+        return self._digest
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def windows(self, starts: Tensor, length: int) -> Tensor:
-        """The `length` ids from each of `starts` on."""
+        """Return the `length` ids from each of `starts`, (B,), int64, as a tensor (B, length), int64."""
         offsets = torch.arange(length, device=self.device)
         return self.ids[starts[:, None] + offsets].long()
 
     def to(self, device: torch.device) -> "MemoryTokens":
-        """The same ids on another device."""
-        return MemoryTokens(self.ids.to(device), self.__dict__.get("digest"))
+        """Return a source of the same ids on another device."""
+        return MemoryTokens(self.ids.to(device), self._digest)
 
 
 class FileTokens:
-    """Ids in token files, one after the other; a window is read when it is asked for and lies within one file.
+    """Token ids in memory-mapped token files, one after another. Every window must lie within one file.
 
     Args:
-        files: open.
+        files: Token files.
     """
 
     device = torch.device("cpu")
 
     def __init__(self, files: Sequence[TokenFile]) -> None:
         self.files = files
-        *self.firsts, self._num_tokens = accumulate(map(len, files), initial=0)
+        *self.offsets, self._num_tokens = accumulate(map(len, files), initial=0)
 
     @property
     def digest(self) -> str:
-        """Of the SHA-256s that the files' headers give."""
-        return hashlib.sha256("\n".join(file.header.sha256 for file in self.files).encode()).hexdigest()
+        """Hash of the SHA-256s in the files' metadata."""
+        return hashlib.sha256("\n".join(file.metadata.sha256 for file in self.files).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._num_tokens
 
     def windows(self, starts: Tensor, length: int) -> Tensor:
-        """The `length` ids from each of `starts` on.
+        """Return the `length` ids from each of `starts`, (B,), int64, as a tensor (B, length), int64.
 
         Raises:
-            DataError: a file can no longer be read, or holds an id outside its vocabulary.
+            DataError: If an id is outside the vocabulary.
         """
-        rows = np.empty((len(starts), length), np.int64)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            i = bisect_right(self.firsts, start) - 1
-            begin = start - self.firsts[i]
-            row[:] = self.files[i].read(begin, begin + length)
-        return torch.from_numpy(rows)
+        windows = np.empty((len(starts), length), np.int64)
+        for window, start in zip(windows, starts.tolist(), strict=True):
+            i = bisect_right(self.offsets, start) - 1
+            position = start - self.offsets[i]
+            window[:] = self.files[i].read(position, position + length)
+        return torch.from_numpy(windows)
 
     def to(self, device: torch.device) -> "MemoryTokens | FileTokens":
-        """The ids in memory there, or these files where that is the CPU."""
+        """Return the ids in the memory of another device, or this source if the device is the CPU."""
         if device.type == "cpu":
             return self
         ids = np.concatenate([file.read(0, len(file)).astype(np.int32) for file in self.files])

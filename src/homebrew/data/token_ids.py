@@ -1,0 +1,47 @@
+"""Validation of token ids that users pass in."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from homebrew.errors import DataError
+
+TokenIds = NDArray[np.integer]
+
+MAX_VOCAB_SIZE = 2**31
+"""Token ids are int32 on the device."""
+
+
+def as_token_ids(ids: Tensor | TokenIds | Sequence[int]) -> TokenIds:
+    """Convert token ids to a NumPy array without changing their dtype.
+
+    Returns:
+        Array (num_tokens,) of integers.
+
+    Raises:
+        DataError: If the ids are not integers, or not one-dimensional.
+    """
+    rule = "must be a one-dimensional sequence of integers. Convert them first."
+    try:
+        array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"Token ids {rule} ({error})") from error
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise DataError(f"Token ids are {array.dtype} of shape {array.shape}, but {rule}")
+    return array
+
+
+def check_token_ids(ids: TokenIds, vocab_size: int) -> None:
+    """Check that token ids, of which there is at least one, are in the vocabulary.
+
+    Raises:
+        DataError: If an id is negative, or at least `vocab_size`.
+    """
+    smallest, largest = int(ids.min()), int(ids.max())
+    if smallest < 0 or largest >= min(vocab_size, MAX_VOCAB_SIZE):
+        raise DataError(
+            f"Token id {smallest if smallest < 0 else largest} is outside the vocabulary of {vocab_size} (0 to "
+            f"{vocab_size - 1}). Use the tokenizer that made the ids, or give its vocab_size."
+        )
