@@ -22,21 +22,21 @@ from homebrew.errors import DataError
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-TOKENS = TokenDataset.from_tokens(torch.arange(401), 8)  # 50 windows; ids tell where they come from
+TOKENS = TokenDataset.from_tokens(torch.arange(401), 8)  # 50 windows; an id is its position
 
 
-class Own(Dataset):
-    """A user's: sample i is i, i + 1, …; `spoil` may do otherwise in a worker or here."""
+class CustomDataset(Dataset):
+    """A map-style dataset whose sample i is i, i + 1, …; `transform` may change it."""
 
-    def __init__(self, length=50, spoil=lambda i, sample: sample):
-        self.length, self.spoil = length, spoil
+    def __init__(self, length=50, transform=lambda i, sample: sample):
+        self.length, self.transform = length, transform
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
         ids = torch.arange(index, index + 4)
-        return self.spoil(index, (ids, ids + 1))
+        return self.transform(index, (ids, ids + 1))
 
 
 def loader(dataset=TOKENS, rank=0, num_ranks=1, micro_batch_size=2, **options):
@@ -50,7 +50,7 @@ def loader(dataset=TOKENS, rank=0, num_ranks=1, micro_batch_size=2, **options):
 
 
 def ids(batches):
-    """A step's input ids, one row for each sample."""
+    """The input ids of a step, (global batch, T)."""
     return torch.cat([input_ids for input_ids, _ in batches])
 
 
@@ -69,87 +69,90 @@ def test_a_step_has_the_same_samples_for_any_number_of_ranks(num_ranks):
         assert windows == sorted(loader().sample_ids(step).tolist())
 
 
-def test_micro_batches_share_a_step_among_ranks_in_turn():
-    whole = ids(next(loader(micro_batch_size=8).steps(5)))
+def test_micro_batches_alternate_between_ranks():
+    expected = ids(next(loader(micro_batch_size=8).steps(5)))
     for rank in (0, 1):
         micro_batches = next(loader(rank=rank, num_ranks=2, micro_batch_size=2).steps(5))
         assert [len(input_ids) for input_ids, _ in micro_batches] == [2, 2]
         for m, (input_ids, targets) in enumerate(micro_batches):
             first = (2 * m + rank) * 2
-            assert torch.equal(input_ids, whole[first : first + 2])
+            assert torch.equal(input_ids, expected[first : first + 2])
             assert torch.equal(targets, input_ids + 1)
 
 
 @pytest.mark.parametrize("micro", [1, 3])
-@pytest.mark.parametrize("dataset", [TOKENS, Own()])
-def test_training_and_evaluation_have_batches_of_one_layout(dataset, micro):
-    """Else a compiled model would be compiled twice."""
+@pytest.mark.parametrize("dataset", [TOKENS, CustomDataset()])
+def test_training_and_evaluation_batches_have_the_same_layout(dataset, micro):
+    """Otherwise torch.compile would compile the model twice."""
     settings = {"micro_batch_size": micro, "device": CPU, "vocab_size": 500}
     loader = StepLoader(dataset, seed=0, global_batch_size=micro, rank=0, num_ranks=1, **settings)
-    trained = next(loader.steps(0))[0]
-    evaluated = next(eval_batches(dataset, rank=0, num_ranks=1, **settings))
-    for tensor in (*trained, *evaluated):
+    train_batch = next(loader.steps(0))[0]
+    eval_batch = next(eval_batches(dataset, rank=0, num_ranks=1, **settings))
+    for tensor in (*train_batch, *eval_batch):
         assert tensor.stride() == (tensor.shape[1], 1)
 
 
-def test_an_epoch_of_steps_reads_every_sample_once():
+def test_an_epoch_contains_every_sample_once():
     dataset = TokenDataset.from_tokens(torch.arange(48 * 8 + 1), 8)
     first_epoch = torch.cat(steps(6, dataset=dataset))[:, 0] // 8
     assert sorted(first_epoch.tolist()) == list(range(48))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dataset": Own()}, {"dataset": Own(), "num_workers": 2, "timeout_seconds": 30}]
+    "options", [{}, {"dataset": CustomDataset()}, {"dataset": CustomDataset(), "num_workers": 2, "timeout_seconds": 30}]
 )
-@pytest.mark.parametrize("first", [1, 6, 7, 40])
-def test_going_on_from_a_step_equals_skipping_the_ones_before(options, first):
-    skipping = steps(first + 3, **options | {"num_workers": 0})[first:]
-    assert all(map(torch.equal, steps(3, first, **options), skipping))
+@pytest.mark.parametrize("first", [1, 7, 40])
+def test_starting_at_a_step_equals_skipping_the_steps_before(options, first):
+    expected = steps(first + 3, **options | {"num_workers": 0})[first:]
+    assert all(map(torch.equal, steps(3, first, **options), expected))
 
 
-@pytest.mark.parametrize("tokens_at_once", [1, 3 * 4 * 8, 2**18])
-def test_batches_cut_out_several_at_a_time_are_those_cut_out_one_by_one(monkeypatch, tokens_at_once):
-    monkeypatch.setattr(loader_module, "TOKENS_AT_ONCE", tokens_at_once)
-    monkeypatch.setattr(loader_module, "IDS_AT_ONCE", 40)  # five steps'
+@pytest.mark.parametrize("max_tokens", [1, 3 * 4 * 8, 2**18])
+def test_gathering_several_batches_at_a_time_gives_the_same_batches(monkeypatch, max_tokens):
+    monkeypatch.setattr(loader_module, "MAX_GATHERED_TOKENS", max_tokens)
+    monkeypatch.setattr(loader_module, "SAMPLES_PER_BLOCK", 40)  # five steps
     loader = StepLoader(
         TOKENS, seed=1, global_batch_size=8, micro_batch_size=4, rank=0, num_ranks=1, device=CPU, vocab_size=401
     )
     for step, micro_batches in enumerate(islice(loader.steps(0), 12)):
         for ids, (input_ids, targets) in zip(loader.sample_ids(step).reshape(2, 4), micro_batches, strict=True):
-            wanted = TOKENS.batch(torch.from_numpy(ids))
-            assert torch.equal(input_ids, wanted[0])
-            assert torch.equal(targets, wanted[1])
+            expected = TOKENS.batch(torch.from_numpy(ids))
+            assert torch.equal(input_ids, expected[0])
+            assert torch.equal(targets, expected[1])
             assert input_ids.is_contiguous()
             assert targets.is_contiguous()
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("resident_bytes", [0, loader_module.RESIDENT_BYTES])
-def test_token_files_give_what_memory_gives(tmp_path, monkeypatch, device, resident_bytes):
-    monkeypatch.setattr(loader_module, "RESIDENT_BYTES", resident_bytes)
-    write_tokens(tmp_path / "a", np.arange(401), vocab_size=401)
-    files = TokenDataset.from_shards(tmp_path / "a", 8)
+@pytest.mark.parametrize("max_resident_bytes", [0, loader_module.MAX_RESIDENT_BYTES])
+def test_token_files_and_memory_give_the_same_batches(tmp_path, monkeypatch, device, max_resident_bytes):
+    monkeypatch.setattr(loader_module, "MAX_RESIDENT_BYTES", max_resident_bytes)
+    write_tokens(tmp_path / "a.npy", np.arange(401), vocab_size=401)
+    files = TokenDataset.from_shards(tmp_path / "a.npy", 8)
     expected = steps(10)
     for dataset in (files, TOKENS):
-        found = steps(10, dataset=dataset, device=torch.device(device))
-        assert found[0].device.type == device
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+        actual = steps(10, dataset=dataset, device=torch.device(device))
+        assert actual[0].device.type == device
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_workers_give_what_this_process_gives():
-    here, there = steps(9, dataset=Own()), steps(9, dataset=Own(), num_workers=2, timeout_seconds=30)
-    assert all(map(torch.equal, here, there))
-    assert [int(row[0]) for row in here[0]] == loader(Own()).sample_ids(0).tolist()
+def test_workers_give_the_same_batches():
+    in_process, in_workers = (
+        steps(9, dataset=CustomDataset()),
+        steps(9, dataset=CustomDataset(), num_workers=2, timeout_seconds=30),
+    )
+    assert all(map(torch.equal, in_process, in_workers))
+    assert [int(row[0]) for row in in_process[0]] == loader(CustomDataset()).sample_ids(0).tolist()
 
 
 def noisy(index, sample):
-    """A sample changed by chance, from each of the generators there are."""
-    drawn = torch.tensor([random.randrange(500), np.random.randint(500), int(torch.randint(500, ())), 0])  # noqa: NPY002
-    return sample[0], sample[1] + drawn
+    """Adds random numbers from each of the global generators."""
+    noise = torch.tensor([random.randrange(500), np.random.randint(500), int(torch.randint(500, ())), 0])  # noqa: NPY002
+    return sample[0], sample[1] + noise
 
 
-class Fetched(Own):
-    """A dataset that gives many samples at once, as Hugging Face's do."""
+class BatchedDataset(CustomDataset):
+    """A dataset with `__getitems__`, like those of Hugging Face's datasets."""
 
     def __getitems__(self, indices):
         return [noisy(index, self[index]) for index in indices]
@@ -159,33 +162,33 @@ def targets(number, first=0, **options):
     return [torch.cat([each for _, each in step]) for step in islice(loader(**options).steps(first), number)]
 
 
-NOISY = Own(spoil=noisy)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_what_a_dataset_draws_is_a_function_of_seed_and_step(num_workers):
-    options = {"num_workers": num_workers, "timeout_seconds": 30 * bool(num_workers)}
-    for dataset in (NOISY, Fetched()):
-        whole = targets(9, dataset=dataset)
-        random.seed(1)
-        torch.manual_seed(1)
-        again = targets(9, dataset=dataset, **options)
-        assert all(map(torch.equal, again, whole))
-        assert all(map(torch.equal, targets(4, 5, dataset=dataset, **options), whole[5:]))
-        assert not any(map(torch.equal, targets(9, dataset=dataset, seed=4, **options), whole))
-    drawn = torch.cat([each[:, :3] - each[:, 3:] for each in targets(9, dataset=NOISY)])
-    assert len({tuple(row) for row in drawn.tolist()}) == 72, "each sample has its own, a repeated one too"
-
-
-@pytest.mark.parametrize("dataset", [NOISY, Subset(NOISY, range(50)), random_split(NOISY, [40, 10])[0]])
-def test_what_a_dataset_draws_does_not_depend_on_the_number_of_ranks(dataset):
-    alone = targets(3, dataset=dataset, micro_batch_size=8)
-    shared = [targets(3, dataset=dataset, rank=rank, num_ranks=2, micro_batch_size=4) for rank in range(2)]
-    assert all(torch.equal(torch.cat(parts), whole) for *parts, whole in zip(*shared, alone, strict=True))
+NOISY = CustomDataset(transform=noisy)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_reading_leaves_the_runs_generators_alone(num_workers):
+def test_random_numbers_of_a_dataset_depend_on_seed_and_step_only(num_workers):
+    options = {"num_workers": num_workers, "timeout_seconds": 30 * bool(num_workers)}
+    for dataset in (NOISY, BatchedDataset()):
+        expected = targets(9, dataset=dataset)
+        random.seed(1)
+        torch.manual_seed(1)
+        repeated = targets(9, dataset=dataset, **options)
+        assert all(map(torch.equal, repeated, expected))
+        assert all(map(torch.equal, targets(4, 5, dataset=dataset, **options), expected[5:]))
+        assert not any(map(torch.equal, targets(9, dataset=dataset, seed=4, **options), expected))
+    noise = torch.cat([each[:, :3] - each[:, 3:] for each in targets(9, dataset=NOISY)])
+    assert len({tuple(row) for row in noise.tolist()}) == 72, "random numbers differ between samples and between epochs"
+
+
+@pytest.mark.parametrize("dataset", [NOISY, Subset(NOISY, range(50)), random_split(NOISY, [40, 10])[0]])
+def test_random_numbers_of_a_dataset_do_not_depend_on_the_number_of_ranks(dataset):
+    expected = targets(3, dataset=dataset, micro_batch_size=8)
+    parts = [targets(3, dataset=dataset, rank=rank, num_ranks=2, micro_batch_size=4) for rank in range(2)]
+    assert all(torch.equal(torch.cat(shares), step) for *shares, step in zip(*parts, expected, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_reading_does_not_change_the_global_generators(num_workers):
     before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
     steps(3, dataset=NOISY, num_workers=num_workers, timeout_seconds=30)
     list(eval_batches(NOISY, micro_batch_size=4, rank=0, num_ranks=1, device=CPU, vocab_size=1000))
@@ -202,18 +205,18 @@ def hang(index, sample):
     time.sleep(600)
 
 
-@pytest.mark.filterwarnings("ignore:Exception ignored in. .socket")  # which the worker held the other end of
-def test_a_killed_worker_is_an_error():
+@pytest.mark.filterwarnings("ignore:Exception ignored in. .socket")  # its other end was in the worker
+def test_a_killed_worker_raises():
+    dataset = CustomDataset(transform=lambda i, sample: kill(i, sample) if i == 7 else sample)
     with pytest.raises(DataError, match="worker died or took over 30 seconds"):
-        steps(9, dataset=Own(spoil=lambda i, sample: kill(i, sample) if i == 7 else sample), num_workers=2,
-              timeout_seconds=30)  # fmt: skip
+        steps(9, dataset=dataset, num_workers=2, timeout_seconds=30)
 
 
-def test_a_hanging_worker_is_an_error_within_the_time_out(monkeypatch):
+def test_a_hanging_worker_raises_after_the_timeout(monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    dataset = CustomDataset(transform=lambda i, sample: hang(i, sample) if i == 7 else sample)
     with pytest.raises(DataError, match=r"took over 0\.5 seconds.*raise loader_timeout_seconds"):
-        steps(9, dataset=Own(spoil=lambda i, sample: hang(i, sample) if i == 7 else sample), num_workers=2,
-              timeout_seconds=0.5)  # fmt: skip
+        steps(9, dataset=dataset, num_workers=2, timeout_seconds=0.5)
 
 
 STOPPED = """
@@ -243,9 +246,9 @@ def test_a_stopped_worker_does_not_outlive_the_process():
         os.kill(int(worker), 0)
 
 
-def test_a_worker_that_dies_during_a_step_is_an_error_there():
-    begun = loader(Own(), num_workers=1, timeout_seconds=30).steps(0)
-    next(begun)
+def test_a_worker_that_dies_during_a_step_raises_there():
+    batches = loader(CustomDataset(), num_workers=1, timeout_seconds=30).steps(0)
+    next(batches)
     (worker,) = torch.multiprocessing.active_children()
 
     def step():
@@ -255,55 +258,55 @@ def test_a_worker_that_dies_during_a_step_is_an_error_there():
 
     with pytest.raises(DataError, match="worker died"):
         step()
-    begun.close()
+    batches.close()
 
 
 def test_workers_end_with_the_steps():
-    begun = loader(Own(), num_workers=2, timeout_seconds=30).steps(0)
-    next(begun)
+    batches = loader(CustomDataset(), num_workers=2, timeout_seconds=30).steps(0)
+    next(batches)
     assert len(torch.multiprocessing.active_children()) == 2
-    del begun
+    del batches
     assert torch.multiprocessing.active_children() == []
 
 
 def raising(index, sample):
-    raise RuntimeError(f"sample {index} of mine")
+    raise RuntimeError(f"error in sample {index}")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_of_the_dataset_itself_stays_what_it_is(num_workers):
-    with pytest.raises(RuntimeError, match="of mine") as caught:
-        steps(1, dataset=Own(spoil=raising), num_workers=num_workers, timeout_seconds=30)
+def test_errors_of_the_dataset_are_not_converted(num_workers):
+    with pytest.raises(RuntimeError, match="error in sample") as caught:
+        steps(1, dataset=CustomDataset(transform=raising), num_workers=num_workers, timeout_seconds=30)
     assert not isinstance(caught.value, DataError)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("transform", "message"),
     [
         (lambda ids: (ids + 1000, ids), "input_ids from .* to .*, but the model's vocabulary is 0 to 999"),
         (lambda ids: (ids, ids - 100), "targets from -"),
         (lambda ids: (ids[1:], ids[1:]), r"have \[3, 4\] tokens"),
-        (lambda ids: (ids, ids[1:]), "A sample must be"),
-        (lambda ids: (ids.float(), ids), "A sample must be"),
-        (lambda ids: ids, "A sample must be"),
+        (lambda ids: (ids, ids[1:]), "A sample is .* but must be"),
+        (lambda ids: (ids.float(), ids), "A sample is .* but must be"),
+        (lambda ids: ids, "A sample is .* but must be"),
     ],
 )
-def test_wrong_samples_are_refused_wherever_they_stand(spoil, said, num_workers):
-    dataset = Own(spoil=lambda i, sample: spoil(sample[0]) if i == 7 else sample)
-    with pytest.raises(DataError, match=said):
+def test_invalid_samples_raise_in_any_batch(transform, message, num_workers):
+    dataset = CustomDataset(transform=lambda i, sample: transform(sample[0]) if i == 7 else sample)
+    with pytest.raises(DataError, match=message):
         steps(9, dataset=dataset, num_workers=num_workers, timeout_seconds=30)
 
 
-def test_targets_that_are_not_scored_pass():
-    dataset = Own(spoil=lambda i, sample: (sample[0], torch.full((4,), -100)))
+def test_ignored_targets_are_valid():
+    dataset = CustomDataset(transform=lambda i, sample: (sample[0], torch.full((4,), -100)))
     assert len(steps(3, dataset=dataset)) == 3
 
 
-def test_a_damaged_token_file_never_reaches_the_model(tmp_path):
-    write_tokens(tmp_path / "a", np.arange(401), vocab_size=401)
-    dataset = TokenDataset.from_shards(tmp_path / "a", 8)
-    with (tmp_path / "a").open("r+b") as file:
+def test_an_id_outside_the_vocabulary_of_a_token_file_raises(tmp_path):
+    write_tokens(tmp_path / "a.npy", np.arange(401), vocab_size=401)
+    dataset = TokenDataset.from_shards(tmp_path / "a.npy", 8)
+    with (tmp_path / "a.npy").open("r+b") as file:
         file.seek(-100, 2)
         file.write(b"\xff\xff")
     with pytest.raises(DataError, match="token id 65535"):
@@ -311,18 +314,18 @@ def test_a_damaged_token_file_never_reaches_the_model(tmp_path):
 
 
 @given(
-    samples=st.integers(1, 30), micro=st.integers(1, 5), ranks=st.integers(1, 4), own=st.booleans(),
+    samples=st.integers(1, 30), micro=st.integers(1, 5), ranks=st.integers(1, 4), custom=st.booleans(),
     limit=st.none() | st.integers(1, 3),
 )  # fmt: skip
-def test_an_evaluation_scores_every_sample_once(samples, micro, ranks, own, limit):
-    dataset = Own(samples) if own else TokenDataset.from_tokens(torch.arange(samples * 4 + 1), 4)
+def test_evaluation_scores_every_sample_once(samples, micro, ranks, custom, limit):
+    dataset = CustomDataset(samples) if custom else TokenDataset.from_tokens(torch.arange(samples * 4 + 1), 4)
     options = {"micro_batch_size": micro, "num_ranks": ranks, "device": CPU, "vocab_size": 1000, "max_batches": limit}
     parts = [list(eval_batches(dataset, rank=rank, **options)) for rank in range(ranks)]
-    assert len({len(part) for part in parts}) == 1, "every rank has as many batches: each is a collective"
+    assert len({len(part) for part in parts}) == 1, "ranks need equal numbers of batches for their collectives"
     batches = [batch for turn in zip(*parts, strict=True) for batch in turn]
     assert {input_ids.shape for input_ids, _ in batches} == {(micro, 4)}
-    assert len({targets.stride() for _, targets in batches}) == 1, "a compiled model would be compiled again"
-    assert all((input_ids >= 0).all() for input_ids, _ in batches), "what is not scored is still read"
+    assert len({targets.stride() for _, targets in batches}) == 1, "torch.compile would compile the model again"
+    assert all((input_ids >= 0).all() for input_ids, _ in batches), "the model also reads the padding"
     scored = [row.tolist() for _, targets in batches for row in targets if (row != -100).all()]
     unscored = [row for _, targets in batches for row in targets if (row == -100).any()]
     seen = samples if limit is None else min(samples, limit * micro * ranks)

@@ -7,7 +7,7 @@ from homebrew.data.sampler import sample_indices
 
 
 @given(num_samples=st.integers(1, 3000), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**20))
-def test_an_epoch_has_every_sample_once(num_samples, seed, epoch):
+def test_an_epoch_contains_every_sample_once(num_samples, seed, epoch):
     positions = np.arange(epoch * num_samples, (epoch + 1) * num_samples)
     assert sorted(sample_indices(positions, num_samples, seed).tolist()) == list(range(num_samples))
 
@@ -15,14 +15,14 @@ def test_an_epoch_has_every_sample_once(num_samples, seed, epoch):
 @given(
     positions=st.lists(st.integers(0, 2**40), max_size=20), num_samples=st.integers(1, 2**40), seed=st.integers(0, 99)
 )
-def test_a_sample_depends_on_its_position_alone(positions, num_samples, seed):
+def test_a_sample_depends_on_its_position_only(positions, num_samples, seed):
     together = sample_indices(np.array(positions, np.int64), num_samples, seed)
     alone = [int(sample_indices(np.array([p]), num_samples, seed)[0]) for p in positions]
     assert together.tolist() == alone
     assert all(0 <= i < num_samples for i in alone)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_every_epoch_and_seed_has_a_different_order():
     def order(epoch, seed):
         return tuple(sample_indices(np.arange(epoch * 1000, (epoch + 1) * 1000), 1000, seed).tolist())
 
@@ -30,22 +30,22 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert order(0, 0) != tuple(range(1000))
 
 
-NEVER_CHANGES = [0, 8, 5, 1, 9, 7, 4, 2, 6, 3, 1, 3]
+EXPECTED_ORDER = [0, 8, 5, 1, 9, 7, 4, 2, 6, 3, 1, 3]
 
 
 def test_the_order_never_changes():
-    """A checkpoint of an older version goes on with the samples it would have had."""
-    assert sample_indices(np.arange(12), 10, 42).tolist() == NEVER_CHANGES
+    """A resumed run must continue with the same samples, also after an update of homebrew."""
+    assert sample_indices(np.arange(12), 10, 42).tolist() == EXPECTED_ORDER
 
 
 @pytest.mark.parametrize("num_samples", [50, 64, 65])
-def test_each_place_holds_each_sample_equally_often(num_samples):
+def test_samples_are_uniformly_distributed(num_samples):
     epochs = 20_000
     orders = sample_indices(np.arange(epochs * num_samples), num_samples, 7).reshape(epochs, num_samples)
     expected = epochs / num_samples
-    for place in (0, 1, num_samples // 2, num_samples - 1):
-        chi2 = float(((np.bincount(orders[:, place], minlength=num_samples) - expected) ** 2 / expected).sum())
+    for position in (0, 1, num_samples // 2, num_samples - 1):
+        chi2 = float(((np.bincount(orders[:, position], minlength=num_samples) - expected) ** 2 / expected).sum())
         freedom = num_samples - 1
         assert abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
     neighbours = (orders[:, 1:] == orders[:, :-1] + 1).mean() * num_samples
-    assert neighbours == pytest.approx(1, abs=0.02), "one sample follows its neighbour as often as any other"
+    assert neighbours == pytest.approx(1, abs=0.02), "neighbours are consecutive as often as any two samples"

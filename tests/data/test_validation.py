@@ -9,8 +9,8 @@ from homebrew.errors import DataError
 IDS = torch.arange(8)
 
 
-class Own(Dataset):
-    """A user's dataset of one sample."""
+class CustomDataset(Dataset):
+    """A map-style dataset that repeats one sample."""
 
     def __init__(self, sample, length=1):
         self.sample, self.length = sample, length
@@ -39,39 +39,39 @@ class NoLength(Dataset):
     "dataset",
     [
         TokenDataset.from_tokens(torch.arange(9), 8),
-        Own((IDS, IDS)),
-        Own([IDS, IDS]),
-        Own((IDS, torch.full((8,), -100))),
+        CustomDataset((IDS, IDS)),
+        CustomDataset([IDS, IDS]),
+        CustomDataset((IDS, torch.full((8,), -100))),
         torch.utils.data.TensorDataset(IDS[None], IDS[None]),
     ],
 )
-def test_what_can_be_trained_on_passes(dataset):
+def test_valid_datasets_pass(dataset):
     assert check_dataset(dataset, "train_dataset", block_size=8, vocab_size=9) == 8
 
 
 @pytest.mark.parametrize(
-    ("dataset", "said"),
+    ("dataset", "message"),
     [
-        (Own((IDS, IDS), 0), "is empty"),
+        (CustomDataset((IDS, IDS), 0), "is empty"),
         (NoLength(), "NoLength.*map-style"),
         (Endless(), "Endless.*map-style"),
-        (Own(IDS), "must be .input_ids, targets."),
-        (Own((IDS,)), "must be"),
-        (Own({"input_ids": IDS, "targets": IDS}), "must be"),
-        (Own((IDS.tolist(), IDS.tolist())), "must be"),
-        (Own((IDS.float(), IDS)), "must be"),
-        (Own((IDS, IDS.int())), "must be"),
-        (Own((IDS, IDS[1:])), "must be"),
-        (Own((IDS[None], IDS[None])), "must be"),
-        (Own((IDS[:0], IDS[:0])), "must be"),
-        (Own((torch.arange(9), torch.arange(9))), "9 tokens, but the model's block_size is 8"),
-        (Own((IDS + 2, IDS)), "input_ids from 2 to 9, but the model's vocabulary is 0 to 8"),
-        (Own((IDS, IDS - 1)), "targets from -1 to 6"),
-        (Own((IDS - 100, IDS)), "input_ids from -100"),
+        (CustomDataset(IDS), "must be .input_ids, targets."),
+        (CustomDataset((IDS,)), "must be .input_ids"),
+        (CustomDataset({"input_ids": IDS, "targets": IDS}), "must be .input_ids"),
+        (CustomDataset((IDS.tolist(), IDS.tolist())), "must be .input_ids"),
+        (CustomDataset((IDS.float(), IDS)), "must be .input_ids"),
+        (CustomDataset((IDS, IDS.int())), "must be .input_ids"),
+        (CustomDataset((IDS, IDS[1:])), "must be .input_ids"),
+        (CustomDataset((IDS[None], IDS[None])), "must be .input_ids"),
+        (CustomDataset((IDS[:0], IDS[:0])), "must be .input_ids"),
+        (CustomDataset((torch.arange(9), torch.arange(9))), "9 tokens, but the model's block_size is 8"),
+        (CustomDataset((IDS + 2, IDS)), "input_ids from 2 to 9, but the model's vocabulary is 0 to 8"),
+        (CustomDataset((IDS, IDS - 1)), "targets from -1 to 6"),
+        (CustomDataset((IDS - 100, IDS)), "input_ids from -100"),
         (TokenDataset.from_tokens(torch.arange(20), 4), "ids up to 19, but the model's vocab_size is 9"),
     ],
 )
-def test_what_cannot_is_refused(dataset, said):
-    with pytest.raises(DataError, match=said) as caught:
+def test_invalid_datasets_raise(dataset, message):
+    with pytest.raises(DataError, match=message) as raised:
         check_dataset(dataset, "train_dataset", block_size=8, vocab_size=9)
-    assert "train_dataset" in str(caught.value)
+    assert "train_dataset" in str(raised.value)

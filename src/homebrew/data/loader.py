@@ -1,10 +1,10 @@
-"""A step's micro-batches for one process: which ones is a pure function of (seed, step)."""
+"""Batches for training and evaluation. The samples of a training step are a pure function of (seed, step)."""
 
 import signal
-from collections.abc import Callable, Generator, Iterator, Sized
+from collections.abc import Generator, Iterator, Sized
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.dataset import TokenDataset
-from homebrew.data.sample_rng import DrawingDataset
+from homebrew.data.sample_rng import SeededDataset
 from homebrew.data.sampler import sample_indices
 from homebrew.data.validation import check_ids, check_sample
 from homebrew.errors import DataError
@@ -22,33 +22,44 @@ from homebrew.errors import DataError
 Batch = tuple[Tensor, Tensor]
 """(input_ids, targets), each (B, T), int64."""
 
-RESIDENT_BYTES = 2 * 1024**3
-"""A `TokenDataset` of at most this size is trained on from the GPU's own memory."""
+MAX_RESIDENT_BYTES = 2 * 1024**3
+"""Maximum size of a `TokenDataset` that is copied to the GPU's memory before training."""
 
-TOKENS_AT_ONCE = 2**18
-"""A `TokenDataset` gives several batches at a time, up to this size: cutting out one takes several kernels."""
+MAX_GATHERED_TOKENS = 2**18
+"""Maximum number of tokens gathered from a `TokenDataset` at a time. Several batches at a time save kernel launches."""
 
-IDS_AT_ONCE = 4096
-"""Sample ids worked out, and sent to the device, at a time: one small step's at a time take longer than the step."""
+SAMPLES_PER_BLOCK = 4096
+"""Approximate number of samples in a `SampleBlock`. For a small model, computing one step's indices and copying them to
+the device takes longer than the step."""
+
+
+class SampleBlock(NamedTuple):
+    """Samples of several batches."""
+
+    positions: NDArray[np.int64]
+    """Position of each sample in the run, (num_batches, B)."""
+    indices: NDArray[np.int64]
+    """Index of each sample in the dataset, (num_batches, B)."""
 
 
 class StepLoader:
-    """The batches of a run's steps.
+    """Loads the micro-batches of training steps for one rank.
 
-    Sample j of step k stands at position k · `global_batch_size` + j of the epochs' permutations, however many
-    processes there are; micro-batch m of rank r takes j from (m · `num_ranks` + r) · `micro_batch_size` on.
+    The run is a sequence of epochs, each a random permutation of the dataset. Sample j of step k is at position
+    k · `global_batch_size` + j of that sequence, for any number of ranks. Micro-batch m of rank r starts at
+    j = (m · `num_ranks` + r) · `micro_batch_size`.
 
     Args:
-        dataset: a `TokenDataset`, or any map-style dataset of (input_ids, targets).
-        seed: of the order, and of what the dataset draws at random.
-        global_batch_size: samples a step, over all ranks.
-        micro_batch_size: samples a rank takes at once.
-        rank: of this process.
-        num_ranks: processes that share a step.
-        device: where batches go.
-        num_workers: processes that read ahead.
-        timeout_seconds: how long to wait for one.
-        vocab_size: ids must be below it.
+        dataset: A `TokenDataset`, or any map-style dataset of (input_ids, targets).
+        seed: Random seed for the sample order and for random numbers that the dataset draws.
+        global_batch_size: Number of samples in a step, over all ranks.
+        micro_batch_size: Number of samples in a micro-batch of one rank.
+        rank: Rank of this process.
+        num_ranks: World size.
+        device: Device of the batches.
+        num_workers: Number of worker processes for a dataset that is not a `TokenDataset`.
+        timeout_seconds: Maximum time to wait for a worker's batch.
+        vocab_size: Size of the model's vocabulary; all token ids must be below it.
     """
 
     def __init__(
@@ -65,33 +76,58 @@ class StepLoader:
         timeout_seconds: float = 0.0,
         vocab_size: int,
     ) -> None:
+        if isinstance(dataset, TokenDataset) and device.type == "cuda" and dataset.nbytes <= MAX_RESIDENT_BYTES:
+            dataset = dataset.to(device)
+        self._dataset = dataset
         self._num_samples = len(cast("Sized", dataset))
         self._seed = seed
         self._global_batch_size = global_batch_size
-        self._shape = (-1, num_ranks, micro_batch_size)
+        self._micro_batch_size = micro_batch_size
         self._rank = rank
-        self._accumulation = global_batch_size // (num_ranks * micro_batch_size)
-        if isinstance(dataset, TokenDataset) and device.type == "cuda" and dataset.nbytes <= RESIDENT_BYTES:
-            dataset = dataset.to(device)
-        self._read = reader(dataset, device, num_workers, timeout_seconds, vocab_size, seed)
+        self._num_ranks = num_ranks
+        self._device = device
+        self._num_workers = num_workers
+        self._timeout_seconds = timeout_seconds
+        self._vocab_size = vocab_size
 
     def sample_ids(self, step: int, num_steps: int = 1) -> NDArray[np.int64]:
-        """The samples of a step and of those after it, over all ranks, (num_steps · global_batch_size,)."""
-        first, count = step * self._global_batch_size, num_steps * self._global_batch_size
-        return sample_indices(np.arange(first, first + count, dtype=np.int64), self._num_samples, self._seed)
+        """Return the dataset indices of the samples of consecutive steps.
+
+        Args:
+            step: First step.
+            num_steps: Number of steps.
+
+        Returns:
+            Indices of the samples of all ranks, (num_steps · global_batch_size,).
+        """
+        return sample_indices(self._positions(step, num_steps), self._num_samples, self._seed)
 
     def steps(self, first_step: int) -> Generator[list[Batch]]:
-        """This rank's micro-batches of `first_step` and of every step after it."""
-        batches = self._read(self._blocks(first_step))
+        """Yield this rank's micro-batches of each step from `first_step` on, without end."""
+        batches = _read_batches(
+            self._dataset,
+            self._blocks(first_step),
+            self._device,
+            seed=self._seed,
+            vocab_size=self._vocab_size,
+            num_workers=self._num_workers,
+            timeout_seconds=self._timeout_seconds,
+        )
+        num_micro_batches = self._global_batch_size // (self._num_ranks * self._micro_batch_size)
         while True:
-            yield [next(batches) for _ in range(self._accumulation)]
+            yield [next(batches) for _ in range(num_micro_batches)]
 
-    def _blocks(self, first_step: int) -> Iterator["Block"]:
-        num_steps = max(1, IDS_AT_ONCE // self._global_batch_size)
+    def _positions(self, step: int, num_steps: int) -> NDArray[np.int64]:
+        size = self._global_batch_size
+        return np.arange(step * size, (step + num_steps) * size, dtype=np.int64)
+
+    def _blocks(self, first_step: int) -> Iterator[SampleBlock]:
+        num_steps = max(1, SAMPLES_PER_BLOCK // self._global_batch_size)
+        shape = (-1, self._num_ranks, self._micro_batch_size)
         for step in count(first_step, num_steps):
-            ids = self.sample_ids(step, num_steps)
-            positions = np.arange(len(ids)) + step * self._global_batch_size
-            yield positions.reshape(self._shape)[:, self._rank], ids.reshape(self._shape)[:, self._rank]
+            positions = self._positions(step, num_steps).reshape(shape)
+            indices = self.sample_ids(step, num_steps).reshape(shape)
+            yield SampleBlock(positions[:, self._rank], indices[:, self._rank])
 
 
 def eval_batches(
@@ -104,97 +140,38 @@ def eval_batches(
     vocab_size: int,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
-    """Every sample once over all ranks, in batches of one shape, equally many on each rank.
+    """Yield this rank's batches for evaluation, in which every sample occurs on one rank.
 
-    Where there are no samples left, the batch is filled up with targets that are not scored.
+    All batches have the same shape, and all ranks have the same number of batches. The last batches are padded with
+    samples whose targets are `IGNORE_INDEX`.
 
     Args:
-        dataset: as for `StepLoader`.
-        micro_batch_size: samples in a batch.
-        rank: of this process.
-        num_ranks: processes that share the work.
-        device: where batches go.
-        vocab_size: ids must be below it.
-        max_batches: on each rank; all if None.
+        dataset: A `TokenDataset`, or any map-style dataset of (input_ids, targets).
+        micro_batch_size: Number of samples in a batch.
+        rank: Rank of this process.
+        num_ranks: World size.
+        device: Device of the batches.
+        vocab_size: Size of the model's vocabulary; all token ids must be below it.
+        max_batches: Maximum number of batches on each rank. No limit if None.
     """
-    samples = len(cast("Sized", dataset))
-    num_batches = -(-samples // (micro_batch_size * num_ranks))
+    num_samples = len(cast("Sized", dataset))
+    num_batches = -(-num_samples // (micro_batch_size * num_ranks))
     positions = np.arange(num_batches * num_ranks * micro_batch_size)
-    mine = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
-    batches = reader(dataset, device, 0, 0.0, vocab_size, 0)(iter([(mine, np.minimum(mine, samples - 1))]))
-    for row, (input_ids, targets) in zip(mine, batches, strict=True):
-        targets[int((row < samples).sum()) :] = IGNORE_INDEX
+    positions = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
+    block = SampleBlock(positions, np.minimum(positions, num_samples - 1))
+    batches = _read_batches(dataset, iter([block]), device, seed=0, vocab_size=vocab_size)
+    for batch_positions, (input_ids, targets) in zip(positions, batches, strict=True):
+        num_real = int((batch_positions < num_samples).sum())
+        targets[num_real:] = IGNORE_INDEX
         yield input_ids, targets
-
-
-Block = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Positions in the run, and the ids of the samples there, each (n, B)."""
-
-Reader = Callable[[Iterator[Block]], Iterator[Batch]]
-"""Turns blocks into batches on the device, one for each row."""
-
-
-def reader(
-    dataset: Dataset[Any], device: torch.device, num_workers: int, timeout_seconds: float, vocab_size: int, seed: int
-) -> Reader:
-    """How a dataset is read."""
-    if isinstance(dataset, TokenDataset):
-        return lambda blocks: _gather(dataset, blocks, device)
-    drawing = DrawingDataset(dataset, seed)
-    return lambda blocks: _load(drawing, blocks, device, num_workers, timeout_seconds, vocab_size)
-
-
-def _gather(dataset: TokenDataset, blocks: Iterator[Block], device: torch.device) -> Iterator[Batch]:
-    for _, ids in blocks:
-        batches_at_once = max(1, TOKENS_AT_ONCE // (ids.shape[1] * dataset.block_size))
-        for rows in torch.split(_send(torch.from_numpy(ids), dataset.device), batches_at_once):
-            shape = (*rows.shape, dataset.block_size)
-            input_ids, targets = (_send(side, device).view(shape) for side in dataset.batch(rows.flatten()))
-            yield from zip(input_ids, targets, strict=True)
-
-
-def _load(
-    dataset: DrawingDataset,
-    blocks: Iterator[Block],
-    device: torch.device,
-    num_workers: int,
-    timeout_seconds: float,
-    vocab_size: int,
-) -> Iterator[Batch]:
-    loader = DataLoader(
-        dataset,
-        batch_sampler=cast("Any", _Rows(blocks)),
-        collate_fn=_Collate(vocab_size),
-        num_workers=num_workers,
-        timeout=timeout_seconds if num_workers else 0,
-        worker_init_fn=_heed_no_signals,
-        # Its own generator: a loader without one draws from the global state, and dropout would differ on resume.
-        generator=torch.Generator(),
-    )
-    batches: Any = iter(loader)
-    try:
-        with explain_worker_errors(timeout_seconds):
-            for input_ids, targets in batches:
-                yield _send(input_ids, device), _send(targets, device)
-    finally:
-        if num_workers:
-            batches._shutdown_workers()
-            for worker in batches._workers:
-                worker.kill()  # one that was stopped heeds no SIGTERM, and this process would wait for it at its end
-
-
-def _heed_no_signals(_worker: int) -> None:
-    """Ctrl-C, and many a scheduler's SIGTERM, come to workers too, whom the run needs until it has saved."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @contextmanager
 def explain_worker_errors(timeout_seconds: float) -> Iterator[None]:
-    """Within it, PyTorch's word of a loader worker that died or keeps silent is a `DataError`.
+    """Context manager that converts PyTorch's errors about data loader workers to `DataError`.
 
-    Of a death the word comes at once, wherever the main thread is: a run's steps belong within this.
+    PyTorch raises the error for a dead worker in the main thread at any time, also outside the data loader. So the
+    training step must run inside this context, too.
     """
     try:
         yield
@@ -202,25 +179,81 @@ def explain_worker_errors(timeout_seconds: float) -> Iterator[None]:
         if not str(error).startswith(("DataLoader worker (pid", "DataLoader timed out")):
             raise
         raise DataError(
-            f"A loader worker died or took over {timeout_seconds:g} seconds: {error}. Look at the dataset's "
+            f"A data loader worker died or took over {timeout_seconds:g} seconds: {error}. Check the dataset's "
             f"__getitem__, or raise loader_timeout_seconds."
         ) from error
 
 
-class _Rows:
-    """Positions and sample ids as the batch sampler a DataLoader takes."""
+def _read_batches(
+    dataset: Dataset[Any],
+    blocks: Iterator[SampleBlock],
+    device: torch.device,
+    *,
+    seed: int,
+    vocab_size: int,
+    num_workers: int = 0,
+    timeout_seconds: float = 0.0,
+) -> Iterator[Batch]:
+    """Yield each batch of the blocks, on the device."""
+    if isinstance(dataset, TokenDataset):
+        return _gather_windows(dataset, blocks, device)
+    data_loader = DataLoader(
+        SeededDataset(dataset, seed),
+        batch_sampler=cast("Any", _BatchSampler(blocks)),
+        collate_fn=_Collate(vocab_size),
+        num_workers=num_workers,
+        timeout=timeout_seconds if num_workers else 0,
+        worker_init_fn=_ignore_signals,
+        # Without a generator of its own, the loader draws from the global one, and dropout would differ after a resume.
+        generator=torch.Generator(),
+    )
+    return _load_samples(data_loader, device)
 
-    def __init__(self, blocks: Iterator[Block]) -> None:
+
+def _gather_windows(dataset: TokenDataset, blocks: Iterator[SampleBlock], device: torch.device) -> Iterator[Batch]:
+    for block in blocks:
+        indices = _to_device(torch.from_numpy(block.indices), dataset.device)
+        num_batches = max(1, MAX_GATHERED_TOKENS // (indices.shape[1] * dataset.block_size))
+        for part in torch.split(indices, num_batches):
+            shape = (*part.shape, dataset.block_size)
+            input_ids, targets = (_to_device(ids, device).view(shape) for ids in dataset.batch(part.flatten()))
+            yield from zip(input_ids, targets, strict=True)
+
+
+def _load_samples(data_loader: DataLoader[Any], device: torch.device) -> Iterator[Batch]:
+    batches: Any = iter(data_loader)
+    try:
+        with explain_worker_errors(data_loader.timeout):
+            for input_ids, targets in batches:
+                yield _to_device(input_ids, device), _to_device(targets, device)
+    finally:
+        if data_loader.num_workers:
+            batches._shutdown_workers()
+            for worker in batches._workers:
+                worker.kill()  # a worker stopped by SIGSTOP ignores SIGTERM, and this process would wait at its exit
+
+
+def _ignore_signals(_worker_id: int) -> None:
+    """Ignore the signals that Ctrl-C and schedulers send to all processes: the run needs its workers until it saved."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+class _BatchSampler:
+    """Batch sampler for a DataLoader. A sample is identified by its position in the run and its dataset index."""
+
+    def __init__(self, blocks: Iterator[SampleBlock]) -> None:
         self._blocks = blocks
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for positions, ids in self._blocks:
-            for row in zip(positions.tolist(), ids.tolist(), strict=True):
-                yield list(zip(*row, strict=True))
+        for block in self._blocks:
+            for positions, indices in zip(block.positions.tolist(), block.indices.tolist(), strict=True):
+                yield list(zip(positions, indices, strict=True))
 
 
 class _Collate:
-    """Samples of the user's own dataset as one checked batch."""
+    """Validates samples and stacks them to a batch."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -231,16 +264,16 @@ class _Collate:
         lengths = {len(input_ids) for input_ids, _ in samples}
         if len(lengths) != 1:
             raise DataError(
-                f"Samples of one batch have {sorted(lengths)} tokens: all must be equally long; fill up the shorter, "
-                f"with {IGNORE_INDEX} in the targets."
+                f"The samples of a batch have {sorted(lengths)} tokens, but must have equal lengths. Pad the shorter "
+                f"ones, with {IGNORE_INDEX} as the targets."
             )
-        input_ids, targets = (torch.stack(rows) for rows in zip(*samples, strict=True))
+        input_ids, targets = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
         check_ids(input_ids, targets, "A batch", self._vocab_size)
         return input_ids, targets
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting where the device can."""
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device, asynchronously if the device is a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What a dataset draws at random: a pure function of the seed and a sample's position, as its order is."""
+"""Reproducible random numbers for datasets: a pure function of the seed and a sample's position in the run."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -10,47 +10,46 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 
-class DrawingDataset(Dataset[Any]):
-    """A dataset whose samples, where they are changed by chance, are so whoever reads them, and at any time.
+class SeededDataset(Dataset[Any]):
+    """Seeds the global random generators of Python, NumPy and PyTorch before each sample is read.
 
-    Each starts from random states of its own, so that neither the number of processes or of loader workers nor a
-    resume changes what it draws from Python's, NumPy's and PyTorch's global generators. Those of this process are
-    afterwards as they were: a run's dropout does not notice that a dataset draws.
+    So random augmentation does not depend on the number of ranks or workers, or on a resume. Afterwards the generators
+    of this process are restored, so that the dataset does not affect the model's dropout.
 
-    Of a dataset that itself fetches many samples at once (`__getitems__`) all of one fetch share a start, the first
-    one's: there the size of micro-batches and the number of processes do matter. PyTorch's `Subset` has that method
-    too, and is fetched from one by one.
+    If the dataset implements `__getitems__`, the generators are seeded once per batch, by its first sample. Then the
+    random numbers do depend on the micro-batch size and the number of ranks. `Subset` also implements `__getitems__`,
+    but its samples are read one by one.
 
     Args:
-        dataset: map-style.
-        seed: of the draws.
+        dataset: Map-style dataset.
+        seed: Random seed.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self._dataset = dataset
         self._seed = seed
 
-    def __getitems__(self, row: Sequence[tuple[int, int]]) -> list[Any]:
-        """Samples by position in the run and index in the dataset."""
-        with _put_back():
+    def __getitems__(self, batch: Sequence[tuple[int, int]]) -> list[Any]:
+        """Read samples, given as pairs of a position in the run and an index in the dataset."""
+        with _restore_generators():
             if hasattr(self._dataset, "__getitems__") and type(self._dataset) is not Subset:
-                self._start(row[0][0])
-                return list(self._dataset.__getitems__([index for _, index in row]))
+                self._seed_generators(batch[0][0])
+                return list(self._dataset.__getitems__([index for _, index in batch]))
             samples = []
-            for position, index in row:
-                self._start(position)
+            for position, index in batch:
+                self._seed_generators(position)
                 samples.append(self._dataset[index])
             return samples
 
-    def _start(self, position: int) -> None:
+    def _seed_generators(self, position: int) -> None:
         random.seed(f"{self._seed} {position}")
         torch.default_generator.manual_seed(random.getrandbits(63))
-        np.random.seed(random.getrandbits(32))  # noqa: NPY002 - what datasets draw from
+        np.random.seed(random.getrandbits(32))  # noqa: NPY002 - datasets draw from the global generator
 
 
 @contextmanager
-def _put_back() -> Iterator[None]:
-    """Afterwards the generators are where they were."""
+def _restore_generators() -> Iterator[None]:
+    """Restore the states of the global random generators on exit."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):

@@ -130,9 +130,9 @@ class TokenFile:
         except Exception as error:  # NumPy's header parser raises many types, such as tokenize.TokenError
             raise DataError(f"{self.path} is corrupt: {error}. Restore it, or run `homebrew prepare` again.") from error
         expected = f"{token_dtype(self.metadata.vocab_size)} of shape {(self.metadata.num_tokens,)}"
-        if (found := f"{array.dtype} of shape {array.shape}") != expected:
+        if (actual := f"{array.dtype} of shape {array.shape}") != expected:
             raise DataError(
-                f"{self.path} holds {found}, but its metadata says {expected}. Restore both files, or run "
+                f"{self.path} holds {actual}, but its metadata says {expected}. Restore both files, or run "
                 f"`homebrew prepare` again."
             )
         self._array: TokenIds = array.view(np.ndarray)  # slicing np.memmap takes twice as long
