@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from homebrew.checkpoint.pieces import check_placements, cut, my_shard, own_rows, piece_name
 from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
+from homebrew.checkpoint.tensor_check import check_tensors
 from homebrew.distributed.collectives import broadcast_bytes, gather_bytes
 from homebrew.errors import CorruptCheckpoint
 from homebrew.model.lora import LoRALinear
@@ -166,34 +167,24 @@ def check_files(path: Path, files: Files, bare: nn.Module, optimizer: torch.opti
     for name in (kind, "optimizer", "guard", "rng-0"):
         if name not in files:
             raise CorruptCheckpoint(f"{path} has no {name}.safetensors, which this run needs.")
-    held = trained if kind == "adapter" else dict(bare.named_parameters())
-    _check_tensors(path / f"{kind}.safetensors", files[kind], held)
+    saved = trained if kind == "adapter" else dict(bare.named_parameters())
+    check_tensors(path / f"{kind}.safetensors", files[kind], {name: tuple(p.shape) for name, p in saved.items()})
     states = files["optimizer"]
     if unknown := sorted({name.rpartition(_SEPARATOR)[0] for name in states} - trained.keys()):
         raise CorruptCheckpoint(f"{path / 'optimizer.safetensors'} has an unknown tensor's state: {unknown[0]}.")
     if isinstance(optimizer, torch.optim.AdamW):  # what another keeps, it alone knows
         moments = {name: tensor for name, tensor in states.items() if tensor.dim()}
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if optimizer.defaults["amsgrad"] else 2]
-        needed = {f"{name}{_SEPARATOR}{key}": p for name, p in trained.items() for key in keys}
-        _check_tensors(path / "optimizer.safetensors", moments, needed)
-    guard_state = {"history": torch.zeros(3), "num_consecutive": torch.tensor(0)}
-    _check_tensors(path / "guard.safetensors", files["guard"], guard_state)
+        needed = {f"{name}{_SEPARATOR}{key}": tuple(p.shape) for name, p in trained.items() for key in keys}
+        check_tensors(path / "optimizer.safetensors", moments, needed)
+    floats = {name: tensor for name, tensor in files["guard"].items() if name != "num_consecutive"}
+    check_tensors(path / "guard.safetensors", floats, {"history": (3,)})
+    num_consecutive = files["guard"].get("num_consecutive")
+    if num_consecutive is None or num_consecutive.shape != () or num_consecutive.is_floating_point():
+        raise CorruptCheckpoint(f"{path / 'guard.safetensors'} has no integer num_consecutive.")
     for name in files:
         if name.startswith("rng-"):
             check_rng(files[name])
-
-
-def _check_tensors(path: Path, found: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
-    if wrong := sorted(found.keys() ^ needed.keys()):
-        kind = "no" if wrong[0] in needed else "an unknown"
-        raise CorruptCheckpoint(f"{path} has {kind} tensor {wrong[0]} ({len(wrong)} are missing or unknown).")
-    for name, tensor in found.items():
-        expected = needed[name]
-        if tensor.is_floating_point() != expected.is_floating_point() or tensor.shape != expected.shape:
-            raise CorruptCheckpoint(
-                f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but this run needs "
-                f"{expected.dtype} of shape {tuple(expected.shape)}."
-            )
 
 
 def _weights_file(model: nn.Module) -> str:
