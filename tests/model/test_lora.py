@@ -409,7 +409,7 @@ def test_adapter_that_does_not_fit_is_rejected_without_changing_the_model(tmp_pa
         ({"peft_type": "IA3"}, "'IA3'"),
         ({"r": 5}, "tensors, such as"),
         ({"r": "4"}, "rank='4'"),
-        ({"lora_alpha": "x"}, "not of an adapter"),
+        ({"lora_alpha": "x"}, "describe a supported adapter"),
         ({"target_modules": ["lm_head"]}, "target_modules"),
         ({"target_modules": ["c_attn"]}, "tensors, such as"),
         ({"init_lora_weights": "pissa"}, "pissa"),
@@ -422,7 +422,7 @@ def test_adapter_that_does_not_fit_is_rejected_without_changing_the_model(tmp_pa
         assert all(parameter.requires_grad for parameter in model.parameters())
     config.write_text(json.dumps(good))
     save_file(tensors | {"base_model.model.transformer.wte.weight": torch.ones(70, 16)}, weights)
-    with pytest.raises(ModelError, match=r"wte\.weight, which is no part"):
+    with pytest.raises(ModelError, match=r"wte\.weight, which is not part"):
         load_adapter(base_model(), tmp_path)
     weights.unlink()
     with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):

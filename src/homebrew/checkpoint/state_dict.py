@@ -27,11 +27,9 @@ from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
 from homebrew.checkpoint.tensor_check import check_tensors
 from homebrew.distributed.collectives import broadcast_bytes, gather_bytes
 from homebrew.errors import CorruptCheckpoint
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
 from homebrew.model.lora import LoRALinear
 
-TIED = "lm_head.weight"
-"""The head's weight is the embedding's: stored once, under `transformer.wte.weight`."""
-EMBEDDING = "transformer.wte.weight"
 _SEPARATOR = "//"
 
 
@@ -86,7 +84,7 @@ def gather_run(
     states = gather_bytes(accelerator, save(rng_state()))
     options = _options(accelerator, model, gathered=not in_pieces)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
-    weights.pop(TIED, None)
+    weights.pop(LM_HEAD, None)  # stored once, as the token embedding
     files = {_weights_file(model): weights, "optimizer": _optimizer_tensors(model, optimizer, options)}
     if in_pieces:
         for tensors in files.values():  # on every process, also those that write no shard
@@ -195,7 +193,7 @@ def _weights_file(model: nn.Module) -> str:
 def _scatter_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     named: dict[str, Any] = dict(tensors)
     if EMBEDDING in named:
-        named[TIED] = named[EMBEDDING]
+        named[LM_HEAD] = named[EMBEDDING]
     set_model_state_dict(model, named, options=_scattered(model))
 
 

@@ -1,1 +1,10 @@
-"""Hugging Face formats: pretrained weights, exports, PEFT adapters and tokenizer files."""
+"""Hugging Face formats: pretrained weights, exports, PEFT adapters and tokenizer files.
+
+load.py             opens a model and its tokenizer from any supported source
+from_pretrained.py  reads weights in the format of transformers' GPT-2
+export.py           writes, verifies and uploads that format
+peft.py             reads and writes LoRA adapters in PEFT's format
+read_tokenizer.py   reads a folder's tokenizer
+tokenizer_files.py  writes a tokenizer's files
+model_folder.py     Hub downloads, and bounded reads of JSON, text and safetensors files
+"""

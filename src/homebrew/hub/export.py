@@ -1,4 +1,4 @@
-"""A model and its tokenizer, written as transformers' AutoModelForCausalLM and AutoTokenizer read them."""
+"""Export of a model and its tokenizer for transformers' AutoModelForCausalLM and AutoTokenizer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,65 +8,65 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ModelError
 from homebrew.hub.from_pretrained import (
-    COMPUTED,
     CONFIG_FILE,
-    DROPOUTS,
-    EMBEDDING,
-    HEAD,
-    SIZES,
-    TRANSPOSED,
+    CONV1D_WEIGHT,
+    DROPOUT_FIELDS,
+    FIXED_FIELDS,
+    SIZE_FIELDS,
     WEIGHTS_FILE,
 )
-from homebrew.hub.peft import CONFIG_FILE as ADAPTER_CONFIG
-from homebrew.hub.source import writing_to
-from homebrew.hub.tokenizer_files import TOKENIZER_FILES, ExportableTokenizer, to_json, tokenizer_files
+from homebrew.hub.model_folder import output_folder
+from homebrew.hub.peft import ADAPTER_CONFIG_FILE
+from homebrew.hub.tokenizer_files import TOKENIZER_FILES, to_json, tokenizer_files
 from homebrew.io import atomic_replace
 from homebrew.model.eval_mode import eval_mode
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
 from homebrew.model.lora import merged_state_dict
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from homebrew.model.gpt import GPT
 
-_TOKENS_COMPARED = 8
+_NUM_COMPARED_TOKENS = 8
 
 
-def write_pretrained(
+def export_model(
     folder: str | Path,
-    shape: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    tokenizer: ExportableTokenizer | None = None,
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write a model's folder.
+    """Write a model and its tokenizer to a folder in transformers' format.
 
     Args:
-        folder: where to; files of the same names are replaced, and with a tokenizer all that belong to another.
-        shape: `GPTConfig`'s fields.
-        state: the model's state dict, adapters merged.
-        tokenizer: the one the model was trained with; without one no tokenizer is written.
+        folder: Folder to write to. Existing files of the same names are replaced. With a tokenizer, stale tokenizer
+            files are removed.
+        config: Fields of `GPTConfig`.
+        state_dict: State dict of the model with adapters merged.
+        tokenizer: Tokenizer the model was trained with. If None, no tokenizer files are written.
 
     Raises:
-        ModelError: a weight is not finite, the tokenizer does not fit, or the folder cannot be written, or holds
-            something else.
+        ModelError: A weight is not finite, the tokenizer does not match the model, or the folder is not writable or
+            contains a checkpoint or an adapter.
     """
     folder = Path(folder)
-    vocab_size = shape["vocab_size"]
-    weights = {name: _exported(name, tensor, vocab_size) for name, tensor in state.items() if name != HEAD}
-    config = _config(shape, next(iter(weights.values())).dtype)
+    vocab_size = config["vocab_size"]
+    weights = {name: _to_hf_layout(name, t, vocab_size) for name, t in state_dict.items() if name != LM_HEAD}
+    hf_config = _to_hf_config(config, next(iter(weights.values())).dtype)
     texts = {}
     if tokenizer is not None:
         if tokenizer.vocab_size > vocab_size:
             raise ModelError(
-                f"The tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}: "
-                f"give the tokenizer the model was trained with."
+                f"The tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}. Pass the "
+                f"tokenizer the model was trained with."
             )
-        texts = tokenizer_files(tokenizer, model_max_length=shape["block_size"])
-        config["bos_token_id"] = config["eos_token_id"] = tokenizer.end_of_text_id
-    texts[CONFIG_FILE] = to_json(config)
-    with writing_to(folder, unless={"manifest.json": "a checkpoint", ADAPTER_CONFIG: "an adapter"}):
+        texts = tokenizer_files(tokenizer, model_max_length=config["block_size"])
+        hf_config["bos_token_id"] = hf_config["eos_token_id"] = tokenizer.end_of_text_id
+    texts[CONFIG_FILE] = to_json(hf_config)
+    forbidden_files = {"manifest.json": "a checkpoint", ADAPTER_CONFIG_FILE: "an adapter"}
+    with output_folder(folder, forbidden_files=forbidden_files):
         with atomic_replace(folder / WEIGHTS_FILE) as path:
             save_file(weights, path, metadata={"format": "pt"})
         for name, text in texts.items():
@@ -78,83 +78,86 @@ def write_pretrained(
 
 
 @torch.no_grad()
-def check_written(folder: str | Path, model: "GPT", written: "GPT") -> None:
-    """Compare a model with what was read back of it: its shape, every bit of its tensors, the logits of a few tokens.
+def verify_export(folder: str | Path, model: "GPT", reloaded: "GPT") -> None:
+    """Check that a reloaded export has the model's configuration, bit-identical weights and the same logits.
 
     Args:
-        folder: where it was written, for messages.
-        model: what was written; its adapter, if it has one, may be merged or not.
-        written: what was read, on the CPU, in float32 and evaluation mode.
+        folder: Folder of the export, for error messages.
+        model: Exported model. Its adapter, if any, may be merged or not.
+        reloaded: Model read from the folder, on the CPU, in float32 and evaluation mode.
 
     Raises:
-        ModelError: they differ.
+        ModelError: The two models differ.
     """
-    wrong = "is not what was written: the disk may be full or failing"
-    if written.config != model.config:
-        raise ModelError(f"{Path(folder) / CONFIG_FILE} {wrong}. It reads {written.config}.")
-    tensors = written.state_dict()
+    remedy = "The disk may be full or failing: export to another disk."
+    if reloaded.config != model.config:
+        raise ModelError(f"{Path(folder) / CONFIG_FILE} reads back as {reloaded.config}, not {model.config}. {remedy}")
+    tensors = reloaded.state_dict()
     for name, tensor in merged_state_dict(model).items():
-        rows = model.config.vocab_size if name in (EMBEDDING, HEAD) else None  # the padding is not written
-        if not torch.equal(tensors[name][:rows].to(tensor.dtype), tensor[:rows].cpu()):
-            raise ModelError(f"{name} in {folder} {wrong}.")
+        # Rows of the vocabulary padding are not exported.
+        num_rows = model.config.vocab_size if name in (EMBEDDING, LM_HEAD) else None
+        if not torch.equal(tensors[name][:num_rows].to(tensor.dtype), tensor[:num_rows].cpu()):
+            raise ModelError(f"{name} in {folder} does not read back as it was written. {remedy}")
     config = model.config
-    ids = torch.arange(min(config.block_size, _TOKENS_COMPARED))[None] * 7919 % config.vocab_size
+    ids = torch.arange(min(config.block_size, _NUM_COMPARED_TOKENS))[None] * 7919 % config.vocab_size
     with eval_mode(model):
-        # The class's: past a compiled call, and past the autocast that Accelerate puts into `model.forward`.
-        ours = type(model).forward(model, ids.to(model.device)).float().cpu()
-    theirs = written(ids)
-    # The tensors are equal to the bit: what is left is rounding, of a GPU's float32 (TF32) or of half precision.
+        # The class's forward, because model.forward may be compiled or run under Accelerate's autocast.
+        expected = type(model).forward(model, ids.to(model.device)).float().cpu()
+    logits = reloaded(ids)
+    # The weights are bit-identical, so only rounding remains: TF32 on a GPU, or half precision.
     tolerance = 1e-2 if model.lm_head.weight.dtype == torch.float32 else 1e-1
-    if not (theirs - ours).abs().max() <= tolerance * ours.abs().max():
-        raise ModelError(f"The model in {folder} gives other logits than this one, from the same weights: report this.")
+    if not (logits - expected).abs().max() <= tolerance * expected.abs().max():
+        raise ModelError(
+            f"The export in {folder} has the model's weights but computes different logits. Please report this bug."
+        )
 
 
-def push_folder(folder: str | Path, repository: str, *, private: bool | None = None, api: "HfApi | None" = None) -> str:
-    """Upload a folder to the hub, in one commit; the repository is made if it is not there.
+def upload_folder(folder: str | Path, repository: str, *, private: bool | None = None) -> str:
+    """Upload a folder to the Hub in one commit, creating the repository if it does not exist.
 
     Args:
-        folder: what to upload.
-        repository: its name, "user/name".
-        private: whether a repository that is made can be seen by its owner only.
-        api: the hub to use, if not the one that huggingface_hub is logged in to.
+        folder: Folder to upload.
+        repository: Hub repository id, "user/name".
+        private: Whether a newly created repository is private. If None, the account's default is used.
 
     Returns:
-        The commit's address.
+        URL of the commit.
 
     Raises:
-        ModelError: the hub does not answer, or does not let you.
+        ModelError: The Hub cannot be reached, or rejects the upload.
     """
     from huggingface_hub import HfApi
 
-    api = api or HfApi()
+    api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repository, folder_path=folder).commit_url)
-    except Exception as error:  # of the hub's client, or of whichever HTTP library is under it
+    except Exception as error:  # from the Hub client or the HTTP library that it uses
         reason = next(iter(str(error).split("\n")), "") or type(error).__name__
         raise ModelError(
-            f"{repository} could not be uploaded: {reason} Check the name (user/name) and the network, and log in with "
-            f"`hf auth login`."
+            f"{repository} could not be uploaded: {reason} Check the name (user/name) and the network connection, and "
+            f"log in with `hf auth login`."
         ) from error
 
 
-def _exported(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+def _to_hf_layout(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
+    """Remove the vocabulary padding and transpose Conv1D weights to (in, out)."""
     if not tensor.isfinite().all():
-        raise ModelError(f"{name} has values that are not finite: go back to a checkpoint from before they came.")
+        raise ModelError(f"{name} has values that are not finite. Export an earlier checkpoint.")
     if name == EMBEDDING:
         tensor = tensor[:vocab_size]
-    elif TRANSPOSED.search(name):
+    elif CONV1D_WEIGHT.search(name):
         tensor = tensor.T
     return tensor.detach().cpu().contiguous()
 
 
-def _config(shape: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def _to_hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        **{theirs: shape[ours] for ours, theirs, _ in SIZES},
-        **dict.fromkeys(DROPOUTS, shape["dropout"]),
-        **{name: values[0] for name, values in COMPUTED.items()},
+        **{hf_name: config[name] for name, hf_name, _ in SIZE_FIELDS},
+        **dict.fromkeys(DROPOUT_FIELDS, config["dropout"]),
+        **{name: supported[0] for name, supported in FIXED_FIELDS.items()},
         "bos_token_id": None,
         "eos_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),

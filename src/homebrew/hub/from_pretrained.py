@@ -1,7 +1,7 @@
-"""Weights in the format of transformers' GPT-2, read without transformers and without pickle.
+"""Reader for weights in the format of transformers' GPT-2. Neither transformers nor pickle is used.
 
-A folder holds `config.json` and either `model.safetensors` or several files that an index lists. Names and
-shapes are compared before a tensor is read.
+A folder contains `config.json` and either `model.safetensors` or several files listed in an index. Names and
+shapes are checked before a tensor is read.
 """
 
 import re
@@ -15,28 +15,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.hub.source import Source, open_source, open_tensors, read_json
-from homebrew.model.gpt_config import GPTConfig
+from homebrew.hub.model_folder import local_folder, open_tensors, read_json
+from homebrew.hub.tokenizer_files import TOKENIZER_FILES
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, GPTConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-HEAD = "lm_head.weight"
-EMBEDDING = "transformer.wte.weight"
+_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors", *TOKENIZER_FILES)
+"""Files downloaded from a Hub repository. Pickled weights are never downloaded."""
 
-TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
-"""transformers' GPT-2 keeps these as Conv1D does, (in, out)."""
+CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+"""Weights that transformers stores as Conv1D does, (in, out), which is the transpose of nn.Linear's."""
 
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-"""transformers has three, we have one."""
+DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+"""The three dropout fields of GPT2Config, for the single one of GPTConfig."""
 
-_IGNORED = re.compile(r"\.attn\.(bias|masked_bias)$")
-"""The causal mask, which older files hold."""
+_CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
+"""Buffers in files of older transformers versions. They are ignored."""
 
-_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-COMPUTED: dict[str, tuple[Any, ...]] = {
+FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -44,199 +43,226 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-"""Fields of GPT2Config that change the function, and the values that are ours, the default first."""
+"""Fields of GPT2Config that change the computation, with their supported values. The first is the default."""
 
-SIZES = (
+SIZE_FIELDS = (
     ("block_size", "n_positions", 1024),
     ("vocab_size", "vocab_size", 50_257),
     ("n_layer", "n_layer", 12),
     ("n_head", "n_head", 12),
     ("n_embd", "n_embd", 768),
 )
-"""Our name, that of GPT2Config, and its default."""
+"""For each size the field of GPTConfig, the field of GPT2Config, and the default of GPT2Config."""
 
 
 @dataclass(frozen=True)
-class Pretrained:
-    """Weights on disk, looked at but not read."""
+class PretrainedWeights:
+    """GPT-2 weights on disk whose names and main shapes have been checked, but whose tensors have not been read."""
 
-    source: str
-    """The folder or repository, for messages."""
-    shape: dict[str, Any]
-    """`GPTConfig`'s fields."""
-    tensors: dict[str, tuple[Path, str]]
-    """For each of our names the file and the name there."""
+    folder: Path
+    """Folder with the files, for error messages."""
+    config: dict[str, Any]
+    """Fields of `GPTConfig`."""
+    locations: dict[str, tuple[Path, str]]
+    """For each state dict key of `GPT`, the file and the key in that file."""
 
     def read(self, expected: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Read all the tensors of a model.
+        """Read all tensors of the model.
 
         Args:
-            expected: the model's state dict, its names and shapes; a model on the meta device will do.
-            dtype: what to convert to.
+            expected: State dict of the model, for its names and shapes. Tensors on the meta device are sufficient.
+            dtype: Dtype to convert the tensors to.
 
         Returns:
-            Tensors on the CPU, named and shaped as `expected`, zero in the vocabulary's padding; the head is
-            the embedding.
+            Tensors on the CPU with the names and shapes of `expected`. Rows of the vocabulary padding are zero, and
+            the head is the same tensor as the embedding.
 
         Raises:
-            ModelError: a tensor is missing, there is one too many, or one has another shape or is not finite.
+            ModelError: A tensor is missing, unknown, of the wrong shape, or not finite.
         """
-        names = expected.keys() - {HEAD}
-        missing, unknown = names - self.tensors.keys(), self.tensors.keys() - names - {HEAD}
+        names = expected.keys() - {LM_HEAD}
+        missing, unknown = names - self.locations.keys(), self.locations.keys() - names - {LM_HEAD}
         if missing or unknown:
             raise ModelError(
-                f"The weights in {self.source} are not those that its {CONFIG_FILE} describes: missing "
-                f"{_some(missing)}; unknown {_some(unknown)}."
+                f"The weights in {self.folder} do not match its {CONFIG_FILE}: missing {_summarize(missing)}; unknown "
+                f"{_summarize(unknown)}. Copy or download the folder again."
             )
         state = {}
         for name in sorted(names):
             shape = list(expected[name].shape)
             if name == EMBEDDING:
-                num_padding = shape[0] - self.shape["vocab_size"]
-                tensor = self._tensor(name, [self.shape["vocab_size"], shape[1]], dtype)
+                num_padding = shape[0] - self.config["vocab_size"]
+                tensor = self._read_tensor(name, [self.config["vocab_size"], shape[1]], dtype)
                 state[name] = F.pad(tensor, (0, 0, 0, num_padding))
-            elif TRANSPOSED.search(name):
-                state[name] = self._tensor(name, shape[::-1], dtype).T.contiguous()
+            elif CONV1D_WEIGHT.search(name):
+                state[name] = self._read_tensor(name, shape[::-1], dtype).T.contiguous()
             else:
-                state[name] = self._tensor(name, shape, dtype)
+                state[name] = self._read_tensor(name, shape, dtype)
         embedding = state[EMBEDDING]
-        if HEAD in self.tensors:
-            rows = embedding[: self.shape["vocab_size"]]
-            if not torch.equal(self._tensor(HEAD, list(rows.shape), dtype), rows):
-                raise ModelError(f"{self.source} has a head that is not its embedding: GPT-2 ties the two.")
-        return {**state, HEAD: embedding}
+        if LM_HEAD in self.locations:
+            rows = embedding[: self.config["vocab_size"]]
+            if not torch.equal(self._read_tensor(LM_HEAD, list(rows.shape), dtype), rows):
+                raise ModelError(
+                    f"{LM_HEAD} and {EMBEDDING} in {self.folder} differ. Only models with a tied head are supported."
+                )
+        return {**state, LM_HEAD: embedding}
 
-    def _tensor(self, name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-        path, key = self.tensors[name]
+    def check_shape(self, name: str, shape: list[int]) -> None:
+        """Check a tensor's shape on disk without reading the tensor.
+
+        Args:
+            name: State dict key of `GPT`.
+            shape: Expected shape.
+
+        Raises:
+            ModelError: The tensor is missing or has another shape.
+        """
+        if name not in self.locations:
+            raise ModelError(f"{self.folder} has no {name}. It does not contain the weights of a GPT-2.")
+        path, key = self.locations[name]
+        with open_tensors(path) as file:
+            shape_on_disk = file.get_slice(key).get_shape()
+        if shape_on_disk != shape:
+            raise ModelError(
+                f"{key} in {path} has shape {tuple(shape_on_disk)}, but its {CONFIG_FILE} requires {tuple(shape)}. "
+                f"Copy or download the folder again."
+            )
+
+    def _read_tensor(self, name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
         self.check_shape(name, shape)
+        path, key = self.locations[name]
         with open_tensors(path) as file:
             tensor: Tensor = file.get_tensor(key)
         if not tensor.is_floating_point():
-            raise ModelError(f"{key} in {path} is {tensor.dtype}: weights must be floating-point numbers.")
+            raise ModelError(f"{key} in {path} has dtype {tensor.dtype}. Weights must be floating-point.")
         tensor = tensor.to(dtype)
         if not tensor.isfinite().all():
-            raise ModelError(f"{key} in {path} has numbers that are not finite in {dtype}: take weights that are.")
+            raise ModelError(f"{key} in {path} has values that are not finite in {dtype}. Use other weights or dtype.")
         return tensor
 
-    def check_shape(self, name: str, shape: list[int]) -> None:
-        """Compare a tensor's shape on disk with the one it must have, without reading it.
 
-        Raises:
-            ModelError: they differ, or there is no such tensor.
-        """
-        if name not in self.tensors:
-            raise ModelError(f"{self.source} has no {name}: these are not the weights of a GPT-2.")
-        path, key = self.tensors[name]
-        with open_tensors(path) as file:
-            found = file.get_slice(key).get_shape()
-        if found != shape:
-            raise ModelError(
-                f"{key} in {path} has shape {tuple(found)}, but its {CONFIG_FILE} asks for {tuple(shape)}."
-            )
+def local_model_folder(
+    name_or_folder: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """Return the local folder of a GPT-2 and its tokenizer. A Hub repository is downloaded first.
+
+    The configuration is checked before the weights are downloaded, because those of another model may be huge.
+
+    Args:
+        name_or_folder: Local folder, or Hub repository id such as "openai-community/gpt2".
+        revision: Branch, tag or commit hash of the repository.
+        local_files_only: Whether to use only the local Hub cache, without network access.
+
+    Raises:
+        ModelError: There is no such folder or repository, or its configuration is not supported.
+    """
+    folder = local_folder(name_or_folder, [CONFIG_FILE], revision=revision, local_files_only=local_files_only)
+    _read_config(folder)
+    return local_folder(name_or_folder, _MODEL_FILES, revision=revision, local_files_only=local_files_only)
 
 
 def open_pretrained(
     name_or_folder: str | Path, *, revision: str | None = None, local_files_only: bool = False
-) -> Pretrained:
-    """Find weights in transformers' GPT-2 format and check that they are of a model we can build.
+) -> PretrainedWeights:
+    """Find weights in transformers' GPT-2 format and check that `GPT` supports the model.
 
     Args:
-        name_or_folder: a folder, or a repository of the Hugging Face hub, such as "openai-community/gpt2".
-        revision: branch, tag or commit of the repository.
-        local_files_only: take the repository from the local cache only.
+        name_or_folder: Local folder, or Hub repository id such as "openai-community/gpt2".
+        revision: Branch, tag or commit hash of the repository.
+        local_files_only: Whether to use only the local Hub cache, without network access.
 
     Raises:
-        ModelError: nothing is found, or only pickled weights, the architecture is another, or the files
+        ModelError: There are no weights or only pickled ones, the architecture is not supported, or the files
             contradict each other.
     """
-    source = open_source(name_or_folder, revision=revision, local_files_only=local_files_only)
-    config_path = source.find(CONFIG_FILE)
-    if config_path is None:
-        raise ModelError(f"{source.name} has no {CONFIG_FILE}: it is not a model in transformers' format.")
-    shape = _read_shape(config_path)
-    pretrained = Pretrained(source.name, shape, _list_tensors(_weight_files(source)))
-    # A model of this shape is built next: no size may be larger than what is there to fill it.
-    num_layers = len({name.split(".")[2] for name in pretrained.tensors if name.startswith("transformer.h.")})
-    if num_layers != shape["n_layer"]:
-        raise ModelError(f"{config_path} has n_layer={shape['n_layer']!r}, but there are {num_layers} layers.")
-    pretrained.check_shape(EMBEDDING, [shape["vocab_size"], shape["n_embd"]])
-    pretrained.check_shape("transformer.wpe.weight", [shape["block_size"], shape["n_embd"]])
+    folder = local_model_folder(name_or_folder, revision=revision, local_files_only=local_files_only)
+    config_path, config = folder / CONFIG_FILE, _read_config(folder)
+    weights = PretrainedWeights(folder, config, _locate_tensors(_weight_files(folder)))
+    # The caller allocates a model of this configuration, so its sizes must be those of the tensors on disk.
+    num_layers = len({name.split(".")[2] for name in weights.locations if name.startswith("transformer.h.")})
+    if num_layers != config["n_layer"]:
+        raise ModelError(
+            f"{config_path} has n_layer={config['n_layer']!r}, but the weights have {num_layers} layers. Copy or "
+            f"download the folder again."
+        )
+    weights.check_shape(EMBEDDING, [config["vocab_size"], config["n_embd"]])
+    weights.check_shape(POSITION_EMBEDDING, [config["block_size"], config["n_embd"]])
     try:
-        GPTConfig(**shape)
+        GPTConfig(**config)
     except ConfigError as error:
         raise ModelError(f"{config_path} does not describe a GPT-2: {error}") from error
-    return pretrained
+    return weights
 
 
-def _weight_files(source: Source) -> list[Path]:
-    weights = source.find(WEIGHTS_FILE)
-    if weights is not None:
-        return [weights]
-    index = source.find(INDEX_FILE)
-    if index is None:
-        pickled = next((name for name in source.filenames() if name.endswith(_PICKLED)), None)
-        if pickled:
-            raise ModelError(
-                f"{source.name} has pickled weights only ({pickled}), and reading those can run code. "
-                f"Convert them with transformers' save_pretrained, or choose a revision with {WEIGHTS_FILE}."
-            )
-        raise ModelError(f"{source.name} has no {WEIGHTS_FILE} and no {INDEX_FILE}: there are no weights.")
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Convert transformers' `config.json` to the fields of `GPTConfig`."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ModelError(f"{folder} has no {CONFIG_FILE}. Pass the folder of a model in transformers' format.")
+    values = read_json(path)
+    if values.get("model_type") != "gpt2":
+        raise ModelError(
+            f"{path} has model_type {values.get('model_type')!r} and architectures {values.get('architectures')!r}. "
+            f"Only GPT-2 (model_type 'gpt2') is supported."
+        )
+    config = {name: values.get(hf_name, default) for name, hf_name, default in SIZE_FIELDS}
+    unsupported = [
+        f"{name}={values[name]!r} (must be {' or '.join(map(repr, supported))})"
+        for name, supported in FIXED_FIELDS.items()
+        if values.get(name, supported[0]) not in supported
+    ]
+    unsupported += [f"{name}={size!r} (must be an integer)" for name, size in config.items() if type(size) is not int]
+    if not unsupported and values.get("n_inner") not in (None, 4 * config["n_embd"]):
+        unsupported.append(f"n_inner={values['n_inner']!r} (must be 4 times n_embd={config['n_embd']})")
+    dropouts = [values.get(name, 0.1) for name in DROPOUT_FIELDS]
+    if not all(isinstance(value, float | int) for value in dropouts):
+        unsupported.append(f"{', '.join(DROPOUT_FIELDS)}={dropouts!r} (must be numbers)")
+    if unsupported:
+        raise ModelError(f"{path} has unsupported values: {', '.join(unsupported)}. Use another model.")
+    return {**config, "dropout": float(min(max(dropouts), 1e9))}  # min, because float() of a huge int overflows
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise ModelError(
+            f"{folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}. Pickled weights (*.bin, *.pt) are not supported, "
+            f"because unpickling can execute code: convert them with transformers' save_pretrained."
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} has no weight_map, which says where each tensor is.")
-    files = []
-    for name in sorted({str(name) for name in weight_map.values()}):
+        raise ModelError(f"{index} has no weight_map, which maps tensors to files. Copy or download it again.")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
         if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII):
-            raise ModelError(f"{index} names {name!r}: only .safetensors files beside it are read.")
-        path = source.find(name)
-        if path is None:
-            raise ModelError(f"{index} names {name}, which is missing: the download or copy is not whole.")
-        files.append(path)
-    return files
+            raise ModelError(f"{index} lists {name!r}. Only .safetensors files in the same folder are supported.")
+        if not (folder / name).is_file():
+            raise ModelError(f"{index} lists {name}, which is missing. Copy or download the folder again.")
+    return [folder / name for name in names]
 
 
-def _list_tensors(files: list[Path]) -> dict[str, tuple[Path, str]]:
-    """Where each tensor is, by our name; in files of a bare GPT2Model no name begins with "transformer."."""
-    tensors: dict[str, tuple[Path, str]] = {}
-    for path in files:
+def _locate_tensors(paths: Iterable[Path]) -> dict[str, tuple[Path, str]]:
+    """Return the file and key of each tensor by `GPT`'s state dict key."""
+    locations: dict[str, tuple[Path, str]] = {}
+    for path in paths:
         with open_tensors(path) as file:
             keys = list(file.keys())
         for key in keys:
-            if _IGNORED.search(key):
+            if _CAUSAL_MASK.search(key):
                 continue
-            name = key if key == HEAD or key.startswith("transformer.") else f"transformer.{key}"
-            if name in tensors:
-                other, other_key = tensors[name]
-                raise ModelError(f"{name} is there twice: {key} in {path}, {other_key} in {other}.")
-            tensors[name] = (path, key)
-    return tensors
+            # A bare GPT2Model, without the head, is saved without the prefix.
+            name = key if key == LM_HEAD or key.startswith("transformer.") else f"transformer.{key}"
+            if name in locations:
+                other_path, other_key = locations[name]
+                raise ModelError(
+                    f"{name} occurs twice: as {key} in {path} and as {other_key} in {other_path}. Remove one of them."
+                )
+            locations[name] = (path, key)
+    return locations
 
 
-def _read_shape(path: Path) -> dict[str, Any]:
-    """`GPTConfig`'s fields from transformers' `config.json`."""
-    config = read_json(path)
-    if config.get("model_type") != "gpt2":
-        raise ModelError(
-            f"{path} is of a model of type {config.get('model_type')!r}, architectures "
-            f"{config.get('architectures')!r}. Only GPT-2 (model_type 'gpt2') can be read."
-        )
-    shape = {ours: config.get(theirs, default) for ours, theirs, default in SIZES}
-    wrong = [
-        f"{name}={config[name]!r} (must be {' or '.join(map(repr, values))})"
-        for name, values in COMPUTED.items()
-        if config.get(name, values[0]) not in values
-    ]
-    wrong += [f"{name}={value!r} (must be a whole number)" for name, value in shape.items() if type(value) is not int]
-    if not wrong and config.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        wrong.append(f"n_inner={config['n_inner']!r} (must be 4 times n_embd={shape['n_embd']})")
-    dropouts = [config.get(name, 0.1) for name in DROPOUTS]
-    if not all(isinstance(value, float | int) for value in dropouts):
-        wrong.append(f"{', '.join(DROPOUTS)}={dropouts!r} (must be numbers)")
-    if wrong:
-        raise ModelError(f"{path} asks for what this GPT-2 does not compute: {', '.join(wrong)}.")
-    return {**shape, "dropout": float(min(max(dropouts), 1e9))}  # a longer whole number has no float
-
-
-def _some(names: Iterable[str]) -> str:
+def _summarize(names: Iterable[str]) -> str:
     ordered = sorted(names)
     return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "") or "none"

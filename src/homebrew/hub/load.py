@@ -1,24 +1,23 @@
-"""A trained model and its tokenizer, opened from wherever they are: a run, a checkpoint, transformers' format."""
+"""Opens a trained model and its tokenizer from a run, a checkpoint, an adapter or a model in transformers' format."""
 
+import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
-from homebrew.checkpoint.state_dict import EMBEDDING, TIED
 from homebrew.checkpoint.store import CheckpointStore
+from homebrew.checkpoint.tensor_check import check_tensors
 from homebrew.data.tokenizer import Tokenizer, tokenizer_from_json
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, ModelError, TokenizerError
-from homebrew.hub.find_tokenizer import find_tokenizer
-from homebrew.hub.peft import CONFIG_FILE as ADAPTER_CONFIG
-from homebrew.hub.peft import load_adapter
-from homebrew.hub.source import named, open_source, read_json
+from homebrew.hub.from_pretrained import local_model_folder
+from homebrew.hub.model_folder import read_json
+from homebrew.hub.peft import ADAPTER_CONFIG_FILE, load_adapter
+from homebrew.hub.read_tokenizer import read_tokenizer
 from homebrew.model.gpt import GPT
-from homebrew.model.gpt_config import GPTConfig
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, GPTConfig
 from homebrew.model.lora import (
     LoRAConfig,
     adapter_state_dict,
@@ -29,185 +28,187 @@ from homebrew.model.lora import (
     lora_layers,
 )
 
-POSITIONS = "transformer.wpe.weight"
-MODEL_FILE = "model"
-ADAPTER_FILE = "adapter"
+_MODEL_FILE = "model"
+_ADAPTER_FILE = "adapter"
 
 
 def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[GPT, Tokenizer | None]:
-    """A model on the CPU, in evaluation mode, and the tokenizer it was trained with.
+    """Load a model on the CPU in evaluation mode, and its tokenizer.
 
     Args:
-        source: a run's folder, whose newest whole checkpoint is taken; a checkpoint's folder; a folder or a hub
-            repository in transformers' GPT-2 format, whose tokenizer is known if we exported it or it is GPT-2's; or
-            the folder of an adapter in PEFT's format.
-        base: for an adapter, where the weights below it are; where it says they are if not given.
+        source: One of: the folder of a run, whose newest valid checkpoint is loaded; the folder of a checkpoint; the
+            folder of an adapter in PEFT's format; a folder or Hub repository id of a GPT-2 in transformers' format.
+        base: For an adapter, the folder, run or repository of its base model. If None, the location recorded with
+            the adapter is used.
 
     Returns:
-        The model, and the tokenizer, None where there is none or it is not known.
+        The model and its tokenizer. The tokenizer is None if the source has none, or one that is neither GPT-2's nor
+        exported by homebrew.
 
     Raises:
-        CheckpointError: the run has no whole checkpoint, or an adapter's base is not there or another.
-        CorruptCheckpoint: the checkpoint's files are not the ones it was saved with, or do not fit together.
-        ModelError: there is nothing of the name, or it is not a GPT-2.
+        CheckpointError: The run has no valid checkpoint, or an adapter's base is missing or has other weights.
+        CorruptCheckpoint: The checkpoint's files are invalid or contradict each other.
+        ModelError: The source does not exist, or is not a GPT-2.
     """
-    checkpoint = _find(Path(source))
+    checkpoint = _find_checkpoint(Path(source))
     if checkpoint is not None:
-        model, tokenizer = _open(checkpoint, base)
+        model, tokenizer = load_checkpoint(checkpoint, base=base)
     elif _is_adapter(source):
-        model, tokenizer = _open_adapter(Path(source), base)
+        model, tokenizer = _load_peft_adapter(Path(source), base)
     else:
-        model = GPT.from_pretrained(source)
-        tokenizer = find_tokenizer(source, vocab_size=model.config.vocab_size)
-    if not lora_layers(model):  # else its source is where the adapter's base is from
+        folder = local_model_folder(source)
+        model = GPT.from_pretrained(folder)
+        tokenizer = read_tokenizer(folder, vocab_size=model.config.vocab_size)
+    if not lora_layers(model):  # otherwise model.source is the adapter's base
         if base is not None:
-            raise CheckpointError(f"{source} is a whole model, which has no base: leave {base} out.")
+            raise CheckpointError(f"{source} is not an adapter, so it has no base model. Remove base={str(base)!r}.")
         model.source = str(source)
     return model, tokenizer
 
 
-def _find(folder: Path) -> Checkpoint | None:
-    """The checkpoint that a folder is, or holds as a run; None if it is neither."""
-    with named(folder):
-        is_run = (folder / "checkpoints").is_dir()
-        named_so = folder.name.startswith("step-") and folder.is_dir()
-        is_checkpoint = named_so or (folder / "manifest.json").exists()
-    if is_run:
-        return _newest(folder)
-    return open_checkpoint(folder) if is_checkpoint else None
+def load_checkpoint(checkpoint: Checkpoint, *, base: str | Path | None = None) -> tuple[GPT, Tokenizer | None]:
+    """Load the model and the tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: An opened checkpoint.
+        base: See `load_model`.
+
+    Returns:
+        The model on the CPU, in evaluation mode and float32, and the tokenizer, None if the run had none.
+
+    Raises:
+        CheckpointError: The base of an adapter is missing or has other weights.
+        CorruptCheckpoint: The state does not describe a model, or the tensors do not match the model.
+    """
+    model = _adapted_model(checkpoint, base) if _ADAPTER_FILE in checkpoint.names else _full_model(checkpoint)
+    description = checkpoint.state.get("tokenizer")
+    return model, None if description is None else _tokenizer(description, checkpoint)
 
 
-def _is_adapter(source: str | Path) -> bool:
-    """Whether this is a folder with an adapter in PEFT's format."""
-    with named(source):
-        return Path(source, ADAPTER_CONFIG).is_file()
+def _find_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint of a run or the checkpoint in a folder, or None if the folder is neither."""
+    # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
+    if os.path.isdir(folder / "checkpoints"):  # noqa: PTH112
+        return _newest_checkpoint(folder)
+    # A folder named like a checkpoint counts as one without its manifest too, so that the error says what is missing.
+    has_checkpoint_name = folder.name.startswith("step-") and os.path.isdir(folder)  # noqa: PTH112
+    has_manifest = os.path.isfile(folder / "manifest.json")  # noqa: PTH113
+    return open_checkpoint(folder) if has_checkpoint_name or has_manifest else None
 
 
-def _newest(folder: Path) -> Checkpoint:
-    checkpoint, passed_over = CheckpointStore(folder).latest()
+def _newest_checkpoint(folder: Path) -> Checkpoint:
+    checkpoint, reasons = CheckpointStore(folder).latest()
     if checkpoint is None:
-        reasons = " ".join(passed_over) or "None has been saved yet."
-        raise CheckpointError(f"The run in {folder} has no whole checkpoint. {reasons}")
-    for reason in passed_over:
-        warnings.warn(f"Passed over a checkpoint: {reason}", stacklevel=3)
+        raise CheckpointError(f"No valid checkpoint in {folder}. {' '.join(reasons) or 'None has been saved yet.'}")
+    for reason in reasons:
+        warnings.warn(f"Skipped an invalid checkpoint: {reason}", stacklevel=4)
     return checkpoint
 
 
-def _open(checkpoint: Checkpoint, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
-    saved = checkpoint.state.get("tokenizer")
-    model = _adapted_model(checkpoint, base) if ADAPTER_FILE in checkpoint.names else checkpoint_model(checkpoint)
-    return model, None if saved is None else _tokenizer(saved, checkpoint)
+def _is_adapter(source: str | Path) -> bool:
+    return os.path.isfile(Path(source, ADAPTER_CONFIG_FILE))  # noqa: PTH113 - see _find_checkpoint
 
 
-def _open_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
-    path = open_source(folder).find(ADAPTER_CONFIG)
-    source = base or (read_json(path).get("base_model_name_or_path") if path else None)
+def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
+    source = base or read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     if not isinstance(source, str | Path):
         raise CheckpointError(
-            f"The adapter in {folder} does not say where its base is: give the base's folder, run or repository."
+            f"The adapter in {folder} does not record its base model. Pass base=, the folder, run or repository of the "
+            f"base model."
         )
-    if _is_adapter(source):  # which might lead back to this one
-        raise CheckpointError(f"{source} holds an adapter only: give the base that it was trained on itself.")
+    if _is_adapter(source):  # an error rather than recursion, which might not end
+        raise CheckpointError(f"{source} contains only an adapter. Pass base=, a model without an adapter.")
     model, tokenizer = load_model(source)
     load_adapter(model, folder)
     return model.eval(), tokenizer
 
 
-def _tokenizer(saved: Any, checkpoint: Checkpoint) -> Tokenizer:  # noqa: ANN401 - whatever the file holds
+def _tokenizer(description: Any, checkpoint: Checkpoint) -> Tokenizer:  # noqa: ANN401 - any JSON value
     try:
-        return tokenizer_from_json(saved)
-    except TokenizerError:  # it is a tokenizer of ours, but its vocabulary is not at hand
+        return tokenizer_from_json(description)
+    except TokenizerError:  # a valid description, but GPT-2's vocabulary is not available
         raise
     except (AttributeError, TypeError, DataError) as error:
         raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe a tokenizer: {error}") from error
 
 
-def checkpoint_model(checkpoint: Checkpoint) -> GPT:
-    """The model of a checkpoint, on the CPU, in evaluation mode and float32.
-
-    Raises:
-        CorruptCheckpoint: its state does not describe a model, or its tensors are not that model's.
-    """
-    config = _config(checkpoint)
-    path = checkpoint.path / f"{MODEL_FILE}.safetensors"
-    if MODEL_FILE not in checkpoint.names:
-        raise CorruptCheckpoint(f"{checkpoint.path} has no {path.name}: there are no weights in it.")
-    tensors = checkpoint.tensors(MODEL_FILE)
-    if config.n_layer > len(tensors):  # before a model of that size is built
-        raise CorruptCheckpoint(f"{path} has {len(tensors)} tensors, too few for n_layer={config.n_layer}.")
-    sizes = {EMBEDDING: (config.padded_vocab_size, config.n_embd), POSITIONS: (config.block_size, config.n_embd)}
-    _check_tensors(path, {name: tensor for name, tensor in tensors.items() if name in sizes}, sizes)
+def _full_model(checkpoint: Checkpoint) -> GPT:
+    """Load a model without an adapter."""
+    config = _model_config(checkpoint)
+    path = checkpoint.path / f"{_MODEL_FILE}.safetensors"
+    if _MODEL_FILE not in checkpoint.names:
+        raise CorruptCheckpoint(f"{checkpoint.path} has no {path.name}, so it contains no weights.")
+    tensors = checkpoint.tensors(_MODEL_FILE)
+    # Check the sizes in state.json against the tensors before a model of these sizes is built.
+    if config.n_layer > len(tensors):
+        raise CorruptCheckpoint(f"{path} has {len(tensors)} tensors, which is too few for n_layer={config.n_layer}.")
+    embeddings = {
+        EMBEDDING: (config.padded_vocab_size, config.n_embd),
+        POSITION_EMBEDDING: (config.block_size, config.n_embd),
+    }
+    check_tensors(path, {name: tensor for name, tensor in tensors.items() if name in embeddings}, embeddings)
     with torch.device("meta"):
         model = GPT(config)
-    _check_tensors(path, tensors, {name: tuple(t.shape) for name, t in model.state_dict().items() if name != TIED})
+    check_tensors(path, tensors, {name: tuple(t.shape) for name, t in model.state_dict().items() if name != LM_HEAD})
     state = {name: tensor.float() for name, tensor in tensors.items()}
-    model.load_state_dict(state | {TIED: state[EMBEDDING]}, assign=True)
+    model.load_state_dict(state | {LM_HEAD: state[EMBEDDING]}, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
     return model.eval()
 
 
 def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
-    """The base, from where it is, and on it the adapter, which is all that the checkpoint holds."""
+    """Load the base model from its own location, and the adapter from the checkpoint."""
     source = base or checkpoint.state.get("base")
     if not isinstance(source, str | Path):
         raise CheckpointError(
-            f"{checkpoint.path} holds an adapter only, and does not say where its base is: give the base's folder, "
-            f"run or repository."
+            f"{checkpoint.path} contains only an adapter and does not record its base model. Pass base=, the folder, "
+            f"run or repository of the base model."
         )
-    path = checkpoint.path / f"{ADAPTER_FILE}.safetensors"
-    identity = checkpoint.state.get("identity")
-    described = identity.get("adapter") if isinstance(identity, dict) else None
-    try:
-        shape = dict(described)  # type: ignore[arg-type]  # whatever it is, LoRAConfig judges it
-        expected = shape.pop("base_sha256")
-        config = LoRAConfig(**shape | {"target_modules": tuple(shape["target_modules"])})
-    except (TypeError, ValueError, KeyError) as error:
-        raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe an adapter: {error!r}") from error
+    config, fingerprint = _adapter_config(checkpoint)
     model = _base_model(source)
     model.source = str(source)
-    if (found := base_fingerprint(model)) != expected:
+    if (actual := base_fingerprint(model)) != fingerprint:
         raise CheckpointError(
-            f"The weights of {source} have SHA-256 {found}, but the adapter in {checkpoint.path} was trained on "
-            f"{expected}: give the base it was trained on."
+            f"The weights of {source} have SHA-256 {actual}, but the adapter in {checkpoint.path} was trained on "
+            f"{fingerprint}. Pass base=, the model the adapter was trained on."
         )
-    tensors = checkpoint.tensors(ADAPTER_FILE)
+    path = checkpoint.path / f"{_ADAPTER_FILE}.safetensors"
+    tensors = checkpoint.tensors(_ADAPTER_FILE)
     try:
         check_adapter_fits(model, config, tensors)
     except ModelError as error:
-        raise CorruptCheckpoint(f"{path} does not fit what state.json says of it: {error}") from error
+        raise CorruptCheckpoint(f"{path} does not match state.json: {error}") from error
     add_lora(model, config)
-    _check_tensors(path, tensors, {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()})
+    check_tensors(path, tensors, {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()})
     load_adapter_state_dict(model, tensors)
     return model.eval()
 
 
 def _base_model(source: str | Path) -> GPT:
-    """Whole weights: an adapter's base cannot be another's checkpoint, which might lead back to this one."""
-    checkpoint = _find(Path(source))
+    checkpoint = _find_checkpoint(Path(source))
     if checkpoint is None:
         return GPT.from_pretrained(source)
-    if ADAPTER_FILE in checkpoint.names:
-        raise CheckpointError(f"{source} holds an adapter only: give the base that it was trained on itself.")
-    return checkpoint_model(checkpoint)
+    if _ADAPTER_FILE in checkpoint.names:  # an error rather than recursion, which might not end
+        raise CheckpointError(f"{source} contains only an adapter. Pass base=, a model without an adapter.")
+    return _full_model(checkpoint)
 
 
-def _config(checkpoint: Checkpoint) -> GPTConfig:
+def _model_config(checkpoint: Checkpoint) -> GPTConfig:
     identity = checkpoint.state.get("identity")
-    shape = identity.get("model") if isinstance(identity, dict) else None
+    values = identity.get("model") if isinstance(identity, dict) else None
     try:
-        return GPTConfig(**shape)  # type: ignore[arg-type]  # whatever it is, GPTConfig judges it
+        return GPTConfig(**values)  # type: ignore[arg-type]  # GPTConfig validates the values
     except (TypeError, ConfigError) as error:
         raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe a model: {error}") from error
 
 
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
-            raise CorruptCheckpoint(f"{path} has no tensor {name}, which its model has.")
-        if name not in expected:
-            raise CorruptCheckpoint(f"{path} has a tensor {name}, which its model has not.")
-        found, needed = tensors[name], expected[name]
-        if tuple(found.shape) != needed or not found.is_floating_point():
-            raise CorruptCheckpoint(
-                f"{path}: {name} is {found.dtype} of shape {tuple(found.shape)}, but its model's is of {needed}."
-            )
+def _adapter_config(checkpoint: Checkpoint) -> tuple[LoRAConfig, str]:
+    """Return the adapter's configuration and the fingerprint of its base model."""
+    identity = checkpoint.state.get("identity")
+    description = identity.get("adapter") if isinstance(identity, dict) else None
+    try:
+        values = dict(description)  # type: ignore[arg-type]  # LoRAConfig validates the values
+        fingerprint = values.pop("base_sha256")
+        return LoRAConfig(**values | {"target_modules": tuple(values["target_modules"])}), fingerprint
+    except (TypeError, ValueError, KeyError) as error:
+        raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe an adapter: {error!r}") from error

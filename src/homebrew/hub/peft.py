@@ -1,7 +1,7 @@
-"""Adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT names tensors as transformers' model does, and so ours, behind a prefix; A and B lie as ours do, even
-where the base's matrix is transposed.
+PEFT's tensor names are those of homebrew with a prefix. A and B have the same layout in both libraries, although
+transformers stores the base's weights transposed.
 """
 
 import json
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.hub.source import open_source, open_tensors, read_json, writing_to
+from homebrew.hub.model_folder import local_folder, open_tensors, output_folder, read_json
 from homebrew.io import atomic_replace
 from homebrew.model.lora import (
     LoRAConfig,
@@ -25,16 +25,14 @@ from homebrew.model.lora import (
     lora_layers,
 )
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
 
-_INITIAL = (True, False, "gaussian", "orthogonal", "eva")
-"""Ways to begin that leave the base's weights alone; the others put a part of them into the adapter."""
+_SUPPORTED_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base's weights unchanged; the others move a part to the adapter."""
 
-_PLAIN: tuple[object, ...] = (None, False, [], {}, "none")
-
-_VARIANTS = (
+_UNSUPPORTED_FIELDS = (
     "alora_invocation_tokens",
     "alpha_pattern",
     "arrow_config",
@@ -53,25 +51,27 @@ _VARIANTS = (
     "use_rslora",
     "velora_config",
 )
-"""Fields of PEFT's LoraConfig that change the function; all must be plain."""
+"""Fields of PEFT's LoraConfig that change the computation. Only values of `_DISABLED` are supported."""
+
+_DISABLED: tuple[object, ...] = (None, False, [], {}, "none")
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None = None) -> None:
-    """Write the model's adapter so that PEFT loads it onto transformers' GPT-2.
+    """Save a model's LoRA adapter so that PEFT can load it onto transformers' GPT-2.
 
     Args:
-        model: a model with an adapter.
-        folder: where to; files of the same names are replaced.
-        base_model: the hub repository or folder of the base's weights, for the record.
+        model: Model with an adapter.
+        folder: Folder to write to. Existing files of the same names are replaced.
+        base_model: Hub repository id or folder of the base model, recorded in the adapter's configuration.
 
     Raises:
-        ModelError: the model has no adapter, or the folder cannot be written, or holds something else.
+        ModelError: The model has no adapter, or the folder is not writable or contains a checkpoint or a model.
     """
     layers = lora_layers(model)
     if not layers:
-        raise ModelError("The model has no adapter to save: save the model itself with save_pretrained.")
+        raise ModelError("The model has no adapter to save. Save the model itself with save_pretrained.")
     config = next(iter(layers.values())).config
-    settings = {
+    values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -79,20 +79,20 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
         "lora_alpha": config.scale * config.rank,
         "lora_dropout": config.dropout,
         "target_modules": list(config.target_modules),
-        "fan_in_fan_out": True,  # transformers keeps GPT-2's matrices as (in, out)
+        "fan_in_fan_out": True,  # transformers stores GPT-2's weights as (in, out)
         "bias": "none",
         "inference_mode": True,
     }
     tensors = {
-        f"{PREFIX}{name}.weight": tensor.detach().cpu().contiguous()
+        f"{_PREFIX}{name}.weight": tensor.detach().cpu().contiguous()
         for name, tensor in adapter_state_dict(model).items()
     }
     folder = Path(folder)
-    with writing_to(folder, unless={"manifest.json": "a checkpoint", "config.json": "a whole model"}):
-        with atomic_replace(folder / WEIGHTS_FILE) as path:
+    with output_folder(folder, forbidden_files={"manifest.json": "a checkpoint", "config.json": "a model"}):
+        with atomic_replace(folder / ADAPTER_WEIGHTS_FILE) as path:
             save_file(tensors, path, metadata={"format": "pt"})
-        with atomic_replace(folder / CONFIG_FILE) as path:
-            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        with atomic_replace(folder / ADAPTER_CONFIG_FILE) as path:
+            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(
@@ -102,62 +102,70 @@ def load_adapter(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> None:
-    """Give a model an adapter that this library or PEFT has saved; it can be trained on.
+    """Add a LoRA adapter that was saved by homebrew or PEFT to a model. Its parameters are trainable.
 
     Args:
-        model: the adapter's base, changed in place.
-        name_or_folder: a folder, or a repository of the hub.
-        revision: branch, tag or commit of the repository.
-        local_files_only: take the repository from the local cache only.
+        model: Base model of the adapter, modified in place.
+        name_or_folder: Local folder or Hub repository id of the adapter.
+        revision: Branch, tag or commit hash of the repository.
+        local_files_only: Whether to use only the local Hub cache, without network access.
 
     Raises:
-        ModelError: there is no such adapter, it is of another kind, or it does not fit the model.
+        ModelError: There is no such adapter, it is not a plain LoRA adapter, or it does not fit the model.
     """
-    source = open_source(name_or_folder, revision=revision, local_files_only=local_files_only)
-    config_path, weights_path = source.find(CONFIG_FILE), source.find(WEIGHTS_FILE)
-    if config_path is None or weights_path is None:
-        missing = CONFIG_FILE if config_path is None else WEIGHTS_FILE
-        raise ModelError(f"{source.name} has no {missing}: it is not an adapter in PEFT's format.")
-    settings = _plain_settings(config_path)
-    state = {}
-    with open_tensors(weights_path) as file:
-        for key in file.keys():  # noqa: SIM118 - a file has keys() alone
-            name = key.removeprefix(PREFIX).removesuffix(".weight")
+    filenames = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
+    folder = local_folder(name_or_folder, filenames, revision=revision, local_files_only=local_files_only)
+    for name in filenames:
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} has no {name}. Pass the folder of an adapter in PEFT's format.")
+    values = _read_values(folder / ADAPTER_CONFIG_FILE)
+    tensors = _read_tensors(folder / ADAPTER_WEIGHTS_FILE)
+    config = _to_lora_config(values, tensors, folder / ADAPTER_CONFIG_FILE)
+    check_adapter_fits(model, config, tensors)
+    add_lora(model, config)
+    load_adapter_state_dict(model, tensors)
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if values.get("peft_type") != "LORA":
+        raise ModelError(f"{path} has peft_type {values.get('peft_type')!r}. Only 'LORA' is supported.")
+    unsupported = [f"{name}={values[name]!r}" for name in _UNSUPPORTED_FIELDS if values.get(name) not in _DISABLED]
+    if values.get("init_lora_weights", True) not in _SUPPORTED_INITIALIZATIONS:
+        unsupported.append(f"init_lora_weights={values['init_lora_weights']!r}")
+    if unsupported:
+        raise ModelError(f"{path} has unsupported values: {', '.join(unsupported)}. Only plain LoRA is supported.")
+    return values
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the adapter's tensors by their state dict key in `GPT`."""
+    tensors = {}
+    with open_tensors(path) as file:
+        for key in file.keys():  # noqa: SIM118 - not a dict, and not iterable
+            name = key.removeprefix(_PREFIX).removesuffix(".weight")
             if not re.search(r"\.lora_[AB]$", name):
-                raise ModelError(f"{weights_path} has {key}, which is no part of a plain LoRA adapter.")
+                raise ModelError(f"{path} has a tensor {key}, which is not part of a plain LoRA adapter.")
             tensor = file.get_tensor(key)
             if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-                raise ModelError(f"{key} in {weights_path} is {tensor.dtype}, and not all of it are finite numbers.")
-            state[name if name.startswith("transformer.") else f"transformer.{name}"] = tensor
-    config = _config(settings, state, config_path)
-    check_adapter_fits(model, config, state)
-    add_lora(model, config)
-    load_adapter_state_dict(model, state)
+                raise ModelError(
+                    f"{key} in {path} is {tensor.dtype}, or has values that are not finite. Use another adapter."
+                )
+            tensors[name if name.startswith("transformer.") else f"transformer.{name}"] = tensor
+    return tensors
 
 
-def _plain_settings(path: Path) -> dict[str, Any]:
-    settings = read_json(path)
-    if settings.get("peft_type") != "LORA":
-        raise ModelError(f"{path} is of an adapter of type {settings.get('peft_type')!r}: only 'LORA' can be read.")
-    wrong = [f"{name}={settings[name]!r}" for name in _VARIANTS if settings.get(name) not in _PLAIN]
-    if settings.get("init_lora_weights", True) not in _INITIAL:
-        wrong.append(f"init_lora_weights={settings['init_lora_weights']!r}")
-    if wrong:
-        raise ModelError(f"{path} is of an adapter that is more than plain LoRA: {', '.join(wrong)}.")
-    return settings
-
-
-def _config(settings: Mapping[str, Any], names: Iterable[str], path: Path) -> LoRAConfig:
-    targets = settings.get("target_modules")
-    if not isinstance(targets, list):  # a pattern, or PEFT's default: the tensors say which
-        targets = [name.rpartition(".")[0] for name in names]
-    targets = {".".join(str(target).split(".")[-2:]) for target in targets}  # the same in every block
+def _to_lora_config(values: Mapping[str, Any], tensor_names: Iterable[str], path: Path) -> LoRAConfig:
+    targets = values.get("target_modules")
+    if not isinstance(targets, list):  # a pattern, or PEFT's default: infer the targets from the tensors
+        targets = [name.rpartition(".")[0] for name in tensor_names]
+    targets = {".".join(str(target).split(".")[-2:]) for target in targets}  # without the block: all blocks are alike
     try:
         return LoRAConfig(
-            rank=settings.get("r", 8),
-            alpha=settings.get("lora_alpha", 8),
-            dropout=settings.get("lora_dropout", 0.0),
+            rank=values.get("r", 8),
+            alpha=values.get("lora_alpha", 8),
+            dropout=values.get("lora_dropout", 0.0),
             target_modules=tuple(sorted(targets)),
         )
     except (ConfigError, TypeError) as error:
-        raise ModelError(f"{path} is not of an adapter this model can have: {error}") from error
+        raise ModelError(f"{path} does not describe a supported adapter: {error}") from error

@@ -117,7 +117,7 @@ class GPT(nn.Module):
 
         pretrained = open_pretrained(name_or_folder, revision=revision, local_files_only=local_files_only)
         with torch.device("meta"):
-            model = cls(GPTConfig(**pretrained.shape))
+            model = cls(GPTConfig(**pretrained.config))
         model.load_state_dict(pretrained.read(model.state_dict(), dtype), assign=True)
         model.lm_head.weight = model.transformer.wte.weight
         model.source = str(name_or_folder)
@@ -138,10 +138,10 @@ class GPT(nn.Module):
             ModelError: The folder cannot be written, the tokenizer does not fit the model, or the saved files
                 differ from the model.
         """
-        from homebrew.hub.export import check_written, write_pretrained
+        from homebrew.hub.export import export_model, verify_export
 
-        write_pretrained(folder, asdict(self.config), merged_state_dict(self), tokenizer)
-        check_written(folder, self, type(self).from_pretrained(folder))
+        export_model(folder, asdict(self.config), merged_state_dict(self), tokenizer)
+        verify_export(folder, self, type(self).from_pretrained(folder))
 
     def push_to_hub(self, repository: str, tokenizer: "Tokenizer | None" = None, *, private: bool | None = None) -> str:
         """Upload the model to the Hugging Face Hub, in the format of `save_pretrained`.
@@ -154,11 +154,11 @@ class GPT(nn.Module):
         Returns:
             URL of the commit.
         """
-        from homebrew.hub.export import push_folder
+        from homebrew.hub.export import upload_folder
 
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, tokenizer)
-            return push_folder(folder, repository, private=private)
+            return upload_folder(folder, repository, private=private)
 
     def generate(
         self,

@@ -8,6 +8,15 @@ from homebrew.errors import ConfigError
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, so that the head's matrix product fills whole tiles on a GPU."""
 
+EMBEDDING = "transformer.wte.weight"
+"""State dict key of the token embedding, (padded_vocab_size, n_embd)."""
+
+POSITION_EMBEDDING = "transformer.wpe.weight"
+"""State dict key of the position embedding, (block_size, n_embd)."""
+
+LM_HEAD = "lm_head.weight"
+"""State dict key of the output head, which shares the token embedding's weight."""
+
 _PRESETS: dict[str, dict[str, int]] = {
     "baby": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},

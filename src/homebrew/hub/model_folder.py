@@ -1,0 +1,168 @@
+"""Model folders: local ones, snapshots of Hugging Face Hub repositories, and bounded reads of their files."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from homebrew.errors import ModelError
+
+MAX_TEXT_BYTES = 16 * 2**20
+"""Maximum size of a JSON or text file. The largest known index, GPT-2 XL's, has 0.05 MB."""
+
+
+def local_folder(
+    name_or_folder: str | Path,
+    filenames: Sequence[str],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return a local folder, or download a Hub repository and return the folder of its snapshot.
+
+    Args:
+        name_or_folder: Local folder, or Hub repository id such as "openai-community/gpt2".
+        filenames: Files to download, as names or glob patterns. Files that the repository does not have are ignored.
+        revision: Branch, tag or commit hash of the repository.
+        local_files_only: Whether to use only the local Hub cache, without network access.
+
+    Raises:
+        ModelError: The folder does not exist, a revision is given for a local folder, or the repository cannot be
+            downloaded.
+    """
+    name = str(name_or_folder)
+    # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
+    if os.path.isdir(name):  # noqa: PTH112
+        if revision is not None:
+            raise ModelError(f"revision={revision!r} needs a Hub repository, but {name} is a local folder.")
+        return Path(name)
+    if os.path.isfile(name):  # noqa: PTH113
+        raise ModelError(f"{name} is a file. Pass the folder that contains it.")
+    if isinstance(name_or_folder, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise ModelError(f"Folder {name} does not exist. Pass an existing folder or a Hub repository id.")
+    parent = os.path.dirname(name)  # noqa: PTH120
+    if revision is None and parent and os.path.isdir(parent):  # noqa: PTH112
+        # Most likely a typo in a local path: without a network, asking the Hub would take half a minute.
+        raise ModelError(
+            f"Folder {name} does not exist, but {parent} does. Pass an existing folder, or call from_pretrained with "
+            f"a revision to download the Hub repository {name}."
+        )
+    return _download_snapshot(name, filenames, revision, local_files_only=local_files_only)
+
+
+def _download_snapshot(
+    repository: str, filenames: Sequence[str], revision: str | None, *, local_files_only: bool
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        snapshot = snapshot_download(
+            repository, revision=revision, allow_patterns=list(filenames), local_files_only=local_files_only
+        )
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{repository} is a gated Hub repository. Request access on its page, then log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{repository} is neither a local folder nor a Hub repository that you can access. Check the name; for a "
+            f"private repository, log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"{repository} has no revision {revision!r}. Pass an existing branch, tag or commit hash."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        reason = "local_files_only is set" if local_files_only else "the Hub could not be reached"
+        raise ModelError(
+            f"{repository} is neither a local folder nor complete in the Hub cache, and {reason}. Check the name and "
+            f"the network connection."
+        ) from error
+    except Exception as error:  # from the Hub client or the HTTP library that it uses
+        reason = next(iter(str(error).strip().split("\n")), "") or type(error).__name__
+        raise ModelError(
+            f"{repository} could not be downloaded: {reason} Check the name, the network connection and the disk."
+        ) from error
+    return Path(snapshot)
+
+
+@contextmanager
+def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterator[None]:
+    """Create a folder, and convert errors that occur while files are written to it.
+
+    Args:
+        folder: Folder to write to.
+        forbidden_files: Names of files that the folder must not contain, each with a description of what such a
+            folder is. The new files would overwrite that content, or would not be found beside it.
+
+    Raises:
+        ModelError: The folder contains a forbidden file, or cannot be written.
+    """
+    try:
+        for name, description in forbidden_files.items():
+            if (folder / name).exists():
+                raise ModelError(f"{folder} contains {description} ({name}). Choose another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"Cannot write to {folder}: {error}. Choose a writable folder with enough space.") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file of at most `MAX_TEXT_BYTES`.
+
+    Raises:
+        ModelError: The file is too large, not UTF-8, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise ModelError(f"Cannot read {path}: {error.strerror}.") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise ModelError(f"{path} is larger than {MAX_TEXT_BYTES} bytes, the limit for JSON and text files.")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that contains an object.
+
+    Raises:
+        ModelError: The file is too large, cannot be read, or contains something else.
+    """
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must contain a JSON object, but contains a {type(value).__name__}.")
+    return value
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file without reading its tensors.
+
+    Raises:
+        ModelError: The file is not a valid safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # PyTorch raises the last two for huge shapes
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{path} is not a valid safetensors file: {reason}. Copy or download it again.") from error

@@ -1,0 +1,90 @@
+"""Reads the tokenizer of a model folder, if it is one that homebrew supports."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_files
+from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_json
+from homebrew.errors import DataError, ModelError, TokenizerError
+from homebrew.hub.model_folder import read_json, read_text
+from homebrew.hub.tokenizer_files import END_OF_TEXT, HOMEBREW_FILE
+
+_Encoding = tuple[Mapping[str, int], list[str]]
+"""A byte-pair encoding: the vocabulary without the end-of-text token, and the merges as "a b"."""
+
+
+def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
+    """Read the tokenizer of a model folder.
+
+    Tokenizers exported by homebrew are supported, and GPT-2's, which is recognized by its vocabulary and merges.
+
+    Args:
+        folder: Local folder of the model.
+        vocab_size: Vocabulary size of the model.
+
+    Returns:
+        The tokenizer, or None if the folder has none or one that is not supported.
+
+    Raises:
+        ModelError: A file is invalid, or the tokenizer has more ids than the model.
+        TokenizerError: GPT-2's vocabulary is not available.
+    """
+    tokenizer: Tokenizer | None = None
+    if (path := folder / HOMEBREW_FILE).is_file():
+        tokenizer = _read_homebrew_tokenizer(path)
+    elif _is_gpt2(_read_encoding(folder)):
+        tokenizer = GPT2Tokenizer()
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise ModelError(
+            f"The tokenizer in {folder} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}. "
+            f"Replace the tokenizer's files by those of the model's tokenizer."
+        )
+    return tokenizer
+
+
+def _read_homebrew_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return tokenizer_from_json(read_json(path))
+    except TokenizerError:  # a valid description, but GPT-2's vocabulary is not available
+        raise
+    except DataError as error:
+        raise ModelError(f"{path} does not describe a homebrew tokenizer: {error}") from error
+
+
+def _read_encoding(folder: Path) -> _Encoding | None:
+    """Read a byte-pair encoding from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
+    vocabulary: Any
+    merges: Any
+    if (path := folder / "tokenizer.json").is_file():  # AutoTokenizer prefers this file too
+        model = read_json(path).get("model")
+        model = model if isinstance(model, dict) else {}
+        vocabulary, merges = model.get("vocab"), model.get("merges")
+    else:
+        path, merges_path = folder / "vocab.json", folder / "merges.txt"
+        if not path.is_file() or not merges_path.is_file():
+            return None
+        vocabulary = read_json(path)
+        lines = read_text(merges_path).split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        return None
+    pairs = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges]
+    if not _is_string_list(pairs):
+        return None
+    return {token: i for token, i in vocabulary.items() if token != END_OF_TEXT}, pairs
+
+
+def _is_string_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_gpt2(encoding: _Encoding | None) -> bool:
+    if encoding is None or len(encoding[0]) != GPT2Tokenizer.vocab_size - 1:
+        return False
+    files = gpt2_vocabulary_files()
+    vocabulary = json.loads(files["encoder.json"])
+    del vocabulary[END_OF_TEXT]
+    merges = [line for line in files["vocab.bpe"].decode().split("\n")[1:] if line]
+    return encoding == (vocabulary, merges)

@@ -1,0 +1,117 @@
+import contextlib
+import json
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from homebrew import GPT, GPTConfig, get_tokenizer
+from homebrew.errors import ModelError
+from homebrew.hub.load import load_model
+from homebrew.hub.read_tokenizer import read_tokenizer
+from homebrew.hub.tokenizer_files import HOMEBREW_FILE
+
+
+@pytest.fixture
+def folder(gpt2_export, tmp_path):
+    """Copy of an export with GPT-2's tokenizer, without homebrew's own description of it."""
+    shutil.copytree(gpt2_export, tmp_path / "export")
+    (tmp_path / "export" / HOMEBREW_FILE).unlink()
+    return tmp_path / "export"
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [get_tokenizer("bytes"), get_tokenizer("char", text="Grüße —"), None],
+    ids=lambda tokenizer: getattr(tokenizer, "name", "none"),
+)
+def test_exported_tokenizers_are_loaded_with_the_model(tmp_path, tokenizer):
+    GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=4)).save_pretrained(tmp_path, tokenizer)
+    _, loaded = load_model(tmp_path)
+    assert (loaded and loaded.to_json()) == (tokenizer and tokenizer.to_json())
+
+
+def test_an_exported_gpt2_tokenizer_is_loaded_with_the_model(gpt2_export):
+    _, tokenizer = load_model(gpt2_export)
+    assert tokenizer.name == "gpt2"
+
+
+@pytest.mark.parametrize("saved_by", ["homebrew", "transformers"])
+def test_gpt2_is_recognized_by_its_vocabulary_and_merges(folder, saved_by):
+    if saved_by == "transformers":
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for name in ("vocab.json", "merges.txt"):
+            (folder / name).unlink()
+        tokenizer.save_pretrained(folder)
+        assert (folder / "tokenizer.json").exists()
+    assert read_tokenizer(folder, vocab_size=50_257).name == "gpt2"
+    assert read_tokenizer(folder, vocab_size=50_304).name == "gpt2"
+    with pytest.raises(ModelError, match=r"50257 ids.*vocab_size is 50000"):
+        read_tokenizer(folder, vocab_size=50_000)
+
+
+def test_other_tokenizers_of_gpt2s_size_are_not_recognized(folder):
+    path = folder / "vocab.json"
+    vocabulary = json.loads(path.read_text(encoding="utf-8"))
+    swapped = {"the": vocabulary["he"], "he": vocabulary["the"]}
+    path.write_text(json.dumps(vocabulary | swapped), encoding="utf-8")
+    assert read_tokenizer(folder, vocab_size=50_257) is None
+    path.write_text(json.dumps(vocabulary), encoding="utf-8")
+    assert read_tokenizer(folder, vocab_size=50_257) is not None
+    merges = folder / "merges.txt"
+    version, first, second, rest = merges.read_text(encoding="utf-8").split("\n", 3)
+    merges.write_text("\n".join([version, second, first, rest]), encoding="utf-8")
+    assert read_tokenizer(folder, vocab_size=50_257) is None
+    merges.unlink()
+    assert read_tokenizer(folder, vocab_size=50_257) is None
+
+
+MERGES = [5, [[1, 2]], [None], ["a b", ["a", ["b"]]], [{"a": "b"}]]
+
+
+@pytest.mark.parametrize(
+    "model", [None, [], {"vocab": [["a", 0.5]]}, *({"vocab": {"a": 0}, "merges": merges} for merges in MERGES)]
+)
+def test_other_kinds_of_tokenizer_are_not_recognized(tmp_path, model):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    assert read_tokenizer(tmp_path, vocab_size=50_257) is None
+
+
+@pytest.mark.parametrize("saved", [{}, {"name": "other"}, {"name": "char"}, {"name": "char", "alphabet": 5}])
+def test_an_invalid_description_raises_a_model_error(tmp_path, saved):
+    (tmp_path / HOMEBREW_FILE).write_text(json.dumps(saved))
+    with pytest.raises(ModelError, match=HOMEBREW_FILE):
+        read_tokenizer(tmp_path, vocab_size=50_257)
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json", "tokenizer.json", HOMEBREW_FILE])
+@pytest.mark.parametrize("content", ["too large", b"\xff"])
+def test_invalid_files_are_rejected_in_bounded_memory(tmp_path, bounded_memory, name, content):
+    for other in ("merges.txt", "vocab.json"):
+        (tmp_path / other).write_text("{}")
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(700 * 2**20) if content == "too large" else file.write(content)
+    with bounded_memory(), pytest.raises(ModelError, match=name):
+        read_tokenizer(tmp_path, vocab_size=50_257)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3),
+    max_leaves=6,
+)
+MODELS = st.fixed_dictionaries({"vocab": st.just({"a": 0}) | JSON, "merges": st.lists(JSON, max_size=3) | JSON})
+
+
+@settings(max_examples=50, deadline=None, database=None)
+@given(MODELS, st.binary(max_size=20))
+def test_arbitrary_tokenizer_files_are_rejected_or_not_recognized(tmp_path_factory, model, merges):
+    folder = tmp_path_factory.mktemp("arbitrary")
+    for name, content in (("tokenizer.json", {"model": model}), (HOMEBREW_FILE, model), ("vocab.json", model["vocab"])):
+        (folder / "merges.txt").write_bytes(merges)
+        (folder / name).write_text(json.dumps(content))
+        with contextlib.suppress(ModelError):
+            assert read_tokenizer(folder, vocab_size=50_257) is None
+        (folder / name).unlink()
