@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.text_file import read_text
-from homebrew.data.token_file import TokenFile
 from homebrew.data.token_ids import as_token_ids, check_token_ids
 from homebrew.data.token_source import FileTokens, MemoryTokens, TokenSource
 from homebrew.data.tokenizer import Tokenizer, encode_utf8, get_tokenizer, tokenizer_from_json
@@ -169,29 +168,15 @@ class TokenDataset(Dataset[Sample]):
             DataError: If a file is not a valid token file, the files have different vocabularies or tokenizers, or no
                 file is as long as one window.
         """
-        files = [TokenFile(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-        if not files:
-            raise DataError("The list of token files is empty. Give the path of at least one.")
-        metadata = files[0].metadata
-        for file in files:
-            for name in ("vocab_size", "tokenizer"):
-                value, expected = getattr(file.metadata, name), getattr(metadata, name)
-                if value != expected:
-                    raise DataError(
-                        f"{file.path} has {name}={value!r:.100}, but {files[0].path} has {expected!r:.100}. Prepare "
-                        f"all files with the same tokenizer."
-                    )
-            if check:
-                file.verify()
+        tokens = FileTokens.open([paths] if isinstance(paths, str | Path) else paths, check=check)
+        files, metadata = tokens.files, tokens.files[0].metadata
         if tokenizer is None and metadata.tokenizer is not None:
             tokenizer = tokenizer_from_json(metadata.tokenizer)
-        tokens = FileTokens(files)
-        starts = torch.cat(
-            [
-                offset + _window_starts(len(file), block_size, stride)
-                for offset, file in zip(tokens.offsets, files, strict=True)
-            ]
-        )
+        starts_by_file = [
+            offset + _window_starts(len(file), block_size, stride)
+            for offset, file in zip(tokens.offsets, files, strict=True)
+        ]
+        starts = torch.cat(starts_by_file)
         _check_not_empty(starts, max(map(len, files)), block_size)
         sizes = [file.metadata.num_text_bytes for file in files]
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""

@@ -4,13 +4,15 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from homebrew.data.token_file import TokenFile
+from homebrew.errors import DataError
 
 
 class TokenSource(Protocol):
@@ -83,6 +85,32 @@ class FileTokens:
     def __init__(self, files: Sequence[TokenFile]) -> None:
         self.files = files
         *self.offsets, self._num_tokens = accumulate(map(len, files), initial=0)
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path], *, check: bool) -> Self:
+        """Open token files.
+
+        Args:
+            paths: Paths of the `.npy` files, at least one.
+            check: Whether to read each file once and compare its SHA-256 with its metadata.
+
+        Raises:
+            DataError: If a file is not a valid token file, or the files have different vocabularies or tokenizers.
+        """
+        files = [TokenFile(path) for path in paths]
+        if not files:
+            raise DataError("The list of token files is empty. Give the path of at least one.")
+        for file in files:
+            for name in ("vocab_size", "tokenizer"):
+                value, expected = getattr(file.metadata, name), getattr(files[0].metadata, name)
+                if value != expected:
+                    raise DataError(
+                        f"{file.path} has {name}={value!r:.100}, but {files[0].path} has {expected!r:.100}. Prepare "
+                        f"all files with the same tokenizer."
+                    )
+            if check:
+                file.verify()
+        return cls(files)
 
     @property
     def digest(self) -> str:
