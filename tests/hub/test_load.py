@@ -272,6 +272,13 @@ def test_an_adapters_base_cannot_be_an_adapter(tmp_path):
             load_model(first)
 
 
+def test_an_adapter_config_that_is_a_symbolic_link_is_not_read(tmp_path):
+    path = save_peft_adapter(tmp_path / "adapter", "nowhere/at-all") / "adapter_config.json"
+    path.symlink_to(path.rename(tmp_path / "elsewhere"))
+    with pytest.raises(ModelError, match="is a symbolic link"):
+        load_model(path.parent)
+
+
 @pytest.mark.parametrize("rank", [3, 2**40])
 def test_an_adapters_rank_is_checked_before_memory_is_allocated(adapted, bounded_memory, rank):
     folder, _ = adapted

@@ -216,3 +216,35 @@ def test_non_finite_and_integer_weights_are_named(folder, kind, name, value):
             load(kind, folder / "corrupt")
     finally:
         shutil.copyfile(folder / "valid" / name, folder / "corrupt" / name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("model", "config.json"),
+        ("model", "model.safetensors"),
+        ("adapter", "adapter_config.json"),
+        ("adapter", "adapter_model.safetensors"),
+    ],
+)
+def test_symbolic_links_are_not_followed(folder, tmp_path, kind, name):
+    shutil.copytree(folder / "valid", tmp_path / "linked")
+    path = tmp_path / "linked" / name
+    path.unlink()
+    path.symlink_to(folder / "valid" / name)
+    with pytest.raises(ModelError, match=f"{name} is a symbolic link"):
+        load(kind, tmp_path / "linked")
+
+
+def test_links_of_the_hub_cache_are_followed_only_to_its_blobs(folder, tmp_path):
+    snapshot, blobs, elsewhere = (tmp_path / name for name in ("cache/snapshots/x", "cache/blobs", "elsewhere"))
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder / "valid", elsewhere)
+    for path in elsewhere.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs", path.name))
+    blobs.symlink_to(elsewhere)
+    with pytest.raises(ModelError, match=r"config\.json is a symbolic link"):
+        GPT.from_pretrained(snapshot)
+    blobs.unlink()
+    elsewhere.rename(blobs)
+    GPT.from_pretrained(snapshot)

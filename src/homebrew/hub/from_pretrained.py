@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.hub.model_folder import local_folder, open_tensors, read_json
+from homebrew.hub.model_folder import find_file, local_folder, open_tensors, read_json
 from homebrew.hub.tokenizer_files import TOKENIZER_FILES
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, GPTConfig
 
@@ -196,8 +196,8 @@ def open_pretrained(
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Convert transformers' `config.json` to the fields of `GPTConfig`."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
+    path = find_file(folder, CONFIG_FILE)
+    if path is None:
         raise ModelError(f"{folder} has no {CONFIG_FILE}. Pass the folder of a model in transformers' format.")
     values = read_json(path)
     if values.get("model_type") != "gpt2":
@@ -223,10 +223,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    index = folder / INDEX_FILE
-    if not index.is_file():
+    if (path := find_file(folder, WEIGHTS_FILE)) is not None:
+        return [path]
+    index = find_file(folder, INDEX_FILE)
+    if index is None:
         raise ModelError(
             f"{folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}. Pickled weights (*.bin, *.pt) are not supported, "
             f"because unpickling can execute code: convert them with transformers' save_pretrained."
@@ -234,13 +234,15 @@ def _weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map, which maps tensors to files. Copy or download it again.")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
+    paths = []
+    for name in sorted({str(name) for name in weight_map.values()}):
         if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII):
             raise ModelError(f"{index} lists {name!r}. Only .safetensors files in the same folder are supported.")
-        if not (folder / name).is_file():
+        path = find_file(folder, name)
+        if path is None:
             raise ModelError(f"{index} lists {name}, which is missing. Copy or download the folder again.")
-    return [folder / name for name in names]
+        paths.append(path)
+    return paths
 
 
 def _locate_tensors(paths: Iterable[Path]) -> dict[str, tuple[Path, str]]:

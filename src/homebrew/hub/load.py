@@ -13,7 +13,7 @@ from homebrew.checkpoint.tensor_check import check_tensors
 from homebrew.data.tokenizer import Tokenizer, tokenizer_from_json
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, ModelError, TokenizerError
 from homebrew.hub.from_pretrained import local_model_folder
-from homebrew.hub.model_folder import read_json
+from homebrew.hub.model_folder import find_file, read_json
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE, load_adapter
 from homebrew.hub.read_tokenizer import read_tokenizer
 from homebrew.model.gpt import GPT
@@ -110,7 +110,8 @@ def _is_adapter(source: str | Path) -> bool:
 
 
 def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
-    source = base or read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    config_path = find_file(folder, ADAPTER_CONFIG_FILE)
+    source = base or (read_json(config_path).get("base_model_name_or_path") if config_path else None)
     if not isinstance(source, str | Path):
         raise CheckpointError(
             f"The adapter in {folder} does not record its base model. Pass base=, the folder, run or repository of the "

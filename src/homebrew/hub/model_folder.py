@@ -96,6 +96,18 @@ def _download_snapshot(
     return Path(snapshot)
 
 
+def find_file(folder: Path, name: str) -> Path | None:
+    """Return the path of a regular file in a model folder, or None if the folder has no such file.
+
+    Raises:
+        ModelError: The file is a symbolic link, other than the links of the Hub cache from a snapshot to its blobs.
+    """
+    path = folder / name
+    if path.is_symlink() and path.resolve().parent != folder.resolve().parent.parent / "blobs":
+        raise ModelError(f"{path} is a symbolic link, which could lead to any file. Replace it with the file itself.")
+    return path if path.is_file() else None
+
+
 @contextmanager
 def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterator[None]:
     """Create a folder, and convert errors that occur while files are written to it.

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.hub.model_folder import local_folder, open_tensors, output_folder, read_json
+from homebrew.hub.model_folder import find_file, local_folder, open_tensors, output_folder, read_json
 from homebrew.io import atomic_replace
 from homebrew.model.lora import (
     LoRAConfig,
@@ -115,12 +115,12 @@ def load_adapter(
     """
     filenames = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
     folder = local_folder(name_or_folder, filenames, revision=revision, local_files_only=local_files_only)
-    for name in filenames:
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} has no {name}. Pass the folder of an adapter in PEFT's format.")
-    values = _read_values(folder / ADAPTER_CONFIG_FILE)
-    tensors = _read_tensors(folder / ADAPTER_WEIGHTS_FILE)
-    config = _to_lora_config(values, tensors, folder / ADAPTER_CONFIG_FILE)
+    config_path, weights_path = (find_file(folder, name) for name in filenames)
+    if config_path is None or weights_path is None:
+        missing = ADAPTER_CONFIG_FILE if config_path is None else ADAPTER_WEIGHTS_FILE
+        raise ModelError(f"{folder} has no {missing}. Pass the folder of an adapter in PEFT's format.")
+    values, tensors = _read_values(config_path), _read_tensors(weights_path)
+    config = _to_lora_config(values, tensors, config_path)
     check_adapter_fits(model, config, tensors)
     add_lora(model, config)
     load_adapter_state_dict(model, tensors)

@@ -8,7 +8,7 @@ from typing import Any
 from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_files
 from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_json
 from homebrew.errors import DataError, ModelError, TokenizerError
-from homebrew.hub.model_folder import read_json, read_text
+from homebrew.hub.model_folder import find_file, read_json, read_text
 from homebrew.hub.tokenizer_files import END_OF_TEXT, HOMEBREW_FILE
 
 _Encoding = tuple[Mapping[str, int], list[str]]
@@ -32,7 +32,7 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
         TokenizerError: GPT-2's vocabulary is not available.
     """
     tokenizer: Tokenizer | None = None
-    if (path := folder / HOMEBREW_FILE).is_file():
+    if (path := find_file(folder, HOMEBREW_FILE)) is not None:
         tokenizer = _read_homebrew_tokenizer(path)
     elif _is_gpt2(_read_encoding(folder)):
         tokenizer = GPT2Tokenizer()
@@ -57,13 +57,13 @@ def _read_encoding(folder: Path) -> _Encoding | None:
     """Read a byte-pair encoding from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
     vocabulary: Any
     merges: Any
-    if (path := folder / "tokenizer.json").is_file():  # AutoTokenizer prefers this file too
+    if (path := find_file(folder, "tokenizer.json")) is not None:  # AutoTokenizer prefers this file too
         model = read_json(path).get("model")
         model = model if isinstance(model, dict) else {}
         vocabulary, merges = model.get("vocab"), model.get("merges")
     else:
-        path, merges_path = folder / "vocab.json", folder / "merges.txt"
-        if not path.is_file() or not merges_path.is_file():
+        path, merges_path = find_file(folder, "vocab.json"), find_file(folder, "merges.txt")
+        if path is None or merges_path is None:
             return None
         vocabulary = read_json(path)
         lines = read_text(merges_path).split("\n")
