@@ -1,17 +1,17 @@
-"""Small models on this CPU: homebrew's Trainer against nanoGPT's train.py and a bare loop."""
+"""Training rate of small models on a CPU: homebrew's Trainer, nanoGPT and a bare loop."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
-from alternating import DEVICE, Report, Side, alternate, use_processor_time
-from sides import bare_loop, homebrew_trainer, nanogpt_loop, random_ids
+from harness import DEVICE, Implementation, Report, measure_interleaved, use_cpu_time
+from implementations import bare_loop, homebrew_trainer, nanogpt_loop, random_ids
 
 from homebrew import GPT, GPTConfig
 
-SHAPES = {
-    # The preset at its usual batch, and the recipe nanoGPT's README gives for a computer without a GPU.
+CONFIGS = {
+    # The preset with its default batch size, and the CPU settings in nanoGPT's README.
     "baby": (GPTConfig.preset("baby"), 16),
     "shakespeare_char": (GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 12),
 }
@@ -19,46 +19,52 @@ SHAPES = {
 
 @dataclass
 class Options:
-    """Steps a second on a CPU, with random tokens."""
+    """Measure steps per second on a CPU with random tokens."""
 
     models: tuple[str, ...] = ("baby", "shakespeare_char")
-    """Which to run."""
+    """Models to run."""
     nanogpt: Path | None = None
-    """A folder with a copy of nanoGPT; our rewrite of its loop if not given."""
+    """Folder with a clone of nanoGPT. Default: a rewrite of its model and loop."""
     rounds: int = 5
-    """Stretches of each side."""
+    """Number of rounds. Each implementation runs once per round."""
     steps: int = 20
-    """Timed steps in a stretch; ten times as many for shakespeare_char's small one."""
+    """Timed steps per implementation and round; ten times as many for shakespeare_char."""
     processor_time: bool = False
-    """One thread, and its own time instead of the wall's: for a CPU that others use meanwhile."""
+    """Measure CPU time of one thread instead of wall time, for a CPU that other processes use."""
     json: Path | None = None
-    """A file to write the figures to."""
+    """JSON file for tables and raw times."""
 
 
 def main(options: Options) -> None:
     if DEVICE.type != "cpu":
         raise SystemExit("Hide the GPU (CUDA_VISIBLE_DEVICES=) to time the CPU.")
     if options.processor_time:
-        use_processor_time()
+        use_cpu_time()
     report = Report(options.json)
     for name in options.models:
-        shape, batch = SHAPES[name]
-        ids = random_ids(200_000, shape.vocab_size)
-        theirs = "nanoGPT" if options.nanogpt else "nanoGPT (rewritten)"
-        sides = [
-            Side("homebrew", lambda s=shape, b=batch, i=ids: homebrew_trainer(GPT(s), i, micro_batch_size=b)),
-            Side(theirs, lambda s=shape, b=batch, i=ids: nanogpt_loop(options.nanogpt, s, i, micro_batch=b)),
-            Side(
+        config, batch = CONFIGS[name]
+        ids = random_ids(200_000, config.vocab_size)
+        baseline = "nanoGPT" if options.nanogpt else "nanoGPT (rewritten)"
+        implementations = [
+            Implementation(
+                "homebrew", lambda c=config, b=batch, i=ids: homebrew_trainer(GPT(c), i, micro_batch_size=b)
+            ),
+            Implementation(
+                baseline, lambda c=config, b=batch, i=ids: nanogpt_loop(options.nanogpt, c, i, micro_batch=b)
+            ),
+            Implementation(
                 "bare loop, float32",
-                lambda s=shape, b=batch, i=ids: bare_loop(
-                    GPT(s), i, micro_batch=b, compile_model=False, autocast=False
+                lambda c=config, b=batch, i=ids: bare_loop(
+                    GPT(c), i, micro_batch=b, compile_model=False, autocast=False
                 ),
             ),
         ]
         scale = 10 if name == "shakespeare_char" else 1
-        measured = alternate(sides, rounds=options.rounds, steps=scale * options.steps, warmup=3)
-        title = f"{name}: {batch} × {shape.block_size} tokens a step"
-        report.add_rates(title, measured, per_step=1, unit="steps/s")
+        measurements = measure_interleaved(
+            implementations, rounds=options.rounds, steps=scale * options.steps, warmup=3
+        )
+        title = f"{name}: {batch} × {config.block_size} tokens per step"
+        report.add_throughput(title, measurements, per_step=1, unit="steps/s")
     report.finish()
 
 

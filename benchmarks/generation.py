@@ -1,4 +1,4 @@
-"""Tokens a second of text written by GPT-2 small in bfloat16: homebrew's generate against transformers'."""
+"""Generation throughput of GPT-2 small in bfloat16: homebrew and Transformers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,77 +7,82 @@ from typing import Any
 
 import torch
 import tyro
-from alternating import DEVICE, Clock, Report, Side, Stretch, alternate
-from sides import hf_model, random_ids
+from harness import DEVICE, Implementation, Report, RunSteps, StepTimer, measure_interleaved
+from implementations import hf_model, random_ids
 
 from homebrew import GPT, GPTConfig, Sampling
 
 
 @dataclass
 class Options:
-    """Speed of sampling with top-k from random weights; each step of a stretch is a whole text."""
+    """Measure top-k sampling from random weights. A timed step generates one batch of texts."""
 
     model: str = "gpt2"
-    """A preset."""
+    """Model preset."""
     batches: tuple[int, ...] = (1, 32)
-    """Texts at once."""
+    """Batch sizes."""
     prompt: int = 16
-    """Tokens given."""
+    """Prompt tokens."""
     new_tokens: int = 512
-    """Tokens written."""
+    """New tokens."""
     eager_tokens: int | None = None
-    """Tokens written in transformers' default way, if other: the host takes the same time for each, and much of it."""
+    """New tokens for Transformers without compilation, which is slow; its time is scaled. Default: new_tokens."""
     top_k: int = 50
-    """Ids drawn from."""
+    """Sample from the k most likely tokens."""
     compiled: bool = DEVICE.type == "cuda"
-    """Also time both sides' compiled ways."""
+    """Also measure both with compilation."""
     rounds: int = 3
-    """Stretches of each side."""
+    """Number of rounds. Each implementation runs once per round."""
     steps: int = 1
-    """Timed texts (or batches of them) in a stretch."""
+    """Timed batches per implementation and round."""
     json: Path | None = None
-    """A file to write the figures to."""
+    """JSON file for tables and raw times."""
 
 
 def main(options: Options) -> None:
     report = Report(options.json)
-    shape = GPTConfig.preset(options.model)
-    ours = GPT(shape).to(DEVICE, torch.bfloat16).eval()
-    theirs = hf_model(shape).to(DEVICE, torch.bfloat16).eval()
-    theirs.generation_config.eos_token_id = None  # random weights would end a text early
-    theirs.generation_config.pad_token_id = 0
+    config = GPTConfig.preset(options.model)
+    homebrew = GPT(config).to(DEVICE, torch.bfloat16).eval()
+    baseline = hf_model(config).to(DEVICE, torch.bfloat16).eval()
+    baseline.generation_config.eos_token_id = None  # random weights would stop early
+    baseline.generation_config.pad_token_id = 0
     for batch in options.batches:
-        prompt = random_ids(batch * options.prompt, shape.vocab_size).view(batch, -1).to(DEVICE)
+        prompt = random_ids(batch * options.prompt, config.vocab_size).view(batch, -1).to(DEVICE)
         sampling = Sampling(top_k=options.top_k)
 
-        def write(
-            model: Any, prompt: torch.Tensor = prompt, count: int = options.new_tokens, **how: Any
-        ) -> Callable[[], Stretch]:
-            def text() -> None:
+        def generate(
+            model: Any, prompt: torch.Tensor = prompt, count: int = options.new_tokens, **kwargs: Any
+        ) -> Callable[[], RunSteps]:
+            def generate_batch() -> None:
                 with torch.no_grad():
-                    written = model.generate(prompt, max_new_tokens=count, **how)
-                if written.shape[1] != options.prompt + count:
-                    raise SystemExit(f"{written.shape[1] - options.prompt} tokens were written instead of {count}.")
+                    output = model.generate(prompt, max_new_tokens=count, **kwargs)
+                if output.shape[1] != options.prompt + count:
+                    raise SystemExit(f"{output.shape[1] - options.prompt} tokens were generated instead of {count}.")
 
-            def stretch(clock: Clock) -> None:
-                while not clock.tick():
-                    text()
-                clock.seconds *= options.new_tokens / count
+            def run_steps(timer: StepTimer) -> None:
+                while not timer.tick():
+                    generate_batch()
+                timer.seconds *= options.new_tokens / count
 
-            return lambda: stretch
+            return lambda: run_steps
 
         hf = {"top_k": options.top_k, "do_sample": True, "use_cache": True}
-        sides = []
+        implementations = []
         if options.compiled:
-            sides += [Side("homebrew, compile=True", write(ours, sampling=sampling, compile=True))]
-        default = write(theirs, count=options.eager_tokens or options.new_tokens, **hf)
-        sides += [Side("homebrew", write(ours, sampling=sampling)), Side("transformers", default)]
+            implementations += [
+                Implementation("homebrew, compile=True", generate(homebrew, sampling=sampling, compile=True))
+            ]
+        default = generate(baseline, count=options.eager_tokens or options.new_tokens, **hf)
+        implementations += [
+            Implementation("homebrew", generate(homebrew, sampling=sampling)),
+            Implementation("Transformers", default),
+        ]
         if options.compiled:
-            static = write(theirs, **hf, cache_implementation="static")
-            sides += [Side("transformers, static cache, compiled", static)]
-        measured = alternate(sides, rounds=options.rounds, steps=options.steps)
+            static = generate(baseline, **hf, cache_implementation="static")
+            implementations += [Implementation("Transformers, static cache, compiled", static)]
+        measurements = measure_interleaved(implementations, rounds=options.rounds, steps=options.steps)
         title = f"{options.model}, bfloat16, {DEVICE.type}: {batch} × ({options.prompt} + {options.new_tokens}) tokens"
-        report.add_rates(title, measured, per_step=batch * options.new_tokens)
+        report.add_throughput(title, measurements, per_step=batch * options.new_tokens)
     report.finish()
 
 

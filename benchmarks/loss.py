@@ -1,4 +1,4 @@
-"""The head and its loss: homebrew's fused pass against PyTorch's cross entropy over all logits."""
+"""Output head and loss: homebrew's fused implementation, and PyTorch's cross entropy over all logits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from alternating import DEVICE, GIB, Report, time_call, use_processor_time
+from harness import DEVICE, GIB, Report, time_call, use_cpu_time
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,49 +17,52 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass
 class Options:
-    """Forward and backward of head and loss, weights in float32, products in another dtype under autocast."""
+    """Measure forward and backward with float32 weights and matrix products in another dtype (autocast)."""
 
     tokens: tuple[int, ...] = (4096, 16_384, 65_536) if DEVICE.type == "cuda" else (512, 2048)
-    """In a micro-batch."""
+    """Tokens per micro-batch."""
     widths: tuple[int, ...] = (768, 1024) if DEVICE.type == "cuda" else (128,)
-    """Of the hidden states."""
+    """Widths of the hidden states."""
     vocab_size: int = 50_257
-    """Ids."""
+    """Size of the vocabulary."""
     dtypes: tuple[str, ...] = ("bfloat16",) if DEVICE.type == "cuda" else ("bfloat16", "float32")
-    """Of the matrix products."""
+    """Dtypes of the matrix products."""
     repeats: int = 10
-    """Calls, of which the median counts."""
+    """Number of calls. The median is reported."""
     processor_time: bool = False
-    """One thread, and its own time instead of the wall's: for a CPU that others use meanwhile."""
+    """Measure CPU time of one thread instead of wall time, for a CPU that other processes use."""
     json: Path | None = None
-    """A file to write the figures to."""
+    """JSON file for tables and raw times."""
 
 
 def main(options: Options) -> None:
     if options.processor_time:
-        use_processor_time()
+        use_cpu_time()
     report = Report(options.json)
     plain_compiled = torch.compile(plain, dynamic=False)
     rows = []
     for dtype in options.dtypes:
         for width in options.widths:
             for tokens in options.tokens:
-                case = inputs(tokens, width, options.vocab_size)
-                ways: dict[str, Callable[..., Tensor]] = {"fused": linear_cross_entropy, "plain": plain}
+                inputs = make_inputs(tokens, width, options.vocab_size)
+                implementations: dict[str, Callable[..., Tensor]] = {"fused": linear_cross_entropy, "plain": plain}
                 if DEVICE.type == "cuda":
-                    ways["plain, compiled"] = plain_compiled
-                measured = {name: measure(way, case, DTYPES[dtype], options) for name, way in ways.items()}
-                for name, (seconds, peak) in measured.items():
+                    implementations["plain, compiled"] = plain_compiled
+                measurements = {
+                    name: measure(implementation, inputs, DTYPES[dtype], options)
+                    for name, implementation in implementations.items()
+                }
+                for name, (seconds, peak) in measurements.items():
                     row = {"tokens": f"{tokens:,}", "width": str(width), "dtype": dtype, "head and loss": name}
                     row["ms"] = f"{1000 * seconds:.2f}"
-                    row["fused is"] = f"{seconds / measured['fused'][0]:.2f} ×"
+                    row["speedup of fused"] = f"{seconds / measurements['fused'][0]:.2f} ×"
                     rows.append(row | ({"peak GiB": f"{peak / GIB:.2f}"} if DEVICE.type == "cuda" else {}))
-    report.add(f"Head and loss over {options.vocab_size:,} ids, forward and backward, on {DEVICE.type}", rows)
+    report.add(f"Head and loss over {options.vocab_size:,} tokens, forward and backward, on {DEVICE.type}", rows)
     report.finish()
 
 
-def inputs(tokens: int, width: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Hidden states (1, n, C), the head's rows (padded V, C), targets (1, n), and V."""
+def make_inputs(tokens: int, width: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return hidden states (1, n, C), head weights (padded V, C), targets (1, n) and V."""
     generator = torch.Generator().manual_seed(0)
     padded = -(-vocab_size // 128) * 128
     hidden = torch.randn(1, tokens, width, generator=generator).to(DEVICE)
@@ -70,25 +73,28 @@ def inputs(tokens: int, width: int, vocab_size: int) -> tuple[Tensor, Tensor, Te
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """All logits, then PyTorch's loss."""
+    """Compute all logits, then PyTorch's loss."""
     return F.cross_entropy(F.linear(hidden, weight)[0, :, :vocab_size], targets[0])
 
 
 def measure(
-    way: Callable[..., Tensor], case: tuple[Tensor, Tensor, Tensor, int], dtype: torch.dtype, options: Options
+    implementation: Callable[..., Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor, int],
+    dtype: torch.dtype,
+    options: Options,
 ) -> tuple[float, int]:
-    """Seconds of a forward and backward pass, and its peak memory above the inputs, in bytes."""
+    """Return the seconds of a forward and backward pass, and its peak memory without the inputs in bytes."""
 
     def call() -> None:
-        case[0].grad = case[1].grad = None
+        inputs[0].grad = inputs[1].grad = None
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-            loss = way(*case)
+            loss = implementation(*inputs)
         loss.backward()  # type: ignore[no-untyped-call]
 
     if DEVICE.type != "cuda":
         return time_call(call, repeats=options.repeats, warmup=1), 0
     call()
-    case[0].grad = case[1].grad = None
+    inputs[0].grad = inputs[1].grad = None
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()

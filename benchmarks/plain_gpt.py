@@ -1,7 +1,7 @@
-"""GPT-2 as one writes it in plain PyTorch: the model of the loops that homebrew is compared with.
+"""GPT-2 in plain PyTorch, as a baseline for homebrew's model.
 
-Its parameters have homebrew's names, so one can be loaded with the other's. Under autocast its residual stream,
-layer norms and loss are float32.
+Its parameters have the same names as homebrew's, so either can load the other's weights. Under autocast, the residual
+stream, layer norms and loss are float32.
 """
 
 import torch
@@ -12,7 +12,7 @@ from homebrew import GPTConfig
 
 
 class Attention(nn.Module):
-    """Causal self-attention through `scaled_dot_product_attention`."""
+    """Causal self-attention with `scaled_dot_product_attention`."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrix products with a GELU between them."""
+    """Two linear layers with GELU."""
 
     def __init__(self, config: GPTConfig, gelu: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised copy."""
+    """Pre-norm transformer block."""
 
     def __init__(self, config: GPTConfig, gelu: str) -> None:
         super().__init__()
@@ -60,13 +60,13 @@ class Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 with its loss.
+    """GPT-2 that returns its loss.
 
     Args:
-        config: the shape.
-        gelu: "tanh" as GPT-2 and the seed have it, "none" as nanoGPT does.
-        pad_vocab: whether the head has homebrew's padded rows.
-        score_padding: whether they are scored like others, as those do who only round the vocabulary up.
+        config: Size of the model.
+        gelu: Approximation of GELU: "tanh" as in GPT-2, or "none" as in nanoGPT.
+        pad_vocab: Whether the head has padding rows, as in homebrew.
+        score_padding: Whether the softmax includes the padding rows, as with a vocabulary rounded up.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PlainGPT(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.scored = config.padded_vocab_size if score_padding else config.vocab_size
+        self.num_scored = config.padded_vocab_size if score_padding else config.vocab_size
         rows = config.padded_vocab_size if pad_vocab else config.vocab_size
         self.transformer = nn.ModuleDict(
             {
@@ -94,11 +94,11 @@ class PlainGPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of targets (B, T) after input_ids (B, T)."""
+        """Return the mean loss of targets (B, T) given input_ids (B, T)."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.transformer["wte"](input_ids) + self.transformer["wpe"](positions)
         x = F.dropout(x, self.dropout, self.training)
         for block in self.transformer["h"]:
             x = block(x)
-        logits = self.lm_head(self.transformer["ln_f"](x))[..., : self.scored]  # (B, T, V)
+        logits = self.lm_head(self.transformer["ln_f"](x))[..., : self.num_scored]  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

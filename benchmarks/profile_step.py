@@ -1,4 +1,4 @@
-"""Where a training step's time goes: plain compiled GPT-2 before, homebrew's Trainer after, as Markdown tables."""
+"""Time per kernel of a training step, for plain compiled GPT-2 and for homebrew, as Markdown tables."""
 
 import re
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 import tyro
-from alternating import DEVICE, Clock, Report, Stretch, machine
+from harness import DEVICE, Report, RunSteps, StepTimer, describe_machine
+from implementations import adamw, compiled, device_batches, homebrew_trainer, plain_loop, random_ids
 from plain_gpt import PlainGPT
-from sides import adamw, compiled, device_batches, homebrew_trainer, plain_loop, random_ids
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from homebrew import GPT, GPTConfig
 
-# The first pattern that a kernel's name matches says what it does.
-KINDS = {
+# A kernel belongs to the first category whose pattern matches its name.
+CATEGORIES = {
     "attention": r"sdpa|flash|fmha|attention|cudnn",
     "matrix products": r"gemm|nvjet|cutlass|cublas|::mm|addmm|bmm|xmma",
     "optimizer and clipping": r"adam|multi_tensor|lpnorm|foreach|linalg_vector_norm",
@@ -29,84 +29,86 @@ KINDS = {
 
 @dataclass
 class Options:
-    """Profile some steps of one micro-batch each."""
+    """Profile training steps."""
 
     model: str = "gpt2" if DEVICE.type == "cuda" else "baby"
-    """A preset."""
+    """Model preset."""
     block_size: int = 1024 if DEVICE.type == "cuda" else 64
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     micro_batch: int = 64 if DEVICE.type == "cuda" else 8
-    """Sequences at once."""
+    """Sequences per micro-batch."""
     accumulation: int = 8 if DEVICE.type == "cuda" else 1
-    """Micro-batches in a step."""
+    """Micro-batches per step."""
     steps: int = 2
-    """Profiled."""
+    """Profiled steps."""
     top: int = 15
-    """Kernels listed."""
+    """Number of kernels to list."""
     json: Path | None = None
-    """A file to write the figures to."""
+    """JSON file for tables and raw times."""
 
 
 def main(options: Options) -> None:
     report = Report(options.json)
-    shape = GPTConfig.preset(options.model, block_size=options.block_size)
-    ids = random_ids(4 * options.micro_batch * options.accumulation * shape.block_size + 1, shape.vocab_size)
-    tokens = options.micro_batch * options.accumulation * shape.block_size
+    config = GPTConfig.preset(options.model, block_size=options.block_size)
+    ids = random_ids(4 * options.micro_batch * options.accumulation * config.block_size + 1, config.vocab_size)
+    tokens = options.micro_batch * options.accumulation * config.block_size
     settings = {"micro_batch_size": options.micro_batch, "global_batch_tokens": tokens}
-    print(f"{machine()}; {options.model}, {options.micro_batch} × {shape.block_size} × {options.accumulation}\n")
-    for name, stretch in (
-        ("before: plain GPT-2, autocast, compiled", before(shape, ids, options)),
-        ("after: homebrew's Trainer", homebrew_trainer(GPT(shape), ids, **settings)),
+    print(
+        f"{describe_machine()}; {options.model}, {options.micro_batch} × {config.block_size} × {options.accumulation}\n"
+    )
+    for name, run_steps in (
+        ("before: plain GPT-2, autocast, compiled", plain_gpt2(config, ids, options)),
+        ("after: homebrew's Trainer", homebrew_trainer(GPT(config), ids, **settings)),
     ):
-        kernels = kernel_times(stretch, options.steps)
+        kernels = kernel_times(run_steps, options.steps)
         total = sum(seconds for seconds, _ in kernels.values())
-        print(f"### {name}: {1000 * total / options.steps:.1f} ms a step in kernels\n")
-        kinds: dict[str, float] = {}
+        print(f"### {name}: {1000 * total / options.steps:.1f} ms/step in kernels\n")
+        categories: dict[str, float] = {}
         for kernel, (seconds, _) in kernels.items():
-            kinds[kind_of(kernel)] = kinds.get(kind_of(kernel), 0.0) + seconds
-        print("| kind | ms a step | share |\n|---|---|---|")
-        for kind, seconds in sorted(kinds.items(), key=lambda pair: -pair[1]):
-            print(f"| {kind} | {1000 * seconds / options.steps:.2f} | {seconds / total:.1%} |")
-        print("\n| kernel | calls a step | ms a step | share |\n|---|---|---|---|")
+            categories[category_of(kernel)] = categories.get(category_of(kernel), 0.0) + seconds
+        print("| category | ms/step | share |\n|---|---|---|")
+        for category, seconds in sorted(categories.items(), key=lambda pair: -pair[1]):
+            print(f"| {category} | {1000 * seconds / options.steps:.2f} | {seconds / total:.1%} |")
+        print("\n| kernel | calls/step | ms/step | share |\n|---|---|---|---|")
         for kernel, (seconds, calls) in sorted(kernels.items(), key=lambda pair: -pair[1][0])[: options.top]:
             short = kernel if len(kernel) < 90 else kernel[:87] + "..."
             row = f"{calls / options.steps:.0f} | {1000 * seconds / options.steps:.2f} | {seconds / total:.1%}"
             print(f"| `{short.replace('|', '¦')}` | {row} |")
         print()
-        report.raw.append({"name": name, "kinds": kinds, "kernels": kernels})
+        report.raw.append({"name": name, "categories": categories, "kernels": kernels})
     if options.json is not None:
         report.finish()
 
 
-def before(shape: GPTConfig, ids: torch.Tensor, options: Options) -> Stretch:
-    """The plain model in a plain loop."""
-    model = PlainGPT(shape).to(DEVICE)
+def plain_gpt2(config: GPTConfig, ids: torch.Tensor, options: Options) -> RunSteps:
+    """Build the plain model in a plain loop."""
+    model = PlainGPT(config).to(DEVICE)
     return plain_loop(
         compiled(model, DEVICE.type == "cuda"),
         model,
         adamw(model, fused=True),
-        device_batches(ids, shape.block_size, options.micro_batch),
+        device_batches(ids, config.block_size, options.micro_batch),
         accumulation=options.accumulation,
     )
 
 
-def kernel_times(stretch: Stretch, steps: int) -> dict[str, tuple[float, int]]:
-    """Seconds and calls of each kernel (of each operator on a CPU) in the steps after the first."""
-    stretch(Clock(1, 1))  # compiles
+def kernel_times(run_steps: RunSteps, steps: int) -> dict[str, tuple[float, int]]:
+    """Return seconds and calls of each kernel (on a CPU: of each operator) in the steps after the first."""
+    run_steps(StepTimer(1, 1))  # compiles
     on_gpu = DEVICE.type == "cuda"
-    clock = _ProfiledClock(steps)
-    stretch(clock)
-    found = {}
-    for event in clock.profile.key_averages():
+    timer = ProfiledTimer(steps)
+    run_steps(timer)
+    times = {}
+    for event in timer.profile.key_averages():
         if on_gpu and event.device_type == DeviceType.CUDA:
-            found[event.key] = (event.self_device_time_total / 1e6, event.count)
+            times[event.key] = (event.self_device_time_total / 1e6, event.count)
         elif not on_gpu and event.self_cpu_time_total:
-            found[event.key] = (event.self_cpu_time_total / 1e6, event.count)
-    return found
+            times[event.key] = (event.self_cpu_time_total / 1e6, event.count)
+    return times
 
 
-class _ProfiledClock(Clock):
-    """Profiles the steps that a clock would time."""
+class ProfiledTimer(StepTimer):
+    """Profile the steps that the timer measures."""
 
     def __init__(self, steps: int) -> None:
         super().__init__(1, steps)
@@ -115,6 +117,7 @@ class _ProfiledClock(Clock):
         self._ticks = 0
 
     def tick(self) -> bool:
+        """Count a step, and start or stop the profiler."""
         self._ticks += 1
         last = super().tick()
         if self._ticks == self.warmup:
@@ -124,9 +127,12 @@ class _ProfiledClock(Clock):
         return last
 
 
-def kind_of(kernel: str) -> str:
-    """What a kernel does, by its name."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other, fused")
+def category_of(kernel: str) -> str:
+    """Return the category of a kernel."""
+    return next(
+        (category for category, pattern in CATEGORIES.items() if re.search(pattern, kernel, re.IGNORECASE)),
+        "other, fused",
+    )
 
 
 if __name__ == "__main__":

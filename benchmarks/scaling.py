@@ -1,9 +1,9 @@
-"""How training scales over the GPUs of one machine: DDP and FSDP2, each against one GPU measured in the same call.
+"""Scaling over the GPUs of one machine: DDP and FSDP2, compared with one GPU measured in the same call.
 
-python benchmarks/scaling.py                 # GPT-2 small and medium over 1, 2, 4 and 8 GPUs, as many as there are
-python benchmarks/scaling.py --models gpt2 --processes 1 --rounds 3   # what each costs on one GPU, with one process
-python benchmarks/scaling.py --check         # and the losses of 1 and 2 GPUs, and resumed runs on 2
-python benchmarks/scaling.py --cpu           # a baby model over 1 and 2 CPU processes: whether the script works
+python benchmarks/scaling.py                 # GPT-2 small and medium on 1, 2, 4 and 8 GPUs, as available
+python benchmarks/scaling.py --models gpt2 --processes 1 --rounds 3   # overhead of DDP and FSDP2 on one GPU
+python benchmarks/scaling.py --check         # also compare losses of 1 and 2 GPUs, and resumed runs
+python benchmarks/scaling.py --cpu           # a tiny run on 1 and 2 CPU processes, to test the script
 """
 
 import json
@@ -25,139 +25,144 @@ WORKER = Path(__file__).with_name("scaling_worker.py")
 
 @dataclass
 class Options:
-    """Measure tokens a second, memory and the time in collectives over several GPUs."""
+    """Measure tokens/s, memory and the time in collectives on several GPUs."""
 
     models: tuple[str, ...] = ("gpt2", "gpt2-medium")
-    """Presets."""
+    """Model presets."""
     processes: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of GPUs; those the machine does not have are left out, and said so."""
+    """Numbers of GPUs. Numbers that are not available are skipped with a message."""
     strategies: tuple[str, ...] = ("ddp", "fsdp2")
-    """Over every number of processes; over one also none, which all others are compared with."""
+    """Strategies to run on each number of processes. The baseline is one process without a wrapper."""
     tokens: int = 524_288
-    """In a step."""
+    """Tokens per step."""
     micro_batch: int = 32
-    """Sequences at once, the same for all numbers of GPUs."""
+    """Micro-batch size per GPU."""
     block_size: int = 1024
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     warmup: int = 10
-    """Steps before the clock starts."""
+    """Steps that are not timed."""
     steps: int = 20
     """Timed steps."""
     rounds: int = 1
-    """Launches of each, in turns, every other round backwards; 0 for the check alone."""
+    """Launches per layout, interleaved, every second round in reverse order. 0 runs only the check."""
     check: bool = False
-    """Also compare the losses of 1 and 2 processes over 50 steps, and of resumed runs with unbroken ones, all by
+    """Also compare losses of 1 and 2 processes over 50 steps, and resumed with uninterrupted runs, all with
     deterministic kernels."""
     cpu: bool = False
-    """A baby model over gloo instead, DDP only: the figures mean nothing."""
+    """Run a tiny model on CPUs with gloo and DDP, to test the script. The results are not meaningful."""
     json: Path | None = None
-    """A file to write the figures to."""
+    """JSON file for tables and raw times."""
 
 
 def main(options: Options) -> None:
     if options.cpu:
         options.models, options.processes, options.strategies = ("baby",), (1, 2), ("ddp",)
         options.tokens, options.block_size, options.micro_batch, options.warmup, options.steps = 1_024, 64, 2, 2, 3
-    present = 2 if options.cpu else torch.cuda.device_count()
-    counts = [count for count in options.processes if count <= present]
-    if left_out := sorted(set(options.processes) - set(counts)):
-        print(f"This machine has {present} GPUs; left out: {', '.join(map(str, left_out))}.")
+    available = 2 if options.cpu else torch.cuda.device_count()
+    counts = [count for count in options.processes if count <= available]
+    if unavailable := sorted(set(options.processes) - set(counts)):
+        print(f"This machine has {available} GPUs. Skipped: {', '.join(map(str, unavailable))}.")
     if not counts:
-        raise SystemExit("There is nothing to measure here: use --cpu to see whether the script works.")
+        raise SystemExit("No GPU is available. Use --cpu to test the script.")
     device = "CPU" if options.cpu else torch.cuda.get_device_name(0)
-    print(f"{device}, PyTorch {torch.__version__}, {options.tokens:,} tokens a step, NCCL_NVLS_ENABLE=0\n")
-    found: list[dict[str, Any]] = []
+    print(f"{device}, PyTorch {torch.__version__}, {options.tokens:,} tokens per step, NCCL_NVLS_ENABLE=0\n")
+    all_runs: list[dict[str, Any]] = []
     for model in options.models if options.rounds else ():
         runs: list[dict[str, Any]] = []
-        wanted = layouts(options.strategies, counts)
+        all_layouts = layouts(options.strategies, counts)
         for turn in range(options.rounds):
-            for strategy, count in wanted if turn % 2 == 0 else reversed(wanted):
+            for strategy, count in all_layouts if turn % 2 == 0 else reversed(all_layouts):
                 row = {"model": model, "strategy": strategy, "processes": count, "round": turn}
                 runs.append(row | launch(options, strategy, count, {"mode": "measure", "model": model}))
                 print(f"round {turn}: {strategy} × {count}: {runs[-1]['tokens_per_second']:,.0f}", file=sys.stderr)
-        print("\n".join([f"### {model}", "", HEADER, *table(runs, wanted), ""]), flush=True)
-        found += runs
-    facts: dict[str, Any] = {"device": device, "torch": torch.__version__, "rows": found}
+        print("\n".join([f"### {model}", "", HEADER, *table(runs, all_layouts), ""]), flush=True)
+        all_runs += runs
+    results: dict[str, Any] = {"device": device, "torch": torch.__version__, "rows": all_runs}
     if options.check and 2 in counts:
-        facts["check"] = {}
+        results["check"] = {}
         for name, value in check(options):
-            facts["check"][name] = value
+            results["check"][name] = value
             print(f"{name}: {value}", flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps(facts, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 HEADER = """\
-| wrapper | processes | tokens/s | efficiency | peak GiB | in collectives | of that, not hidden |
+| strategy | processes | tokens/s | efficiency | peak GiB | in collectives | not overlapped |
 |---|---|---|---|---|---|---|"""
 
 
-def table(runs: list[dict[str, Any]], wanted: list[tuple[str, int]]) -> list[str]:
-    """A row for each layout: its run of middle speed, and the median efficiency against its round's first layout."""
-    speeds = {(run["round"], run["strategy"], run["processes"]): run["tokens_per_second"] for run in runs}
+def table(runs: list[dict[str, Any]], all_layouts: list[tuple[str, int]]) -> list[str]:
+    """Return a row per layout: its median run, and its median efficiency relative to the baseline of the same round."""
+    throughputs = {(run["round"], run["strategy"], run["processes"]): run["tokens_per_second"] for run in runs}
     rows = []
-    for layout in wanted:
-        own = [run for run in runs if (run["strategy"], run["processes"]) == layout]
-        middle = sorted(own, key=lambda run: run["tokens_per_second"])[len(own) // 2]
-        ratios = [run["tokens_per_second"] / speeds[run["round"], *wanted[0]] / run["processes"] for run in own]
-        memory = "n/a" if middle["peak_bytes"] is None else f"{middle['peak_bytes'] / 2**30:.1f}"
-        hidden = "n/a" if middle["exposed"] is None else f"{middle['exposed']:.1%}"
-        cells = [*layout, f"{middle['tokens_per_second']:,.0f}", f"{statistics.median(ratios):.3f}", memory]
-        rows.append("| " + " | ".join(map(str, [*cells, f"{middle['collectives']:.1%}", hidden])) + " |")
+    for layout in all_layouts:
+        layout_runs = [run for run in runs if (run["strategy"], run["processes"]) == layout]
+        median_run = sorted(layout_runs, key=lambda run: run["tokens_per_second"])[len(layout_runs) // 2]
+        efficiencies = [
+            run["tokens_per_second"] / throughputs[run["round"], *all_layouts[0]] / run["processes"]
+            for run in layout_runs
+        ]
+        memory = "n/a" if median_run["peak_bytes"] is None else f"{median_run['peak_bytes'] / 2**30:.1f}"
+        exposed = "n/a" if median_run["exposed"] is None else f"{median_run['exposed']:.1%}"
+        cells = [*layout, f"{median_run['tokens_per_second']:,.0f}", f"{statistics.median(efficiencies):.3f}", memory]
+        rows.append("| " + " | ".join(map(str, [*cells, f"{median_run['collectives']:.1%}", exposed])) + " |")
     return rows
 
 
 def layouts(strategies: tuple[str, ...], counts: list[int]) -> list[tuple[str, int]]:
-    """One process without a wrapper first: what all others are compared with."""
+    """Return (strategy, processes) pairs. The first is the baseline: one process without a wrapper."""
     return [("none", 1)] + [(strategy, count) for strategy in strategies for count in counts]
 
 
 def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]) -> dict[str, Any]:
-    """Run the worker under `accelerate launch`; what its first process found."""
+    """Run the worker under `accelerate launch`, and return the results of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        facts = ("tokens", "micro_batch", "block_size", "warmup", "steps")
-        task = {name: getattr(options, name) for name in facts} | {"folder": folder, "result": str(result)} | task
+        names = ("tokens", "micro_batch", "block_size", "warmup", "steps")
+        task = {name: getattr(options, name) for name in names} | {"folder": folder, "result": str(result)} | task
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
         command += ["--main_process_port", "0", "--num_processes", str(processes)]
         precision = "no" if options.cpu else "bf16"
         command += ["--mixed_precision", precision, "--dynamo_backend", "no"]
-        if (strategy, processes) == ("ddp", 1):  # `accelerate launch` would start it without
+        if (strategy, processes) == ("ddp", 1):  # `accelerate launch` does not initialize DDP for one process
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         elif strategy == "fsdp2":
             command += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
             command += ["--fsdp_transformer_layer_cls_to_wrap", "Block", "--fsdp_cpu_ram_efficient_loading", "false"]
         elif processes > 1:
             command += ["--multi_gpu"]
-        # NVLink multicast needs rights that containers often lack, and then NCCL fails at the first collective.
+        # NVLink multicast needs permissions that containers often lack; NCCL then fails at the first collective.
         environment = os.environ | {"NCCL_NVLS_ENABLE": "0", "ACCELERATE_MIXED_PRECISION": precision}
         environment |= {"ACCELERATE_USE_CPU": "true"} if options.cpu else {}
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, str(WORKER), json.dumps(task)], env=environment, capture_output=True, text=True, check=False
         )
-        if done.returncode:
-            raise SystemExit(f"{strategy} over {processes} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
+        if process.returncode:
+            raise SystemExit(
+                f"{strategy} on {processes} processes failed:\n{process.stdout[-2000:]}\n{process.stderr[-6000:]}"
+            )
+        results: dict[str, Any] = json.loads(result.read_text())
+        return results
 
 
 def check(options: Options) -> Iterator[tuple[str, Any]]:
-    """The losses of one and of two processes, and of runs that were resumed on two, by every way to save."""
+    """Compare losses of one and two processes, and of resumed and uninterrupted runs on two processes."""
     model, steps = options.models[0], 4 if options.cpu else 50
     task = {"mode": "losses", "model": model, "steps": steps, "settings": {}}
     one = launch(options, "none", 1, task)
-    yield f"last of {steps} losses, 1 process", one["losses"][-1]
+    yield f"loss after {steps} steps, 1 process", one["losses"][-1]
     for strategy in options.strategies:
         two = launch(options, strategy, 2, task)
-        name = f"{strategy} over 2"
-        yield f"{name}, last loss", two["losses"][-1]
+        name = f"{strategy} on 2 processes"
+        yield f"{name}, loss", two["losses"][-1]
         differences = [abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)]
-        yield f"{name}, largest difference from 1 process", max(differences)
-        saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all processes": {"gather_limit_bytes": 0}}
+        yield f"{name}, largest difference to 1 process", max(differences)
+        saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all ranks": {"gather_limit_bytes": 0}}
         for how, settings in saves.items():
             resumed = launch(options, strategy, 2, task | {"mode": "resume", "settings": settings})
             for part in ("losses", "weights"):
-                yield f"{name}, resumed in the middle{how}, {part} bitwise equal", resumed[part] == two[part]
+                yield f"{name}, resumed halfway{how}, {part} bitwise equal", resumed[part] == two[part]
 
 
 if __name__ == "__main__":

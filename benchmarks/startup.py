@@ -1,4 +1,4 @@
-"""How long it takes to start: the import, and a run's first step with a cold, a warm and a damaged compile cache."""
+"""Start-up time: imports, and the first training step with a cold and a warm compile cache."""
 
 import os
 import subprocess
@@ -18,31 +18,31 @@ IMPORTS = ("import homebrew", "from homebrew import GPT, GPTConfig, TokenDataset
 
 @dataclass
 class Options:
-    """Time of processes, from their start."""
+    """Measure processes from their start."""
 
     runs: int = 9
-    """Processes for each import, in turns; 0 for none."""
+    """Processes per import, interleaved. 0 skips the imports."""
     processor_time: bool = False
-    """The imports' processor time instead of the wall's: for a machine that others use meanwhile."""
+    """Measure the CPU time of imports instead of wall time, for a machine that other processes use."""
     model: str = "gpt2"
-    """A preset to take a first step with; none if empty."""
+    """Model preset for the first step. Empty: skip the first step."""
     block_size: int = 1024
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     micro_batch: int | None = None
-    """Sequences in the first step; what the Trainer chooses if not given."""
+    """Sequences in the first step. Default: the Trainer's choice."""
     compile: bool = False
-    """Compile where the Trainer would not by itself: on a CPU."""
+    """Compile on a CPU, too."""
     json: Path | None = None
-    """A file to write the figures to."""
+    """JSON file for tables and raw times."""
     first_step: float | None = None
-    """Take a first step in this process, which was started at this time, and print the seconds."""
+    """Internal: run a first step in this process, which was started at this time, and print the seconds."""
 
 
 def main(options: Options) -> None:
     if options.first_step is not None:
-        print(take_first_step(options, options.first_step))
+        print(run_first_step(options, options.first_step))
         return
-    from alternating import Report
+    from harness import Report
 
     report = Report(options.json)
     if options.runs:
@@ -51,87 +51,82 @@ def main(options: Options) -> None:
             {
                 "process": name,
                 "median s": f"{median(seconds):.3f}",
-                "fastest–slowest": f"{min(seconds):.3f}–{max(seconds):.3f}",
-                "of torch, accelerate": f"{median(map(truediv, seconds, times[BASE])):.3f} ×",
+                "min–max": f"{min(seconds):.3f}–{max(seconds):.3f}",
+                "relative to torch, accelerate": f"{median(map(truediv, seconds, times[BASE])):.3f} ×",
             }
             for name, seconds in times.items()
         ]
-        clock = "processor time" if options.processor_time else "wall time"
-        report.add(f"Imports, {options.runs} processes each, in turns, {clock}", rows)
+        clock = "CPU time" if options.processor_time else "wall time"
+        report.add(f"Imports, {options.runs} processes each, interleaved, {clock}", rows)
         report.raw.append({"imports": times})
     if options.model:
-        report.add(f"{options.model}: from the process's start to the end of the first step", first_steps(options))
+        report.add(f"{options.model}: from process start to the end of the first step", first_steps(options))
     report.finish()
 
 
 def time_imports(runs: int, *, processor_time: bool) -> dict[str, list[float]]:
-    """Seconds of each process, in turns, after one of each that fills the disk cache."""
+    """Return the seconds of each process. The first process of each import fills the disk cache and is not counted."""
     times: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for turn in range(runs + 1):
         for name in IMPORTS:
-            began = _now(processor_time=processor_time)
+            start = _now(processor_time=processor_time)
             subprocess.run([sys.executable, "-c", name], check=True)
             if turn:
-                times[name].append(_now(processor_time=processor_time) - began)
+                times[name].append(_now(processor_time=processor_time) - start)
     return times
 
 
 def _now(*, processor_time: bool) -> float:
-    """Seconds of the wall's clock, or those that ended processes of ours have had."""
-    spent = os.times()
-    return spent.children_user + spent.children_system if processor_time else time.perf_counter()
+    """Return the wall time, or the CPU time of finished child processes, in seconds."""
+    times = os.times()
+    return times.children_user + times.children_system if processor_time else time.perf_counter()
 
 
 def first_steps(options: Options) -> list[dict[str, str]]:
-    """A cold cache, a warm one, and one in which every other file was cut in half."""
-    rows = []
+    """Measure the first step with a cold cache, and twice with a warm one."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("cold", "warm", "warm again", "damaged"):
-            if name == "damaged":
-                damage(Path(folder))
-            rows.append({"compile cache": name, "seconds to the first step": f"{ask(options, Path(folder)):.1f}"})
-    return rows
+        return [
+            {
+                "compile cache": cache,
+                "seconds to the first step": f"{first_step_in_subprocess(options, Path(folder)):.1f}",
+            }
+            for cache in ("cold", "warm", "warm again")
+        ]
 
 
-def damage(folder: Path) -> None:
-    """Cut every other file in half, as a full disk or a kill might."""
-    for file in sorted(path for path in folder.rglob("*") if path.is_file())[::2]:
-        os.truncate(file, file.stat().st_size // 2)
-
-
-def ask(options: Options, cache: Path) -> float:
-    """A first step in a process of its own, which keeps what it compiles in `cache`."""
+def first_step_in_subprocess(options: Options, cache: Path) -> float:
+    """Run a first step in a new process with its compile cache in `cache`."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
-    words = ["--model", options.model, "--block-size", str(options.block_size)]
-    words += [] if options.micro_batch is None else ["--micro-batch", str(options.micro_batch)]
-    words += ["--compile"] if options.compile else []
-    command = [sys.executable, __file__, *words, "--first-step", repr(time.time())]
-    done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return float(done.stdout.splitlines()[-1])
+    arguments = ["--model", options.model, "--block-size", str(options.block_size)]
+    arguments += [] if options.micro_batch is None else ["--micro-batch", str(options.micro_batch)]
+    arguments += ["--compile"] if options.compile else []
+    command = [sys.executable, __file__, *arguments, "--first-step", repr(time.time())]
+    process = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(process.stderr[-3000:])
+    return float(process.stdout.splitlines()[-1])
 
 
-def take_first_step(options: Options, started: float) -> float:
-    """Seconds since `started` at the end of the first step."""
-    from alternating import Clock
-    from sides import homebrew_trainer, random_ids
+def run_first_step(options: Options, started: float) -> float:
+    """Run one step and return the seconds since `started`."""
+    from harness import StepTimer
+    from implementations import homebrew_trainer, random_ids
 
     from homebrew import GPT, GPTConfig
 
-    shape = GPTConfig.preset(options.model, block_size=options.block_size)
+    config = GPTConfig.preset(options.model, block_size=options.block_size)
     settings = {"micro_batch_size": options.micro_batch, "compile": options.compile or "auto"}
-    ids = random_ids(200 * shape.block_size, shape.vocab_size)
-    ended = []
+    ids = random_ids(200 * config.block_size, config.vocab_size)
+    end_times = []
 
-    class FirstStep(Clock):
+    class FirstStep(StepTimer):
         def tick(self) -> bool:
-            last = super().tick()  # waits for the device at the first step
-            ended.append(time.time())
+            last = super().tick()  # waits for the device after the first step
+            end_times.append(time.time())
             return last
 
-    homebrew_trainer(GPT(shape), ids, **settings)(FirstStep(1, 1))
-    return ended[0] - started
+    homebrew_trainer(GPT(config), ids, **settings)(FirstStep(1, 1))
+    return end_times[0] - started
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every benchmark in its CPU form, as small as it gets."""
+"""Every benchmark runs on a CPU, with the smallest models."""
 
 import importlib
 import json
@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from homebrew.distributed.accelerator import has_native_bf16
+
 ROOT = Path(__file__).parents[2]
 TEXT = "It is the east, and Juliet is the sun.\n" * 60
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="small on a CPU only"),
-    pytest.mark.filterwarnings("ignore"),  # of other libraries
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmarks choose larger sizes on a GPU"),
+    pytest.mark.filterwarnings("ignore"),  # from other libraries
 ]
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs a script with options; gives its tables as lists of rows."""
+    """Return a function that runs a script with options and returns its tables as lists of rows."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
     def run_script(name, **options):
@@ -33,18 +35,18 @@ def run(monkeypatch, tmp_path):
 def test_throughput(run):
     options = {"models": ("baby",), "tokens": 64, "micro_batch": 2, "block_size": 16, "rounds": 1, "steps": 1}
     (rows,) = run("throughput", **options)
-    assert [row["side"] for row in rows] == [
+    assert [row["implementation"] for row in rows] == [
         "homebrew Trainer",
         "nanoGPT (rewritten), bias=True",
         "Hugging Face Trainer",
-        "the seed's loop",
+        "original notebook",
     ]
-    assert rows[0]["ours is"] == "1.000 ×"
+    assert rows[0]["speedup"] == "1.000 ×"
 
 
 def test_overhead(run):
     (rows,) = run("overhead", cases=("tiny",), rounds=1, steps=1)
-    assert [row["side"] for row in rows] == ["homebrew Trainer", "bare loop"]
+    assert [row["implementation"] for row in rows] == ["homebrew Trainer", "bare loop"]
 
 
 @pytest.mark.slow
@@ -62,31 +64,31 @@ def test_small_model(run, tmp_path):
         eval_every=1,
         stride=8,
     )
-    assert [row["side"] for row in steps] == ["homebrew Trainer", "nanoGPT (rewritten)"]
+    assert [row["implementation"] for row in steps] == ["homebrew Trainer", "nanoGPT (rewritten)"]
     assert runs[0]["at step"] == "1"
     assert float(runs[0]["seconds to 10.0"]) > 0
 
 
 @pytest.mark.slow
 def test_memory(run):
-    (rows,) = run("memory", model="baby", block_size=16, micro_batch=1, sides=("homebrew", "nanoGPT"))
-    assert [row["side"] for row in rows] == ["homebrew", "nanoGPT"]
+    (rows,) = run("memory", model="baby", block_size=16, micro_batch=1, implementations=("homebrew", "nanoGPT"))
+    assert [row["implementation"] for row in rows] == ["homebrew", "nanoGPT"]
 
 
-def test_the_largest_micro_batch_is_found_within_a_sixteenth(run, monkeypatch):
+def test_largest_micro_batch_is_accurate_to_a_sixteenth(run, monkeypatch):
     memory = importlib.import_module("memory")
     for limit in (0, 1, 7, 60, 100, 256, 300):
-        asked = []
+        tried = []
 
-        def ask(_options, _side, size, _cap, limit=limit, asked=asked):
-            asked.append(size)
+        def probe(_options, _implementation, size, _cap, limit=limit, tried=tried):
+            tried.append(size)
             return f"{2 + 22 * size / limit:.2f}" if size <= limit else None  # 24 GiB at the limit
 
-        monkeypatch.setattr(memory, "ask", ask)
-        known = {64: 2 + 22 * 64 / limit} if limit else {}  # without a cap
-        found = memory.largest(memory.Options(), "homebrew", known)
-        assert min(limit, 256) * 15 / 16 <= found <= min(limit, 256)
-        assert len(asked) <= 5  # each is a minute's compilation
+        monkeypatch.setattr(memory, "probe_in_subprocess", probe)
+        peaks = {64: 2 + 22 * 64 / limit} if limit else {}
+        largest = memory.largest_micro_batch(memory.Options(), "homebrew", peaks)
+        assert min(limit, 256) * 15 / 16 <= largest <= min(limit, 256)
+        assert len(tried) <= 5  # each takes a minute to compile
 
 
 def test_loss(run):
@@ -94,26 +96,28 @@ def test_loss(run):
     assert [row["head and loss"] for row in rows] == ["fused", "plain"]
 
 
+@pytest.mark.slow
 def test_cpu(run):
     (rows,) = run("cpu", models=("shakespeare_char",), rounds=1, steps=1)
-    assert [row["side"] for row in rows] == ["homebrew", "nanoGPT (rewritten)", "bare loop, float32"]
+    assert [row["implementation"] for row in rows] == ["homebrew", "nanoGPT (rewritten)", "bare loop, float32"]
 
 
-def test_startup(run):
+@pytest.mark.slow
+def test_imports(run):
     (rows,) = run("startup", runs=1, model="")
-    assert [row["of torch, accelerate"] for row in rows][-1] == "1.000 ×"
+    assert [row["relative to torch, accelerate"] for row in rows][-1] == "1.000 ×"
 
 
 @pytest.mark.slow
 def test_first_steps(run):
     options = {"runs": 0, "model": "baby", "block_size": 8, "micro_batch": 1}
     (rows,) = run("startup", **options)
-    assert [row["compile cache"] for row in rows] == ["cold", "warm", "warm again", "damaged"]
+    assert [row["compile cache"] for row in rows] == ["cold", "warm", "warm again"]
 
 
 def test_generation(run):
     (rows,) = run("generation", model="baby", batches=(1,), prompt=2, new_tokens=3, rounds=1)
-    assert [row["side"] for row in rows] == ["homebrew", "transformers"]
+    assert [row["implementation"] for row in rows] == ["homebrew", "Transformers"]
 
 
 @pytest.mark.slow
@@ -122,7 +126,7 @@ def test_lora(run):
     assert len(rows) == 4
 
 
-def test_the_plain_path_is_the_same_function(run, tmp_path):
+def test_fast_and_plain_path_have_equal_losses(run, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     options = {"block_size": 8, "batch": 1, "steps": 4, "points": 2, "seeds": 2, "tokenizer": "bytes"}
     (rows,) = run("numerics", **options, text=tmp_path / "text.txt")
@@ -130,14 +134,27 @@ def test_the_plain_path_is_the_same_function(run, tmp_path):
     assert all(float(row["largest |fast − plain|"]) < 0.01 for row in rows)
 
 
-def test_profile(run, capsys):
+def test_profile_step(run, capsys):
     run("profile_step", model="baby", block_size=8, micro_batch=1, steps=1, top=2)
-    said = capsys.readouterr().out
-    assert "### before" in said
-    assert "### after" in said
-    assert "| matrix products |" in said
+    output = capsys.readouterr().out
+    assert "### before" in output
+    assert "### after" in output
+    assert "| matrix products |" in output
 
 
 def test_saving(run):
     (rows,) = run("saving", block_size=8, tokens=16, every=2, saves=2)
-    assert [row["steps in which"] for row in rows] == ["a checkpoint is taken", "the others"]
+    assert [row["steps"] for row in rows] == ["with a checkpoint", "without"]
+
+
+@pytest.mark.slow
+def test_speed_ladder(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch.compile", lambda model: model)  # compilation takes most of a minute
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ladder = importlib.import_module("speed_ladder")
+    ladder.main(ladder.Options(block_size=8, steps=1, plot=tmp_path / "ladder.png"))
+    names = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert names[0] == "float32"
+    assert names[-1] == "fused head and loss"
+    assert ("bfloat16" in names) == has_native_bf16()
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
