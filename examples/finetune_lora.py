@@ -1,35 +1,33 @@
-"""Fine-tune OpenAI's GPT-2 on your text with LoRA: the weights stay, a small adapter trains."""
+"""Fine-tune OpenAI's GPT-2 on a text with LoRA."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from homebrew import GPT, Sampling, TokenDataset, Trainer, TrainerConfig, load_corpus
-from homebrew.hub.peft import save_adapter
-from homebrew.model.lora import LoRAConfig
+from homebrew import GPT, LoRAConfig, Sampling, TokenDataset, Trainer, TrainerConfig, load_corpus, save_adapter
 
 
 @dataclass
 class Options:
-    """Fine-tune a GPT-2 with LoRA."""
+    """Fine-tune GPT-2 with LoRA: the pretrained weights are frozen, and a small adapter is trained."""
 
     text: Path | None = None
-    """A text file to learn; Tiny Shakespeare if not given."""
+    """Text file to train on. Default: Tiny Shakespeare."""
     base: str = "openai-community/gpt2"
-    """The weights to start from: a hub repository, or a folder in transformers' format."""
+    """Pretrained weights: a Hub repository, or a folder in Transformers' format."""
     rank: int = 8
-    """The adapter's inner width."""
+    """Rank of the adapter."""
     output_dir: Path = Path("runs/lora")
-    """Where checkpoints, metrics and the adapter go."""
+    """Folder for checkpoints, metrics and the adapter."""
     max_steps: int = 100
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     block_size: int = 256
-    """Tokens in a training sequence: fewer need less memory."""
+    """Tokens per training sequence. Shorter sequences need less memory."""
     micro_batch_size: int = 16
-    """Sequences a step."""
+    """Sequences per micro-batch."""
     resume: bool = False
-    """Go on from the newest checkpoint in the output folder."""
+    """Resume from the newest valid checkpoint in the output folder."""
 
 
 def main(options: Options) -> None:
@@ -41,17 +39,17 @@ def main(options: Options) -> None:
         output_dir=options.output_dir,
         max_steps=options.max_steps,
         micro_batch_size=options.micro_batch_size,
-        learning_rate=1e-3,  # an adapter takes more than weights that are already good
+        learning_rate=1e-3,  # adapters start at zero and need a higher learning rate than pretrained weights
         eval_batches=16,
         save_every=50,
     )
     trainer = Trainer(model, train, eval_dataset=val, config=config)
     trainer.train(resume=options.resume)
-    said = trainer.sample("ROMEO:", max_new_tokens=100, sampling=Sampling(top_k=50), seed=42)
+    sample = trainer.sample("ROMEO:", max_new_tokens=100, sampling=Sampling(top_k=50), seed=42)
     if trainer.is_main_process:
         adapter = options.output_dir / "adapter"
         save_adapter(model, adapter, base_model=options.base)
-        print(f"\n{said}\n\nThe adapter is in {adapter}; PEFT loads it onto transformers' GPT-2.")
+        print(f"\n{sample}\n\nThe adapter is in {adapter}. PEFT can load it into Transformers' GPT-2.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/bin/bash
-# GPT training over several nodes of a Slurm cluster: sbatch examples/slurm.sh
+# Train on several nodes of a Slurm cluster: sbatch examples/slurm.sh
 #SBATCH --job-name=homebrew
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -8,7 +8,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Two minutes before the time is up every process gets SIGTERM: the run saves and ends.
+# Send SIGTERM to every process two minutes before the time limit, so that the run saves and exits.
 #SBATCH --signal=TERM@120
 
 set -euo pipefail
@@ -17,10 +17,10 @@ GPUS_PER_NODE=8
 export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export PROCESSES=$((SLURM_NNODES * GPUS_PER_NODE))
-# The interface that reaches the other nodes, where a node has several:
+# If nodes have several network interfaces, name the one that connects them:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# One launcher a node; SLURM_NODEID is known only inside srun. --resume starts anew where nothing has been saved yet.
+# One launcher per node. SLURM_NODEID is only set inside srun. Without a checkpoint, --resume starts at step 0.
 srun --kill-on-bad-exit=1 bash -c '
   exec accelerate launch --config_file accelerate_configs/multi_node.yaml \
     --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" --machine_rank "$SLURM_NODEID" \

@@ -1,4 +1,4 @@
-"""Train a GPT on Shakespeare, on whatever this machine has."""
+"""Train a GPT on Shakespeare, on a GPU or a CPU."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +12,21 @@ from homebrew import GPT, GPTConfig, Sampling, TokenDataset, Trainer, TrainerCon
 
 @dataclass
 class Options:
-    """Train a GPT on Shakespeare: GPT-2 small on a GPU, a baby of 7 M parameters on a CPU."""
+    """Train a GPT on Shakespeare: GPT-2 small on a GPU, a model with 7M parameters on a CPU."""
 
     text: Path | None = None
-    """A text file to learn instead of Tiny Shakespeare."""
+    """Text file to train on. Default: Tiny Shakespeare."""
     output_dir: Path = Path("runs/shakespeare")
-    """Where checkpoints, metrics and the run's facts go."""
+    """Folder for checkpoints, metrics and run.json."""
     max_steps: int | None = None
-    """Optimizer steps; 50 on a GPU and 100 on a CPU if not given."""
+    """Number of optimizer steps. Default: 50 on a GPU, 100 on a CPU."""
     resume: bool = False
-    """Go on from the newest checkpoint in the output folder."""
+    """Resume from the newest valid checkpoint in the output folder."""
     seed: int = 42
-    """Of the weights, the split, the order of samples and dropout."""
+    """Random seed for weights, train/validation split, data order and dropout."""
 
 
-# The GPU's recipe is GPT-3's batch and the schedule this project grew out of.
+# The GPU settings use GPT-3's batch size.
 RECIPES: dict[str, tuple[GPTConfig, dict[str, Any]]] = {
     "gpu": (
         GPTConfig.preset("gpt2"),
@@ -40,19 +40,19 @@ RECIPES: dict[str, tuple[GPTConfig, dict[str, Any]]] = {
 
 
 def main(options: Options) -> None:
-    shape, recipe = RECIPES["gpu" if torch.cuda.is_available() else "cpu"]
+    model_config, recipe = RECIPES["gpu" if torch.cuda.is_available() else "cpu"]
     max_steps = options.max_steps or recipe["max_steps"]
     recipe = recipe | {"max_steps": max_steps, "warmup_steps": min(10, max_steps)}
     corpus = load_corpus("tinyshakespeare", path=options.text)
-    dataset = TokenDataset.from_text(corpus.text, shape.block_size, source=corpus.source)
+    dataset = TokenDataset.from_text(corpus.text, model_config.block_size, source=corpus.source)
     train, val = dataset.split(0.8, seed=options.seed)
     config = TrainerConfig(output_dir=options.output_dir, seed=options.seed, save_every=50, **recipe)
-    trainer = Trainer(GPT(shape, seed=options.seed), train, eval_dataset=val, config=config)
+    trainer = Trainer(GPT(model_config, seed=options.seed), train, eval_dataset=val, config=config)
     trainer.accelerator.print(f"Text: {corpus.source}; {dataset.num_tokens:,} tokens.")
     trainer.train(resume=options.resume)
-    said = trainer.sample("ROMEO:", max_new_tokens=100, sampling=Sampling(top_k=50), seed=options.seed)
-    trainer.accelerator.print(f"\n{said}\n\nCheckpoints, metrics.jsonl and run.json are in {options.output_dir}.")
-    trainer.accelerator.print("A run that was stopped before its last step goes on with --resume.")
+    sample = trainer.sample("ROMEO:", max_new_tokens=100, sampling=Sampling(top_k=50), seed=options.seed)
+    trainer.accelerator.print(f"\n{sample}\n\nCheckpoints, metrics.jsonl and run.json are in {options.output_dir}.")
+    trainer.accelerator.print("Use --resume to resume a run that was stopped before its last step.")
 
 
 if __name__ == "__main__":

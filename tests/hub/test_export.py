@@ -95,7 +95,9 @@ def test_the_pipeline_generates_the_same_tokens(gpt2_export):
     generate = pipeline("text-generation", model=str(gpt2_export))
     (output,) = generate("ROMEO:", max_new_tokens=8, do_sample=False, return_tensors=True)
     model = GPT.from_pretrained(gpt2_export)
-    assert output["generated_token_ids"] == model.generate([[33676, 4720, 25]], 8, sampling=Sampling(temperature=0.0))[0]
+    assert (
+        output["generated_token_ids"] == model.generate([[33676, 4720, 25]], 8, sampling=Sampling(temperature=0.0))[0]
+    )
 
 
 class NoMergeTokenizer:
