@@ -1,0 +1,92 @@
+"""The README's examples run, in order, on a small text and small models."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from homebrew import GPT, GPTConfig
+from homebrew.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.M | re.S))
+
+# What takes hours, the network or a GPU in the README, and what takes its place here.
+SUBSTITUTES = {
+    'load_corpus("tinyshakespeare")': 'load_corpus(path="book.txt")',
+    "load_hellaswag()": 'load_hellaswag("hellaswag.jsonl")',
+    "openai-community/gpt2": "tiny-gpt2",
+    "GPTConfig()": "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
+    'GPTConfig.preset("baby")': "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
+    "--preset baby": "--n-layer 1 --n-head 1 --n-embd 8 --block-size 64",
+    "global_batch_tokens=524_288": "global_batch_tokens=64",
+}
+SMALLER = [
+    (r"block_size=(128|256|1024)", "block_size=16"),
+    (r"max_steps=\d+", "max_steps=2, micro_batch_size=2"),
+    (r"--max-steps \d+", "--max-steps 2 --micro-batch-size 2"),
+    (r"max_new_tokens=\d+", "max_new_tokens=4"),
+]
+QUESTION = {"ctx": "She opens the door and", "endings": ["walks in.", "flies.", "is blue.", "sings."], "label": 0}
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiling each example takes a minute")
+
+
+def small(example: str) -> str:
+    for text, substitute in SUBSTITUTES.items():
+        example = example.replace(text, substitute)
+    for pattern, substitute in SMALLER:
+        example = re.sub(pattern, substitute, example)
+    return example
+
+
+def code(section: str, language: str) -> str:
+    (block,) = re.findall(rf"```{language}\n(.*?)```", SECTIONS[section], re.S)
+    return block
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the files that the README names."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "book.txt").write_text("It is the east, and Juliet is the sun.\n" * 100)
+    (folder / "other.txt").write_text("Arise, fair sun, and kill the envious moon.\n" * 10)
+    (folder / "hellaswag.jsonl").write_text((json.dumps(QUESTION) + "\n") * 2)
+    GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder / "tiny-gpt2")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def working_directory(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def test_command_line(capsys):
+    lines = [shlex.split(line, comments=True) for line in small(code("Command line", "bash")).splitlines()]
+    assert [line[:2] for line in lines] == [
+        ["homebrew", command] for command in ("doctor", "prepare", "train", "sample", "eval", "export")
+    ]
+    for line in lines:
+        assert main(line[1:]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", [name for name, text in SECTIONS.items() if "```python" in text])
+def test_python(section, folder):
+    if section == "Evaluation" and not (folder / "runs/book").exists():
+        pytest.skip("needs the run that test_command_line trains")
+    exec(compile(small(code(section, "python")), f"README, {section}", "exec"), {"__name__": section})
+
+
+def test_examples_import_from_the_top_level_only():
+    assert set(re.findall(r"^(?:from|import) (homebrew[\w.]*)", README, re.M)) == {"homebrew"}
+
+
+def test_set_up_is_what_ci_runs():
+    (install, command) = re.findall(r"^(pip install .*'\.\[test\]') && (pytest)$", README, re.M)[0]
+    commands = (ROOT / ".ci" / "run").read_text()
+    assert install in commands
+    assert re.search(rf"^{command}\b", commands, re.M)
