@@ -69,7 +69,7 @@ def test_notebook_with_two_processes(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("ROMEO:") == 1
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["@@"] == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["num_processes"] == 2
 
 
 STUBS = {
