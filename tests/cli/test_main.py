@@ -39,7 +39,7 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
         (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
         (["sample", "./missing"], "missing"),
         (["sample", "RUN", "--prompt", "a", "--top-k", "-1"], "top_k=-1"),
-        (["sample", "RUN", "--prompt", "a", "--base", "x"], "base"),
+        (["sample", "RUN", "--prompt", "a", "--base", "x"], "base|adapter"),
         (["sample", "user/step-gpt"], "user/step-gpt"),
         (["sample", "RUN", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens=-1"),
         (["sample", "RUN", "--prompt", "a", "--device", "cuda:99"], "cuda:99.*homebrew doctor"),
