@@ -128,7 +128,7 @@ def _check_run_settings() -> Iterator[Finding]:
 def _check_hardware(device: "torch.device") -> Finding:
     import torch
 
-    cpu = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads per process"
+    cpu = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s) per process"
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         gpus = f"{torch.cuda.device_count()} × {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB each"
@@ -151,15 +151,18 @@ def _check_processes(accelerator: "Accelerator") -> Finding:
     fix = ""
     if accelerator.num_processes == 1 and num_gpus > 1:
         fix = f"To use all {num_gpus} GPUs: accelerate launch --multi_gpu --mixed_precision bf16 -m homebrew train ..."
-    return Finding("processes", f"{accelerator.num_processes} ({accelerator.distributed_type.value})", fix)
+    kind = accelerator.distributed_type.value
+    value = "1, not distributed" if kind == "NO" else f"{accelerator.num_processes}, {kind}"
+    return Finding("processes", value, fix)
 
 
 def _check_precision(accelerator: "Accelerator") -> Finding:
     from homebrew.distributed.accelerator import has_native_bf16
 
-    precision = str(accelerator.mixed_precision)
+    precision = accelerator.mixed_precision
     is_from_launcher = bool(os.environ.get("ACCELERATE_MIXED_PRECISION"))
-    value = f"{precision}, set by the launcher" if is_from_launcher else precision
+    value = "float32" if precision == "no" else str(precision)
+    value += ", set by the launcher" if is_from_launcher else ""
     fix = ""
     if precision == "no" and has_native_bf16():
         fix = "bfloat16 is faster: accelerate launch --mixed_precision bf16, or start with python."
