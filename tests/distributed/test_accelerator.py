@@ -1,5 +1,3 @@
-"""The Accelerator of a run."""
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,50 +5,81 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 
 from homebrew.distributed.accelerator import build_accelerator, check_accelerator
-from homebrew.errors import ConfigError
+from homebrew.errors import ConfigError, LaunchError
 
 
-@pytest.mark.parametrize("beside_a_gpu", [False, True])
-@pytest.mark.parametrize(("has_instructions", "expected"), [(True, "bf16"), (False, "no")])
-def test_a_cpu_that_multiplies_bf16_does(tmp_path, monkeypatch, has_instructions, expected, beside_a_gpu):
-    if beside_a_gpu:
+@pytest.fixture(params=[False, True], ids=["no_gpu", "gpu_present"])
+def on_cpu(request, monkeypatch):
+    """A run on the CPU, either without a GPU or with `ACCELERATE_USE_CPU`."""
+    if request.param:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for kind in (torch.accelerator, torch.cuda):
-        monkeypatch.setattr(kind, "is_available", lambda: beside_a_gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: not has_instructions)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_instructions)
+    for module in (torch.accelerator, torch.cuda):
+        monkeypatch.setattr(module, "is_available", lambda: request.param)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "no")])
+def test_auto_precision_is_bf16_on_a_cpu_with_native_bf16(tmp_path, monkeypatch, on_cpu, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: not native)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     assert build_accelerator(output_dir=tmp_path).mixed_precision == expected
 
 
-def test_the_launcher_s_precision_comes_first(tmp_path, monkeypatch):
+def test_launcher_precision_overrides_auto(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert build_accelerator(output_dir=tmp_path).mixed_precision == "no"
 
 
-def test_one_precision_a_process(tmp_path):
+def test_second_accelerator_with_another_precision_is_an_error(tmp_path):
     build_accelerator(output_dir=tmp_path, mixed_precision="bf16")
     assert build_accelerator(output_dir=tmp_path, mixed_precision="bf16")
-    with pytest.raises(ConfigError, match="mixed_precision='no' is not what an earlier"):
+    with pytest.raises(ConfigError, match="mixed_precision='no' differs from the precision of an earlier"):
         build_accelerator(output_dir=tmp_path, mixed_precision="no")
 
 
+def test_fp16_on_cpu_is_an_error(tmp_path, on_cpu):
+    with pytest.raises(LaunchError, match="'fp16' is not supported on cpu"):
+        build_accelerator(output_dir=tmp_path, mixed_precision="fp16")
+    build_accelerator(output_dir=tmp_path, mixed_precision="no")  # the error left no Accelerator with fp16 behind
+
+
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"mixed_precision": "bf16"}, r"has mixed_precision='no'.*Accelerator\(mixed_precision='bf16'\)"),
         ({"log_with": "tensorboard"}, r"Accelerator\(log_with='tensorboard', project_dir=…\)"),
     ],
 )
-def test_an_accelerator_of_your_own_is_given_its_settings_itself(tmp_path, settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_settings_that_contradict_a_given_accelerator(settings, message):
+    with pytest.raises(ConfigError, match=message):
         check_accelerator(Accelerator(cpu=True), **settings)
 
 
-@pytest.mark.parametrize("wanted", ["auto", "no"])
-def test_an_accelerator_of_your_own_is_taken_as_it_is(tmp_path, wanted):
-    own = Accelerator(cpu=True)
-    assert check_accelerator(own, mixed_precision=wanted) is own
+@pytest.mark.parametrize("precision", ["auto", "no"])
+def test_a_given_accelerator_is_returned(precision):
+    accelerator = Accelerator(cpu=True)
+    assert check_accelerator(accelerator, mixed_precision=precision) is accelerator
+
+
+def test_world_size_differs_from_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="started 2 processes, but Accelerate sees 1"):
+        build_accelerator(output_dir=tmp_path)
+
+
+def test_launcher_started_one_of_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(LaunchError, match="asked for several processes but started one"):
+        build_accelerator(output_dir=tmp_path)
+
+
+def test_parallelism_sizes_differ_from_the_world_size(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "8")
+    with pytest.raises(LaunchError, match=r"is for 2 × 8 processes .* but the launcher started 1"):
+        build_accelerator(output_dir=tmp_path)
 
 
 @pytest.fixture
@@ -59,29 +88,29 @@ def only_tensorboard(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        ("wandb", r"log_with='wandb': it is not installed. Run `pip install wandb`. .*: tensorboard\."),
-        ("tensorbord", r"log_with='tensorbord': Accelerate knows no such tracker. Choose one of .*: tensorboard\."),
-        (["tensorboard"], r"log_with=\['tensorboard'\]: Accelerate knows no such tracker"),
+        ("wandb", r"log_with='wandb': the tracker is not installed. Run `pip install wandb`. .*: tensorboard\."),
+        ("tensorbord", r"log_with='tensorbord': Accelerate has no such tracker. Choose one of .*: tensorboard\."),
+        (["tensorboard"], r"log_with=\['tensorboard'\]: Accelerate has no such tracker"),
     ],
 )
-def test_a_tracker_that_is_not_there(tmp_path, only_tensorboard, name, told):
-    with pytest.raises(ConfigError, match=told):
+def test_unavailable_tracker(tmp_path, only_tensorboard, name, message):
+    with pytest.raises(ConfigError, match=message):
         build_accelerator(output_dir=tmp_path, log_with=name)
 
 
-def test_all_trackers_where_there_are_none(tmp_path, monkeypatch):
+def test_all_trackers_without_any_installed(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])
-    with pytest.raises(ConfigError, match=r"log_with='all': none is installed.* Ready for use: none"):
+    with pytest.raises(ConfigError, match=r"log_with='all': no tracker is installed.* Available: none"):
         build_accelerator(output_dir=tmp_path, log_with="all")
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "all", "mine"])
-def test_a_tracker_that_is_there(tmp_path, monkeypatch, only_tensorboard, name):
-    class Mine(GeneralTracker):
-        name, requires_logging_directory = "mine", False
+@pytest.mark.parametrize("name", ["tensorboard", "all", "custom"])
+def test_available_tracker(tmp_path, monkeypatch, only_tensorboard, name):
+    class Custom(GeneralTracker):
+        name, requires_logging_directory = "custom", False
 
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mine", Mine)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "custom", Custom)
     accelerator = build_accelerator(output_dir=tmp_path, log_with=name)
-    assert list(map(str, accelerator.log_with)) == ["mine" if name == "mine" else "tensorboard"]
+    assert list(map(str, accelerator.log_with)) == ["custom" if name == "custom" else "tensorboard"]

@@ -6,7 +6,6 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from homebrew import GPT, GPTConfig
-from homebrew.distributed.accelerator import build_accelerator
 from homebrew.distributed.fsdp import (
     check_fsdp_options,
     configure_fsdp,
@@ -20,24 +19,24 @@ from homebrew.model.lora import LoRAConfig, add_lora
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
 
 
-def sharded(num_processes=2, **settings):
-    """As much of an Accelerator as says what the launch asks for; a real one has FSDP on GPUs only."""
+def fsdp_accelerator(num_processes=2, **settings):
+    """A stand-in with the attributes that `configure_fsdp` reads; a real Accelerator has FSDP on GPUs only."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
     plugin.set_mixed_precision("bf16")
     state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=Accelerator(cpu=True).state.dynamo_plugin)
     return SimpleNamespace(state=state, parallelism_config=None, num_processes=num_processes, is_fsdp2=True)
 
 
-def test_without_fsdp_nothing_is_done():
+def test_nothing_is_configured_without_fsdp():
     assert configure_fsdp(Accelerator(cpu=True)) is False
     assert keeps_weights_gathered(Accelerator(cpu=True)) is False
 
 
-def test_what_accelerate_leaves_open_is_set():
-    accelerator = sharded(activation_checkpointing=True, cpu_ram_efficient_loading=True)
+def test_configure_fsdp_overrides_accelerate_defaults():
+    accelerator = fsdp_accelerator(activation_checkpointing=True, cpu_ram_efficient_loading=True)
     plugin = accelerator.state.fsdp_plugin
-    assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16  # as long as Accelerate has it so
-    assert configure_fsdp(accelerator) is True  # ours repeats dropout's masks
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16  # the default that needs overriding
+    assert configure_fsdp(accelerator) is True
     assert plugin.activation_checkpointing is False
     assert plugin.cpu_ram_efficient_loading is False
     assert plugin.transformer_cls_names_to_wrap == ["Block"]
@@ -46,59 +45,39 @@ def test_what_accelerate_leaves_open_is_set():
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "reshard", "stays"), [(2, True, False), (2, False, True), (1, True, True), (1, False, True)]
+    ("num_processes", "reshard", "expected"), [(2, True, False), (2, False, True), (1, True, True), (1, False, True)]
 )
-def test_weights_stay_gathered_where_asked_or_where_there_is_nobody_to_share_with(num_processes, reshard, stays):
-    accelerator = sharded(num_processes, reshard_after_forward=reshard)
+def test_keeps_weights_gathered(num_processes, reshard, expected):
+    accelerator = fsdp_accelerator(num_processes, reshard_after_forward=reshard)
     configure_fsdp(accelerator)
-    assert keeps_weights_gathered(accelerator) is stays
+    assert keeps_weights_gathered(accelerator) is expected
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [({"fsdp_version": 1}, "fsdp_version: 1"), ({"fsdp_version": 2, "cpu_offload": True}, "fsdp_offload_params: true")],
 )
-def test_what_cannot_be_sharded_by_is_refused(settings, told):
+def test_unsupported_fsdp_options(settings, message):
     plugin = FullyShardedDataParallelPlugin(**settings)
-    with pytest.raises(LaunchError, match=told):
+    with pytest.raises(LaunchError, match=message):
         check_fsdp_options(Accelerator(cpu=True), plugin)
 
 
-def test_a_compiler_around_the_shards_is_refused():
+def test_launcher_compilation_is_not_supported_with_fsdp():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     with pytest.raises(LaunchError, match="dynamo_backend"):
         check_fsdp_options(Accelerator(cpu=True, dynamo_backend="eager"), plugin)
 
 
-def test_sizes_that_are_not_the_world(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
-    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "8")
-    with pytest.raises(LaunchError, match=r"is for 2 × 8 processes .* but it started 1"):
-        build_accelerator(output_dir=tmp_path)
-
-
-@pytest.mark.parametrize("beside_a_gpu", [False, True])
-def test_half_precision_that_a_cpu_does_not_have(tmp_path, monkeypatch, beside_a_gpu):
-    if beside_a_gpu:
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for kind in (torch.accelerator, torch.cuda):
-        monkeypatch.setattr(kind, "is_available", lambda: beside_a_gpu)
-    with pytest.raises(LaunchError, match="'fp16' cannot be used on cpu"):
-        build_accelerator(output_dir=tmp_path, mixed_precision="fp16")
-    build_accelerator(output_dir=tmp_path, mixed_precision="no")  # Accelerate kept nothing
-
-
-@pytest.mark.parametrize("adapted", [False, True])
-def test_a_copy_takes_no_memory_until_it_is_filled(adapted):
+@pytest.mark.parametrize("lora", [False, True])
+def test_meta_copy_and_gather_full_model(lora):
     model = GPT(SHAPE)
-    if adapted:
+    if lora:
         add_lora(model, LoRAConfig(rank=2))
-    empty = meta_copy(model)
-    assert all(parameter.is_meta for parameter in empty.parameters())
-    copy = gather_full_model(empty, model)
-    assert all(parameter.is_meta for parameter in empty.parameters())
+    template = meta_copy(model)
+    full = gather_full_model(template, model)
+    assert all(parameter.is_meta for parameter in template.parameters())
     ids = torch.arange(10)[None]
-    assert copy(ids).equal(model.eval()(ids))
-    assert copy.lm_head.weight is copy.transformer.wte.weight
-    assert len(list(copy.parameters())) == len(list(model.parameters()))
+    assert full(ids).equal(model.eval()(ids))
+    assert full.lm_head.weight is full.transformer.wte.weight
+    assert len(list(full.parameters())) == len(list(model.parameters()))

@@ -1,4 +1,4 @@
-"""The Accelerator of a run, and the check that the launcher got the processes it asked for."""
+"""Build or check the run's Accelerator, and check that the launch is one that homebrew supports."""
 
 import atexit
 import os
@@ -21,8 +21,8 @@ from accelerate.utils import (
 
 from homebrew.errors import ConfigError, LaunchError
 
-_SETTLE_SECONDS = 0.1
-_NOT_OURS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+_GLOO_CLEANUP_SECONDS = 0.1
+_UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
 def build_accelerator(
@@ -35,25 +35,25 @@ def build_accelerator(
     """Build an Accelerator from the launcher's settings, with homebrew's defaults for the rest.
 
     Args:
-        output_dir: The run's folder; trackers write to `logs` in it.
+        output_dir: The run's output directory; trackers write to its `logs` subdirectory.
         mixed_precision: "auto", "no", "bf16" or "fp16".
         log_with: Name of an Accelerate tracker, "all", or None.
         collective_timeout_seconds: Timeout of each collective operation, in seconds.
 
     Raises:
-        ConfigError: an earlier Accelerator of the process has another precision, or the tracker is not there.
-        LaunchError: the launcher started several processes and Accelerate sees one, or the like.
+        ConfigError: If this process already has an Accelerator with another precision, or the tracker is unavailable.
+        LaunchError: If the launch is inconsistent or not supported, see `check_accelerator`.
     """
-    _check_parallelism()
+    _check_parallelism_sizes()
     if log_with is not None:
         _check_tracker(log_with)
-    precision = _mixed_precision(mixed_precision)
-    if _on_cpu():
-        _check_precision(precision, "cpu")  # before Accelerate keeps it for the process
+    precision = _resolve_mixed_precision(mixed_precision)
+    if _uses_cpu():
+        _check_precision(precision, "cpu")  # before Accelerate fixes the precision for this process
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
-            # The window of accumulation is the step's own, not a loader's.
+            # The train step sets the number of accumulation steps, not a data loader.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_timeout_seconds))],
             log_with=log_with,
@@ -65,155 +65,164 @@ def build_accelerator(
         if "already been initialized" not in str(error):
             raise
         raise ConfigError(
-            f"mixed_precision={mixed_precision!r} is not what an earlier Trainer or Accelerator of this process "
-            f"chose, and Accelerate keeps one for all. Use that one's, or restart Python (in a notebook, the kernel)."
+            f"mixed_precision={mixed_precision!r} differs from the precision of an earlier Trainer or Accelerator in "
+            f"this process, and Accelerate allows only one per process. Use the same precision, or restart Python (in "
+            f"a notebook, the kernel)."
         ) from error
-    check_world(accelerator)
-    _share_cores(accelerator)
+    _check_launch(accelerator)
+    _set_num_threads(accelerator)
+    _register_exit_delay(accelerator)
     return accelerator
 
 
 def check_accelerator(
     accelerator: Accelerator, *, mixed_precision: str = "auto", log_with: str | None = None
 ) -> Accelerator:
-    """Check that an Accelerator built by the user agrees with the config, and return it.
+    """Check that an Accelerator built by the user agrees with the config and the launch, and return it.
 
     Args:
         accelerator: The user's Accelerator.
-        mixed_precision: The config's; "auto" or the Accelerator's own.
-        log_with: The config's; must be None.
+        mixed_precision: The config's precision; must be "auto" or equal to the Accelerator's.
+        log_with: The config's tracker; must be None.
 
     Raises:
-        ConfigError: the config asks for others.
-        LaunchError: as for one of ours.
+        ConfigError: If the config contradicts the Accelerator.
+        LaunchError: If the number of processes is not the launcher's, or the launch uses an engine or precision that
+            is not supported.
     """
     if mixed_precision not in ("auto", accelerator.mixed_precision):
         raise ConfigError(
-            f"mixed_precision={mixed_precision!r}, but the Accelerator you give has mixed_precision="
-            f"{accelerator.mixed_precision!r}, and keeps it. Build it as Accelerator(mixed_precision="
-            f"{mixed_precision!r}), and leave the config's at 'auto'."
+            f"mixed_precision={mixed_precision!r}, but the given Accelerator has mixed_precision="
+            f"{accelerator.mixed_precision!r}, which cannot be changed. Build it as Accelerator(mixed_precision="
+            f"{mixed_precision!r}), and leave the config's mixed_precision at 'auto'."
         )
     if log_with is not None:
         raise ConfigError(
-            f"log_with={log_with!r} is for an Accelerator of the Trainer's. Yours has trackers of its own: "
-            f"build it as Accelerator(log_with={log_with!r}, project_dir=…), and leave the config's out."
+            f"log_with={log_with!r} has no effect on an Accelerator that is already built. Build it as "
+            f"Accelerator(log_with={log_with!r}, project_dir=…), and leave the config's log_with at None."
         )
-    check_world(accelerator)
+    _check_launch(accelerator)
+    _register_exit_delay(accelerator)
     return accelerator
 
 
-def _check_tracker(name: str) -> None:
-    """Refuse a tracker that Accelerate does not know, or would leave out in silence."""
-    known, installed = LoggerType.list(), [str(tracker) for tracker in get_available_trackers()]
-    usable = installed + [own for own in LOGGER_TYPE_TO_CLASS if own not in known]  # which users have registered
-    if name in usable or (name == "all" and installed):
-        return
-    if name == "all":
-        reason = "none is installed. Run `pip install tensorboard`, for one"
-    elif name in known:
-        reason = f"it is not installed. Run `pip install {name}`"
-    else:
-        reason = f"Accelerate knows no such tracker. Choose one of {', '.join(known)}"
-    raise ConfigError(f"log_with={name!r}: {reason}. Ready for use: {', '.join(usable) or 'none'}.")
+def has_native_bf16() -> bool:
+    """Return whether the device multiplies bfloat16 matrices natively, without emulation."""
+    if _uses_cpu():
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
-def _check_parallelism() -> None:
-    """Refuse sizes that do not make up the world; Accelerate's own error names neither."""
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
-        return
-    sizes, world = ParallelismConfig(), int(os.environ.get("WORLD_SIZE", "1"))
-    if sizes.total_size != world:
-        raise LaunchError(
-            f"The launcher's parallelism_config is for {sizes.dp_replicate_size} × {sizes.dp_shard_size} processes "
-            f"(dp_replicate_size × dp_shard_size), but it started {world}. Set the sizes so that their product is "
-            f"num_processes."
-        )
-
-
-def _mixed_precision(wanted: str) -> str | None:
-    """Accelerate's argument: None leaves the choice to the launcher."""
-    if wanted != "auto":
-        return wanted
+def _resolve_mixed_precision(requested: str) -> str | None:
+    """Return Accelerate's `mixed_precision` argument; None leaves the choice to the launcher."""
+    if requested != "auto":
+        return requested
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return None
     return "bf16" if has_native_bf16() else None
 
 
-def has_native_bf16() -> bool:
-    """Whether the device has instructions for products of bfloat16, and does not emulate them."""
-    if _on_cpu():
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def _on_cpu() -> bool:
-    """Whether a run is there: it has nothing else, or Accelerate was told to leave that alone."""
+def _uses_cpu() -> bool:
+    """Return whether the run is on the CPU: no accelerator is available, or `ACCELERATE_USE_CPU` is set."""
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def _started_by_accelerate() -> bool:
+    """Return whether `accelerate launch` started this process: it always sets the precision."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _set_num_threads(accelerator: Accelerator) -> None:
+    """Share the CPU's cores among the local processes, where `accelerate launch` would use one thread for each."""
+    default = _started_by_accelerate() and os.environ.get("OMP_NUM_THREADS") == "1"
+    if accelerator.device.type == "cpu" and default:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _register_exit_delay(accelerator: Accelerator) -> None:
+    """Let gloo's threads release the tensors of the last collectives before Python exits.
+
+    They need the interpreter to do so, and abort the process if it is already shutting down (pytorch/pytorch#190489).
+    A collective cannot be used to wait for them: after an error the other ranks may be gone.
+    """
+    if accelerator.num_processes > 1:
+        atexit.unregister(_sleep_before_exit)  # registered once, however many Accelerators are built
+        atexit.register(_sleep_before_exit)
+
+
+def _sleep_before_exit() -> None:
+    time.sleep(_GLOO_CLEANUP_SECONDS)
+
+
+def _check_tracker(name: str) -> None:
+    """Raise for a tracker that Accelerate does not support, or would skip silently because it is not installed."""
+    supported, installed = LoggerType.list(), [str(tracker) for tracker in get_available_trackers()]
+    available = installed + [custom for custom in LOGGER_TYPE_TO_CLASS if custom not in supported]
+    if name in available or (name == "all" and installed):
+        return
+    if name == "all":
+        reason = "no tracker is installed. Run for example `pip install tensorboard`"
+    elif name in supported:
+        reason = f"the tracker is not installed. Run `pip install {name}`"
+    else:
+        reason = f"Accelerate has no such tracker. Choose one of {', '.join(supported)}"
+    raise ConfigError(f"log_with={name!r}: {reason}. Available: {', '.join(available) or 'none'}.")
+
+
+def _check_parallelism_sizes() -> None:
+    """Raise if the launch file's parallelism sizes do not multiply to the world size.
+
+    Accelerate raises for this as well, but its error names neither the sizes nor the world size.
+    """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
+        return
+    sizes, world_size = ParallelismConfig(), int(os.environ.get("WORLD_SIZE", "1"))
+    if sizes.total_size != world_size:
+        raise LaunchError(
+            f"The launcher's parallelism_config is for {sizes.dp_replicate_size} × {sizes.dp_shard_size} processes "
+            f"(dp_replicate_size × dp_shard_size), but the launcher started {world_size}. Set the sizes so that their "
+            f"product is num_processes."
+        )
 
 
 def _check_precision(precision: str | None, device: str) -> None:
     if precision == "fp8" or (precision, device) == ("fp16", "cpu"):
         raise LaunchError(
-            f"mixed_precision={precision!r} cannot be used on {device} (Accelerate would run float32 in its place). "
+            f"mixed_precision={precision!r} is not supported on {device} (Accelerate would silently use float32). "
             f"Choose 'bf16' or 'no'."
         )
 
 
-def _share_cores(accelerator: Accelerator) -> None:
-    """Use all cores: `accelerate launch` sets one thread a process where nobody asked for a number."""
-    if accelerator.device.type == "cpu" and _accelerate_launched() and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def check_world(accelerator: Accelerator) -> None:
-    """Refuse a world that is not the one the launcher asked for, of which Accelerate says nothing; see to its end.
-
-    Raises:
-        LaunchError: the numbers of processes differ, or what was asked for is not there.
-    """
-    asked, got = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
-    if asked != got:
+def _check_launch(accelerator: Accelerator) -> None:
+    """Raise where Accelerate would silently run something else than what the launcher was asked for."""
+    expected, actual = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
+    if expected != actual:
         raise LaunchError(
-            f"The launcher started {asked} processes, but Accelerate sees {got}: each would train alone and "
-            f"overwrite the others. To run several processes on CPUs, set ACCELERATE_USE_CPU=true and launch with "
-            f"--multi_gpu --num_processes {asked}; on GPUs, check that PyTorch sees them."
+            f"The launcher started {expected} processes, but Accelerate sees {actual}: each would train "
+            f"alone and overwrite the others' files. To run several processes on CPU, set "
+            f"ACCELERATE_USE_CPU=true and launch with --multi_gpu --num_processes {expected}; on GPUs, check that "
+            f"torch.cuda.is_available() is True."
         )
-    # Accelerate's single-process launcher names a rendezvous, but no world, when it was asked for several.
-    if got == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and _accelerate_launched():
+    # Asked for several processes, Accelerate's single-process launcher sets a rendezvous address, but no world size.
+    if actual == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and _started_by_accelerate():
         raise LaunchError(
-            "`accelerate launch` was asked for several processes but starts one (it does so with --cpu, and with "
-            "distributed_type MULTI_CPU). Set ACCELERATE_USE_CPU=true and launch with --multi_gpu instead, or ask "
-            "for --num_processes 1."
+            "`accelerate launch` was asked for several processes but started one (it does so with --cpu, and with "
+            "distributed_type MULTI_CPU). Set ACCELERATE_USE_CPU=true and launch with --multi_gpu instead, or use "
+            "--num_processes 1."
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise LaunchError(
-            f"The launcher asked for FSDP, but Accelerate runs {accelerator.distributed_type.value} (it does so "
-            f"without a GPU). Launch without FSDP, or on GPUs."
+            f"The launcher asked for FSDP, but Accelerate runs {accelerator.distributed_type.value} (it does so when "
+            f"there is no GPU). Launch without FSDP, or on GPUs."
         )
     if accelerator.parallelism_config is not None and accelerator.distributed_type != DistributedType.FSDP:
         raise LaunchError(
-            "The launcher's parallelism_config is for FSDP, which this launch does not use: without it every process "
-            "has the whole model. Leave it out, or launch with FSDP."
+            "The launcher's parallelism_config requires FSDP, which this launch does not use: every process would "
+            "hold the full model. Remove parallelism_config, or launch with FSDP."
         )
-    if accelerator.distributed_type in _NOT_OURS:
+    if accelerator.distributed_type in _UNSUPPORTED:
         raise LaunchError(
-            f"The launcher chose {accelerator.distributed_type.value}, which homebrew does not run on. Launch with "
-            f"distributed_type MULTI_GPU (DDP) or FSDP; for more memory a process, FSDP is the one."
+            f"The launcher's distributed_type {accelerator.distributed_type.value} is not supported. Use MULTI_GPU "
+            f"(DDP), or FSDP where the model does not fit on one GPU."
         )
     _check_precision(accelerator.mixed_precision, accelerator.device.type)
-    if got > 1:
-        atexit.unregister(_leave_world)
-        atexit.register(_leave_world)
-
-
-def _leave_world() -> None:
-    """Before Python ends, let gloo's threads drop the tensors of the last collectives.
-
-    They need the interpreter for it, and abort the process where they find that ending (pytorch/pytorch#190489). No
-    collective may tell when they are done: at an error the others are not there to answer.
-    """
-    time.sleep(_SETTLE_SECONDS)
-
-
-def _accelerate_launched() -> bool:
-    return "ACCELERATE_MIXED_PRECISION" in os.environ

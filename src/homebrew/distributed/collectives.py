@@ -1,4 +1,4 @@
-"""What processes tell each other besides gradients: counts, bytes and JSON, never pickles."""
+"""Collective operations besides the gradients' all-reduce: loss weights, flags, bytes and JSON, never pickles."""
 
 import json
 import os
@@ -18,78 +18,115 @@ from homebrew.data.loader import Batch
 from homebrew.errors import HomebrewError
 
 
-def target_shares(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> Tensor:
-    """What part of a step's scored targets, over all processes, each of this process's micro-batches has.
+def micro_batch_weights(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> Tensor:
+    """Return each local micro-batch's fraction of the step's scored targets over all ranks; collective.
 
     Args:
-        accelerator: of the run.
-        micro_batches: (input_ids, targets), each (B, T), int64.
+        accelerator: The run's Accelerator.
+        micro_batches: This rank's (input_ids, targets), each (B, T), int64.
 
     Returns:
-        (number of micro-batches,), float32.
+        (number of micro-batches,), float32; the sum over all ranks is 1.
     """
     if accelerator.num_processes == len(micro_batches) == 1:
-        return torch.ones(1, device=accelerator.device)  # the model counts them: a small one's step is soon over
+        return torch.ones(1, device=accelerator.device)  # no counting: a small model's step is short
     counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in micro_batches])
     num_targets: Tensor = accelerator.reduce(counts.sum(), "sum")
     return counts / num_targets.clamp(min=1)
 
 
+class FlagExchange:
+    """Combines flags of all ranks without waiting for the device or for other ranks.
+
+    With several ranks, each call returns the flags of the call before: that all-reduce has completed by now, and every
+    rank reads the same result at the same step.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def exchange(self, flags: list[float]) -> list[bool]:
+        """Send this rank's flags and return which flags any rank sent in the previous call; collective.
+
+        Args:
+            flags: 0 or 1 each; the same number of flags in every call and on every rank.
+
+        Returns:
+            One bool per flag; all False in the first call. With one rank, this call's own flags.
+        """
+        if self._accelerator.num_processes == 1:
+            return [flag > 0 for flag in flags]
+        previous = [0.0] * len(flags)
+        if self._pending is not None:
+            sums, event = self._pending
+            if event is not None:
+                event.synchronize()
+            previous = sums.tolist()
+        sums = self._accelerator.reduce(torch.tensor(flags).to(self._accelerator.device, non_blocking=True), "sum")
+        event = None
+        if sums.is_cuda:
+            sums, event = sums.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._pending = (sums, event)
+        return [value > 0 for value in previous]
+
+
 def broadcast_bytes(accelerator: Accelerator, data: bytes) -> bytes:
-    """The first process's bytes, on every process; the others' argument is not looked at."""
+    """Return rank 0's bytes on every rank; the other ranks' `data` is ignored; collective."""
     if accelerator.num_processes == 1:
         return data
     size = broadcast(torch.tensor([len(data)], device=accelerator.device))
-    row = torch.zeros(int(size), dtype=torch.uint8, device=accelerator.device)
+    buffer = torch.zeros(int(size), dtype=torch.uint8, device=accelerator.device)
     if accelerator.is_main_process:
-        row = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(accelerator.device)
-    return _to_bytes(broadcast(row))
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(accelerator.device)
+    return _to_bytes(broadcast(buffer))
 
 
 def gather_bytes(accelerator: Accelerator, data: bytes) -> list[bytes]:
-    """Every process's bytes, in the order of the processes, on every process."""
+    """Return every rank's bytes, ordered by rank, on every rank; collective."""
     if accelerator.num_processes == 1:
         return [data]
-    row = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(accelerator.device)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(accelerator.device)
     sizes = accelerator.gather(torch.tensor([len(data)], device=accelerator.device)).tolist()
-    padded = torch.nn.functional.pad(row, (0, max(sizes) - len(data)))
-    rows = accelerator.gather(padded[None])  # (processes, longest)
-    return [_to_bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+    padded = torch.nn.functional.pad(buffer, (0, max(sizes) - len(data)))
+    buffers = accelerator.gather(padded[None])  # (ranks, longest)
+    return [_to_bytes(buffer[:size]) for buffer, size in zip(buffers, sizes, strict=True)]
 
 
-def run_on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:  # noqa: ANN401 - any JSON value
-    """Run `work` on the first process only, and give its result, or its error, to all.
+def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - any JSON value
+    """Call `function` on rank 0 only, and return its result, or raise its error, on every rank; collective.
 
     Args:
-        accelerator: of the run.
-        work: returns a JSON value.
+        accelerator: The run's Accelerator.
+        function: Function without arguments that returns a JSON value.
 
     Raises:
-        HomebrewError: of the class `work` raised, on every process.
+        HomebrewError: On every rank, an error of the class that `function` raised.
     """
-    answer: dict[str, Any] = {}
+    response: dict[str, Any] = {}
     if accelerator.is_main_process:
         try:
-            answer = {"result": work()}
+            response = {"result": function()}
         except HomebrewError as error:
             if accelerator.num_processes == 1:
                 raise
-            answer = {"error": type(error).__name__, "message": str(error)}
-    answer = json.loads(broadcast_bytes(accelerator, json.dumps(answer).encode()))
-    if "error" in answer:
-        kind: type[HomebrewError] = getattr(errors, answer["error"], HomebrewError)
-        raise kind(answer["message"])
-    return answer["result"]
+            response = {"error": type(error).__name__, "message": str(error)}
+    response = json.loads(broadcast_bytes(accelerator, json.dumps(response).encode()))
+    if "error" in response:
+        error_class: type[HomebrewError] = getattr(errors, response["error"], HomebrewError)
+        raise error_class(response["message"])
+    return response["result"]
 
 
 def connect(timeout_seconds: float) -> TCPStore | None:
-    """A connection to the launcher's store, for what is told beside the collectives, from any thread.
+    """Connect to the launcher's store, for communication beside the collectives, from any thread.
 
     Args:
-        timeout_seconds: how long to wait for the store, now and in each call.
+        timeout_seconds: Timeout of the connection and of each later call, in seconds.
 
     Returns:
-        It, or None where the processes met by other means.
+        The store, or None if the processes were not started through one.
     """
     if "MASTER_ADDR" not in os.environ:
         return None
@@ -101,11 +138,11 @@ def connect(timeout_seconds: float) -> TCPStore | None:
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether this is a collective's own error: another process is gone, hangs or cannot be reached."""
+    """Return whether a collective raised this error: another rank is dead, hangs or cannot be reached."""
     if isinstance(error, HomebrewError):
         return False
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _to_bytes(row: Tensor) -> bytes:
-    return row.cpu().numpy().tobytes()
+def _to_bytes(buffer: Tensor) -> bytes:
+    return buffer.cpu().numpy().tobytes()

@@ -1,4 +1,4 @@
-"""FSDP2 through Accelerate: what a launch file leaves open, or Accelerate gets wrong for this model, set right."""
+"""FSDP2 through Accelerate: configure the plugin for GPT, and gather full weights."""
 
 import copy
 from dataclasses import replace
@@ -15,21 +15,22 @@ from homebrew.model.transformer import Block
 
 
 def uses_fsdp(accelerator: Accelerator) -> bool:
-    """Whether the run is FSDP's."""
+    """Return whether the run is sharded by FSDP2."""
     return bool(accelerator.is_fsdp2)
 
 
 def configure_fsdp(accelerator: Accelerator) -> bool:
-    """Make Accelerate's FSDP2 shard a GPT by its blocks, and sum gradients in float32; without FSDP do nothing.
+    """Make Accelerate's FSDP2 shard a GPT block by block and reduce gradients in float32; without FSDP, do nothing.
 
-    Each block is a unit; the embeddings, the last norm and the head, whose weight is the embedding's, are the root's.
+    Each block is an FSDP unit. The embeddings, the final norm and the head, which shares the embedding's weight, belong
+    to the root unit.
 
     Returns:
-        Whether the launch asks for activation checkpointing. Accelerate's own does not keep the random states, so
-        that dropout would differ between a pass and its repetition: it is switched off, and ours is to be used.
+        Whether the launch asks for activation checkpointing. Accelerate's does not restore the random state, so the
+        recomputed dropout masks would differ: it is switched off, and the caller should use the model's own.
 
     Raises:
-        LaunchError: the launch asks for what would be wrong or is not there; the message lists all of it.
+        LaunchError: If the launch uses options that are not supported; the message lists all of them.
     """
     plugin: FullyShardedDataParallelPlugin | None = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -39,30 +40,57 @@ def configure_fsdp(accelerator: Accelerator) -> bool:
     check_fsdp_options(accelerator, plugin)
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = [Block.__name__]
-    # It would leave the model on the meta device and break the head's tie; every process has the weights anyway.
+    # It would leave the model on the meta device and untie the head; every rank has the weights anyway.
     plugin.cpu_ram_efficient_loading = False
     if plugin.mixed_precision_policy is not None:
-        # Accelerate's would sum gradients, and return the loss, in the dtype of the matrix products.
+        # Accelerate's policy would reduce gradients, and return the loss, in the compute dtype.
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
         )
     if accelerator.num_processes == 1:
-        plugin.reshard_after_forward = False  # nobody to share with
-    wanted = bool(plugin.activation_checkpointing)
+        plugin.reshard_after_forward = False  # a single shard holds the full weights anyway
+    activation_checkpointing = bool(plugin.activation_checkpointing)
     plugin.activation_checkpointing = False
-    return wanted
+    return activation_checkpointing
+
+
+def check_fsdp_options(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Check that the launch uses only FSDP options that work with this model.
+
+    Raises:
+        LaunchError: If not; see `configure_fsdp`.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    unsupported = []
+    if plugin.fsdp_version != 2:
+        unsupported.append(f"fsdp_version: {plugin.fsdp_version} (FSDP1; use 2)")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        unsupported.append("fsdp_offload_params: true (use more processes, or activation checkpointing)")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        unsupported.append("dynamo_backend (compiles around the shards; use TrainerConfig(compile=True))")
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        unsupported.append("tp_size, cp_size or sp_size above 1 (only data parallelism is supported)")
+    if unsupported:
+        raise LaunchError("The launcher's FSDP options are not supported. Change:\n  " + "\n  ".join(unsupported))
 
 
 def keeps_weights_gathered(accelerator: Accelerator) -> bool:
-    """Whether processes keep the whole weights for a step, once gathered; `fsdp_reshard_after_forward: false` asks.
+    """Return whether gathered weights are kept until the end of a step (`fsdp_reshard_after_forward: false`).
 
-    FSDP by itself would give them up after every micro-batch's backward pass, though none of them changes a weight.
+    FSDP alone would free them after each micro-batch's backward pass, although they change only once a step.
     """
     return uses_fsdp(accelerator) and not accelerator.state.fsdp_plugin.reshard_after_forward
 
 
 def reshard(accelerator: Accelerator, wrapped: nn.Module) -> None:
-    """Give up what FSDP gathered, where no backward pass will: the next pass is to see what became of the shards."""
+    """Free the gathered weights after a forward pass without backward pass, so that the next one gathers new weights.
+
+    Args:
+        accelerator: The run's Accelerator; without FSDP, nothing is done.
+        wrapped: The model returned by `Accelerator.prepare`.
+    """
     if not uses_fsdp(accelerator):
         return
     from torch.distributed.fsdp import FSDPModule
@@ -72,52 +100,30 @@ def reshard(accelerator: Accelerator, wrapped: nn.Module) -> None:
             module.reshard()
 
 
-def check_fsdp_options(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Refuse what this model cannot be sharded by.
-
-    Raises:
-        LaunchError: see `configure_fsdp`.
-    """
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    wrong = []
-    if plugin.fsdp_version != 2:
-        wrong.append(f"fsdp_version: {plugin.fsdp_version} (FSDP1 is not supported; use 2)")
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        wrong.append("fsdp_offload_params: true (not supported; use more processes, or activation checkpointing)")
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        wrong.append("dynamo_backend (it compiles around the shards; use TrainerConfig(compile=True) instead)")
-    parallelism = accelerator.parallelism_config
-    if parallelism is not None and parallelism.non_data_parallel_size > 1:
-        wrong.append("tp_size, cp_size or sp_size above 1 (a model is shared out by data only)")
-    if wrong:
-        raise LaunchError("FSDP cannot run with:\n  " + "\n  ".join(wrong))
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that may be shared out over the processes, as a plain one; collective."""
+    """Return a plain tensor with the full contents of a tensor that may be sharded; collective."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def meta_copy(model: GPT) -> GPT:
-    """A model of the same modules and ties, adapters included, whose weights take no memory."""
-    empty = {
+    """Return a copy of the model, with its adapters and tied weights, whose parameters are on the meta device."""
+    parameters = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()
     }
-    return copy.deepcopy(model, empty)
+    return copy.deepcopy(model, parameters)
 
 
-def gather_full_model(empty: GPT, wrapped: nn.Module) -> GPT:
-    """A plain model with the whole weights of a wrapped or sharded one; collective.
+def gather_full_model(template: GPT, wrapped: nn.Module) -> GPT:
+    """Return an unwrapped model in eval mode with the full weights of a wrapped or sharded model; collective.
 
     Args:
-        empty: of `meta_copy`; it is left as it is.
-        wrapped: as `prepare` returned it.
+        template: The result of `meta_copy`; it is not changed.
+        wrapped: The model returned by `Accelerator.prepare`.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    model = copy.deepcopy(empty)
+    model = copy.deepcopy(template)
     tensors: dict[str, Any] = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
     model.load_state_dict(tensors, assign=True)
     model.lm_head.weight = model.transformer.wte.weight

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from homebrew.data.loader import Batch
-from homebrew.distributed.collectives import target_shares
+from homebrew.distributed.collectives import micro_batch_weights
 from homebrew.distributed.fsdp import full_tensor, keeps_weights_gathered, uses_fsdp
 from homebrew.errors import TrainingError
 from homebrew.training.cuda_graph import CudaGraph
@@ -99,16 +99,16 @@ class TrainStep:
         """Run forward and backward passes, synchronizing gradients in the last; return the step's loss."""
         accelerator = self._accelerator
         accelerator.gradient_accumulation_steps = len(micro_batches)  # shared by all Accelerators of a process
-        shares = target_shares(accelerator, micro_batches)  # the mean of micro-batch means would be wrong
+        weights = micro_batch_weights(accelerator, micro_batches)  # the mean of micro-batch means would be wrong
         scale = accelerator.num_processes * len(micro_batches)  # Accelerate and DDP divide by this
         losses = []
-        for (input_ids, targets), share in zip(micro_batches, shares, strict=True):
+        for (input_ids, targets), weight in zip(micro_batches, weights, strict=True):
             with accelerator.accumulate(self._model):
                 if self._keeps_weights_gathered:
                     self._model.set_reshard_after_backward(accelerator.sync_gradients)
                 loss: Tensor = self._model(input_ids, targets)
-                accelerator.backward(loss, gradient=share * scale)
-            losses.append(loss.detach() * share)  # a copy: the next replay of a CUDA graph overwrites its loss
+                accelerator.backward(loss, gradient=weight * scale)
+            losses.append(loss.detach() * weight)  # a copy: the next replay of a CUDA graph overwrites its loss
         total: Tensor = accelerator.reduce(torch.stack(losses).sum(), "sum")
         return total
 

@@ -13,8 +13,9 @@ from homebrew.callbacks.base import Callback
 from homebrew.data.loader import Batch, explain_worker_errors
 from homebrew.data.tokenizer import dataset_tokenizer, default_prompt
 from homebrew.data.validation import check_dataset
+from homebrew.distributed.collectives import FlagExchange
 from homebrew.distributed.fsdp import gather_full_model
-from homebrew.distributed.signals import HANDLED_SIGNALS, FlagExchange, SignalHandler, ends, leave
+from homebrew.distributed.signals import HANDLED_SIGNALS, SignalHandler, ends_run, exit_for_signal
 from homebrew.errors import ConfigError
 from homebrew.evaluation.mean_loss import mean_loss
 from homebrew.generation.sampling import Sampling
@@ -274,7 +275,7 @@ class Trainer:
 
     def _handle_requests(self, signals: SignalHandler, flags: FlagExchange) -> None:
         """Act on signals, stop requests and writer errors of any process, on all processes at the same step."""
-        own = [*signals.take(), float(self.should_stop), float(self._checkpoints.failed)]
+        own = [*signals.pop_flags(), float(self.should_stop), float(self._checkpoints.failed)]
         *received, stop, writer_failed = flags.exchange(own)
         self._stop_agreed = self._stop_agreed or stop
         self.should_stop = self.should_stop or self._stop_agreed  # for the user to read, on every process
@@ -282,9 +283,9 @@ class Trainer:
             self._checkpoints.wait()  # raises the error, on every process
         for number in (number for number, flag in zip(HANDLED_SIGNALS, received, strict=True) if flag):
             self.save()
-            if ends(number):
+            if ends_run(number):
                 self._checkpoints.wait()
-                leave(number)
+                exit_for_signal(number)
 
     def _emit(self, event: str, *arguments: object) -> None:
         """Call a method of every callback; its time does not count as training time, unless the device is busy."""
