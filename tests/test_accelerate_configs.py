@@ -1,4 +1,4 @@
-"""Launch files: ours, and those `accelerate config` would write, run as they can be run without a GPU."""
+"""The files in accelerate_configs/, and files as `accelerate config` writes them, launched without GPUs."""
 
 import os
 import subprocess
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from worlds import free_port
+from worlds import ON_CPUS, free_port
 
 FOLDER = Path(__file__).parents[1] / "accelerate_configs"
-OURS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+CONFIG_FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 SCRIPT = """
@@ -22,7 +22,7 @@ data = TokenDataset.from_tokens(torch.arange(400) % 20, block_size=8, vocab_size
 trainer = Trainer(shape, data, config=TrainerConfig(output_dir=sys.argv[1], max_steps=1, micro_batch_size=2))
 trainer.train()
 if trainer.is_main_process:
-    print("world", trainer.accelerator.num_processes, "step", trainer.step)
+    print("world size", trainer.accelerator.num_processes, "step", trainer.step)
 """
 
 COMMON = {
@@ -32,7 +32,7 @@ COMMON = {
     "same_network": True,
     "rdzv_backend": "static",
 }
-ANSWERS = {
+GENERATED = {  # what `accelerate config` writes for these answers
     "cpu": {"distributed_type": "NO", "use_cpu": True, "num_processes": 1, "mixed_precision": "no"},
     "one_gpu": {
         "distributed_type": "NO",
@@ -41,7 +41,7 @@ ANSWERS = {
         "gpu_ids": "all",
         "mixed_precision": "bf16",
     },
-    "many_gpus": {
+    "multi_gpu": {
         "distributed_type": "MULTI_GPU",
         "use_cpu": False,
         "num_processes": 8,
@@ -66,19 +66,19 @@ ANSWERS = {
 }
 
 
-@pytest.fixture(params=[*OURS, *(f"answers/{name}" for name in ANSWERS)])
+@pytest.fixture(params=[*CONFIG_FILES, *(f"generated/{name}" for name in GENERATED)])
 def config_file(request, tmp_path):
     folder, _, name = request.param.rpartition("/")
     if not folder:
         return FOLDER / f"{name}.yaml"
     path = tmp_path / f"{name}.yaml"
-    ClusterConfig(**COMMON | ANSWERS[name]).to_yaml_file(path)
+    ClusterConfig(**COMMON | GENERATED[name]).to_yaml_file(path)
     return path
 
 
-def test_it_parses(config_file):
-    given = launch_command_parser().parse_args(["--config_file", str(config_file), "script.py"])
-    args, defaults, _ = _validate_launch_command(given)
+def test_config_file_parses(config_file):
+    options = launch_command_parser().parse_args(["--config_file", str(config_file), "script.py"])
+    args, defaults, _ = _validate_launch_command(options)
     assert args.num_processes == defaults.num_processes >= 1
     assert args.mixed_precision == defaults.mixed_precision
     assert args.use_fsdp == (defaults.distributed_type == "FSDP")
@@ -87,35 +87,53 @@ def test_it_parses(config_file):
     assert defaults.num_processes % defaults.num_machines == 0
 
 
-@pytest.mark.parametrize("config_file", [*OURS, "answers/many_gpus"], indirect=True)  # the others are as ours
-def test_it_launches(config_file, tmp_path):
-    script = tmp_path / "script.py"
+def launch(config_file, folder, num_processes):
+    """Launch SCRIPT once for each machine of the file, and return (exit code, output, errors) of each launcher."""
+    script = folder / "script.py"
     script.write_text(SCRIPT)
     config = load_config_from_file(str(config_file))
-    options = ["--config_file", str(config_file), "--mixed_precision", "no"]
-    if config.num_processes > 1:
-        options += ["--num_processes", "2"]
+    options = ["--config_file", str(config_file), "--mixed_precision", "no", "--num_processes", str(num_processes)]
     if config.num_machines > 1:
         options += ["--main_process_port", str(free_port())]
-    running = [
+    launchers = [
         subprocess.Popen(
-            [*LAUNCH, *options, "--machine_rank", str(rank), str(script), str(tmp_path / "run")],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            [*LAUNCH, *options, "--machine_rank", str(rank), str(script), str(folder / "run")],
+            env=os.environ | ON_CPUS,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(config.num_machines)
     ]
-    outputs = [process.communicate(timeout=120) for process in running]
-    codes = [process.returncode for process in running]
-    if "fsdp" in config_file.stem:
-        assert set(codes) == {1}
-        told = "LaunchError: The launcher asked for FSDP, but Accelerate runs"
-        if config.parallelism_config:
-            told = "LaunchError: The launcher's parallelism_config is for 2 × 8 processes"
-        assert told in outputs[0][1]
-    else:
-        assert set(codes) == {0}, outputs
-        world = 2 if config.num_processes > 1 else 1
-        assert f"world {world} step 1" in outputs[0][0]
+    outputs = [launcher.communicate(timeout=120) for launcher in launchers]
+    return [(launcher.returncode, *output) for launcher, output in zip(launchers, outputs, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("config_file", "world_size"),
+    [
+        ("multi_gpu", 2),
+        pytest.param("cpu", 1, marks=pytest.mark.slow),
+        pytest.param("multi_node", 2, marks=pytest.mark.slow),
+    ],
+    indirect=["config_file"],
+)
+def test_launch_trains_on_cpu_processes(config_file, tmp_path, world_size):
+    results = launch(config_file, tmp_path, world_size)
+    assert {code for code, _, _ in results} == {0}, results
+    assert f"world size {world_size} step 1" in results[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config_file", "message"),
+    [
+        ("fsdp2", "LaunchError: The launcher asked for FSDP, but Accelerate runs"),
+        ("fsdp2_multi_node", "LaunchError: The launcher's parallelism_config is for 2 × 8 processes"),
+    ],
+    indirect=["config_file"],
+)
+def test_launch_of_fsdp_without_gpus_is_an_error(config_file, tmp_path, message):
+    results = launch(config_file, tmp_path, num_processes=2)
+    assert {code for code, _, _ in results} == {1}
+    assert message in results[0][2]
