@@ -1,5 +1,8 @@
 """Callbacks: when events are emitted, and what a callback may do in them."""
 
+import errno
+import io
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +58,25 @@ def test_a_callback_may_save_in_on_log(tmp_path, log_every, save_every):
 def test_should_stop_ends_the_run_and_saves_it(tmp_path):
     make_trainer(tmp_path, callbacks=[StopAt(2)]).train()
     assert saved_steps(tmp_path) == [2]
+
+
+class ClosedStdout(io.StringIO):
+    """A standard output whose reader is gone: a closed pipe or terminal."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "I/O error")])
+def test_training_continues_after_standard_output_is_closed(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(sys, "stdout", ClosedStdout(error))
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    assert trainer.step == 2
 
 
 @pytest.fixture

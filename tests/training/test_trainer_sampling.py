@@ -3,7 +3,7 @@
 import pytest
 from tiny_runs import make_trainer
 
-from homebrew import GPTConfig, TokenDataset
+from homebrew import GPTConfig, Sampling, TokenDataset, generate_text
 from homebrew.errors import ConfigError
 
 
@@ -21,6 +21,15 @@ def test_sample_continues_the_prompt_and_is_reproducible(tmp_path):
     assert len(text) == 45
     assert text == trainer.sample("To be", max_new_tokens=40, seed=1)
     assert text != trainer.sample("To be", max_new_tokens=40, seed=2)
+
+
+def test_sampling_settings_are_those_of_generate_text(tmp_path):
+    trainer = make_text_trainer(tmp_path, "To be, or not to be: that is the question.\n" * 40)
+    sampling = Sampling(temperature=0.7, top_k=5)
+    text = trainer.sample("To be", max_new_tokens=40, sampling=sampling, seed=1)
+    tokenizer = trainer.train_dataset.tokenizer
+    assert text == "To be" + "".join(generate_text(trainer.model, tokenizer, "To be", 40, sampling=sampling, seed=1))
+    assert text != trainer.sample("To be", max_new_tokens=40, seed=1)
 
 
 @pytest.mark.parametrize("text", ["one line\n" * 40, "GATTACA" * 40], ids=["newline", "no newline"])
