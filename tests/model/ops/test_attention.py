@@ -1,4 +1,6 @@
-"""Every way attention is computed against the definition, in float64."""
+"""Tests of each attention implementation against the definition in float64."""
+
+import functools
 
 import pytest
 import torch
@@ -7,8 +9,8 @@ from homebrew.model.ops import attention
 from homebrew.model.ops.attention import causal_attention
 
 
-def defined(q, k, v):
-    """A loop over positions: each attends to itself and those before it."""
+def reference_attention(q, k, v):
+    """Loop over positions, each of which attends to itself and earlier positions."""
     out = torch.zeros_like(v)
     for t in range(q.shape[2]):
         scores = (q[:, :, t : t + 1] * k[:, :, : t + 1]).sum(-1) / q.shape[-1] ** 0.5  # (B, nh, t + 1)
@@ -24,20 +26,20 @@ def outputs_and_gradients(function, inputs):
 
 
 @pytest.mark.parametrize("length", [1, 7, 33])
-@pytest.mark.parametrize("short", [0, 256], ids=["one kernel", "written out"])
+@pytest.mark.parametrize("max_unfused_length", [0, 256], ids=["fused", "unfused"])
 @pytest.mark.parametrize("training", [True, False])
-def test_equals_the_definition(monkeypatch, length, short, training):
-    monkeypatch.setattr(attention, "SHORT_ON_CPU", short)
+def test_output_and_gradients_match_the_definition(monkeypatch, length, max_unfused_length, training):
+    monkeypatch.setattr(attention, "MAX_UNFUSED_CPU_LENGTH", max_unfused_length)
     generator = torch.Generator().manual_seed(length)
     inputs = [torch.randn(2, 3, length, 8, generator=generator).bfloat16() for _ in range(3)]
-    expected = outputs_and_gradients(defined, [x.double() for x in inputs])
-    dropout = 0.0 if training else 0.5  # which acts in training only
-    found = outputs_and_gradients(lambda q, k, v: causal_attention(q, k, v, dropout=dropout, training=training), inputs)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, atol=0.02 * theirs.abs().max().item() + 1e-6, rtol=0)
+    expected = outputs_and_gradients(reference_attention, [x.double() for x in inputs])
+    dropout = 0.0 if training else 0.5  # ignored outside of training
+    attend = functools.partial(causal_attention, dropout=dropout, training=training)
+    for actual, true in zip(outputs_and_gradients(attend, inputs), expected, strict=True):
+        torch.testing.assert_close(actual.double(), true, atol=0.02 * true.abs().max().item() + 1e-6, rtol=0)
 
 
-def test_dropout_acts_when_written_out():
+def test_unfused_attention_applies_dropout():
     x = torch.ones(1, 1, 64, 4, dtype=torch.bfloat16)
     torch.manual_seed(0)
     out = causal_attention(x, x, x, dropout=0.5, training=True)

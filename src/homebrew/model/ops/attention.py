@@ -1,4 +1,4 @@
-"""Causal attention in training, by whichever way is fastest where it runs."""
+"""Causal attention with the fastest implementation for the device."""
 
 from contextlib import nullcontext
 
@@ -13,36 +13,37 @@ TRAINING_ATTENTION = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+"""Backends for training, in order of preference. PyTorch uses the first that supports the inputs."""
 
-SHORT_ON_CPU = 256
-"""Up to this many tokens PyTorch's one kernel for bfloat16 on a CPU is slower than the operations it replaces."""
+MAX_UNFUSED_CPU_LENGTH = 256
+"""Up to this sequence length, PyTorch's fused bfloat16 kernel on a CPU is slower than separate operations."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, training: bool) -> Tensor:
-    """Every position's mean of the values up to it, weighted by the softmax of its scores.
+    """Compute scaled dot-product attention in which each position attends to itself and earlier positions.
 
     Args:
-        q: queries, (B, nh, T, hs).
-        k: keys, of the same shape.
-        v: values, of the same shape.
-        dropout: probability, in training, of dropping a weight.
-        training: whether a backward pass will follow.
+        q: Queries, (B, nh, T, hs).
+        k: Keys, (B, nh, T, hs).
+        v: Values, (B, nh, T, hs).
+        dropout: Dropout probability for the attention weights during training.
+        training: Whether the model is in training mode.
 
     Returns:
-        (B, nh, T, hs), in the dtype of `v`.
+        Tensor of shape (B, nh, T, hs), in the dtype of `v`.
     """
     dropout = dropout if training else 0.0
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= SHORT_ON_CPU:
-        return _written_out(q, k, v, dropout)
-    # cuDNN's kernels are the fastest, but it plans each new shape anew; only training keeps to one.
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= MAX_UNFUSED_CPU_LENGTH:
+        return _unfused_attention(q, k, v, dropout)
+    # cuDNN's kernels are the fastest, but each new shape costs planning time. Only training has a fixed shape.
     with sdpa_kernel(TRAINING_ATTENTION, set_priority=True) if training else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """The same in matrix products and a float32 softmax."""
+def _unfused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Attention as matrix products and a float32 softmax."""
     T = q.shape[2]
     scores = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5  # (B, nh, T, T)
-    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # (T, T)
     weights = scores.masked_fill(later, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype)
-    return F.dropout(weights, dropout) @ v
+    return F.dropout(weights, dropout) @ v  # (B, nh, T, hs)

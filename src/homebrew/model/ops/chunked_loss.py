@@ -1,9 +1,11 @@
-"""The language-model head and its loss, in one pass that never holds all logits.
+"""The language-model head with its cross-entropy loss, in chunks of tokens.
 
-GPT-2's logits are the largest tensor of a training step: 50,304 for each token. Here the head runs over some
-thousand tokens at a time, the softmax's gradient takes the logits' place in memory, and what leaves is the
-gradient of the head's input and of its weight, ready for the backward pass (the idea of llm.c's fused
-classifier and of Hsu et al. 2024, "Liger Kernel").
+The logits are the largest tensor of a training step: GPT-2 has 50,304 per token. Here the head runs on a chunk of
+tokens at a time. The softmax's gradient is written over the chunk's logits and multiplied out at once, so that only
+the gradients of the head's input and weight remain for the backward pass (the idea of llm.c's fused classifier and
+of Hsu et al. 2024, "Liger Kernel").
+
+Dimensions: N number of tokens (B·T), n tokens in a chunk, C embedding dimension, V vocabulary size.
 """
 
 import importlib.util
@@ -15,96 +17,100 @@ from torch import Tensor
 from homebrew.constants import IGNORE_INDEX
 from homebrew.model.ops.autocast import compute_dtype
 
-TOKENS_AT_ONCE = 16_384
-"""Tokens whose logits exist at the same time: 1.6 GB of GPT-2's in bfloat16, and large matrix products."""
+CHUNK_TOKENS = 16_384
+"""Tokens per chunk. GPT-2's logits then take 1.6 GB in bfloat16, and the matrix products are large."""
 
-FROZEN_TOKENS_AT_ONCE = 4_096
-"""The same where the head is frozen, as under LoRA: without its gradient's sum, small chunks are as fast."""
+FROZEN_CHUNK_TOKENS = 4_096
+"""Tokens per chunk if the head is frozen, as under LoRA. With no weight gradient to sum, smaller chunks are as fast."""
 
-CPU_LOGITS_AT_ONCE = 128 * 50_304
-"""The same for a CPU, as a number of logits: fewer make thin matrix products, many more leave the caches."""
+CPU_CHUNK_LOGITS = 128 * 50_304
+"""Logits per chunk on a CPU. Fewer make the matrix products inefficient; many more do not fit the caches."""
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Mean cross entropy of the next token, over the targets that are scored.
+    """Compute the mean cross-entropy of the next token, over targets that are not ignored.
 
-    Under autocast the matrix products run in its dtype; softmax, sums and the weight's gradient are float32.
+    Under autocast the matrix products run in autocast's dtype. Softmax, sums and the weight's gradient are float32.
 
     Args:
-        hidden: the last layer's output, (B, T, C), any float dtype.
-        weight: the head's rows, one a token id, (padded V, C); rows from `vocab_size` on are padding.
-        targets: the next token's ids, (B, T), int64; `IGNORE_INDEX` is not scored.
-        vocab_size: ids that exist; the padding's logits take no part in the softmax.
+        hidden: Output of the last layer, (B, T, C), any float dtype.
+        weight: Weight of the head, (padded V, C). Rows from `vocab_size` on are padding.
+        targets: Ids of the next tokens, (B, T), int64. Positions with `IGNORE_INDEX` are ignored.
+        vocab_size: Vocabulary size V. The logits of the padding are excluded from the softmax.
 
     Returns:
-        The mean in nats, a float32 scalar; 0 where no target is scored.
+        The mean in nats, a float32 scalar, or 0 if all targets are ignored.
     """
-    trains = torch.is_grad_enabled()
-    total, _, _ = _head_loss(
+    grad_enabled = torch.is_grad_enabled()
+    total, _, _ = _chunked_loss_and_grads(
         hidden.flatten(0, 1).to(compute_dtype(hidden)),
         weight,
         targets.flatten(),
         vocab_size,
-        trains and hidden.requires_grad,
-        trains and weight.requires_grad,
+        grad_enabled and hidden.requires_grad,
+        grad_enabled and weight.requires_grad,
     )
     loss: Tensor = total / (targets != IGNORE_INDEX).sum().clamp(min=1)
     return loss
 
 
 @torch.library.custom_op("homebrew::linear_cross_entropy", mutates_args=())
-def _head_loss(
+def _chunked_loss_and_grads(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, grad_hidden: bool, grad_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed cross entropy with its gradients by `hidden` (N, C) and `weight`; an unwanted one is empty."""
+    """Compute the summed cross-entropy and its gradients for `hidden` (N, C) and `weight` (padded V, C).
+
+    A gradient that is not requested is an empty tensor.
+    """
     total = hidden.new_zeros((), dtype=torch.float32)
-    d_hidden, d_weight = _empty_gradients(hidden, weight, grad_hidden, grad_weight)
+    d_hidden, d_weight = _allocate_grads(hidden, weight, grad_hidden, grad_weight)
     d_weight.zero_()
-    rows = weight.to(hidden.dtype)  # (padded V, C)
-    size = TOKENS_AT_ONCE if grad_weight else FROZEN_TOKENS_AT_ONCE
+    w = weight.to(hidden.dtype)  # (padded V, C)
+    size = CHUNK_TOKENS if grad_weight else FROZEN_CHUNK_TOKENS
     if not hidden.is_cuda:
-        size = min(size, max(1, CPU_LOGITS_AT_ONCE // len(weight)))
+        size = min(size, max(1, CPU_CHUNK_LOGITS // len(weight)))
     buffers = _Buffers(hidden[:size], weight, vocab_size)
     for start in range(0, len(hidden), size):
         x, y = hidden[start : start + size], targets[start : start + size]
-        logits = torch.mm(x, rows.T, out=buffers.logits[: len(x)])  # (n, padded V)
-        total += _score_(logits, y, vocab_size, grad_hidden or grad_weight, buffers.scores[: len(x)])
+        logits = torch.mm(x, w.T, out=buffers.logits[: len(x)])  # (n, padded V)
+        total += _cross_entropy_inplace(logits, y, vocab_size, grad_hidden or grad_weight, buffers.float32[: len(x)])
+        # `logits` now holds its own gradient, if one was requested.
         if grad_hidden:
-            torch.mm(logits, rows, out=d_hidden[start : start + size])
+            torch.mm(logits, w, out=d_hidden[start : start + size])
         if grad_weight:
-            _add_product_(d_weight, logits.T, x, buffers.product)
+            _add_matmul_inplace(d_weight, logits.T, x, buffers.product)
     return total, d_hidden, d_weight
 
 
-@_head_loss.register_fake
+@_chunked_loss_and_grads.register_fake
 def _(
     hidden: Tensor, weight: Tensor, _targets: Tensor, _vocab_size: int, grad_hidden: bool, grad_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = hidden.new_empty((), dtype=torch.float32)
-    return total, *_empty_gradients(hidden, weight, grad_hidden, grad_weight)
+    return total, *_allocate_grads(hidden, weight, grad_hidden, grad_weight)
 
 
 class _Buffers:
-    """What every chunk writes over: on a CPU, memory taken anew is paid for page by page.
+    """Scratch buffers reused by every chunk. On a CPU, new memory is slow because each page is mapped on first use.
 
     Args:
-        hidden: the first chunk, (n, C).
-        weight: the head's rows, (padded V, C).
-        vocab_size: V.
+        hidden: The first chunk, (n, C).
+        weight: Weight of the head, (padded V, C).
+        vocab_size: Vocabulary size V.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> None:
-        by_kernel = hidden.is_cuda and _HAS_TRITON
-        in_one = hidden.is_cuda or hidden.dtype == _summed(weight.dtype)
+        uses_kernel = hidden.is_cuda and _HAS_TRITON
+        sums_in_matmul = hidden.is_cuda or hidden.dtype == _accumulation_dtype(weight.dtype)
         self.logits = hidden.new_empty(len(hidden), len(weight))
-        self.scores = hidden.new_empty(len(hidden), 0 if by_kernel else vocab_size, dtype=torch.float32)
-        self.product = hidden.new_empty((0,) if in_one else weight.shape)
+        self.float32 = hidden.new_empty(len(hidden), 0 if uses_kernel else vocab_size, dtype=torch.float32)
+        self.product = hidden.new_empty((0,) if sums_in_matmul else weight.shape)
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> None:
-    """`total += a @ b`, on a GPU summed in `total`'s dtype within the matrix product; elsewhere through a buffer."""
+def _add_matmul_inplace(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> None:
+    """Compute `total += a @ b`. On a GPU the matrix product itself accumulates in the dtype of `total`."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda and total.dtype == torch.float32:
@@ -113,19 +119,19 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> None:
         total += torch.mm(a, b, out=buffer)
 
 
-def _empty_gradients(hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool) -> tuple[Tensor, Tensor]:
+def _allocate_grads(hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool) -> tuple[Tensor, Tensor]:
     d_hidden = hidden.new_empty(hidden.shape if grad_hidden else (0,))
-    d_weight = weight.new_empty(weight.shape if grad_weight else (0,), dtype=_summed(weight.dtype))
+    d_weight = weight.new_empty(weight.shape if grad_weight else (0,), dtype=_accumulation_dtype(weight.dtype))
     return d_hidden, d_weight
 
 
-def _summed(dtype: torch.dtype) -> torch.dtype:
-    """What the chunks' gradients of a weight of some dtype are summed in."""
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the chunks' gradients of a weight are summed."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _keep_gradients(
-    ctx: Any,  # noqa: ANN401 - autograd's own
+def _setup_context(
+    ctx: Any,  # noqa: ANN401 - autograd's context
     inputs: tuple[Any, ...],
     output: tuple[Tensor, ...],
 ) -> None:
@@ -136,12 +142,12 @@ def _keep_gradients(
     ctx.set_materialize_grads(False)
 
 
-def _scale_gradients(
-    ctx: Any,  # noqa: ANN401 - autograd's own
+def _backward(
+    ctx: Any,  # noqa: ANN401 - autograd's context
     grad_total: Tensor,
     *_: None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients at hand, times the loss's own; in float32, for a bfloat16 factor would shift them all."""
+    """Multiply the saved gradients by the loss's gradient, in float32: a bfloat16 factor would bias them all."""
     dtypes = (ctx.saved_tensors[0].dtype, ctx.weight_dtype)
     d_hidden, d_weight = (
         (saved.float() * grad_total).to(dtype) if needed else None
@@ -150,32 +156,37 @@ def _scale_gradients(
     return d_hidden, d_weight, None, None, None, None
 
 
-_head_loss.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+_chunked_loss_and_grads.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, scores: Tensor) -> Tensor:
-    """Summed cross entropy of the rows; with a gradient, it takes the logits' place.
+def _cross_entropy_inplace(
+    logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, buffer: Tensor
+) -> Tensor:
+    """Compute the summed cross-entropy, and optionally write the gradient over the logits.
 
     Args:
-        logits: (n, padded V); overwritten.
-        targets: (n,), int64.
-        vocab_size: V; what lies beyond has no probability, and gradient 0.
-        with_gradient: whether to write it.
-        scores: (n, V), float32, to work in; unused where there is a kernel.
+        logits: Logits, (n, padded V), overwritten by their gradient if `with_gradient`.
+        targets: Ids of the next tokens, (n,), int64.
+        vocab_size: Vocabulary size V. The padding has probability 0 and gradient 0.
+        with_gradient: Whether to write the gradient.
+        buffer: Scratch buffer, (n, V), float32. Not used with the Triton kernel.
+
+    Returns:
+        The sum, a float32 scalar.
     """
     if logits.is_cuda and _HAS_TRITON:
-        from homebrew.model.ops.triton_kernels import score_
+        from homebrew.model.ops.triton_kernels import cross_entropy_inplace
 
-        return score_(logits, targets, vocab_size, with_gradient, IGNORE_INDEX)
+        return cross_entropy_inplace(logits, targets, vocab_size, with_gradient, IGNORE_INDEX)
     ignored = (targets == IGNORE_INDEX)[:, None]  # (n, 1)
-    index = targets[:, None].masked_fill(ignored, 0)
-    scores.copy_(logits[:, :vocab_size])
-    scores.sub_(scores.amax(-1, keepdim=True))
-    chosen = scores.gather(1, index)
-    sums = scores.exp_().sum(-1, keepdim=True)
+    index = targets[:, None].masked_fill(ignored, 0)  # (n, 1)
+    buffer.copy_(logits[:, :vocab_size])
+    buffer.sub_(buffer.amax(-1, keepdim=True))
+    target_logits = buffer.gather(1, index)  # (n, 1)
+    sums = buffer.exp_().sum(-1, keepdim=True)  # (n, 1)
     if with_gradient:
-        scores.div_(sums.masked_fill(ignored, torch.inf))  # a row that is not scored becomes 0
-        scores.scatter_add_(1, index, ignored.float() - 1.0)
-        logits[:, :vocab_size] = scores
+        buffer.div_(sums.masked_fill(ignored, torch.inf))  # softmax; 0 in rows with an ignored target
+        buffer.scatter_add_(1, index, ignored.float() - 1.0)
+        logits[:, :vocab_size] = buffer
         logits[:, vocab_size:] = 0.0
-    return (sums.log() - chosen).masked_fill_(ignored, 0.0).sum()
+    return (sums.log() - target_logits).masked_fill_(ignored, 0.0).sum()

@@ -1,8 +1,8 @@
-"""The MLP's arithmetic, fused for a GPU.
+"""The MLP, fused on a GPU.
 
-Between its two matrix products GPT-2's MLP holds its widest activations, 4·C for each token. For the backward
-pass only the values before the GELU are kept; one kernel then makes the GELU's values anew, the gradient
-before it, and the first bias's gradient.
+The hidden layer of GPT-2's MLP holds its widest activations, 4·C values per token. Only the GELU's input is saved
+for the backward pass. There, one kernel recomputes the GELU and computes its gradient and the gradient of the first
+bias.
 """
 
 import importlib.util
@@ -18,52 +18,54 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
-    """Linear, tanh GELU, linear.
+    """Compute linear, tanh GELU, linear.
 
     Args:
-        x: (B, T, C), any float dtype; under autocast the matrix products run in its dtype.
-        w_in: (F, C).
-        b_in: (F,).
-        w_out: (C, F).
-        b_out: (C,).
+        x: Input, (B, T, C), any float dtype. Under autocast, matrix products run in autocast's dtype.
+        w_in: Weight of the first layer, (F, C).
+        b_in: Bias of the first layer, (F,).
+        w_out: Weight of the second layer, (C, F).
+        b_out: Bias of the second layer, (C,).
 
     Returns:
-        (B, T, C).
+        Tensor of shape (B, T, C).
     """
     if not (x.is_cuda and _HAS_TRITON):
         return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
-    x_rows = x.to(compute_dtype(x)).flatten(0, -2)
-    y: Tensor = _FusedMLP.apply(x_rows, w_in, b_in, w_out, b_out)  # type: ignore[no-untyped-call]
+    x_rows = x.to(compute_dtype(x)).flatten(0, -2)  # (B·T, C)
+    y: Tensor = FusedMLP.apply(x_rows, w_in, b_in, w_out, b_out)  # type: ignore[no-untyped-call]
     return y.view(x.shape)
 
 
-class _FusedMLP(torch.autograd.Function):
-    """`mlp` over rows, (n, C) -> (n, C)."""
+class FusedMLP(torch.autograd.Function):
+    """`mlp` for rows, (n, C) to (n, C), with Triton kernels."""
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 - autograd's own
+        ctx: Any,  # noqa: ANN401 - autograd's context
         x: Tensor,
         w_in: Tensor,
         b_in: Tensor,
         w_out: Tensor,
         b_out: Tensor,
     ) -> Tensor:
-        before = F.linear(x, w_in.to(x.dtype), b_in.to(x.dtype))  # (n, F)
-        ctx.save_for_backward(x if w_in.requires_grad else None, before, w_in, w_out)
-        return F.linear(_gelu(before), w_out.to(x.dtype), b_out.to(x.dtype))
+        """Compute the output, and save the GELU's input."""
+        pre_gelu = F.linear(x, w_in.to(x.dtype), b_in.to(x.dtype))  # (n, F)
+        ctx.save_for_backward(x if w_in.requires_grad else None, pre_gelu, w_in, w_out)
+        return F.linear(_gelu(pre_gelu), w_out.to(x.dtype), b_out.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's own
-        x, before, w_in, w_out = ctx.saved_tensors
-        wants_x, wants_w_in, wants_b_in, wants_w_out, wants_b_out = ctx.needs_input_grad
-        after, d_before, d_b_in = _gelu_backward(before, d_y @ w_out.to(d_y.dtype))
-        return (  # under LoRA the weights are frozen, and in the first block so is all below
-            d_before @ w_in.to(d_y.dtype) if wants_x else None,
-            (d_before.T @ x).to(w_in.dtype) if wants_w_in else None,
-            d_b_in.to(w_in.dtype) if wants_b_in else None,
-            (d_y.T @ after).to(w_out.dtype) if wants_w_out else None,
-            d_y.sum(0, dtype=torch.float32).to(w_out.dtype) if wants_b_out else None,
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's context
+        """Compute the gradients of the inputs that need one."""
+        x, pre_gelu, w_in, w_out = ctx.saved_tensors
+        needs_x, needs_w_in, needs_b_in, needs_w_out, needs_b_out = ctx.needs_input_grad
+        post_gelu, d_pre_gelu, d_b_in = _gelu_backward(pre_gelu, d_y @ w_out.to(d_y.dtype))  # (n, F), (n, F), (F,)
+        return (  # under LoRA the weights are frozen, and the first block's input needs no gradient either
+            d_pre_gelu @ w_in.to(d_y.dtype) if needs_x else None,
+            (d_pre_gelu.T @ x).to(w_in.dtype) if needs_w_in else None,
+            d_b_in.to(w_in.dtype) if needs_b_in else None,
+            (d_y.T @ post_gelu).to(w_out.dtype) if needs_w_out else None,
+            d_y.sum(0, dtype=torch.float32).to(w_out.dtype) if needs_b_out else None,
         )
 
 

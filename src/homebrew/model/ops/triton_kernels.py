@@ -1,9 +1,9 @@
-"""Triton kernels for what a GPU spends on moving bytes: the head's loss and the MLP's GELU.
+"""Triton kernels for operations limited by memory bandwidth: the head's cross-entropy and the MLP's GELU.
 
-Imported only where a tensor is on a GPU and Triton is installed.
+Imported only if a tensor is on a GPU and Triton is installed.
 """
 
-# Triton reads a kernel's annotations, and writes its constants in capitals.
+# Triton interprets the annotations of a kernel, and its constants are written in capitals.
 # ruff: noqa: ANN001, ANN202, N803
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
@@ -12,38 +12,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCORE_BLOCK = 4096
-"""Columns that a program of `score_` takes at a time, 4 for each thread."""
+LOSS_BLOCK = 4096
+"""Columns per block of `cross_entropy_inplace`, 4 for each thread."""
 
-SCORE_UNROLLED = 3
-"""As many times of them share one correction of the sum so far: a fifth fewer exponentials than one by one."""
+LOSS_UNROLL = 3
+"""Blocks that share one rescaling of the running sum. A fifth fewer exponentials than rescaling after each block."""
 
 GELU_BLOCK = (32, 128)
-"""Rows and columns that a program of `gelu_backward` holds at a time."""
+"""Rows and columns per block of `gelu_backward`."""
 
 GELU_ROWS = 256
-"""Rows that one program of `gelu_backward` walks down, keeping its columns' sums."""
+"""Rows that one program of `gelu_backward` processes, accumulating the sum of each column."""
 
 
-def score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, ignore_index: int) -> Tensor:
-    """Summed cross entropy of the rows; with a gradient, it takes the logits' place.
+def cross_entropy_inplace(
+    logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool, ignore_index: int
+) -> Tensor:
+    """Compute the summed cross-entropy, and optionally write the gradient over the logits.
 
-    A program walks over its row twice: for the softmax's denominator (Milakov and Gimelshein 2018, "Online
-    normalizer calculation for softmax"), and to write the gradient. A row of GPT-2's is 100 kB in bfloat16,
-    and the second walk finds it in cache.
+    One program per row reads the row twice: for the softmax's denominator (Milakov and Gimelshein 2018, "Online
+    normalizer calculation for softmax"), and to write the gradient. A row of GPT-2's logits has 100 kB in bfloat16,
+    so the second read hits the cache.
 
     Args:
-        logits: (n, padded V), rows contiguous; overwritten.
-        targets: (n,), int64; one outside the vocabulary makes the sum infinite.
-        vocab_size: V; what lies beyond has no probability, and gradient 0.
-        with_gradient: whether to write it.
-        ignore_index: a target with this value adds nothing.
+        logits: Logits, (n, padded V), with contiguous rows. Overwritten by their gradient if `with_gradient`.
+        targets: Ids of the next tokens, (n,), int64. An id outside the vocabulary makes the sum infinite.
+        vocab_size: Vocabulary size V. The padding has probability 0 and gradient 0.
+        with_gradient: Whether to write the gradient.
+        ignore_index: Value of targets to ignore.
+
+    Returns:
+        The sum, a float32 scalar.
     """
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(SCORE_BLOCK, triton.next_power_of_2(columns))
-    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call] # where Triton launches
-        _score_row[(rows,)](
+    block = min(LOSS_BLOCK, triton.next_power_of_2(columns))
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call] # Triton launches on the current device
+        _cross_entropy_kernel[(rows,)](
             logits,
             targets,
             losses,
@@ -53,14 +58,14 @@ def score_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool
             IGNORE_INDEX=ignore_index,
             WITH_GRADIENT=with_gradient,
             BLOCK=block,
-            UNROLLED=SCORE_UNROLLED,
+            UNROLL=LOSS_UNROLL,
             num_warps=max(block // 128, 1),
         )
     return losses.sum()
 
 
 @triton.jit
-def _score_row(
+def _cross_entropy_kernel(
     logits,
     targets,
     losses,
@@ -70,7 +75,7 @@ def _score_row(
     IGNORE_INDEX: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNROLLED: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     log2_e: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
@@ -84,62 +89,62 @@ def _score_row(
             for start in range(0, NUM_COLUMNS, BLOCK):
                 tl.store(logits + start + columns, zeros, mask=start + columns < NUM_COLUMNS)
     else:
-        exists = (target >= 0) & (target < VOCAB_SIZE)
-        at_target = tl.load(logits + target, mask=exists, other=float("-inf")).to(tl.float32)
-        # Each lane keeps the maximum of the columns it saw and the sum of their powers of 2 relative to it.
+        in_vocab = (target >= 0) & (target < VOCAB_SIZE)
+        target_logit = tl.load(logits + target, mask=in_vocab, other=float("-inf")).to(tl.float32)
+        # Each lane keeps a running maximum of its columns, and the sum of their powers of 2 relative to it.
         maximum = tl.full([BLOCK], -1e30, dtype=tl.float32)
         total = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in range(0, VOCAB_SIZE, UNROLLED * BLOCK):
-            held = ()
-            higher = maximum
-            for index in tl.static_range(UNROLLED):
+        for start in range(0, VOCAB_SIZE, UNROLL * BLOCK):
+            values = ()
+            new_maximum = maximum
+            for index in tl.static_range(UNROLL):
                 offsets = start + index * BLOCK + columns
                 x = tl.load(logits + offsets, mask=offsets < VOCAB_SIZE, other=-1e30).to(tl.float32) * log2_e
-                held = held + (x,)  # noqa: RUF005 - Triton knows no unpacking
-                higher = tl.maximum(higher, x)
-            total *= tl.exp2(maximum - higher)
-            for index in tl.static_range(UNROLLED):
-                total += tl.exp2(held[index] - higher)
-            maximum = higher
-        highest = tl.max(maximum, axis=0)
-        log2_total = highest + tl.log2(tl.sum(total * tl.exp2(maximum - highest), axis=0))
-        tl.store(losses + row, log2_total / log2_e - at_target)
+                values = values + (x,)  # noqa: RUF005 - Triton does not support unpacking
+                new_maximum = tl.maximum(new_maximum, x)
+            total *= tl.exp2(maximum - new_maximum)
+            for index in tl.static_range(UNROLL):
+                total += tl.exp2(values[index] - new_maximum)
+            maximum = new_maximum
+        row_maximum = tl.max(maximum, axis=0)
+        log2_total = row_maximum + tl.log2(tl.sum(total * tl.exp2(maximum - row_maximum), axis=0))
+        tl.store(losses + row, log2_total / log2_e - target_logit)
         if WITH_GRADIENT:
-            tl.debug_barrier()  # every thread has read the target's logit before one overwrites it
+            tl.debug_barrier()  # all threads have read the target's logit before it is overwritten
             for start in range(0, NUM_COLUMNS, BLOCK):
                 offsets = start + columns
                 x = tl.load(logits + offsets, mask=offsets < VOCAB_SIZE, other=float("-inf"))
                 probability = tl.exp2(x.to(tl.float32) * log2_e - log2_total)
                 tl.store(logits + offsets, probability.to(x.dtype), mask=offsets < NUM_COLUMNS)
-            tl.debug_barrier()  # and the probability is there before the target's own is put right
-            at_target = tl.exp2(at_target * log2_e - log2_total) - 1.0
-            tl.store(logits + target, at_target.to(logits.dtype.element_ty), mask=exists)
+            tl.debug_barrier()  # the target's probability is stored before it is replaced by its gradient
+            target_gradient = tl.exp2(target_logit * log2_e - log2_total) - 1.0
+            tl.store(logits + target, target_gradient.to(logits.dtype.element_ty), mask=in_vocab)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh GELU of a contiguous tensor."""
+    """Compute the tanh GELU of a contiguous tensor."""
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _gelu[(triton.cdiv(x.numel(), 2048),)](x, y, x.numel(), BLOCK=2048)
+        _gelu_kernel[(triton.cdiv(x.numel(), 2048),)](x, y, x.numel(), BLOCK=2048)
     return y
 
 
 def gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tanh GELU and its gradient by `x`, with that gradient's sum over the rows.
+    """Compute the tanh GELU, its gradient for `x`, and the sum of that gradient over the rows.
 
     Args:
-        x: (n, F), contiguous.
-        d_y: the gradient by the GELU, (n, F), contiguous.
+        x: Input of the GELU, (n, F), contiguous.
+        d_y: Gradient for the GELU's output, (n, F), contiguous.
 
     Returns:
-        GELU(x) (n, F), the gradient by x (n, F), its sums (F,) in float32.
+        GELU(x), (n, F), the gradient for x, (n, F), and its column sums, (F,), float32.
     """
     rows, columns = x.shape
     y, d_x = torch.empty_like(x), torch.empty_like(x)
-    parts = triton.cdiv(rows, GELU_ROWS)
-    sums = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
+    num_parts = triton.cdiv(rows, GELU_ROWS)
+    sums = torch.empty(num_parts, columns, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _gelu_backward[(triton.cdiv(columns, GELU_BLOCK[1]), parts)](
+        _gelu_backward_kernel[(triton.cdiv(columns, GELU_BLOCK[1]), num_parts)](
             x,
             d_y,
             y,
@@ -156,21 +161,21 @@ def gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton.jit
-def _logistic_argument(x):
-    """The u in GELU(x) = x·logistic(u): tanh's GELU, for (1 + tanh(u/2))/2 is the logistic function of u."""
+def _sigmoid_argument(x):
+    """Return u in GELU(x) = x·sigmoid(u). This is the tanh GELU, since (1 + tanh(u/2)) / 2 = sigmoid(u)."""
     return 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
 
 
 @triton.jit
-def _gelu(x, y, size, BLOCK: tl.constexpr):
+def _gelu_kernel(x, y, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + offsets, mask=offsets < size)
-    wide = value.to(tl.float32)
-    tl.store(y + offsets, (wide * tl.sigmoid(_logistic_argument(wide))).to(value.dtype), mask=offsets < size)
+    value32 = value.to(tl.float32)
+    tl.store(y + offsets, (value32 * tl.sigmoid(_sigmoid_argument(value32))).to(value.dtype), mask=offsets < size)
 
 
 @triton.jit
-def _gelu_backward(
+def _gelu_backward_kernel(
     x,
     d_y,
     y,
@@ -183,26 +188,26 @@ def _gelu_backward(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    first = tl.program_id(1) * ROWS
-    skipped = first.to(tl.int64) * num_columns
-    x += skipped
-    d_y += skipped
-    y += skipped
-    d_x += skipped
+    first_row = tl.program_id(1) * ROWS
+    offset = first_row.to(tl.int64) * num_columns
+    x += offset
+    d_y += offset
+    y += offset
+    d_x += offset
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
     for start in tl.range(0, ROWS, BLOCK_ROWS, num_stages=3):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
-        inside = (first + rows < num_rows) & (columns < num_columns)
+        inside = (first_row + rows < num_rows) & (columns < num_columns)
         offsets = rows * num_columns + columns
-        # Every value is read once: it need not push others out of the cache.
-        narrow = tl.load(x + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
-        value = narrow.to(tl.float32)
+        # Every value is read only once, so it should not evict others from the cache.
+        loaded = tl.load(x + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
+        value = loaded.to(tl.float32)
         gradient = tl.load(d_y + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        gate = tl.sigmoid(_logistic_argument(value))
-        slope = 1.5957691216057308 + 0.21406445 * value * value  # of the argument: 3 · 0.044715 · 1.59576912
+        gate = tl.sigmoid(_sigmoid_argument(value))
+        slope = 1.5957691216057308 + 0.21406445 * value * value  # the argument's derivative
         gradient *= gate * (1.0 + value * (1.0 - gate) * slope)
-        tl.store(y + offsets, (value * gate).to(narrow.dtype), mask=inside)
-        tl.store(d_x + offsets, gradient.to(narrow.dtype), mask=inside)
+        tl.store(y + offsets, (value * gate).to(loaded.dtype), mask=inside)
+        tl.store(d_x + offsets, gradient.to(loaded.dtype), mask=inside)
         total += gradient
     part = tl.program_id(1) * num_columns + columns
     tl.store(sums + part, tl.sum(total, axis=0)[None, :], mask=columns < num_columns)
