@@ -17,35 +17,36 @@ from worlds import ON_CPUS
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.training.cuda_graph import CudaGraph
 
-# A shell's background jobs, and so their children, are started deaf to Ctrl-C.
+# A shell starts background jobs with SIGINT ignored, and nohup with SIGHUP ignored. Child processes inherit both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch):
-    """Accelerate's singletons, its environment and PyTorch's precision as in a new process, and one thread."""
+    """Reset Accelerate's singletons and environment, PyTorch's float32 precision and its number of threads."""
     for name in list(os.environ):
         if name.startswith(("ACCELERATE_", "FSDP_")):
             monkeypatch.delenv(name)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    torch.set_float32_matmul_precision("highest")  # which a Trainer lowers where there is a GPU
+    torch.set_float32_matmul_precision("highest")  # a Trainer lowers it on a GPU
     torch.set_num_threads(1)  # the models are tiny
 
 
 @pytest.fixture(scope="session")
 def bounded_memory():
-    """A context in which the process can take 256 MiB more than it has: beyond, allocations fail."""
+    """Return a context manager in which the process can allocate at most another 256 MiB."""
 
     @contextlib.contextmanager
     def bounded():
-        usual = resource.getrlimit(resource.RLIMIT_AS)
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, usual[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, hard))
         try:
             yield
         finally:
-            resource.setrlimit(resource.RLIMIT_AS, usual)
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
     return bounded
 
@@ -53,8 +54,8 @@ def bounded_memory():
 STATE = {"identity": {"seed": 42}, "tokenizer": None}
 
 
-def run_files(step):
-    """The files of a whole run's checkpoint, their numbers telling the step."""
+def full_files(step):
+    """Return the tensor files of a full checkpoint, with values that depend on the step."""
     return {
         "model": {"w": torch.full((3, 4), float(step)), "b": torch.full((5,), step, dtype=torch.bfloat16)},
         "optimizer": {"w//exp_avg": torch.full((3, 4), step / 2), "w//step": torch.tensor(float(step))},
@@ -63,37 +64,31 @@ def run_files(step):
 
 
 def adapter_files(step):
-    """The files of an adapter's."""
+    """Return the tensor files of an adapter's checkpoint."""
     return {"adapter": {"w": torch.full((3,), float(step))}, "optimizer": {"w//step": torch.tensor(float(step))}}
-
-
-def piece_files(step):
-    """The files of a checkpoint that two processes write, the second one's last."""
-    rows = torch.full((3, 4), float(step)).split(2)
-    first, second = ({"w": part, "w[rows]": torch.tensor([at, 3])} for at, part in zip((0, 2), rows, strict=True))
-    return {
-        "model-00001-of-00002": first,
-        "optimizer": {"w//step": torch.tensor(float(step))},
-        "model-00002-of-00002": second,
-    }
 
 
 @pytest.fixture
 def tiny():
-    """What checkpoints hold: by kind the files of a step, and a state."""
-    return {"full": run_files, "adapter": adapter_files, "pieces": piece_files, "state": STATE}
+    """Return tiny checkpoints: functions from a step to tensor files, by kind, and a state."""
+    return {"full": full_files, "adapter": adapter_files, "state": STATE}
 
 
 @pytest.fixture
 def store(tmp_path):
-    """An empty store."""
+    """Return an empty store."""
     store = CheckpointStore(tmp_path)
     store.prepare()
     return store
 
 
-class Forks:
-    """Starts worlds of processes, by forking one that has imported everything."""
+class ForkServer:
+    """Runs jobs in processes forked from one that has imported everything.
+
+    Args:
+        worker: Script that calls `forking.serve`.
+        log: File for the output of the processes of the last job.
+    """
 
     def __init__(self, worker, log):
         self.log = log
@@ -107,35 +102,43 @@ class Forks:
         )
 
     def run(self, job, processes=1, **environment):
-        """Have a world do a job; how its processes ended."""
+        """Run a job and return the exit codes of its processes."""
         self.log.unlink(missing_ok=True)
-        order = {"job": job, "processes": processes, "environment": environment, "log": str(self.log)}
+        request = {"job": job, "processes": processes, "environment": environment, "log": str(self.log)}
         try:
-            print(json.dumps(order), file=self.process.stdin, flush=True)
+            print(json.dumps(request), file=self.process.stdin, flush=True)
             return json.loads(self.process.stdout.readline())
-        except BaseException:  # a test's time is over: nobody may take this answer for the next one's
-            os.killpg(self.process.pid, signal.SIGKILL)
+        except BaseException:  # a timeout: the next test must not read this job's reply
+            self.kill()
             raise
+
+    def kill(self):
+        """Kill the server and all processes it has forked."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def forks(request, tmp_path_factory):
-    """For jobs of the module's WORKER."""
-    forks = Forks(request.module.WORKER, tmp_path_factory.mktemp("forks") / "log")
-    with forks.process:
-        yield forks
-    assert forks.process.returncode == 0
+    """Return a server for jobs of the module's WORKER script."""
+    server = ForkServer(request.module.WORKER, tmp_path_factory.mktemp("forks") / "log")
+    try:
+        with server.process:  # closes its input, on which it exits
+            yield server
+        assert server.process.returncode == 0
+    finally:
+        server.kill()
 
 
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def device(request):
-    """Every kind of device that is there."""
+    """Run the test on every available kind of device."""
     return request.param
 
 
 @pytest.fixture
 def captured(monkeypatch):
-    """The graphs captured so far; on a CPU a replay calls what was captured, with its results in one place."""
+    """Return the CUDA graphs captured so far. On a CPU, a replay calls the function and copies its result in place."""
     captured, on_gpu = [], CudaGraph._capture
 
     def capture(graph):

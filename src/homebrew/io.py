@@ -1,26 +1,35 @@
-"""Files that take another's place whole, and stay there when the power goes."""
+"""Durable file operations: writes, renames and removals that survive a crash or a power failure."""
 
+import contextlib
 import errno
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+_CHUNK_BYTES = 1 << 24
 
-@contextmanager
+
+@contextlib.contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """A new file's path: at the end it takes the place of `path`, whole and on the disk, its mode by the umask.
+    """Yield a temporary file that replaces `path` when the block ends without an error.
+
+    The new file is synced to disk before it replaces the old one, and its mode follows the umask.
+
+    Args:
+        path: File to create or replace.
 
     Raises:
-        OSError: it could not be written; what stood at `path` still does.
+        OSError: The file could not be written; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors' writer leaves 0600
+        temporary.chmod(mode)  # safetensors creates its files with mode 0600
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -29,13 +38,56 @@ def atomic_replace(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_durably(path: Path, *buffers: bytes | memoryview) -> None:
+    """Write a new file and sync it to disk; its mode follows the umask.
+
+    Args:
+        path: File to create.
+        buffers: Contents, written one after the other.
+
+    Raises:
+        FileExistsError: The file exists.
+        OSError: The file could not be written completely, for example on a full disk. Its `filename` is `path`.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            for buffer in buffers:
+                view, written = memoryview(buffer), 0
+                while written < len(view):
+                    written += os.write(descriptor, view[written : written + _CHUNK_BYTES])
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        error.filename = str(path)  # not set by errors of write and fsync
+        raise
+
+
 def fsync_directory(path: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
+    """Sync a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync directories
             raise
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its missing parents, and sync the new entries to disk."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory tree, a file, or a symbolic link (not its target); a missing path is not an error."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(path.lstat().st_mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()

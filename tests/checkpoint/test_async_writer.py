@@ -1,5 +1,3 @@
-"""One thing at a time, and no error lost."""
-
 import threading
 
 import pytest
@@ -7,20 +5,20 @@ import pytest
 from homebrew.checkpoint.async_writer import AsyncWriter
 
 
-def test_two_writes_never_overlap_and_close_waits():
-    writer, go, done = AsyncWriter(), threading.Event(), []
+def test_writes_do_not_overlap_and_close_waits():
+    writer, proceed, done = AsyncWriter(), threading.Event(), []
 
     def write():
-        go.wait(10)
-        done.append(len(done))
+        proceed.wait(10)
+        done.append("first")
 
     writer.start(write, name="first")
     assert writer.is_writing(0.01)
-    threading.Timer(0.1, go.set).start()
+    threading.Timer(0.1, proceed.set).start()
     writer.start(lambda: done.append("second"), name="second")
-    assert done[0] == 0
+    assert done[0] == "first"
     writer.close()
-    assert done == [0, "second"]
+    assert done == ["first", "second"]
     assert not writer.is_writing(0)
 
 
@@ -33,6 +31,6 @@ def test_an_error_is_raised_once():
     writer.close()
     assert writer.failed
     with pytest.raises(OSError, match="no space"):
-        writer.start(print, name="next")  # and does not begin
+        writer.start(print, name="next")  # is not called
     assert not writer.failed
     writer.wait()

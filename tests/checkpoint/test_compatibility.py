@@ -9,7 +9,7 @@ from homebrew.training.schedule import warmup_cosine
 
 
 class Samples(list):
-    """A dataset of the user's own."""
+    """A custom dataset."""
 
 
 def gpt(*, lora=None, seed=42, **shape):
@@ -42,57 +42,57 @@ CHANGES = {
     "optimizer": ({"momentum": 0.9}, "momentum was '0.9', is '0.0'"),
     "schedule": (
         {"schedule": warmup_cosine(warmup_steps=9, max_steps=100)},
-        "rates first differ where step 0 has 0.0111111 is now step 0 has 0.02",
+        "learning rates first differ at step 0: was 0.0111111, is 0.02",
     ),
     "global_batch_size": ({"global_batch_size": 16}, "was 16, is 8"),
     "seed": ({"seed": 1}, "was 1, is 42"),
 }
 
 
-def test_the_same_run_goes_on():
+def test_the_same_run_resumes():
     check_identity(make(), make(), ())
 
 
 @pytest.mark.parametrize("aspect", CHANGES)
-def test_another_run_is_named_by_what_differs_and_can_be_accepted(aspect):
-    changes, told = CHANGES[aspect]
+def test_a_difference_is_named_and_can_be_accepted(aspect):
+    changes, message = CHANGES[aspect]
     ours, saved = (make(**changes), make()) if aspect == "dataset" else (make(), make(**changes))
     with pytest.raises(ResumeMismatch, match=aspect) as caught:
         check_identity(saved, ours, ())
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert f"accept_changes=('{aspect}',)" in str(caught.value)
     check_identity(saved, ours, (aspect,))
 
 
-def test_the_peak_is_the_optimizer_s():
-    with pytest.raises(ResumeMismatch, match="schedule: learning rates first differ where"):
+def test_the_peak_learning_rate_is_the_optimizers():
+    with pytest.raises(ResumeMismatch, match="schedule: learning rates first differ at step 0"):
         check_identity(make(lr=0.1), make(lr=1.0), ())
 
 
-def test_how_an_optimizer_computes_is_no_difference():
+def test_implementation_options_of_an_optimizer_are_ignored():
     slow, fast = (torch.optim.SGD([torch.zeros(1)], lr=0.1, foreach=foreach) for foreach in (False, True))
     check_identity(make(optimizer=slow), make(optimizer=fast), ())
 
 
-def test_equal_settings_of_other_types_are_no_difference():
-    whole, pair = (torch.optim.AdamW([torch.zeros(1)], lr=0.1, weight_decay=decay) for decay in (0, 0.0))
-    pair.param_groups[0]["betas"] = [0.9, 0.999]  # as a loaded one has them
-    pair.param_groups[0]["k"] = 3  # state of its own
-    check_identity(make(optimizer=whole), make(optimizer=pair), ())
+def test_equal_settings_of_other_types_are_equal():
+    integer, real = (torch.optim.AdamW([torch.zeros(1)], lr=0.1, weight_decay=decay) for decay in (0, 0.0))
+    real.param_groups[0]["betas"] = [0.9, 0.999]  # loading a state dict turns tuples into lists
+    real.param_groups[0]["k"] = 3  # state, not a setting
+    check_identity(make(optimizer=integer), make(optimizer=real), ())
 
 
-def test_unknown_aspect():
+def test_an_unknown_aspect_is_refused():
     with pytest.raises(ConfigError, match="'weather'"):
         check_identity(make(), make(), ("weather",))
 
 
-def test_an_adapter_belongs_to_its_base():
+def test_an_adapter_with_another_base_is_another_run():
     saved, ours = (make(model=gpt(lora=LoRAConfig(rank=2), seed=seed)) for seed in (1, 2))
     with pytest.raises(ResumeMismatch, match="adapter: base_sha256 was"):
         check_identity(saved, ours, ())
 
 
 @pytest.mark.parametrize("hostile", [None, [], "x", {"model": 3, "schedule": [[None]], "dataset": {}}])
-def test_an_identity_that_is_none_is_another_run(hostile):
+def test_an_invalid_identity_is_another_run(hostile):
     with pytest.raises(ResumeMismatch):
         check_identity(hostile, make(), ())

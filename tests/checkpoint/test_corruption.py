@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: none is taken for a whole one."""
+"""Corrupt and hostile checkpoints: none is loaded as if it were valid."""
 
 import itertools
 import json
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from homebrew.checkpoint.manifest import (
     Manifest,
-    not_finite,
     open_checkpoint,
     parse_state,
     parse_tensors,
     state_to_json,
 )
 from homebrew.checkpoint.rng_state import restore_rng, rng_state
+from homebrew.checkpoint.tensor_check import find_non_finite
 from homebrew.errors import CheckpointError, CorruptCheckpoint
 
 MANY = settings(
@@ -28,7 +28,7 @@ MANY = settings(
 
 
 def content(path):
-    """Everything a checkpoint gives a run, bitwise."""
+    """Return everything that a run restores from a checkpoint, bitwise."""
     checkpoint = open_checkpoint(path)
     files = {name: safetensors.torch.save(tensors) for name, tensors in checkpoint.files().items()}
     return checkpoint.step, checkpoint.state, files
@@ -44,8 +44,8 @@ def truncations(data, rng, count):
     yield from (data[: rng.randrange(len(data))] for _ in range(count))
 
 
-def other_damage(data, rng):
-    """What disks and copies do: zeros, holes, doubled and lost pieces."""
+def other_corruption(data, rng):
+    """Yield what disks and copies do: zeroed, duplicated and missing ranges."""
     for _ in range(30):
         a, b = sorted(rng.sample(range(len(data) + 1), 2))
         yield data[:a] + data[b:]
@@ -59,7 +59,7 @@ def other_damage(data, rng):
 
 @pytest.fixture(params=["full", "adapter"])
 def pair(request, store, tiny):
-    """A checkpoint with a file of every kind, and another of the same run."""
+    """Return a checkpoint with a file of every kind, and an earlier one of the same run."""
 
     def files(step):
         guard = {"history": torch.tensor([2.5, 0.1, step]), "in_a_row": torch.tensor(step)}
@@ -71,7 +71,7 @@ def pair(request, store, tiny):
     return [store.save(step, files(step), tiny["state"], score=float(step)) for step in (6, 7)]
 
 
-def test_no_damage_is_loaded_silently(pair):
+def test_no_corruption_is_loaded_silently(pair):
     other, path = pair
     rng = random.Random(0)
     original = content(path)
@@ -89,36 +89,39 @@ def test_no_damage_is_loaded_silently(pair):
             assert str(path) in str(error)
 
     for name in names:
-        whole = (path / name).read_bytes()
+        original_data = (path / name).read_bytes()
         # every bit of the manifest, which no hash covers
         every = (
-            whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :]
-            for at, bit in itertools.product(range(len(whole)), range(8))
+            original_data[:at] + bytes([original_data[at] ^ (1 << bit)]) + original_data[at + 1 :]
+            for at, bit in itertools.product(range(len(original_data)), range(8))
             if name == "manifest.json"
         )
-        for damaged in itertools.chain(
-            every, flips(whole, rng, 150), truncations(whole, rng, 150), other_damage(whole, rng)
+        for corrupt in itertools.chain(
+            every,
+            flips(original_data, rng, 150),
+            truncations(original_data, rng, 150),
+            other_corruption(original_data, rng),
         ):
-            (path / name).write_bytes(damaged)
+            (path / name).write_bytes(corrupt)
             attempt()
         (path / name).unlink()
         attempt()
         for source in (*(path / other_name for other_name in names if other_name != name), other / name):
             (path / name).write_bytes(source.read_bytes())
             attempt()
-        (path / name).write_bytes(whole)
+        (path / name).write_bytes(original_data)
 
     for first, second in itertools.combinations(names, 2):
         for a, b in ((first, second), (second, first)):
-            (path / a).rename(path / "held")
+            (path / a).rename(path / "swap")
             (path / b).rename(path / a)
-            (path / "held").rename(path / b)
+            (path / "swap").rename(path / b)
             if a == first:
                 attempt()
 
     assert content(path) == original
     assert tried >= 3000
-    assert loaded < tried / 50  # harmless ones: a space of the manifest's that became another
+    assert loaded < tried / 50  # harmless: whitespace in the manifest that became other whitespace
 
 
 JSON = st.recursive(
@@ -127,12 +130,19 @@ JSON = st.recursive(
     max_leaves=4,
 )
 ENTRIES = st.fixed_dictionaries({"size": st.integers(-1, 1 << 70) | JSON, "sha256": st.just("0" * 64) | JSON})
+FILES = ["state.json", "model.safetensors", "model/a.safetensors", "../x", "a/b", "a/../x.safetensors"]
 MANIFESTS = st.fixed_dictionaries(
     {
         "format": st.just(1) | JSON,
         "step": st.integers(-1, 10**9) | JSON,
         "score": st.none() | st.floats() | JSON,
-        "files": st.dictionaries(st.sampled_from(["state.json", "model.safetensors", "../x", "a/b"]), ENTRIES) | JSON,
+        "files": st.dictionaries(
+            st.sampled_from(
+                ["state.json", "model.safetensors", "model/a.safetensors", "../x", "a/b", "a/../x.safetensors"]
+            ),
+            ENTRIES,
+        )
+        | JSON,
     }
 )
 
@@ -150,7 +160,7 @@ def test_any_manifest(tmp_path_factory, bounded_memory, data):
     else:
         assert Manifest.from_json(manifest.to_json(), path) == manifest
         assert "state.json" in manifest.files
-        assert not any("/" in name for name in manifest.files)
+        assert all(path.parent in (path.parent / name).resolve().parents for name in manifest.files)
 
 
 @pytest.mark.slow
@@ -168,7 +178,7 @@ def test_any_state(tmp_path_factory, bounded_memory, data):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 10_000, '{"step": 1e999}', "\ufeff{}"])
-def test_json_that_hurts_parsers(tmp_path, text):
+def test_json_that_breaks_parsers(tmp_path, text):
     with pytest.raises(CorruptCheckpoint):
         Manifest.from_json(text.encode(), tmp_path / "manifest.json")
 
@@ -205,7 +215,7 @@ def test_any_tensors(tmp_path_factory, bounded_memory, data):
         assert str(path) in str(error)
     else:
         assert sum(tensor.nbytes for tensor in tensors.values()) <= len(data)
-        not_finite("model", tensors)
+        find_non_finite("model", tensors)
 
 
 TENSORS = st.sampled_from([torch.int64, torch.float64, torch.uint8, torch.bool]).flatmap(
@@ -219,9 +229,9 @@ TENSORS = st.sampled_from([torch.int64, torch.float64, torch.uint8, torch.bool])
 @MANY
 @given(st.data())
 def test_any_random_states(bounded_memory, data):
-    whole = rng_state()
-    state = {name: data.draw(TENSORS) if data.draw(st.booleans()) else tensor for name, tensor in whole.items()}
-    for name in data.draw(st.lists(st.sampled_from(sorted(whole)), max_size=1)):
+    original = rng_state()
+    state = {name: data.draw(TENSORS) if data.draw(st.booleans()) else tensor for name, tensor in original.items()}
+    for name in data.draw(st.lists(st.sampled_from(sorted(original)), max_size=1)):
         del state[name]
     try:
         with bounded_memory():
@@ -229,7 +239,7 @@ def test_any_random_states(bounded_memory, data):
     except CheckpointError as error:
         assert "random states cannot be restored" in str(error)
     finally:
-        restore_rng(whole)
+        restore_rng(original)
 
 
 def test_state_round_trip(tmp_path, tiny):

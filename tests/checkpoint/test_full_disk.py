@@ -1,4 +1,4 @@
-"""Saves on full disks, real ones."""
+"""Saves on full disks: a limit on file size, and a small file system."""
 
 import ctypes
 import json
@@ -16,24 +16,25 @@ from homebrew.errors import CheckpointError
 from homebrew.metrics.metrics_log import MetricsLog
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-FAILED, MOUNTS_NOTHING = 1, 77
+FAILED, CANNOT_MOUNT = 1, 77
 
 
 def big_files(step):
-    """Files of some pages each."""
+    """Return files of several pages each."""
     return {name: {"w": torch.full((2 * PAGE // 4 + 100,), float(step))} for name in ("model", "optimizer")}
 
 
 def check_failure(store, before):
-    """A save fails, says where and for how many bytes, and leaves everything as it was."""
-    with pytest.raises(CheckpointError, match=r"step-00000002.* \([\d,]+ bytes\) could not be written: .*Free") as told:
+    """Check that a save fails with path, reason and size, and leaves earlier checkpoints unchanged."""
+    message = r"step-00000002.* could not be written: .*\. Free disk space: the checkpoint needs [\d,]{6,} bytes"
+    with pytest.raises(CheckpointError, match=message) as caught:
         store.save(2, big_files(2), {"text": "x" * 5000})
     assert {path.name for path in store.folder.iterdir()} == {"step-00000001"}
     assert store.latest()[0].files()["model"]["w"].tolist() == before
-    return str(told.value)
+    return str(caught.value)
 
 
-def test_a_limit_on_file_size_at_every_size(store):
+def test_a_limit_on_file_size(store):
     store.save(1, big_files(1), {})
     before = big_files(1)["model"]["w"].tolist()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -48,26 +49,26 @@ def test_a_limit_on_file_size_at_every_size(store):
     assert store.latest()[0].step == 2
 
 
-def test_figures_that_do_not_fit_are_told_of_and_the_run_goes_on(tmp_path):
+def test_metrics_that_do_not_fit_are_a_warning(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     log.write("step", step=1)
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for room in (0, 10):  # nothing of the line fits, or a part
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, usual[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for free_bytes in (0, 10):  # nothing of the line fits, or a part of it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + free_bytes, hard))
         try:
             with pytest.warns(UserWarning, match=r"metrics\.jsonl could not be written: .* Free some space"):
                 log.write("step", step=2)
-            log.write("step", step=3)  # told once, until there is space again
+            log.write("step", step=3)  # warned of once, until a write succeeds
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         log.write("step", step=4)
     log.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 4, 4]
 
 
 def mount_small_disk(folder, size):
-    """A file system of a few bytes, seen by this process alone."""
+    """Mount a file system of `size` bytes in a new mount namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     if libc.unshare(0x10020000):  # CLONE_NEWUSER | CLONE_NEWNS
@@ -83,26 +84,26 @@ def fill_at_every_size(folder):
     store = CheckpointStore(folder, keep_last=2)
     store.prepare()
     store.save(1, big_files(1), {})
-    before, ballast, told = big_files(1)["model"]["w"].tolist(), folder / "ballast", []
-    for free_pages in range(9):  # the save needs one more
+    before, ballast, messages = big_files(1)["model"]["w"].tolist(), folder / "ballast", []
+    for free_pages in range(9):  # the save needs ten
         with ballast.open("wb") as file:
             file.write(bytes((os.statvfs(folder).f_bavail - free_pages) * PAGE))
-        told.append(check_failure(store, before))
+        messages.append(check_failure(store, before))
         ballast.unlink()
     for step in (2, 3, 4):
         store.save(step, big_files(step), {})
     assert store.steps() == [3, 4]
     for file in ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"):
-        assert any(file in message for message in told), told
+        assert any(file in message for message in messages), messages
 
 
-def test_a_small_disk_full_at_every_size(tmp_path):
+def test_a_small_disk_with_any_number_of_free_pages(tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside torch's idle threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside torch's idle threads
         child = os.fork()
     if child == 0:
         try:
-            code = MOUNTS_NOTHING
+            code = CANNOT_MOUNT
             mount_small_disk(tmp_path, 60 * PAGE)
             code = FAILED
             fill_at_every_size(tmp_path)
@@ -112,7 +113,7 @@ def test_a_small_disk_full_at_every_size(tmp_path):
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code == MOUNTS_NOTHING:
-        pytest.skip("this system lets its users mount nothing")
+    if code == CANNOT_MOUNT:
+        pytest.skip("this system does not allow unprivileged mounts")
     assert code == 0
-    assert not list(tmp_path.iterdir())  # it was another disk
+    assert not list(tmp_path.iterdir())  # the files were on the mounted disk

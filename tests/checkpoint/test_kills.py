@@ -1,4 +1,4 @@
-"""A save killed, or out of power, at any moment."""
+"""Saves interrupted at any moment, by SIGKILL or by a power failure."""
 
 import contextlib
 import itertools
@@ -7,36 +7,39 @@ import shutil
 import signal
 import tempfile
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save
+from shards import sharding_info
 
-from homebrew.checkpoint.checkpoint_files import write_files
+from homebrew.checkpoint.manifest import Entry
 from homebrew.checkpoint.store import CheckpointStore
+from homebrew.checkpoint.verified_files import measure
+from homebrew.io import write_durably
 
 OPERATIONS = ("mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir")
 
 
 @contextlib.contextmanager
-def watched(tell):
-    """Call `tell(name, args, result)` before (result None) and after every file-system operation."""
+def watched(on_event):
+    """Call `on_event(name, args, result)` before (result None) and after every file-system operation."""
     original = {name: getattr(os, name) for name in OPERATIONS}
-    telling = False
+    in_callback = False
 
-    def tell_alone(*event):
-        nonlocal telling
-        telling = True  # what it does itself is not told of
-        tell(*event)
-        telling = False
+    def call_back(*event):
+        nonlocal in_callback
+        in_callback = True  # operations of the callback are not events
+        on_event(*event)
+        in_callback = False
 
     def watch(name):
         def call(*args, **kwargs):
-            if telling:
+            if in_callback:
                 return original[name](*args, **kwargs)
-            tell_alone(name, args, None)
+            call_back(name, args, None)
             result = original[name](*args, **kwargs)
-            tell_alone(name, args, (result,))
+            call_back(name, args, (result,))
             return result
 
         return call
@@ -51,20 +54,20 @@ def watched(tell):
 
 
 def killed_at(moment, work):
-    """Do it in a child that kills itself at a moment; whether it came to that."""
+    """Call `work` in a child that kills itself at the given event; return whether it was killed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside torch's idle threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside torch's idle threads
         child = os.fork()
     if child == 0:
-        moments = itertools.count()
+        counter = itertools.count()
 
-        def tell(*_):
-            if next(moments) == moment:
+        def on_event(*_):
+            if next(counter) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         code = 1
         try:
-            with watched(tell):
+            with watched(on_event):
                 work()
             code = 0
         finally:
@@ -75,7 +78,15 @@ def killed_at(moment, work):
 
 
 class Scene:
-    """A run with checkpoints of two steps, about to save the next, or its last once more."""
+    """A run with checkpoints of steps 2 and 4 that is about to save step 6, or step 4 again.
+
+    Args:
+        folder: Folder for the run and its copies.
+        tiny: The fixture.
+        kind: "full", "adapter", or "sharded" for a checkpoint whose model is in two shards.
+        keep_last: Number of checkpoints to keep.
+        again: Whether to save step 4 again.
+    """
 
     def __init__(self, folder, tiny, kind, keep_last, again):
         self.folder, self.tiny, self.kind, self.keep_last = folder, tiny, kind, keep_last
@@ -83,81 +94,94 @@ class Scene:
         store = self.store(folder / "before")
         for step in (2, 4):
             self.save(store, step, step)
-        self.allowed = [(4, 4), (4, 5)] if again else [(4, 4), (6, 5)]
-        """Steps, and what their numbers tell, of which one must be there."""
+        self.allowed = [(4, 4), (4, 5)] if again else [(4, 4), (6, 5)]  # (step, value in its tensors)
 
     def store(self, folder):
         store = CheckpointStore(folder, keep_last=self.keep_last)
         store.prepare()
         return store
 
-    def save(self, store, step, told):
-        files, others = self.tiny[self.kind](told), None
-        if self.kind == "pieces":
-            name, theirs = files.popitem()
-            store.start(step)
-            others = partial(write_files, store.temporary(step), step, {name: theirs})
-        store.save(step, files, self.tiny["state"], others=others)
+    def save(self, store, step, value):
+        if self.kind != "sharded":
+            store.save(step, self.tiny[self.kind](value), self.tiny["state"])
+            return
+        files = self.tiny["full"](value)
+        weights, folder, shards = files.pop("model"), store.temporary_path(step), {}
+        store.begin(step)
+        (folder / "model").mkdir()
+        for name, tensor in weights.items():  # the same files and order of operations as torch.distributed.checkpoint
+            path = folder / "model" / f"shard-{name}.safetensors"
+            write_durably(path, save({name: tensor}, metadata=sharding_info({name: [0] * tensor.dim()})))
+            shards[f"model/{path.name}"] = Entry(*measure(path))
+        store.commit(step, files, self.tiny["state"], shards=shards)
 
     def work(self, store):
         self.save(store, self.next, 5)
 
     def check(self, folder):
-        """The newest whole checkpoint is N - 1 or N, and the run goes on from it."""
+        """Check that the newest valid checkpoint is the old or the new one, and that the run can save the next."""
         store = self.store(folder)
         checkpoint, _ = store.latest()
-        told = checkpoint.files()["optimizer"]["w//step"].item()
-        assert (checkpoint.step, told) in self.allowed
+        value = checkpoint.files()["optimizer"]["w//step"].item()
+        assert (checkpoint.step, value) in self.allowed
         self.save(store, 8, 8)
         names = sorted(path.name for path in store.folder.iterdir())
         assert names == [f"step-{step:08}" for step in store.steps()]
         assert len(names) == self.keep_last
         assert store.latest()[0].step == 8
-        return told
+        return value
 
 
-SCENES = [*itertools.product(["full", "adapter"], [1, 2], [False, True]), ("pieces", 1, False), ("pieces", 1, True)]
+SCENES = [
+    ("full", 1, False),
+    ("full", 1, True),
+    ("full", 2, False),
+    ("full", 2, True),
+    ("adapter", 1, False),
+    ("sharded", 1, False),
+    ("sharded", 1, True),
+]
 
 
 @pytest.fixture(params=SCENES, ids=lambda scene: f"{scene[0]}-{scene[1]}-{'again' if scene[2] else 'next'}")
 def scene(request, tiny):
-    memory = Path("/dev/shm")  # a kill is the same on every file system, and this one waits for no disk
+    memory = Path("/dev/shm")  # the result does not depend on the file system, and this one is fast
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         yield Scene(Path(folder), tiny, *request.param)
 
 
 @pytest.mark.slow
 def test_killed_before_and_after_every_operation(scene):
-    told = []
+    values = []
     for moment in itertools.count():
         folder = scene.folder / f"killed-{moment}"
         shutil.copytree(scene.folder / "before", folder)
         store = scene.store(folder)
         killed = killed_at(moment, lambda store=store: scene.work(store))
-        told.append(scene.check(folder))
+        values.append(scene.check(folder))
         shutil.rmtree(folder)
         if not killed:
             break
-    assert len(told) > 60  # in each of the scenes
-    assert told == sorted(told)  # once the new one is there, it stays
-    assert set(told) == {4, 5}
+    assert len(values) > 60  # in each of the scenes
+    assert values == sorted(values)  # once the new checkpoint exists, it stays
+    assert set(values) == {4, 5}
 
 
-# --- the order of operations, and power that fails
+# --- order of operations, and power failures
 
 
 def trace(work):
-    """Every operation's name and path, in order."""
+    """Return the name and path of every operation, in order."""
     done, paths = [], {}
 
-    def tell(name, args, result):
+    def on_event(name, args, result):
         if name == "open" and result:
             paths[result[0]] = Path(args[0])
         elif result is None and name != "open":
             path = paths[args[0]] if isinstance(args[0], int) else Path(args[0])
             done.append((name, path.name))
 
-    with watched(tell):
+    with watched(on_event):
         work()
     return done
 
@@ -167,8 +191,13 @@ def test_the_order_of_a_save(scene):
     done = trace(lambda: scene.work(store))
     name = f"step-{scene.next:08}"
     temporary = f".{name}.writing"
-    files = [*(f"{file}.safetensors" for file in scene.tiny[scene.kind](0)), "state.json", "manifest.json"]
-    where = {  # the last write of each
+    if scene.kind == "sharded":
+        tensors = ["shard-w", "shard-b", "optimizer", "rng-0"]
+        assert done.index(("fsync", "model")) < done.index(("rename", temporary))
+    else:
+        tensors = scene.tiny[scene.kind](0)
+    files = [*(f"{file}.safetensors" for file in tensors), "state.json", "manifest.json"]
+    where = {  # of writes, the last of each file
         "made": done.index(("mkdir", temporary)),
         "written": [max(at for at, what in enumerate(done) if what == ("write", file)) for file in files],
         "synced": [done.index(("fsync", file)) for file in files],
@@ -181,7 +210,7 @@ def test_the_order_of_a_save(scene):
     order += [where["entries"], where["renamed"], where["parent"], *where["removed"]]
     assert order == sorted(order)
     assert where["removed"] or not (scene.keep_last == 1 or scene.next == 4)
-    for at, (kind, moved) in enumerate(done):  # a checkpoint's files go once it no longer has its name
+    for at, (kind, moved) in enumerate(done):  # files are removed once the folder has lost its name
         if kind == "rename" and moved != temporary and where["removed"] and at > where["parent"]:
             assert done[at + 1] == ("fsync", "checkpoints")
     aside = [at for at, operation in enumerate(done) if operation == ("rename", name)]
@@ -189,7 +218,7 @@ def test_the_order_of_a_save(scene):
 
 
 class Disk:
-    """What a power failure leaves: of files what was synced, of folders the entries that were."""
+    """Simulates what a power failure leaves: synced file contents and synced directory entries."""
 
     def __init__(self, root):
         self.root, self.numbers, self.fresh = root, {}, itertools.count()
@@ -198,7 +227,7 @@ class Disk:
             self.sync(path)
 
     def number(self, path):
-        """A file's own number; the kernel's is used again when it is gone."""
+        """Return a unique number for a file; the kernel reuses inode numbers."""
         return self.numbers.setdefault(path.lstat().st_ino, next(self.fresh))
 
     def sync(self, path):
@@ -207,7 +236,7 @@ class Disk:
         else:
             self.files[self.number(path)] = path.read_bytes()
 
-    def tell(self, name, args, result):
+    def on_event(self, name, args, result):
         if result is None:
             return
         if name == "mkdir" or (name == "open" and args[1] & os.O_CREAT):
@@ -216,7 +245,7 @@ class Disk:
             self.sync(Path(f"/proc/self/fd/{args[0]}").readlink())
 
     def lay_out(self, target, number, gone=()):
-        """Only what was synced: nothing else had reached the disk, but that the files `gone` were removed."""
+        """Write only what was synced, without the files `gone`."""
         if number in gone:
             return
         if number in self.files:
@@ -229,12 +258,12 @@ class Disk:
             target.touch()
 
     def lay_out_removed(self, target):
-        """What was synced, but that every removal of a file since has reached the disk before any renaming."""
+        """Write what was synced, as if all removals of files had reached the disk before any rename."""
         present = {self.number(path) for path in (self.root, *self.root.rglob("*"))}
         self.lay_out(target, self.number(self.root), self.files.keys() - present)
 
     def lay_out_zeroed(self, target):
-        """All names as they are, and zeros in what was not synced."""
+        """Write all files under their current names, with zeros in those that were not synced."""
         shutil.copytree(self.root, target)
         for path in self.root.rglob("*"):
             if path.is_file() and self.number(path) not in self.files:
@@ -247,18 +276,18 @@ def test_power_lost_after_every_operation(scene):
     before = scene.folder / "before"
     store = scene.store(before)
     disk = Disk(before)
-    kinds, left = ("synced", "removed", "zeroed"), []
+    kinds, folders = ("synced", "removed", "zeroed"), []
 
-    def tell(name, args, result):
-        disk.tell(name, args, result)
+    def on_event(name, args, result):
+        disk.on_event(name, args, result)
         if result is not None:
-            number = len(left)
-            left.extend(scene.folder / f"{kind}-{number}" for kind in kinds)
-            disk.lay_out(left[-3], disk.number(before))
-            disk.lay_out_removed(left[-2])
-            disk.lay_out_zeroed(left[-1])
+            number = len(folders)
+            folders.extend(scene.folder / f"{kind}-{number}" for kind in kinds)
+            disk.lay_out(folders[-3], disk.number(before))
+            disk.lay_out_removed(folders[-2])
+            disk.lay_out_zeroed(folders[-1])
 
-    with watched(tell):
+    with watched(on_event):
         scene.work(store)
-    told = {kind: [scene.check(folder) for folder in left if kind in folder.name] for kind in kinds}
-    assert all(len(steps) > 30 and set(steps) == {4, 5} for steps in told.values())
+    values = {kind: [scene.check(folder) for folder in folders if kind in folder.name] for kind in kinds}
+    assert all(len(steps) > 30 and set(steps) == {4, 5} for steps in values.values())

@@ -1,4 +1,4 @@
-"""Folders full of pickles, opened through every door: none is unpickled."""
+"""Every function that loads files, given pickles: none is unpickled."""
 
 import os
 import pickle
@@ -19,7 +19,7 @@ SHAPE = GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=1, n_embd=8)
 
 
 class Payload:
-    """Leaves a mark when it is unpickled."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -35,12 +35,12 @@ def trainer(folder):
 
 
 def checkpoints(folder, pickled, monkeypatch):
-    """A checkpoint with manifest and hashes that are right, and one whose every file is a pickle."""
+    """Return a checkpoint of pickles with a valid manifest, and one whose manifest is a pickle too."""
     trainer(folder).train()
-    whole, _ = CheckpointStore(folder).latest()
+    valid, _ = CheckpointStore(folder).latest()
     with monkeypatch.context() as patch:
-        patch.setattr("homebrew.checkpoint.checkpoint_files.serialised", lambda tensors: [pickled])
-        sealed = CheckpointStore(folder).save(3, whole.files(), whole.state)
+        patch.setattr("homebrew.checkpoint.checkpoint_files.serialize", lambda tensors: [pickled])
+        sealed = CheckpointStore(folder).save(3, valid.files(), valid.state)
     bare = sealed.with_name("step-00000004")
     bare.mkdir()
     for name in os.listdir(sealed):  # noqa: PTH208
@@ -50,7 +50,7 @@ def checkpoints(folder, pickled, monkeypatch):
 
 
 def models(folder, pickled):
-    """A model and an adapter whose weights are pickles, under the usual names and under those that are not."""
+    """Return folders of a model and an adapter whose weights are pickles, named .safetensors and .bin."""
     model = GPT(SHAPE)
     add_lora(model, LoRAConfig(rank=2))
     for kind in ("safe", "pickled"):
@@ -66,7 +66,7 @@ def models(folder, pickled):
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch"])
-def test_no_pickle_is_opened_through_any_door(tmp_path, monkeypatch, how):
+def test_no_function_unpickles(tmp_path, monkeypatch, how):
     mark = tmp_path / "mark"
     if how == "torch":
         torch.save(Payload(mark), tmp_path / "bytes")
@@ -75,7 +75,7 @@ def test_no_pickle_is_opened_through_any_door(tmp_path, monkeypatch, how):
     pickled = (tmp_path / "bytes").read_bytes()
     sealed, bare = checkpoints(tmp_path / "run", pickled, monkeypatch)
     safe, unsafe = models(tmp_path, pickled)
-    doors = [
+    loaders = [
         lambda: load_model(sealed),
         lambda: load_model(bare),
         lambda: load_model(safe),
@@ -90,22 +90,22 @@ def test_no_pickle_is_opened_through_any_door(tmp_path, monkeypatch, how):
     ]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # a child cannot use a GPU that its parent has used
     child = os.fork()
-    if child == 0:  # an audit hook is for a process's life
+    if child == 0:  # an audit hook cannot be removed
         code = 1
         try:
             opened, refused = [], 0
             sys.addaudithook(lambda event, args: opened.append(event) if event == "pickle.find_class" else None)
             warnings.simplefilter("ignore")
-            for door in doors:
+            for load in loaders:
                 try:
-                    door()
+                    load()
                 except HomebrewError:
                     refused += 1
-            clean = (opened, mark.exists(), refused) == ([], False, len(doors))
+            clean = (opened, mark.exists(), refused) == ([], False, len(loaders))
             (torch.load if how == "torch" else lambda path, **_: pickle.loads(path.read_bytes()))(
                 tmp_path / "bytes", weights_only=False
             )
-            code = 0 if clean and opened and mark.exists() else 1  # the hook does hear
+            code = 0 if clean and opened and mark.exists() else 1  # the hook works
         except BaseException:
             traceback.print_exc()
         finally:

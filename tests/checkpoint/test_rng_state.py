@@ -9,26 +9,26 @@ from homebrew.errors import CorruptCheckpoint
 
 
 @pytest.fixture(autouse=True)
-def put_back():
+def restore_generators():
     state = rng_state()
     yield
     restore_rng(state)
 
 
 def draws():
-    """Numbers of every kind, those that leave half a pair behind among them."""
-    numpy = [np.random.rand(), np.random.randn()]  # noqa: NPY002 - what libraries draw from
+    """Draw from every generator; each normal draw of Python and NumPy caches a second one."""
+    numpy = [np.random.rand(), np.random.randn()]  # noqa: NPY002 - libraries use it
     return [random.random(), random.gauss(0, 1), *numpy, *torch.rand(3).tolist(), *torch.randn(3).tolist()]
 
 
-@pytest.mark.parametrize("drawn", [0, 1, 2, 700])
-def test_every_generator_goes_on_where_it_was(drawn):
-    for _ in range(drawn):
+@pytest.mark.parametrize("num_draws", [0, 1, 2, 700])
+def test_every_generator_is_restored(num_draws):
+    for _ in range(num_draws):
         draws()
     state = rng_state()
-    first = [draws() for _ in range(3)]
+    expected = [draws() for _ in range(3)]
     restore_rng(state)
-    assert [draws() for _ in range(3)] == first
+    assert [draws() for _ in range(3)] == expected
 
 
 def test_a_state_is_a_copy():
@@ -40,7 +40,7 @@ def test_a_state_is_a_copy():
 
 @pytest.mark.parametrize("name", ["python", "python_gauss", "numpy", "numpy_gauss", "torch"])
 @pytest.mark.parametrize("tensor", [None, torch.tensor([]), torch.tensor([1, 2]), torch.full((626,), 1 << 40)])
-def test_what_is_no_state(name, tensor):
+def test_an_invalid_state_is_refused(name, tensor):
     state = rng_state() | {name: tensor}
     if tensor is None:
         del state[name]
@@ -49,7 +49,7 @@ def test_what_is_no_state(name, tensor):
 
 
 @pytest.mark.parametrize("position", [-1, 625, 1 << 30])
-def test_numpy_does_not_read_past_its_memory(position):
+def test_numpy_does_not_read_out_of_bounds(position):
     state = rng_state()
     state["numpy"][-2] = position
     with pytest.raises(CorruptCheckpoint, match=f"position {position}"):

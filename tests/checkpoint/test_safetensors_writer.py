@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from homebrew.checkpoint.safetensors_writer import serialised
+from homebrew.checkpoint.safetensors_writer import serialize
 
 TENSORS = {
     "matrix": torch.randn(3, 5),
@@ -16,8 +16,8 @@ TENSORS = {
 }
 
 
-def test_the_library_reads_what_is_written():
-    read = load(b"".join(serialised(TENSORS)))
+def test_safetensors_reads_what_is_written():
+    read = load(b"".join(serialize(TENSORS)))
     assert read.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert read[name].dtype == tensor.dtype
@@ -26,20 +26,20 @@ def test_the_library_reads_what_is_written():
 
 def test_no_tensor_is_copied():
     tensor = torch.zeros(1000)
-    _, piece = serialised({"t": tensor})
+    _, buffer = serialize({"t": tensor})
     tensor[0] = 1.0
-    assert bytes(piece[:4]) == b"\x00\x00\x80\x3f"
+    assert bytes(buffer[:4]) == b"\x00\x00\x80\x3f"
 
 
-def test_nothing_is_a_file_too():
-    assert load(b"".join(serialised({}))) == {}
+def test_an_empty_file():
+    assert load(b"".join(serialize({}))) == {}
 
 
 @pytest.mark.parametrize("name", list(TENSORS))
-def test_every_tensor_lies_aligned(name):
-    header, *pieces = serialised(TENSORS)
+def test_every_tensor_is_aligned(name):
+    header, *buffers = serialize(TENSORS)
     start = len(header)
-    for piece, key in zip(pieces, sorted(TENSORS, key=lambda n: (-TENSORS[n].element_size(), n)), strict=True):
+    for buffer, key in zip(buffers, sorted(TENSORS, key=lambda n: (-TENSORS[n].element_size(), n)), strict=True):
         if key == name:
             assert start % TENSORS[key].element_size() == 0
-        start += len(piece)
+        start += len(buffer)

@@ -1,6 +1,6 @@
-"""Runs that are struck; not a test.
+"""Training runs that receive signals at chosen moments.
 
-A job is a run's settings, and when what strikes which of its processes. The first process tells what was left.
+A job names the run's settings, the signals, and the rank that receives them. Rank 0 writes the results to a file.
 """
 
 import gc
@@ -34,35 +34,44 @@ OPERATIONS = ("mkdir", "open", "write", "fsync", "close", "rename", "unlink", "r
 
 
 class Samples:
-    """A dataset that tells when it is read, may take its time, and may change what it gives by chance."""
+    """A dataset that calls `on_read` for each sample, and may be slow or mask targets at random."""
 
-    def __init__(self, tell, slow=0.0, noisy=False):
-        self.slow, self.noisy = slow, noisy
-        self.dataset, self.tell = TokenDataset.from_text(TEXT, block_size=16, tokenizer="bytes"), tell
+    def __init__(self, on_read, slow=0.0, noisy=False):
+        self.on_read, self.slow, self.noisy = on_read, slow, noisy
+        self.dataset = TokenDataset.from_text(TEXT, block_size=16, tokenizer="bytes")
         self.fingerprint = self.dataset.fingerprint
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, i):
-        self.tell()
+        self.on_read()
         time.sleep(self.slow)
         input_ids, targets = self.dataset[i]
         return input_ids, torch.where(torch.rand(16) < 0.2, -100, targets) if self.noisy else targets
 
 
-class Strike(Callback):
-    """Sends this process signals at a moment of its run: "step", "backward", "data", "evaluation" or "save"."""
+class SendSignals(Callback):
+    """Sends signals to this process, once.
+
+    Args:
+        signals: Names of the signals.
+        where: "step", "backward", "data", "evaluation" or "save".
+        step: Step at which to send them.
+        delay: Seconds to wait, with "step".
+        operation: Index of the file-system operation of the save, with "save".
+        note: File that records whether a checkpoint was being written.
+        workers: Whether loader workers receive the signals too, as from Ctrl-C and from many schedulers.
+    """
 
     def __init__(self, signals=(), where=None, step=0, delay=0.0, operation=0, note=None, workers=False):
-        self.note = note  # a file to say in whether a save was going on
-        self.workers = workers  # whether the loader's are struck too, as by Ctrl-C and by many schedulers
         self.signals, self.where, self.at, self.delay, self.operation = signals, where, step, delay, operation
+        self.note, self.workers = note, workers
         self.step = self.sent = None
         if where == "save":
             self.watch_writer()
 
-    def strike(self):
+    def send(self):
         if self.sent is None:
             self.sent = time.monotonic()
             if self.note is not None:
@@ -73,30 +82,31 @@ class Strike(Callback):
                 for process in (*workers, os.getpid()):
                     os.kill(process, getattr(signal, name))
 
-    def moment(self, where):
+    def reach(self, where):
+        """Send the signals if this is the chosen place and step."""
         if where == self.where and self.step == self.at:
-            self.strike()
+            self.send()
 
     def on_train_begin(self, trainer):
         self.step = trainer.step
-        trainer.model.transformer.ln_f.bias.register_hook(lambda _: self.moment("backward"))
+        trainer.model.transformer.ln_f.bias.register_hook(lambda _: self.reach("backward"))
 
     def on_step_end(self, trainer):
         self.step = trainer.step
         if self.where == "step" and self.step == self.at:
-            threading.Timer(self.delay, self.strike).start()
+            threading.Timer(self.delay, self.send).start()
         if self.where == "save" and self.step > self.at + 2:
-            self.strike()  # the save had fewer operations
+            self.send()  # the save had fewer operations
 
     def watch_writer(self):
-        """Strike at an operation of the writer, before or after it."""
-        moments = itertools.count()
+        """Count the writer's file-system operations, before and after each."""
+        counter = itertools.count()
 
         def watched(function):
             def call(*args, **kwargs):
-                self.count(moments)
+                self.count(counter)
                 result = function(*args, **kwargs)
-                self.count(moments)
+                self.count(counter)
                 return result
 
             return call
@@ -104,32 +114,33 @@ class Strike(Callback):
         for name in OPERATIONS:
             setattr(os, name, watched(getattr(os, name)))
 
-    def count(self, moments):
-        if threading.current_thread().name == f"checkpoint-{self.at}" and next(moments) == self.operation:
-            self.strike()
+    def count(self, counter):
+        if threading.current_thread().name == f"checkpoint-{self.at}" and next(counter) == self.operation:
+            self.send()
 
 
 class Resources(Callback):
-    """What the process holds, every so many steps."""
+    """Records the memory, descriptors and threads of the process every few steps."""
 
     def __init__(self, every):
-        self.every, self.seen = every, []
+        self.every, self.records = every, []
 
     def on_step_end(self, trainer):
         if self.every and trainer.step % self.every == 0:
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.seen.append({"step": trainer.step, "rss": pages * os.sysconf("SC_PAGE_SIZE"), **held()})
+            rss = pages * os.sysconf("SC_PAGE_SIZE")
+            self.records.append({"step": trainer.step, "rss": rss, **open_resources()})
 
 
-def held():
+def open_resources():
     return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task"))}  # noqa: PTH208
 
 
-def left(before):
-    """What is held at the end; the system lists a thread that has been joined for a moment longer."""
+def remaining_resources(before):
+    """Return what is open at the end. The kernel lists a joined thread for a moment longer."""
     for _ in range(100):
-        after = held()
+        after = open_resources()
         if after["threads"] <= before["threads"]:
             break
         time.sleep(0.01)
@@ -138,28 +149,28 @@ def left(before):
 
 def run(job):
     rank = int(os.environ.get("RANK", "0"))
-    strike = Strike(**job["strike"] or {}) if rank == job["struck"] else Strike()
+    signals = SendSignals(**job["signals"] or {}) if rank == job["rank"] else SendSignals()
     resources = Resources(job["measure_every"])
     handlers = [signal.getsignal(number) for number in HANDLED_SIGNALS]
-    answer = {"raised": None, "before": held()}
+    result = {"raised": None, "before": open_resources()}
     try:
         trainer = Trainer(
             GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16, dropout=0.1),
-            Samples(lambda: strike.moment("data"), **job["data"]),
-            Samples(lambda: strike.moment("evaluation")),
+            Samples(lambda: signals.reach("data"), **job["data"]),
+            Samples(lambda: signals.reach("evaluation")),
             config=TrainerConfig(**SETTINGS | job["config"]),
-            callbacks=[strike, resources],
+            callbacks=[signals, resources],
         )
         trainer.train(resume=True)
     except BaseException as error:
-        answer["raised"] = type(error).__name__
+        result["raised"] = type(error).__name__
         raise
     finally:
-        answer["handlers"] = [signal.getsignal(number) for number in HANDLED_SIGNALS] == handlers
-        answer["seconds"] = strike.sent and time.monotonic() - strike.sent
-        answer["after"], answer["seen"] = left(answer["before"]), resources.seen
+        result["handlers_restored"] = [signal.getsignal(number) for number in HANDLED_SIGNALS] == handlers
+        result["seconds"] = signals.sent and time.monotonic() - signals.sent
+        result["after"], result["resources"] = remaining_resources(result["before"]), resources.records
         if rank == 0:
-            Path(job["answer"]).write_text(json.dumps(answer))
+            Path(job["result"]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

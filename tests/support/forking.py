@@ -1,7 +1,7 @@
-"""Processes forked from one that has imported everything, so that each starts at once; not a test.
+"""A server that forks processes from one that has imported everything, so that they start at once.
 
-Each line of the input is an order: a job, how many processes make its world, their environment and where they write.
-The answer tells how each ended.
+Each line on standard input is a JSON request: a job, its number of processes, their environment and their log file.
+The reply is a JSON list of their exit codes.
 """
 
 import contextlib
@@ -11,50 +11,50 @@ import signal
 import sys
 import traceback
 
-import torch._dynamo  # noqa: F401 - which the first optimizer of a process imports
+import torch._dynamo  # noqa: F401 - imported by the first optimizer of a process
 from worlds import free_port
 
-import homebrew.checkpoint.manager  # noqa: F401 - and this the first Trainer
+import homebrew.checkpoint.manager  # noqa: F401 - imported by the first Trainer of a process
 
 
 def serve(work):
-    """Have every order's processes call `work(job)`."""
+    """Run `work(job)` in the processes of each request, until standard input is closed."""
     for line in sys.stdin:
-        order = json.loads(line)
+        request = json.loads(line)
         port = free_port()
-        left, codes = [start(work, order, port, rank) for rank in range(order["processes"])], []
-        while left:
+        running, codes = {fork(work, request, port, rank) for rank in range(request["processes"])}, []
+        while running:
             pid, status = os.wait()
-            left.remove(pid)
+            running.remove(pid)
             codes.append(os.waitstatus_to_exitcode(status))
-            if codes[-1] == -signal.SIGKILL:  # as a launcher does
-                for other in left:
+            if codes[-1] == -signal.SIGKILL:  # a launcher then kills the other ranks
+                for other in running:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(other, signal.SIGKILL)
         print(json.dumps(codes), flush=True)
 
 
-def start(work, order, port, rank):
-    """Fork one process of a world."""
+def fork(work, request, port, rank):
+    """Fork one rank and return its process id."""
     pid = os.fork()
     if pid == 0:
-        be_one(work, order, port, rank)
+        run_rank(work, request, port, rank)
     return pid
 
 
-def be_one(work, order, port, rank):
-    """Be one process of a world, as a launcher would have started it."""
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def run_rank(work, request, port, rank):
+    """Run the job in this process with the environment that a launcher would set, and exit."""
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
-    os.environ |= order["environment"]
-    if order["processes"] > 1:
-        sizes = {"WORLD_SIZE": order["processes"], "LOCAL_WORLD_SIZE": order["processes"]}
-        place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in (sizes | place).items()}
+    os.environ |= request["environment"]
+    if request["processes"] > 1:
+        world = {"WORLD_SIZE": request["processes"], "LOCAL_WORLD_SIZE": request["processes"]}
+        world |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in world.items()}
     code = 1
     try:
-        work(order["job"])
+        work(request["job"])
         code = 0
     except SystemExit as error:
         code = error.code

@@ -1,7 +1,7 @@
-"""Runs in the processes of a world, told what to do by JSON; not a test.
+"""Training runs for the distributed tests, described by a JSON job.
 
-The job names a layout, time-outs and tasks; each task is a run of a Trainer. What the first process found of each
-goes into the job's result file, what every process read into the task's folder.
+A job names a layout and tasks; each task is one run of a Trainer. Rank 0 writes the results of all tasks to the job's
+result file. Every rank writes the samples it has read to the task's folder.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 from collections import Counter
 from datetime import timedelta
 from functools import partialmethod
@@ -28,7 +27,6 @@ from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
 from homebrew.callbacks.base import Callback
-from homebrew.checkpoint import store as checkpoint
 from homebrew.errors import TrainingError
 from homebrew.model.lora import LoRAConfig, add_lora
 
@@ -36,7 +34,7 @@ VOCABULARY = 50
 
 
 class Ragged(Dataset):
-    """Samples with very different numbers of scored targets, some with none; remembers what is read."""
+    """A dataset whose samples have from 0 to 16 scored targets; records which samples are read."""
 
     def __init__(self, breaks_at=None):
         rows = torch.randint(0, VOCABULARY, (96, 17), generator=torch.Generator().manual_seed(3))
@@ -56,8 +54,8 @@ class Ragged(Dataset):
         return self.input_ids[i], self.targets[i]
 
 
-class Watch(Callback):
-    """Remembers a run's figures, and breaks it where the task says so."""
+class Recorder(Callback):
+    """Records a run's metrics, and makes it fail where the task says so."""
 
     def __init__(self, task):
         self.task = task
@@ -78,12 +76,12 @@ class Watch(Callback):
 
     def on_step_end(self, trainer):
         trainer.should_stop = trainer.step == self.task.get("stop")
-        full = {"save": 0, "part": 1}.get(self.task.get("break"))
-        if trainer.step == 3 and trainer.accelerator.process_index == full:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))  # as a full disk would
-        commits = trainer.step == trainer.config.max_steps and trainer.accelerator.process_index == 0
-        if commits and self.task.get("break", "").endswith("commit"):
-            checkpoint.rename = no_space
+        rank_with_full_disk = {"save": 0, "part": 1}.get(self.task.get("break"))
+        if trainer.step == 3 and trainer.accelerator.process_index == rank_with_full_disk:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+        last_save = trainer.step == trainer.config.max_steps and trainer.accelerator.process_index == 0
+        if last_save and self.task.get("break", "").endswith("commit"):
+            os.rename = no_space
         if trainer.step == 7 and trainer.accelerator.process_index == 1 and "signal" in self.task:
             os.kill(os.getpid(), getattr(signal, self.task["signal"]))
 
@@ -92,7 +90,7 @@ class Watch(Callback):
 
 
 class Poison(Callback):
-    """Puts a number into one process's third step; keeps what this process's weights and optimizer hash to."""
+    """Makes the loss or gradient of this rank's third step bad; records hashes of weights and optimizer state."""
 
     def __init__(self, where=None, value=0.0):
         self.where, self.value, self.losses, self.digests = where, float(value), 0, []
@@ -123,7 +121,7 @@ class Poison(Callback):
 
 
 class RowRMS(torch.optim.Optimizer):
-    """RMSprop with one number a row: of a sharded parameter this is a replicated tensor."""
+    """RMSprop with one value per row. For a sharded parameter, this state is a replicated DTensor."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 1e-2})
@@ -144,33 +142,34 @@ class RowRMS(torch.optim.Optimizer):
 
 
 def no_space(*_):
-    """A commit that fails, the parts being there."""
+    """Fail as `os.rename` does on a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def limit_memory(model, most):
-    """Run out of memory with more sequences than this, as a GPU would."""
+def limit_memory(model, max_sequences):
+    """Make the model run out of memory with more sequences than `max_sequences`."""
 
     def hook(_, inputs):
-        if len(inputs[0]) > most:
+        if len(inputs[0]) > max_sequences:
             raise torch.OutOfMemoryError
 
     model.register_forward_pre_hook(hook)
 
 
 def kill_in_save(step):
-    """Before a file of this step's checkpoint is on the disk."""
+    """Kill this process before the first file of this step's checkpoint is synced."""
 
     def fsync(descriptor, sync=os.fsync):
-        if threading.current_thread().name == f"checkpoint-{step}":
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if f".step-{step:08}.writing/" in str(path):
             os.kill(os.getpid(), signal.SIGKILL)
         sync(descriptor)
 
     os.fsync = fsync
 
 
-def broken_off(trainer):
-    """Break every process's second step off, and begin again with the same Trainer; what that is told."""
+def resume_after_interruption(trainer):
+    """Interrupt the second step on every rank, resume with the same Trainer, and return the error message."""
 
     def hook(*_):
         if trainer.step == 1:
@@ -189,9 +188,9 @@ def broken_off(trainer):
 def build(task, rank):
     broken = task.get("break") if rank == 1 else None
     train = [] if broken == "startup" else Ragged(breaks_at=40 + 1 if broken == "data" else None)
-    watch, poison = Watch(task), Poison(**task.get("poison", {}) if rank == 1 else {})
-    killed, step = task.get("kill_in_save", (None, None))
-    if rank == killed:
+    recorder, poison = Recorder(task), Poison(**task.get("poison", {}) if rank == 1 else {})
+    killed_rank, step = task.get("kill_in_save", (None, None))
+    if rank == killed_rank:
         kill_in_save(step)
     if task.get("break") == "record":
         (Path(task["output_dir"]) / "run.json").mkdir(parents=True, exist_ok=True)
@@ -199,7 +198,7 @@ def build(task, rank):
         block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
     )
     model = GPT(shape)
-    if task.get("compile"):  # traced and split as for Inductor, without the minutes of its C++ compiler
+    if task.get("compile"):  # AOTAutograd without Inductor, whose C++ compiler takes minutes
         nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     if task.get("lora"):
         add_lora(model, LoRAConfig(rank=3))
@@ -224,21 +223,21 @@ def build(task, rank):
             non_finite="skip" if "poison" in task else "raise",
             collective_timeout_seconds=task.get("timeout", 120),
         ),
-        callbacks=[watch, poison],
+        callbacks=[recorder, poison],
         optimizer=RowRMS(model.parameters()) if task.get("row_rms") else None,
     )
-    return trainer, train, watch, poison
+    return trainer, train, recorder, poison
 
 
 def run(task, rank):
-    trainer, train, watch, poison = build(task, rank)
+    trainer, train, recorder, poison = build(task, rank)
     if task.get("profile"):
         with torch.profiler.profile() as profiler:
             trainer.train()
         names = Counter(event.name for event in profiler.events())
         return {"collectives": {name: count for name, count in names.items() if name.startswith("c10d::")}}
     if task.get("again"):
-        return {"error": broken_off(trainer)}
+        return {"error": resume_after_interruption(trainer)}
     if "stop" in task:
         trainer.train()
         trainer.evaluate()
@@ -252,8 +251,8 @@ def run(task, rank):
         save_file(weights, folder / "weights.safetensors")
     return {
         "micro_batch_size": trainer.batch.micro_batch_size,
-        "losses": watch.losses,
-        "evaluations": watch.evaluations,
+        "losses": recorder.losses,
+        "evaluations": recorder.evaluations,
         "processes": trainer.accelerator.num_processes,
         "kind": type(trainer._wrapped).__name__,
         "text": model.generate([[1, 2, 3]], 8, seed=1)[0],
@@ -261,7 +260,7 @@ def run(task, rank):
 
 
 def shard(replicas, processes, timeout):
-    """FSDP2 as the launcher would ask for it; Accelerate has it on a CPU only if told that the CPUs are GPUs."""
+    """Request FSDP2 as a launcher would. Accelerate supports it on CPUs only if the state says MULTI_GPU."""
     PartialState(cpu=True, timeout=timedelta(seconds=timeout)).distributed_type = DistributedType.MULTI_GPU
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     if replicas > 1:
@@ -285,6 +284,6 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         work(json.loads(sys.argv[1]))
     else:
-        from forking import serve  # which imports what a launched process imports in its run
+        from forking import serve  # imports what a launched process imports during its run
 
         serve(work)

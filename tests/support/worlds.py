@@ -1,4 +1,4 @@
-"""What processes on one machine need to find each other; not a test."""
+"""Environment and ports for several processes on one machine."""
 
 import socket
 
@@ -6,7 +6,7 @@ ON_CPUS = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_TH
 
 
 def free_port():
-    """One that nobody listens at now."""
+    """Return a TCP port that is currently free."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

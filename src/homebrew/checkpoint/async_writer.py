@@ -1,61 +1,68 @@
-"""Work that a run does not wait for."""
+"""Runs one write at a time in a background thread and keeps its error."""
 
 import threading
 from collections.abc import Callable
 
 
 class AsyncWriter:
-    """Writes one thing at a time, in a thread; what that failed with is kept until it is asked for."""
+    """Runs one write at a time in a background thread.
+
+    An error of the thread is kept until `wait`, `start` or `take_error` returns or raises it.
+    """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, write: Callable[[], object], *, name: str) -> None:
-        """Call `write`, once the last one has ended.
+        """Call `write` in a thread, after the previous write has finished.
 
         Args:
-            write: what to do.
-            name: the thread's.
+            write: Function to call.
+            name: Name of the thread.
 
         Raises:
-            BaseException: what the last one failed with.
+            BaseException: The error of the previous write; `write` is not called.
         """
         self.wait()
 
-        def work() -> None:
+        def run() -> None:
             try:
                 write()
             except BaseException as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=work, name=name)
+        self._thread = threading.Thread(target=run, name=name)
         self._thread.start()
 
-    def is_writing(self, seconds: float | None) -> bool:
-        """Whether something is still being written after so many seconds; None: wait for its end."""
+    def is_writing(self, timeout_seconds: float | None) -> bool:
+        """Return whether a write is still running after `timeout_seconds`; None waits until it has finished."""
         if self._thread is not None:
-            self._thread.join(seconds)
+            self._thread.join(timeout_seconds)
             if not self._thread.is_alive():
                 self._thread = None
         return self._thread is not None
 
     @property
     def failed(self) -> bool:
-        """Whether there is an error that nobody has asked for."""
+        """Whether a write has failed and its error has not been raised yet."""
         return self._error is not None
 
     def take_error(self) -> BaseException | None:
-        """The error, once."""
+        """Return the error of the last write and clear it."""
         error, self._error = self._error, None
         return error
 
     def close(self) -> None:
-        """Wait for the end, whatever becomes of it."""
+        """Wait for the running write, without raising its error."""
         self.is_writing(None)
 
     def wait(self) -> None:
-        """Wait for the end, and raise what it failed with."""
+        """Wait for the running write.
+
+        Raises:
+            BaseException: The error of the write.
+        """
         self.close()
         if (error := self.take_error()) is not None:
             raise error

@@ -1,8 +1,7 @@
-"""A checkpoint's files, written into the folder it is made in, the manifest last."""
+"""Writes the files of one checkpoint into a folder: tensors, `state.json`, and the manifest last."""
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,79 +14,66 @@ from homebrew.checkpoint.manifest import (
     STATE,
     Entry,
     Manifest,
-    not_finite,
     parse_state,
     state_to_json,
 )
-from homebrew.checkpoint.safetensors_writer import serialised
-from homebrew.checkpoint.verified_files import write_durably
-from homebrew.errors import CheckpointError, HomebrewError, NonFiniteError
-from homebrew.io import fsync_directory
+from homebrew.checkpoint.safetensors_writer import serialize
+from homebrew.checkpoint.tensor_check import find_non_finite
+from homebrew.errors import CheckpointError, NonFiniteError
+from homebrew.io import fsync_directory, write_durably
 
-Files = Mapping[str, Mapping[str, Tensor]]
-"""Tensors by name, by file name without suffix."""
-Others = Callable[[], Mapping[str, Entry]]
-"""Waits until other processes have written their files into a checkpoint's folder, and says which these are."""
-
-
-def write_files(folder: Path, step: int, files: Files) -> dict[str, Entry]:
-    """Write tensor files and wait until they are on the disk.
-
-    Args:
-        folder: to write them into.
-        step: that they are of, for messages.
-        files: CPU tensors.
-
-    Returns:
-        The files, for the manifest.
-
-    Raises:
-        CheckpointError: a file could not be written.
-        NonFiniteError: a tensor holds a number that is not finite.
-    """
-    entries = {}
-    for name, tensors in files.items():
-        if bad := not_finite(name, tensors):
-            raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {name} is not finite.")
-        entries[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", *serialised(tensors))
-    return entries
+TensorFiles = dict[str, dict[str, Tensor]]
+"""Tensors by file name without suffix, then by tensor name."""
 
 
 def write_checkpoint(
-    folder: Path, step: int, files: Files, state: Mapping[str, Any], score: float | None, others: Others | None
+    folder: Path,
+    step: int,
+    files: TensorFiles,
+    state: Mapping[str, Any],
+    score: float | None,
+    shards: Mapping[str, Entry],
 ) -> None:
-    """Write a checkpoint's files into its folder and wait until they are on the disk, the manifest last.
+    """Write a checkpoint's files into an existing folder and sync them to disk, the manifest last.
+
+    Args:
+        folder: Folder to write to.
+        step: Optimizer steps taken.
+        files: CPU tensors.
+        state: JSON object for `state.json`.
+        score: Evaluation loss, finite, or None.
+        shards: Files that are already in subfolders of `folder`, for the manifest.
 
     Raises:
-        CheckpointError: a file could not be written, or could not be read again as what it is.
-        NonFiniteError: a tensor holds a number that is not finite.
+        OSError: A file could not be written.
+        CheckpointError: The files could be written, but would be refused when they are read.
+        NonFiniteError: A tensor has values that are not finite.
     """
-    try:
-        entries = write_files(folder, step, files)
-    except BaseException:
-        if others is not None:
-            with contextlib.suppress(HomebrewError):  # the error is the one to tell of
-                others()  # until then the folder is not to be cleared: they write into it
-        raise
-    if others is not None:
-        entries |= others()
-    facts = state_to_json(state, step, score)
-    entries[STATE] = _write(folder / STATE, facts)
+    entries = dict(shards)
+    for name, tensors in files.items():
+        if bad := find_non_finite(name, tensors):
+            raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {name} is not finite.")
+        entries[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", *serialize(tensors))
+    state_json = state_to_json(state, step, score)
+    entries[STATE] = _write(folder / STATE, state_json)
     manifest = Manifest(step, score, entries)
     data = manifest.to_json()
-    if len(facts) > MAX_STATE_BYTES or len(data) > MAX_MANIFEST_BYTES:
+    if len(state_json) > MAX_STATE_BYTES or len(data) > MAX_MANIFEST_BYTES:
         raise CheckpointError(
-            f"{folder}: a state of {len(facts):,} bytes is too long, or {len(entries)} files too many."
+            f"{folder}: state.json of {len(state_json):,} bytes exceeds {MAX_STATE_BYTES:,}, or {len(entries)} files "
+            f"are too many for one manifest."
         )
-    parse_state(facts, folder / STATE, Manifest.from_json(data, folder / MANIFEST))
+    parse_state(state_json, folder / STATE, Manifest.from_json(data, folder / MANIFEST))
     _write(folder / MANIFEST, data)
+    for subfolder in sorted({(folder / name).parent for name in shards}):
+        fsync_directory(subfolder)
     fsync_directory(folder)
 
 
-def _write(path: Path, *pieces: bytes | memoryview) -> Entry:
-    """Write a file and describe it for the manifest."""
-    write_durably(path, *pieces)
+def _write(path: Path, *buffers: bytes | memoryview) -> Entry:
+    """Write a file and return its manifest entry."""
+    write_durably(path, *buffers)
     digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return Entry(sum(map(len, pieces)), digest.hexdigest())
+    for buffer in buffers:
+        digest.update(buffer)
+    return Entry(sum(map(len, buffers)), digest.hexdigest())

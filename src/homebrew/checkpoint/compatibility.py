@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to this run: what must be the same for it to go on exactly."""
+"""Whether a checkpoint may resume a run: the identity of a run, and the comparison of two."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
@@ -13,13 +13,13 @@ from homebrew.model.gpt import GPT
 from homebrew.model.lora import base_fingerprint, lora_layers
 
 Schedule = Callable[[int], float]
-"""Step -> multiplier of the learning rate."""
+"""Maps a step to a multiplier of the learning rate."""
 
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
-_PROBES = 16
-_HOW_NOT_WHAT = ("fused", "foreach", "capturable", "differentiable")
-"""Settings of an optimizer that change its speed, and differ between devices."""
+_NUM_PROBES = 16
+_IMPLEMENTATION_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
+"""Optimizer options that change its speed, not its result, and differ between devices."""
 
 
 def run_identity(
@@ -33,73 +33,75 @@ def run_identity(
     global_batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """What decides a run's every step, one JSON value for each of `ASPECTS`.
+    """Return everything that determines a run's steps: one JSON value for each of `ASPECTS`.
 
-    The schedule, any function of the step, is told by the learning rates it makes at evenly spaced steps.
+    The schedule can be any function; it is identified by its learning rates at evenly spaced steps.
 
     Raises:
-        ConfigError: the schedule does not give a number.
+        ConfigError: The schedule does not return a number.
     """
-    probes = sorted({max_steps * i // _PROBES for i in range(_PROBES + 1)})
+    probes = sorted({max_steps * i // _NUM_PROBES for i in range(_NUM_PROBES + 1)})
     peaks = sorted({float(group["lr"]) for group in optimizer.param_groups})
     return {
         "dataset": getattr(dataset, "fingerprint", f"{len(dataset)} samples"),  # type: ignore[arg-type]
         "model": asdict(model.config),
         "adapter": _adapter(model),
-        "optimizer": _settings(optimizer) | {"max_grad_norm": max_grad_norm},
+        "optimizer": _optimizer_settings(optimizer) | {"max_grad_norm": max_grad_norm},
         "schedule": {
             "max_steps": max_steps,
-            "learning rates": [[step, *(peak * _factor(schedule, step) for peak in peaks)] for step in probes],
+            "learning rates": [[step, *(peak * _multiplier(schedule, step) for peak in peaks)] for step in probes],
         },
         "global_batch_size": global_batch_size,
         "seed": seed,
     }
 
 
-def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its class, and what its groups set; what else they hold is state, and the learning rate is the schedule's."""
-    names = optimizer.defaults.keys() - {"lr", *_HOW_NOT_WHAT}
-    found = {name: [_told(group.get(name)) for group in optimizer.param_groups] for name in sorted(names)}
-    return {"class": type(optimizer).__name__} | {name: ", ".join(values) for name, values in found.items()}
+def _optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the class and each group's settings, without the learning rate and without state."""
+    names = optimizer.defaults.keys() - {"lr", *_IMPLEMENTATION_OPTIONS}
+    values = {name: [_canonical(group.get(name)) for group in optimizer.param_groups] for name in sorted(names)}
+    return {"class": type(optimizer).__name__} | {name: ", ".join(strings) for name, strings in values.items()}
 
 
-def _told(value: object) -> str:
-    """A setting in words that are the same for equal numbers of any type."""
+def _canonical(value: object) -> str:
+    """Return a string that is the same for equal numbers of any type, and for tuples and lists."""
     if isinstance(value, tuple | list):
-        return f"({', '.join(map(_told, value))})"
+        return f"({', '.join(map(_canonical, value))})"
     if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(float(value))
     return repr(value) if isinstance(value, str | bool | None) else type(value).__name__
 
 
-def _factor(schedule: Schedule, step: int) -> float:
+def _multiplier(schedule: Schedule, step: int) -> float:
     value: Any = schedule(step)
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule({step}) is {value!r}: it must be the number the peak is multiplied by.") from error
+        raise ConfigError(
+            f"schedule({step}) returned {value!r}: it must return a number, the multiplier of the learning rate."
+        ) from error
 
 
 def _adapter(model: GPT) -> dict[str, Any] | None:
-    """What an adapter-only checkpoint relies on: the adapter's shape, and the base it belongs to."""
+    """Return the adapter's configuration and a fingerprint of its base model, or None without LoRA."""
     configs = [layer.config for layer in lora_layers(model).values()]
     if not configs:
         return None
-    shape = asdict(configs[0]) | {"target_modules": list(configs[0].target_modules)}
-    return shape | {"base_sha256": base_fingerprint(model)}
+    config = asdict(configs[0]) | {"target_modules": list(configs[0].target_modules)}
+    return config | {"base_sha256": base_fingerprint(model)}
 
 
 def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Collection[str]) -> None:
-    """Refuse to go on with what another run left.
+    """Check that a checkpoint belongs to this run.
 
     Args:
-        saved: `run_identity` as the checkpoint holds it.
+        saved: `run_identity` as the checkpoint has it; any JSON value.
         ours: `run_identity` of this run.
-        accept_changes: aspects that may differ.
+        accept_changes: Aspects that may differ.
 
     Raises:
-        ConfigError: `accept_changes` names something else.
-        ResumeMismatch: an aspect differs; the message names each, and how to go on.
+        ConfigError: `accept_changes` has an unknown aspect.
+        ResumeMismatch: An aspect differs. The message names each difference, and how to resume anyway.
     """
     if unknown := sorted(set(accept_changes) - set(ASPECTS)):
         raise ConfigError(f"accept_changes={unknown!r}: must be among {', '.join(ASPECTS)}.")
@@ -108,9 +110,9 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
     if differing:
         lines = ";\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)
         raise ResumeMismatch(
-            f"The checkpoint belongs to another run:\n  {lines}.\nGive this run the same, use a new output_dir, or "
-            f"go on knowingly with train(resume=True, accept_changes={tuple(differing)!r}). With `homebrew train`: "
-            f"{' '.join(f'--accept-changes {name}' for name in differing)}."
+            f"The checkpoint belongs to another run:\n  {lines}.\nUse the settings of that run, choose a new "
+            f"output_dir, or accept the changes: train(resume=True, accept_changes={tuple(differing)!r}), or "
+            f"`homebrew train {' '.join(f'--accept-changes {name}' for name in differing)}`."
         )
 
 
@@ -118,14 +120,19 @@ def _difference(saved: object, ours: object) -> str:
     if isinstance(saved, dict) and isinstance(ours, dict):
         keys = [key for key in (saved | ours) if saved.get(key) != ours.get(key)]
         return ", ".join(f"{key} {_difference(saved.get(key), ours.get(key))}" for key in keys)
-    if isinstance(saved, list) and isinstance(ours, list):
-        pairs = [(a, b) for a, b in zip(saved, ours, strict=False) if a != b]
-        return f"first differ where {_short(pairs[0][0])} is now {_short(pairs[0][1])}" if pairs else "differ in length"
+    if _is_curve(saved) and _is_curve(ours):
+        pairs = [(a, b) for a, b in zip(saved, ours, strict=False) if a != b]  # type: ignore[call-overload]
+        if not pairs:
+            return "differ in length"
+        (step, *old), (_, *new) = pairs[0]
+        old_rates, new_rates = (", ".join(f"{rate:.6g}" for rate in rates) for rates in (old, new))
+        return f"first differ at step {step}: was {old_rates}, is {new_rates}"
     return f"was {saved!r}, is {ours!r}"
 
 
-def _short(value: object) -> str:
-    """A step and its learning rates, to the digits that matter; anything else as it is."""
-    if not (isinstance(value, list) and value and all(isinstance(number, int | float) for number in value)):
-        return repr(value)
-    return f"step {value[0]} has {', '.join(f'{rate:.6g}' for rate in value[1:])}"
+def _is_curve(value: object) -> bool:
+    """Return whether a value is a list of [step, learning rates...]."""
+    return isinstance(value, list) and all(
+        isinstance(point, list) and point and all(isinstance(number, int | float) for number in point)
+        for point in value
+    )

@@ -1,10 +1,11 @@
-"""Saves a run and brings it back: what the run is, what it holds, and the checkpoints on the disk, together."""
+"""Saves and restores a run: what the Trainer uses of this package."""
 
+import contextlib
 import json
 import socket
-import time
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,59 +16,71 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from homebrew import errors
 from homebrew.checkpoint.async_writer import AsyncWriter
-from homebrew.checkpoint.checkpoint_files import write_files
+from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import check_identity
-from homebrew.checkpoint.manifest import STATE, Checkpoint
-from homebrew.checkpoint.optimizer_numbers import OptimizerNumbers
-from homebrew.checkpoint.reports import SHARE, Reports
+from homebrew.checkpoint.manifest import STATE, Checkpoint, Entry
+from homebrew.checkpoint.sharded import rank_files, save_shards
 from homebrew.checkpoint.state_dict import (
-    Files,
     Stateful,
     check_files,
+    check_plain_optimizer_state,
+    checkpoint_bytes,
     gather_run,
+    gather_small_state,
+    group_settings,
+    plain_optimizer_state,
     reserve_staging,
-    run_bytes,
+    restore_plain_optimizer_state,
     scatter_run,
+    sharded_tensors,
 )
 from homebrew.checkpoint.store import CheckpointStore
+from homebrew.checkpoint.tensor_check import find_non_finite
+from homebrew.checkpoint.verified_files import is_regular, measure
 from homebrew.data.tokenizer import Tokenizer
-from homebrew.distributed.collectives import gather_bytes, is_lost, run_on_main
+from homebrew.distributed.collectives import gather_bytes, run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
-from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, HomebrewError, NonFiniteError
 from homebrew.model.gpt import GPT
 
-_ERROR_DELAY_SECONDS = 3.0
-_ASK_SECONDS = 1.0
-"""How long a process waits for its own writer before it asks for the others'."""
+_POLL_SECONDS = 1.0
+_SHARED = (
+    "Ranks that write a checkpoint together need an output_dir on a shared file system; or raise gather_limit_bytes, "
+    "so that rank 0 writes alone."
+)
 
 
 class CheckpointManager:
-    """The checkpoints of one run; every method is collective.
+    """Saves and restores one run. All methods are collective: every rank calls them.
 
-    While it is entered the run trains; at the end it waits for the writer, whatever becomes of it.
+    A checkpoint is gathered on rank 0 and written there in a background thread. Under FSDP, a checkpoint larger than
+    `gather_limit_bytes` is written by all ranks together, each its own shards. Such a save is synchronous, because its
+    collectives would interleave with training's if they ran in a thread.
+
+    As a context manager, it waits at the end of the block until the background thread has finished.
 
     Args:
-        accelerator: of the run.
-        bare: the model without wrappers.
-        model: as `prepare` returned it.
-        optimizer: not as `prepare` returned it.
-        guard: of the run's updates.
+        accelerator: The run's accelerator.
+        model: Model without wrappers.
+        wrapped: Model as returned by `Accelerator.prepare`.
+        optimizer: Optimizer without Accelerate's wrapper, before its first step.
+        guard: The run's update guard.
         output_dir: The run's folder.
-        keep_last: Newest checkpoints to keep.
-        keep_every: Keep checkpoints at multiples of this step for good.
-        gather_limit_bytes: Under FSDP, the largest checkpoint that rank 0 gathers and writes alone.
-        timeout_seconds: How long rank 0 waits for the other ranks' files.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Keep the checkpoints of all steps that are multiples of this number.
+        gather_limit_bytes: Under FSDP, size of the largest checkpoint that rank 0 gathers and writes alone, in bytes.
         seed: The run's random seed.
-        identity: what decides the run's every step (`compatibility.run_identity`).
-        tokenizer: of the run's text, for whoever opens a checkpoint without the dataset.
+        identity: What decides every step of the run, from `compatibility.run_identity`.
+        tokenizer: Tokenizer of the dataset; saved so that a checkpoint can be used without the dataset.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        bare: GPT,
-        model: nn.Module,
+        model: GPT,
+        wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
         guard: Stateful,
         *,
@@ -75,17 +88,15 @@ class CheckpointManager:
         keep_last: int,
         keep_every: int | None,
         gather_limit_bytes: int,
-        timeout_seconds: float,
         seed: int,
         identity: dict[str, Any],
         tokenizer: Tokenizer | None,
     ) -> None:
         self._accelerator = accelerator
-        self._bare = bare
         self._model = model
+        self._wrapped = wrapped
         self._optimizer = optimizer
-        self._numbers = OptimizerNumbers(bare, optimizer)
-        self._told_of_lost = False
+        self._initial_settings = group_settings(optimizer)
         self._guard = guard
         self._output_dir = output_dir
         self._seed = seed
@@ -93,228 +104,279 @@ class CheckpointManager:
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
         self._store = CheckpointStore(output_dir, keep_last=keep_last, keep_every=keep_every)
         self._writer = AsyncWriter()
-        self._reports: Reports | None = None
-        """What the others write, where all write together."""
-        several = uses_fsdp(accelerator) and accelerator.num_processes > 1
-        if several and run_bytes(bare) > gather_limit_bytes:
-            self._reports = Reports(accelerator, timeout_seconds)
+        multi_rank_fsdp = uses_fsdp(accelerator) and accelerator.num_processes > 1
+        self._sharded = multi_rank_fsdp and checkpoint_bytes(model) > gather_limit_bytes
         self._saved_step: int | None = None
-        self._began = False
-        self._found: Files = {}
+        self._restored = False  # whether `restore` has been called
+        self._warned = False
 
     def restore(self, resume: bool | str | Path, accept_changes: Collection[str]) -> int:
-        """Bring the run to where it starts: weights, optimizer, random states.
+        """Restore weights, optimizer and random states from a checkpoint, or seed the random states at step 0.
 
         Args:
-            resume: True for the newest whole checkpoint, if there is one; a path for that one.
-            accept_changes: aspects in which the checkpoint's run may differ.
+            resume: True for the newest valid checkpoint, if there is one; or the path of a checkpoint.
+            accept_changes: Aspects in which the checkpoint's run may differ from this one.
 
         Returns:
-            Optimizer steps already taken.
+            Number of optimizer steps already taken.
 
         Raises:
-            ConfigError: the folder cannot be written, or holds a run and `resume` is False or an older checkpoint's.
-            CheckpointError: a checkpoint is damaged, or belongs to another run.
+            ConfigError: The folder cannot be written to; it holds a run and `resume` is False; or it holds a newer
+                checkpoint than the one named.
+            CheckpointError: A checkpoint is corrupt, or belongs to another run.
         """
-        accelerator, seed = self._accelerator, self._seed
-        start = run_on_main(accelerator, lambda: self._find(resume, accept_changes))
-        set_seed(seed, device_specific=True)
-        if self._began and not start["found"] and accelerator.is_main_process:
+        accelerator = self._accelerator
+        loaded: list[TensorFiles] = []  # filled on rank 0 only
+        start = run_on_main(accelerator, lambda: self._load(resume, accept_changes, loaded))
+        set_seed(self._seed, device_specific=True)
+        if self._restored and start is None and accelerator.is_main_process:
             warnings.warn(
-                "This Trainer has trained before, and there is no checkpoint to go back to: it starts at step 0 with "
-                "the weights and the optimizer it has. For a fresh start build a new model and Trainer.",
+                "This Trainer has trained before, and there is no checkpoint to resume from: it starts at step 0 with "
+                "its current weights and optimizer state. To start over, build a new model and Trainer.",
                 stacklevel=4,
             )
-        self._began = True
-        step: int = start["step"]
-        self._saved_step = step if start["ours"] else None
-        if start["found"]:
-            files, self._found = self._found, {}
-            scatter_run(accelerator, self._model, self._optimizer, self._guard, files, seed=seed + step)
-            self._numbers.restore(start["optimizer"])
-        if self._reports is not None:
-            self._check_shared(step)
-        reserve_staging(accelerator, self._model, in_pieces=self._reports is not None)
+        self._restored = True
+        step: int = start["step"] if start else 0
+        self._saved_step = step if start and start["in_store"] else None
+        if start:
+            files = loaded[0] if loaded else {}
+            scatter_run(accelerator, self._wrapped, self._optimizer, self._guard, files, seed=self._seed + step)
+            restore_plain_optimizer_state(self._model, self._optimizer, start["optimizer"])
+        if self._sharded:
+            self._check_shared_folder(step)
+        else:
+            reserve_staging(accelerator, self._wrapped)
         return step
 
-    def _find(self, resume: bool | str | Path, accept_changes: Collection[str]) -> dict[str, Any]:
-        """On the first process: the checkpoint to go on from, read and checked."""
+    def _load(
+        self, resume: bool | str | Path, accept_changes: Collection[str], loaded: list[TensorFiles]
+    ) -> dict[str, Any] | None:
+        """On rank 0, find, read and check the checkpoint to resume from.
+
+        Its tensors are appended to `loaded`; what other ranks need of it is returned, or None without a checkpoint.
+        """
         self._store.prepare()
         if not resume and self._store.steps():
             raise ConfigError(
-                f"output_dir={str(self._output_dir)!r} already holds a run. Go on with it by "
-                f"train(resume=True), which is --resume on the command line, or choose another folder."
+                f"output_dir={str(self._output_dir)!r} already holds a run. Resume it with train(resume=True) "
+                f"(--resume on the command line), or choose another folder."
             )
-        checkpoint = None
-        if resume is True:
-            checkpoint, passed_over = self._store.latest()
-            if checkpoint is None and passed_over:
-                raise CorruptCheckpoint(
-                    f"No checkpoint in {self._store.folder} is whole: {'; '.join(passed_over)} To start anew, move "
-                    f"them away or choose another output_dir."
-                )
-            for reason in passed_over:
-                warnings.warn(f"Passed over a checkpoint: {reason}", stacklevel=6)
-        elif resume:
-            if Path(resume, "checkpoints").is_dir():
-                raise ConfigError(f"{resume} is a run's folder: give resume=True, or one of its checkpoints.")
-            checkpoint = self._store.open(resume)
-            self._check_newest(checkpoint)
+        checkpoint = self._find(resume)
         if checkpoint is None:
-            if resume and not self._began and Path(self._output_dir, "metrics.jsonl").exists():
+            if resume and not self._restored and Path(self._output_dir, "metrics.jsonl").exists():
                 warnings.warn(
-                    f"{self._output_dir} has figures of a run that saved no checkpoint: it begins anew. With a "
-                    f"smaller save_every less is lost.",
+                    f"{self._output_dir} has metrics but no checkpoint: starting at step 0. A smaller save_every loses "
+                    f"fewer steps.",
                     stacklevel=6,
                 )
-            return {"found": False, "ours": False, "step": 0}
+            return None
         check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
-        self._warn_of_differences(checkpoint)
-        self._found = checkpoint.files()
-        check_files(checkpoint.path, self._found, self._bare, self._optimizer)
-        self._numbers.check(checkpoint.state.get("optimizer"), checkpoint.path / STATE)
-        ours = checkpoint.path.resolve() == self._store.path(checkpoint.step).resolve()
-        numbers = checkpoint.state.get("optimizer")
-        return {"found": True, "ours": ours, "step": checkpoint.step, "optimizer": numbers}
+        self._warn_if_not_bitwise(checkpoint)
+        files, plain_state = checkpoint.files(), checkpoint.state.get("optimizer")
+        check_files(checkpoint.path, files, self._model, self._optimizer)
+        check_plain_optimizer_state(checkpoint.path / STATE, plain_state, self._model, self._optimizer)
+        loaded.append(files)
+        in_store = checkpoint.path.resolve() == self._store.path(checkpoint.step).resolve()
+        return {"in_store": in_store, "step": checkpoint.step, "optimizer": plain_state}
 
-    def _check_newest(self, checkpoint: Checkpoint) -> None:
-        """Refuse a checkpoint where the run has a newer one: the next resume would go on from that.
+    def _find(self, resume: bool | str | Path) -> Checkpoint | None:
+        """Open the checkpoint to resume from, or return None to start at step 0."""
+        if not resume:
+            return None
+        if resume is True:
+            newest, reasons = self._store.latest()
+            if newest is None and reasons:
+                raise CorruptCheckpoint(
+                    f"No valid checkpoint in {self._store.folder}: {'; '.join(reasons)} To start over, move them away "
+                    f"or choose another output_dir."
+                )
+            for reason in reasons:
+                warnings.warn(f"Ignored an invalid checkpoint: {reason}", stacklevel=7)
+            return newest
+        if Path(resume, "checkpoints").is_dir():
+            raise ConfigError(f"resume={str(resume)!r} is a run's folder. Use resume=True, or one of its checkpoints.")
+        checkpoint = self._store.open(resume)
+        if max(self._store.steps(), default=0) > checkpoint.step:
+            newest, _ = self._store.latest()
+            if newest is not None and newest.step > checkpoint.step:
+                raise ConfigError(
+                    f"resume={str(checkpoint.path)!r} is older than {newest.path}, from which a later "
+                    f"train(resume=True) would resume. Choose another output_dir, move the newer checkpoints away, or "
+                    f"use train(resume=True)."
+                )
+        return checkpoint
 
-        Raises:
-            ConfigError: it has.
-        """
-        if max(self._store.steps(), default=0) <= checkpoint.step:
-            return
-        newest, _ = self._store.latest()
-        if newest is not None and newest.step > checkpoint.step:
-            raise ConfigError(
-                f"resume={str(checkpoint.path)!r} is older than {newest.path}, which a later train(resume=True) would "
-                f"go on from. Choose another output_dir, move the newer ones away, or go on with train(resume=True)."
-            )
-
-    def _warn_of_differences(self, checkpoint: Checkpoint) -> None:
-        """Say what does not keep a run from going on, but from going on bitwise."""
+    def _warn_if_not_bitwise(self, checkpoint: Checkpoint) -> None:
+        """Warn of differences with which a run can resume, but not bitwise."""
         saved, ours = checkpoint.state.get("mixed_precision"), self._accelerator.mixed_precision
         if saved != ours:
             warnings.warn(
-                f"{checkpoint.path} was trained with mixed_precision={saved!r}, this run has {ours!r}: was it launched "
-                f"in another way? It goes on, but not as the run it was.",
+                f"{checkpoint.path} was trained with mixed_precision={saved!r}, this run uses {ours!r}. The results "
+                f"will differ from those of the original run; check how the run was launched.",
                 stacklevel=7,
             )
         saved, ours = checkpoint.state.get("num_processes"), self._accelerator.num_processes
         if saved != ours:
             warnings.warn(
-                f"{checkpoint.path} was saved by {saved} process(es), this run has {ours}: it goes on with the same "
-                f"samples, but sums are taken in another order, so bitwise equality is not promised.",
+                f"{checkpoint.path} was saved by {saved} process(es), this run has {ours}. It reads the same samples, "
+                f"but sums are computed in another order, so results may not be bitwise equal.",
                 stacklevel=7,
             )
 
     def path(self, step: int) -> Path:
-        """The folder of a step's checkpoint, whether it is there or not."""
+        """Return the folder of a step's checkpoint, whether or not it exists."""
         return self._store.path(step)
 
-    def save(self, step: int, *, eval_loss: float | None = None) -> None:
-        """Hand a checkpoint of this step to the writer.
-
-        Raises:
-            CheckpointError: an earlier checkpoint could not be written.
-        """
-        reports, store = self._reports, self._store
-        others = None
-        self.wait()
-        files = gather_run(self._accelerator, self._model, self._optimizer, self._guard, in_pieces=reports is not None)
-        if reports is not None:
-            token = run_on_main(self._accelerator, partial(self._start, step))
-            others = partial(reports.collect, token, store.temporary(step))
-        if self._accelerator.is_main_process:
-            write = partial(store.save, step, files, self._state(), score=eval_loss, others=others)
-            self._writer.start(write, name=f"checkpoint-{step}")
-        elif reports is not None:
-            part = partial(write_files, store.temporary(step), step, files)
-            self._writer.start(partial(reports.send, token, part), name=f"checkpoint-{step}")
-        self._saved_step = step
-
-    def _start(self, step: int) -> str:
-        """On the first process: make the folder that all write into."""
-        self._store.start(step)
-        return Reports.new_token()
-
-    def _check_shared(self, step: int) -> None:
-        """Learn before the run, and not at its first save, whether all processes see the same folder.
-
-        Raises:
-            ConfigError: they do not.
-        """
-        run_on_main(self._accelerator, partial(self._start, step))
-        seen = [self._store.temporary(step).is_dir(), socket.gethostname()]
-        found = [json.loads(answer) for answer in gather_bytes(self._accelerator, json.dumps(seen).encode())]
-        run_on_main(self._accelerator, partial(self._store.cancel, step))
-        if blind := [f"{rank} on {host}" for rank, (sees, host) in enumerate(found) if not sees]:
-            raise ConfigError(
-                f"output_dir={str(self._output_dir)!r} as the first process sees it is not there for process "
-                f"{', '.join(blind)}. {SHARE}"
-            )
-
     def is_saved(self, step: int) -> bool:
-        """Whether this step has been handed to the writer."""
+        """Return whether `save` has been called for this step and has not failed since."""
         return self._saved_step == step
 
+    def save(self, step: int, *, eval_loss: float | None = None) -> Path | None:
+        """Save a checkpoint, in the background unless it is sharded.
+
+        Args:
+            step: Optimizer steps taken.
+            eval_loss: Evaluation loss of this very step; the checkpoint with the lowest is kept.
+
+        Returns:
+            The checkpoint's folder, or None if the step is already saved.
+
+        Raises:
+            CheckpointError: An earlier checkpoint, or this sharded one, could not be written.
+            NonFiniteError: A weight or an optimizer state is not finite.
+        """
+        if self.is_saved(step):
+            return None
+        self.wait()
+        if self._sharded:
+            self._save_sharded(step, eval_loss)
+        else:
+            files = gather_run(self._accelerator, self._wrapped, self._optimizer, self._guard)
+            if self._accelerator.is_main_process:
+                write = partial(self._store.save, step, files, self._state(), score=eval_loss)
+                self._writer.start(write, name=f"checkpoint-{step}")
+        self._saved_step = step
+        return self.path(step)
+
+    def _save_sharded(self, step: int, eval_loss: float | None) -> None:
+        """Write a checkpoint on all ranks together, and commit it on rank 0."""
+        accelerator, store = self._accelerator, self._store
+        files = gather_small_state(accelerator, self._guard)
+        groups = sharded_tensors(accelerator, self._wrapped, self._optimizer)
+        folder = store.temporary_path(step)
+        self._run_on_all(lambda: _check_finite(step, groups))
+        run_on_main(accelerator, partial(store.begin, step))
+        try:
+            for name, tensors in groups.items():
+                save_shards(folder / name, tensors)
+            entries: dict[str, dict[str, Any]] = {}
+            for rank_entries in self._run_on_all(lambda: self._measure_shards(folder, groups)):
+                entries |= rank_entries
+            run_on_main(accelerator, lambda: self._commit(step, files, entries, eval_loss))
+        except HomebrewError:  # on every rank, once no rank is writing
+            if accelerator.is_main_process:
+                with contextlib.suppress(OSError):
+                    store.roll_back()
+            raise
+
+    def _measure_shards(self, folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Return manifest entries of the files that this rank has written."""
+        paths = [path for name in names for path in rank_files(folder / name, self._accelerator.process_index)]
+        return {str(path.relative_to(folder)): asdict(Entry(*measure(path))) for path in paths}
+
+    def _commit(
+        self, step: int, files: TensorFiles, entries: dict[str, dict[str, Any]], eval_loss: float | None
+    ) -> None:
+        """On rank 0, commit a checkpoint whose shards are on the disk."""
+        folder = self._store.temporary_path(step)
+        shards = {name: Entry(**entry) for name, entry in entries.items()}
+        for name, entry in shards.items():
+            if not is_regular(folder / name, size=entry.size):
+                raise CheckpointError(
+                    f"{folder / name} was written by another rank but is missing on rank 0. {_SHARED}"
+                )
+        self._store.commit(step, files, self._state(), score=eval_loss, shards=shards)
+
+    def _check_shared_folder(self, step: int) -> None:
+        """Check before training that all ranks see the folder that rank 0 creates.
+
+        Raises:
+            ConfigError: A rank does not.
+        """
+        run_on_main(self._accelerator, partial(self._store.begin, step))
+        seen = self._run_on_all(lambda: [self._store.temporary_path(step).is_dir(), socket.gethostname()])
+        run_on_main(self._accelerator, self._store.roll_back)
+        if missing := [f"{rank} on {host}" for rank, (is_visible, host) in enumerate(seen) if not is_visible]:
+            raise ConfigError(
+                f"output_dir={str(self._output_dir)!r} of rank 0 is not visible to rank {', '.join(missing)}. {_SHARED}"
+            )
+
+    def _run_on_all(self, work: Callable[[], Any]) -> list[Any]:
+        """Run `work` on every rank and return all results, JSON values; raise on every rank if it failed on one."""
+        result: dict[str, Any] = {}
+        try:
+            result = {"value": work()}
+        except HomebrewError as error:
+            result = {"error": type(error).__name__, "message": str(error)}
+        results = [json.loads(data) for data in gather_bytes(self._accelerator, json.dumps(result).encode())]
+        for rank, result in enumerate(results):
+            if "error" in result:
+                kind: type[HomebrewError] = getattr(errors, result["error"], CheckpointError)
+                raise kind(f"Rank {rank}: {result['message']}")
+        return [result["value"] for result in results]
+
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides tensors: only what is no function of the step."""
-        numbers, lost = self._numbers.state()
-        if lost and not self._told_of_lost:
+        """Return the contents of `state.json`: everything but tensors that is not a function of the step."""
+        numbers, unsupported = plain_optimizer_state(self._model, self._optimizer, self._initial_settings)
+        if unsupported and not self._warned:
+            self._warned = True
             warnings.warn(
-                f"{type(self._optimizer).__name__} keeps {', '.join(lost)}, which no checkpoint holds: a resumed run "
-                f"may differ from an unbroken one.",
+                f"Checkpoints do not contain {', '.join(unsupported)} of {type(self._optimizer).__name__}: a resumed "
+                f"run may differ from an uninterrupted one. Keep such state as tensors or plain numbers per parameter, "
+                f"or as plain numbers in parameter groups.",
                 stacklevel=6,
             )
-            self._told_of_lost = True
         return {
             "optimizer": numbers,
             "identity": self._identity,
             "tokenizer": self._tokenizer,
-            "base": self._bare.source,
+            "base": self._model.source,
             "num_processes": self._accelerator.num_processes,
             "mixed_precision": self._accelerator.mixed_precision,
         }
 
     @property
     def failed(self) -> bool:
-        """Whether this process's writer has failed."""
+        """Whether a background write of this rank has failed and its error has not been raised yet."""
         return self._writer.failed
 
     def wait(self) -> None:
-        """Wait until no process writes any more.
+        """Wait until rank 0 has finished writing.
 
-        They ask each other again and again: no collective waits for a disk, and a process that is lost is soon a
-        collective's error, on the first process too, whose writer may wait for that one's part.
+        The other ranks poll, so that no collective has to wait for a slow disk.
 
         Raises:
-            CheckpointError: on every process, if not what its own writer has failed with: one could not write.
+            CheckpointError: On every rank, if the checkpoint could not be written.
+            NonFiniteError: On every rank, if a weight or an optimizer state was not finite.
         """
-        writing = failed = True
-        while writing:
-            mine = [self._writer.is_writing(_ASK_SECONDS), self._writer.failed]
-            told = gather_bytes(self._accelerator, json.dumps(mine).encode())
-            writing, failed = map(any, zip(*map(json.loads, told), strict=True))
-        if failed:
-            self._raise_failure()
+        try:
+            while run_on_main(self._accelerator, self._poll_writer):
+                pass
+        except HomebrewError:
+            self._saved_step = None
+            raise
+
+    def _poll_writer(self) -> bool:
+        """On rank 0, return whether the writer is still running, and raise its error if it has failed."""
+        if self._writer.is_writing(_POLL_SECONDS):
+            return True
+        self._writer.wait()
+        return False
 
     def finish(self) -> None:
-        """`wait`, outside a run: here too a process that is lost ends the first one's wait for its part."""
+        """Wait as `wait` does, outside of a run: the writer has finished on return even if a collective fails."""
         with self:
             self.wait()
-
-    def _raise_failure(self) -> None:
-        """Raise what a writer has failed with, once all know that one has: its own error, or what it says."""
-        self._saved_step = None
-        own = self._writer.take_error()
-        told = gather_bytes(self._accelerator, json.dumps(own and str(own)).encode())
-        failed = {rank: text for rank, text in enumerate(map(json.loads, told)) if text is not None}
-        rank = max(failed)  # the first process's error may be about another's
-        if rank != self._accelerator.process_index:
-            time.sleep(_ERROR_DELAY_SECONDS)  # the failing rank's own error should be shown first
-        raise own or CheckpointError(f"Process {rank} could not write a checkpoint: {failed[rank]}")
 
     def __enter__(self) -> Self:
         return self
@@ -322,10 +384,19 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._reports is not None and error is not None and (is_lost(error) or is_lost(error.__cause__)):
-            self._reports.give_up()
         self._writer.close()
         if error is not None:
-            self._saved_step = None  # who asks for this step's save again does not know whether it was written
-            if own := self._writer.take_error():
-                warnings.warn(f"A checkpoint could not be written either: {own}", stacklevel=3)
+            self._saved_step = None  # it is not known whether this step was written
+            if write_error := self._writer.take_error():
+                warnings.warn(f"In addition, a checkpoint could not be written: {write_error}", stacklevel=3)
+
+
+def _check_finite(step: int, groups: TensorFiles) -> None:
+    """Check the shards of this rank.
+
+    Raises:
+        NonFiniteError: A tensor has values that are not finite.
+    """
+    for name, tensors in groups.items():
+        if bad := find_non_finite(name, tensors):
+            raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {name} is not finite.")

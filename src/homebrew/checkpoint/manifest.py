@@ -1,4 +1,4 @@
-"""What makes a folder a checkpoint: a manifest, and files that are the ones it describes."""
+"""The manifest of a checkpoint, and the validation of everything that is read from one."""
 
 import json
 import math
@@ -12,7 +12,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from homebrew.checkpoint.pieces import find_pieces, join
+from homebrew.checkpoint.sharded import load_shards
+from homebrew.checkpoint.tensor_check import find_non_finite
 from homebrew.checkpoint.verified_files import is_regular, read_bounded, read_verified, verify
 from homebrew.errors import CorruptCheckpoint
 
@@ -22,17 +23,22 @@ STATE = "state.json"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_STATE_BYTES = 16 << 20
 FOLDER = re.compile(r"step-(\d{8})", re.ASCII)
-"""A checkpoint's folder in its run's; a copy of it may have any other name."""
+"""Name of a checkpoint's folder in a run; a copy may have any other name."""
 
 _MAX_HEADER_BYTES = 16 << 20
 _TENSORS = ".safetensors"
-_FILE = re.compile(r"[a-z0-9][a-z0-9_.-]*\.safetensors")
+_TENSOR_FILE = re.compile(r"(?:[a-z0-9][a-z0-9_-]*/)?[a-z0-9][a-z0-9_.-]*\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a manifest says of a file."""
+    """A file in a manifest.
+
+    Args:
+        size: Size in bytes.
+        sha256: SHA-256 in hexadecimal.
+    """
 
     size: int
     sha256: str
@@ -40,27 +46,32 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The step a checkpoint is of, and its files."""
+    """A checkpoint's step and files.
+
+    Args:
+        step: Optimizer steps taken.
+        score: Evaluation loss of this step; finite, or None if the step was not evaluated.
+        files: All files but the manifest, by path relative to the checkpoint.
+    """
 
     step: int
     score: float | None
-    """The evaluation loss, finite."""
     files: Mapping[str, Entry]
 
     def to_json(self) -> bytes:
-        """The file's bytes."""
+        """Return the contents of `manifest.json`."""
         return json.dumps({"format": FORMAT} | asdict(self), indent=1, allow_nan=False).encode()
 
     @classmethod
     def from_json(cls, data: bytes, path: Path) -> Self:
-        """Read a manifest, its form checked.
+        """Parse and validate a manifest.
 
         Args:
-            data: the file's bytes.
-            path: where they are from, for messages; a folder named for a step must be that step's.
+            data: Contents of the file.
+            path: Path of the file. If its folder is named after a step, it must be the manifest's step.
 
         Raises:
-            CorruptCheckpoint: it is malformed.
+            CorruptCheckpoint: The manifest is malformed.
         """
         value = _parse_json(data, path)
         step, score, files = value.get("step"), value.get("score"), value.get("files")
@@ -73,75 +84,83 @@ class Manifest:
             and (score is None or (type(score) is float and math.isfinite(score)))
             and isinstance(files, dict)
             and STATE in files
-            and all((name == STATE or _FILE.fullmatch(name)) and _is_entry(entry) for name, entry in files.items())
+            and all(name == STATE or _TENSOR_FILE.fullmatch(name) for name in files)
+            and not any(f"{name.partition('/')[0]}{_TENSORS}" in files for name in files if "/" in name)
+            and all(map(_is_entry, files.values()))
         ):
-            raise CorruptCheckpoint(f"{path} is not a checkpoint's manifest (format {FORMAT}).")
-        manifest = cls(step, score, {name: Entry(entry["size"], entry["sha256"]) for name, entry in files.items()})
-        manifest.pieces(path)
-        return manifest
+            raise CorruptCheckpoint(f"{path} is not a valid checkpoint manifest (format {FORMAT}).")
+        return cls(step, score, {name: Entry(entry["size"], entry["sha256"]) for name, entry in files.items()})
 
-    def pieces(self, path: Path) -> dict[str, list[str]]:
-        """Its tensor files, each with the files that hold it, in order, all without suffix.
-
-        Raises:
-            CorruptCheckpoint: a piece is missing; the message names `path`.
-        """
-        return find_pieces((name.removesuffix(_TENSORS) for name in self.files if name.endswith(_TENSORS)), path)
+    def tensor_files(self) -> dict[str, list[str]]:
+        """Return the tensor files by name: `model` is either `model.safetensors` or all files in `model/`."""
+        groups: dict[str, list[str]] = {}
+        for file in self.files:
+            if file != STATE:
+                groups.setdefault(file.partition("/")[0].removesuffix(_TENSORS), []).append(file)
+        return groups
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files have been verified."""
+    """A checkpoint on disk whose files have been verified.
+
+    Args:
+        path: Folder of the checkpoint.
+        step: Optimizer steps taken.
+        state: Contents of `state.json`.
+        manifest: Contents of `manifest.json`.
+    """
 
     path: Path
     step: int
     state: dict[str, Any]
-    """What `state.json` holds."""
     manifest: Manifest
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its tensor files, without suffix; one in several pieces counts as one."""
-        return tuple(self.manifest.pieces(self.path / MANIFEST))
+        """Names of the tensor files, without suffix; sharded tensors have the name of their folder."""
+        return tuple(self.manifest.tensor_files())
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors, on the CPU, by file and name.
+        """Load all tensors onto the CPU, by file name and tensor name.
 
         Raises:
-            CorruptCheckpoint: a file has changed, is no safetensors file, or holds a number that is not finite.
+            CorruptCheckpoint: A file has changed, is not a safetensors file, or has non-finite values; or shards are
+                missing.
         """
         return {name: self.tensors(name) for name in self.names}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """One file's tensors, on the CPU; if it is in pieces they are put together, one in memory at a time.
+        """Load the full tensors of one file, or of all shards in one folder, onto the CPU.
 
         Args:
-            name: one of `names`.
+            name: One of `names`.
 
         Raises:
-            CorruptCheckpoint: as `files`, or the pieces do not fit together.
+            CorruptCheckpoint: As in `files`.
         """
-        pieces = self.manifest.pieces(self.path / MANIFEST)[name]
-        if pieces == [name]:
-            return self._read(name)
-        num_bytes = sum(self.manifest.files[f"{piece}{_TENSORS}"].size for piece in pieces)
-        return join(((self.path / f"{piece}{_TENSORS}", self._read(piece)) for piece in pieces), max_bytes=num_bytes)
-
-    def _read(self, name: str) -> dict[str, Tensor]:
-        path = self.path / f"{name}{_TENSORS}"
-        tensors = parse_tensors(read_verified(path, **asdict(self.manifest.files[path.name])), path)
-        if bad := not_finite(name, tensors):
-            raise CorruptCheckpoint(f"{path}: {bad} holds numbers that are not finite.")
+        files = self.manifest.tensor_files()[name]
+        path = self.path / files[0]
+        if path.parent == self.path:
+            tensors = parse_tensors(read_verified(path, **asdict(self.manifest.files[files[0]])), path)
+        else:
+            path = path.parent
+            for file in files:  # again: the files are not read at the same time as they were verified
+                verify(self.path / file, **asdict(self.manifest.files[file]))
+            max_bytes = sum(self.manifest.files[file].size for file in files)
+            tensors = load_shards(path, {Path(file).name for file in files}, max_bytes=max_bytes)
+        if bad := find_non_finite(name, tensors):
+            raise CorruptCheckpoint(f"{path}: {bad} has values that are not finite.")
         return tensors
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Verify a checkpoint folder: every file its manifest names is there, and is the one it describes.
+    """Open a checkpoint and verify the size and SHA-256 of every file in its manifest.
 
-    Files it does not name are neither read nor minded.
+    Files that are not in the manifest are ignored.
 
     Raises:
-        CorruptCheckpoint: a file is missing, or not the one its manifest describes.
+        CorruptCheckpoint: A file is missing, or differs from the manifest.
     """
     manifest = read_manifest(path)
     for name, entry in manifest.files.items():
@@ -155,37 +174,38 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """A checkpoint folder's manifest, its form checked.
+    """Read and validate the manifest of a checkpoint folder.
 
     Raises:
-        CorruptCheckpoint: there is none, or it is malformed.
+        CorruptCheckpoint: The manifest is missing or malformed.
     """
     return Manifest.from_json(read_bounded(path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES), path / MANIFEST)
 
 
-def has_its_files(path: Path, manifest: Manifest) -> bool:
-    """Whether a folder holds files of the names and sizes its manifest tells, and no others."""
-    named = {path / name for name in manifest.files} | {path / MANIFEST}
-    return set(path.iterdir()) == named and all(
+def matches_listing(path: Path, manifest: Manifest) -> bool:
+    """Return whether a folder holds exactly the files of its manifest, with the right sizes; contents are not read."""
+    expected = {path / name for name in manifest.files} | {path / MANIFEST}
+    actual = {file for file in path.rglob("*") if file.is_symlink() or not file.is_dir()}
+    return actual == expected and all(
         is_regular(path / name, size=entry.size) for name, entry in manifest.files.items()
     )
 
 
 def state_to_json(state: Mapping[str, Any], step: int, score: float | None) -> bytes:
-    """The bytes of `state.json`: beside the state what the manifest must agree with."""
+    """Return the contents of `state.json`; step and score are repeated there so that they are covered by a hash."""
     return json.dumps({"step": step, "score": score, "state": state}).encode()
 
 
 def parse_state(data: bytes, path: Path, manifest: Manifest) -> dict[str, Any]:
-    """The state in `state.json`.
+    """Parse and validate `state.json`.
 
     Args:
-        data: the file's bytes.
-        path: where they are from, for messages.
-        manifest: what it must belong to.
+        data: Contents of the file.
+        path: Path of the file, for error messages.
+        manifest: Manifest whose step and score it must have.
 
     Raises:
-        CorruptCheckpoint: it is malformed, or belongs to another manifest.
+        CorruptCheckpoint: The file is malformed, or belongs to another manifest.
     """
     value = _parse_json(data, path)
     state = value.get("state")
@@ -195,14 +215,14 @@ def parse_state(data: bytes, path: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Parse a safetensors file.
 
     Args:
-        data: the file's bytes.
-        path: where they are from, for messages.
+        data: Contents of the file.
+        path: Path of the file, for error messages.
 
     Raises:
-        CorruptCheckpoint: it is malformed.
+        CorruptCheckpoint: The file is malformed.
     """
     if int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:
         raise CorruptCheckpoint(f"{path} is not a safetensors file: its header is too long.")
@@ -210,24 +230,6 @@ def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise CorruptCheckpoint(f"{path} is not a safetensors file: {error!r}.") from error
-
-
-def not_finite(name: str, tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor with a number that is not finite, in a file of that name without suffix.
-
-    Random states may hold one: NaN there stands for a number not drawn yet.
-    """
-    if name.startswith("rng-"):
-        return None
-    return next((key for key, tensor in tensors.items() if not _is_finite(tensor)), None)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    if tensor.element_size() == 1:
-        tensor = tensor.float()  # the eight-bit floats have no isfinite of their own
-    return bool(tensor.isfinite().all())
 
 
 def _is_entry(entry: object) -> bool:
@@ -242,7 +244,7 @@ def _is_entry(entry: object) -> bool:
 
 def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(data, object_pairs_hook=_object)
+        value = json.loads(data, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -250,8 +252,8 @@ def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names differ: of two that one flipped bit has made equal, Python would drop the first."""
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Reject duplicate keys: one flipped bit can make two keys equal, and `json` would silently drop the first."""
     if len(value := dict(pairs)) < len(pairs):
-        raise ValueError("an object has a name twice")
+        raise ValueError("an object has a duplicate key")
     return value

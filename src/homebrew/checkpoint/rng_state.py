@@ -1,4 +1,4 @@
-"""The random states a step may draw from, as tensors."""
+"""States of the random number generators of Python, NumPy and PyTorch, as tensors."""
 
 import random
 
@@ -13,9 +13,9 @@ _NUMPY_WORDS = 624
 
 
 def rng_state() -> dict[str, Tensor]:
-    """The states of Python's, NumPy's and PyTorch's generators in this process."""
+    """Return the generator states of this process: Python, NumPy, PyTorch on the CPU and on the current device."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - what libraries draw from
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - libraries use it
     state = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
@@ -31,10 +31,10 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def check_rng(state: dict[str, Tensor]) -> None:
-    """Try `rng_state`'s states on generators that nobody draws from.
+    """Check that `restore_rng` can restore a state, by restoring it to throwaway generators.
 
     Raises:
-        CorruptCheckpoint: a state is missing or not one.
+        CorruptCheckpoint: A generator's state is missing or invalid.
     """
     try:
         random.Random().setstate(_python_state(state))  # noqa: S311 - not for secrets
@@ -47,10 +47,10 @@ def check_rng(state: dict[str, Tensor]) -> None:
 
 
 def restore_rng(state: dict[str, Tensor]) -> None:
-    """Put `rng_state`'s states back; a device's only where both sides have it.
+    """Restore the states returned by `rng_state`; a device's state only if this process has such a device.
 
     Raises:
-        CorruptCheckpoint: as `check_rng`; nothing has been put back.
+        CorruptCheckpoint: A generator's state is missing or invalid; no generator has been changed.
     """
     check_rng(state)
     random.setstate(_python_state(state))
@@ -70,6 +70,6 @@ def _python_state(state: dict[str, Tensor]) -> tuple[int, tuple[int, ...], float
 
 def _numpy_state(state: dict[str, Tensor]) -> tuple[str, NDArray[np.uint32], int, int, float]:
     *keys, position, has_gauss = state["numpy"].tolist()
-    if not 0 <= position <= len(keys) == _NUMPY_WORDS:  # NumPy would read past its memory
+    if not 0 <= position <= len(keys) == _NUMPY_WORDS:  # NumPy does not check and would read out of bounds
         raise ValueError(f"{len(keys)} words and position {position}")
     return "MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()

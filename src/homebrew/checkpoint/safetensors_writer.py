@@ -1,7 +1,7 @@
-"""Tensors as a safetensors file's bytes, piece by piece.
+"""Serializes tensors to the safetensors format without copying them.
 
-The library's own writer first makes one string of everything, during which no other thread of Python runs: a
-second and a gigabyte for GPT-2 small, in the middle of training. Reading is the library's.
+`safetensors.torch.save` builds one byte string of all tensors while it holds the GIL. For GPT-2 small that takes a
+second and a gigabyte, and stalls training. Files are read by the safetensors library.
 """
 
 import json
@@ -27,16 +27,13 @@ _DTYPES = {
 }
 
 
-def serialised(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """A safetensors file: its header, then each tensor's own memory, which nothing may change meanwhile.
+def serialize(tensors: Mapping[str, Tensor]) -> list[memoryview]:
+    """Return a safetensors file as buffers: the header, then the memory of each tensor.
 
     Args:
-        tensors: on the CPU, contiguous.
-
-    Returns:
-        The file's bytes, in pieces.
+        tensors: Contiguous CPU tensors; they must not change while the buffers are in use.
     """
-    # Aligned by their size: the widest first, as the format asks.
+    # Widest dtype first, so that every tensor is aligned, as the format requires.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, end = {}, 0
     for name in names:

@@ -1,7 +1,7 @@
-"""A run's weights and optimizer as plain named tensors.
+"""The state of a run as named CPU tensors: weights, optimizer, update guard and random states.
 
-The names are the bare model's whether it runs alone, on many processes, sharded or compiled; PyTorch's
-`torch.distributed.checkpoint.state_dict` sees to that. All functions are collective: every process calls them.
+Names are those of the model without wrappers, whether it runs on one process or many, sharded or compiled;
+`torch.distributed.checkpoint.state_dict` maps them. Functions that take an accelerator are collective.
 """
 
 import contextlib
@@ -22,15 +22,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from homebrew.checkpoint.pieces import check_placements, cut, my_shard, own_rows, piece_name
+from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
 from homebrew.checkpoint.tensor_check import check_tensors
 from homebrew.distributed.collectives import broadcast_bytes, gather_bytes
 from homebrew.errors import CorruptCheckpoint
-from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
 from homebrew.model.lora import LoRALinear
 
+TIED = "lm_head.weight"
+"""The head shares the embedding's weight, which is stored once, as `EMBEDDING`."""
+EMBEDDING = "transformer.wte.weight"
 _SEPARATOR = "//"
+_NOT_SAVED = ("params", "lr")
+"""Keys of a parameter group that are not state: the schedule sets the learning rate at every step."""
 
 
 class Stateful(Protocol):
@@ -43,83 +47,65 @@ class Stateful(Protocol):
         """Restore the state."""
 
 
-Files = dict[str, dict[str, Tensor]]
-"""A checkpoint's tensor files, by name without suffix."""
-
-
-def run_bytes(model: nn.Module) -> int:
-    """What a run's checkpoint takes: the weights, and Adam's two moments of those that train.
-
-    Args:
-        model: as `prepare` returned it, or the bare one.
-    """
-    kept = 0 if _weights_file(model) == "adapter" else 1
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else kept) for p in model.parameters())
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Return the size of a run's checkpoint in bytes: the weights, and two Adam moments of each trained one."""
+    saved = 0 if _weights_name(model) == "adapter" else 1
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else saved) for p in model.parameters())
 
 
 def gather_run(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    guard: Stateful,
-    *,
-    in_pieces: bool = False,
-) -> Files:
-    """All tensors a run goes on from: the weights that train, the optimizer's, and every process's random states.
+    accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, guard: Stateful
+) -> TensorFiles:
+    """Copy the full state of a run to the CPU of rank 0.
 
     Args:
-        accelerator: of the run.
-        model: as `prepare` returned it.
-        optimizer: not as `prepare` returned it.
-        guard: of the run's updates.
-        in_pieces: leave weights and optimizer where they are sharded.
+        accelerator: The run's accelerator.
+        wrapped: Model as returned by `Accelerator.prepare`.
+        optimizer: Optimizer without Accelerate's wrapper.
+        guard: The run's update guard.
 
     Returns:
-        The files' tensors, on the CPU, copies that training will not change: all of them on the first process and
-        none on the others, or on each its own piece of weights and optimizer, of which there may be none.
-
-    Raises:
-        CheckpointError: on every process, a tensor cannot be left where it is.
+        Tensors by file, which training does not change; empty on other ranks.
     """
+    files = gather_small_state(accelerator, guard)
+    tensors = _tensors(accelerator, wrapped, optimizer, full=True)
+    return files | _copy_to_cpu(tensors) if accelerator.is_main_process else {}
+
+
+def gather_small_state(accelerator: Accelerator, guard: Stateful) -> TensorFiles:
+    """Copy the update guard and every rank's random states to the CPU of rank 0; empty on other ranks."""
     states = gather_bytes(accelerator, save(rng_state()))
-    options = _options(accelerator, model, gathered=not in_pieces)
-    weights: dict[str, Any] = get_model_state_dict(model, options=options)
-    weights.pop(LM_HEAD, None)  # stored once, as the token embedding
-    files = {_weights_file(model): weights, "optimizer": _optimizer_tensors(model, optimizer, options)}
-    if in_pieces:
-        for tensors in files.values():  # on every process, also those that write no shard
-            check_placements(tensors)
-        shard = my_shard(model)
-        files = {piece_name(name, *shard): cut(files[name], shard[0]) for name in files} if shard else {}
-    elif not accelerator.is_main_process:
-        files = {}
     if not accelerator.is_main_process:
-        return _copied(files)
-    files["guard"] = guard.state_dict()
-    return _copied(files) | {f"rng-{rank}": load(state) for rank, state in enumerate(states)}
+        return {}
+    return _copy_to_cpu({"guard": guard.state_dict()}) | {f"rng-{i}": load(state) for i, state in enumerate(states)}
+
+
+def sharded_tensors(accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> TensorFiles:
+    """Return weights and optimizer state as they are sharded: DTensors on the device, not copied."""
+    return _tensors(accelerator, wrapped, optimizer, full=False)
 
 
 def scatter_run(
     accelerator: Accelerator,
-    model: nn.Module,
+    wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     guard: Stateful,
-    files: Files,
+    files: TensorFiles,
     *,
     seed: int,
 ) -> None:
-    """Put `gather_run`'s tensors back.
+    """Restore the state of a run from rank 0.
 
     Args:
-        accelerator: of the run.
-        model: as `prepare` returned it.
-        optimizer: not as `prepare` returned it.
-        guard: of the run's updates.
-        files: on the first process what a checkpoint holds, checked by `check_files`; on the others not looked at.
-        seed: for processes that the checkpoint has no random state of.
+        accelerator: The run's accelerator.
+        wrapped: Model as returned by `Accelerator.prepare`.
+        optimizer: Optimizer without Accelerate's wrapper.
+        guard: The run's update guard.
+        files: Full tensors by file on rank 0, checked by `check_files`; ignored on other ranks.
+        seed: Random seed for ranks without a saved random state.
     """
-    _scatter_weights(model, files.get(_weights_file(model), {}))
-    _scatter_optimizer(accelerator, model, optimizer, files.get("optimizer", {}))
+    _scatter_weights(wrapped, files.get(_weights_name(wrapped), {}))
+    _scatter_optimizer(accelerator, wrapped, optimizer, files.get("optimizer", {}))
     guard.load_state_dict(load(broadcast_bytes(accelerator, save(files.get("guard", {})))))
     for rank in range(accelerator.num_processes):
         state = broadcast_bytes(accelerator, save(files.get(f"rng-{rank}", {})))
@@ -130,121 +116,193 @@ def scatter_run(
                 set_seed(seed, device_specific=True)
 
 
-def reserve_staging(accelerator: Accelerator, model: nn.Module, *, in_pieces: bool = False) -> None:
-    """Have pinned memory ready for `gather_run`'s copies: page-locking it takes longer than a step.
+def reserve_staging(accelerator: Accelerator, model: nn.Module) -> None:
+    """Allocate the pinned memory for `gather_run`'s copies ahead of the first save; does nothing without a GPU.
 
-    PyTorch keeps pinned memory once it has been freed. Adam's moments are what is reckoned with. What is sharded and
-    gathered comes through memory of PyTorch's own.
-
-    Args:
-        accelerator: of the run.
-        model: as `prepare` returned it; on a GPU, else there is nothing to do.
-        in_pieces: as `gather_run` will be told.
+    Page-locking takes longer than a training step, and PyTorch caches pinned memory after it has been freed. Sharded
+    tensors are gathered through memory that PyTorch allocates itself.
     """
-    alone = accelerator.is_main_process and accelerator.distributed_type != DistributedType.FSDP
-    if accelerator.device.type == "cuda" and (in_pieces or alone):
-        trained = [own_rows(p) if in_pieces else p for p in model.parameters() if p.requires_grad]
-        with contextlib.suppress(RuntimeError):  # no more can be locked: copies will be slower
+    gathers = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.device.type == "cuda" and accelerator.is_main_process and not gathers:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with contextlib.suppress(RuntimeError):  # not enough memory to lock: copies will be slower
             _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in range(3)]
 
 
-def check_files(path: Path, files: Files, bare: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Compare a checkpoint's tensors with what the run needs, before any is put anywhere.
+def check_files(path: Path, files: TensorFiles, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Check that a checkpoint has the tensors that the run needs, before any state is changed.
 
     Args:
-        path: of the checkpoint, for messages.
-        files: what it holds.
-        bare: the model without wrappers, whose names a checkpoint's are.
-        optimizer: not as `prepare` returned it.
+        path: Folder of the checkpoint, for error messages.
+        files: Full tensors by file.
+        model: Model without wrappers.
+        optimizer: Optimizer without Accelerate's wrapper.
 
     Raises:
-        CorruptCheckpoint: a file or a tensor is missing, unknown, or of another shape or dtype.
+        CorruptCheckpoint: A file or tensor is missing, unknown, or of another shape or kind.
     """
-    kind = _weights_file(bare)
-    trained = {name: parameter for name, parameter in bare.named_parameters() if parameter.requires_grad}
-    for name in (kind, "optimizer", "guard", "rng-0"):
+    weights = _weights_name(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in (weights, "optimizer", "guard", "rng-0"):
         if name not in files:
             raise CorruptCheckpoint(f"{path} has no {name}.safetensors, which this run needs.")
-    saved = trained if kind == "adapter" else dict(bare.named_parameters())
-    check_tensors(path / f"{kind}.safetensors", files[kind], {name: tuple(p.shape) for name, p in saved.items()})
+    saved = trained if weights == "adapter" else dict(model.named_parameters())
+    check_tensors(path / f"{weights}.safetensors", files[weights], {name: tuple(p.shape) for name, p in saved.items()})
     states = files["optimizer"]
     if unknown := sorted({name.rpartition(_SEPARATOR)[0] for name in states} - trained.keys()):
-        raise CorruptCheckpoint(f"{path / 'optimizer.safetensors'} has an unknown tensor's state: {unknown[0]}.")
-    if isinstance(optimizer, torch.optim.AdamW):  # what another keeps, it alone knows
+        raise CorruptCheckpoint(f"{path / 'optimizer.safetensors'} has the state of an unknown tensor: {unknown[0]}.")
+    if isinstance(optimizer, torch.optim.AdamW):  # the state of other optimizers is not known here
         moments = {name: tensor for name, tensor in states.items() if tensor.dim()}
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if optimizer.defaults["amsgrad"] else 2]
-        needed = {f"{name}{_SEPARATOR}{key}": tuple(p.shape) for name, p in trained.items() for key in keys}
-        check_tensors(path / "optimizer.safetensors", moments, needed)
-    floats = {name: tensor for name, tensor in files["guard"].items() if name != "num_consecutive"}
-    check_tensors(path / "guard.safetensors", floats, {"history": (3,)})
-    num_consecutive = files["guard"].get("num_consecutive")
-    if num_consecutive is None or num_consecutive.shape != () or num_consecutive.is_floating_point():
-        raise CorruptCheckpoint(f"{path / 'guard.safetensors'} has no integer num_consecutive.")
+        expected = {f"{name}{_SEPARATOR}{key}": tuple(p.shape) for name, p in trained.items() for key in keys}
+        check_tensors(path / "optimizer.safetensors", moments, expected)
+    guard = dict(files["guard"])
+    in_a_row = guard.pop("in_a_row", None)
+    if in_a_row is None or in_a_row.shape != () or in_a_row.dtype != torch.int64:
+        raise CorruptCheckpoint(f"{path / 'guard.safetensors'} has no int64 scalar in_a_row.")
+    check_tensors(path / "guard.safetensors", guard, {"history": (3,)})
     for name in files:
         if name.startswith("rng-"):
             check_rng(files[name])
 
 
-def _weights_file(model: nn.Module) -> str:
-    """Under LoRA the base does not change: the adapter is all there is to keep."""
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
+    """Return the settings of each parameter group in a form that shows whether the optimizer has changed them.
+
+    Tensors are not settings: an optimizer may change them in place, and they may be large.
+    """
+    return [
+        {
+            key: repr(list(value) if isinstance(value, tuple) else value)  # loading turns tuples into lists
+            for key, value in group.items()
+            if key not in _NOT_SAVED and not isinstance(value, Tensor)
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def plain_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, initial: list[dict[str, str]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the part of an optimizer's state that is plain numbers, such as step counts or an estimated step size.
+
+    Args:
+        model: Model without wrappers.
+        optimizer: Optimizer without Accelerate's wrapper.
+        initial: `group_settings` before the first step. Only changed settings are state; the others are the run's.
+
+    Returns:
+        The numbers as JSON, and the keys of all state that is neither a number, a per-parameter tensor nor None.
+    """
+    parameters: dict[str, dict[str, int | float]] = {}
+    groups: list[dict[str, int | float]] = []
+    unsupported: set[str] = set()
+    for name, parameter in model.named_parameters():
+        values = optimizer.state.get(parameter, {})
+        if numbers := {key: value for key, value in values.items() if isinstance(value, int | float)}:
+            parameters[name] = numbers
+        unsupported |= {k for k, value in values.items() if not isinstance(value, int | float | Tensor | None)}
+    for group, before, now in zip(optimizer.param_groups, initial, group_settings(optimizer), strict=True):
+        changed = {key: group[key] for key in now if now[key] != before.get(key)}
+        groups.append({key: value for key, value in changed.items() if isinstance(value, int | float)})
+        unsupported |= changed.keys() - groups[-1].keys()
+        unsupported |= {key for key, value in group.items() if isinstance(value, Tensor) and key not in _NOT_SAVED}
+    return {"parameters": parameters, "groups": groups}, sorted(unsupported)
+
+
+def check_plain_optimizer_state(path: Path, state: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Check that a JSON value is a `plain_optimizer_state` of this model and optimizer.
+
+    Raises:
+        CorruptCheckpoint: It is not; the message names `path`.
+    """
+    state = state if isinstance(state, dict) else {}
+    parameters, groups = state.get("parameters"), state.get("groups")
+    if not (
+        isinstance(parameters, dict)
+        and parameters.keys() <= {name for name, _ in model.named_parameters()}
+        and isinstance(groups, list)
+        and len(groups) == len(optimizer.param_groups)
+        and all(isinstance(values, dict) for values in (*groups, *parameters.values()))
+        and all(isinstance(v, int | float) for values in (*groups, *parameters.values()) for v in values.values())
+        and not any(key in values for values in groups for key in _NOT_SAVED)
+    ):
+        raise CorruptCheckpoint(f"{path} does not hold the state of this run's optimizer.")
+
+
+def restore_plain_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Restore a state that `check_plain_optimizer_state` has accepted."""
+    named = dict(model.named_parameters())
+    for name, numbers in state["parameters"].items():
+        optimizer.state[named[name]].update(numbers)
+    for group, numbers in zip(optimizer.param_groups, state["groups"], strict=True):
+        group.update(numbers)
+
+
+def _weights_name(model: nn.Module) -> str:
+    """Return the name of the weights' file; with LoRA, only the adapter is trained and saved."""
     return "adapter" if any(isinstance(module, LoRALinear) for module in model.modules()) else "model"
 
 
-def _scatter_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    named: dict[str, Any] = dict(tensors)
-    if EMBEDDING in named:
-        named[LM_HEAD] = named[EMBEDDING]
-    set_model_state_dict(model, named, options=_scattered(model))
-
-
-def _optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, options: StateDictOptions
-) -> dict[str, Tensor]:
-    """The optimizer's tensors as `<parameter>//<state>`."""
-    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
-    return {
+def _tensors(
+    accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, *, full: bool
+) -> TensorFiles:
+    """Return weights and optimizer state: full on rank 0 and possibly empty elsewhere, or as they are sharded."""
+    options = _options(accelerator, wrapped, full=full)
+    weights: dict[str, Any] = get_model_state_dict(wrapped, options=options)
+    weights.pop(TIED, None)
+    states: dict[str, Any] = get_optimizer_state_dict(wrapped, optimizer, options=options)
+    moments = {
         f"{parameter}{_SEPARATOR}{key}": value
-        for parameter, values in whole.get("state", {}).items()
+        for parameter, values in states.get("state", {}).items()
         for key, value in values.items()
         if isinstance(value, Tensor)
     }
+    return {_weights_name(wrapped): weights, "optimizer": moments}
+
+
+def _scatter_weights(wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    named: dict[str, Any] = dict(tensors)
+    if EMBEDDING in named:
+        named[TIED] = named[EMBEDDING]
+    set_model_state_dict(wrapped, named, options=_scatter_options(wrapped))
 
 
 def _scatter_optimizer(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
     if broadcast_bytes(accelerator, b"1" if tensors else b"0") == b"0":
-        return  # plain SGD has nothing to remember
-    # Of the state that is there only the groups are of use: it is not gathered.
-    options = _options(accelerator, model, gathered=False)
-    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+        return  # the optimizer has no state, for example SGD without momentum
+    # Only the groups of the current state are needed, so it is not gathered.
+    options = _options(accelerator, wrapped, full=False)
+    state_dict: dict[str, Any] = get_optimizer_state_dict(wrapped, optimizer, options=options)
     state: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(_SEPARATOR)
         state.setdefault(parameter, {})[key] = tensor
-    whole["state"] = state
-    set_optimizer_state_dict(model, optimizer, whole, options=_scattered(model))
+    state_dict["state"] = state
+    set_optimizer_state_dict(wrapped, optimizer, state_dict, options=_scatter_options(wrapped))
 
 
-def _options(accelerator: Accelerator, model: nn.Module, *, gathered: bool) -> StateDictOptions:
-    """Sharded tensors are gathered one by one onto the CPU; whole ones are only named here, and copied once."""
+def _options(accelerator: Accelerator, model: nn.Module, *, full: bool) -> StateDictOptions:
+    """Gather sharded tensors one by one onto the CPU; unsharded ones are copied once, by `_copy_to_cpu`."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    adapted = _weights_file(model) == "adapter"
-    return StateDictOptions(full_state_dict=gathered, cpu_offload=gathered and sharded, ignore_frozen_params=adapted)
+    adapter = _weights_name(model) == "adapter"
+    return StateDictOptions(full_state_dict=full, cpu_offload=full and sharded, ignore_frozen_params=adapter)
 
 
-def _scattered(model: nn.Module) -> StateDictOptions:
+def _scatter_options(model: nn.Module) -> StateDictOptions:
     return StateDictOptions(
         full_state_dict=True,
         broadcast_from_rank0=torch.distributed.is_initialized(),
-        strict=_weights_file(model) == "model",
+        strict=_weights_name(model) == "model",
     )
 
 
-def _copied(files: Files) -> Files:
-    """The files with copies on the CPU: from a GPU all are under way at once, into pinned memory, before one wait.
+def _copy_to_cpu(files: TensorFiles) -> TensorFiles:
+    """Replace each tensor by a copy on the CPU. From a GPU, all copies overlap, into pinned memory.
 
-    A copy takes its tensor's place, so that of what was gathered there are not two at a time.
+    Tensors are replaced one by one, so that gathered tensors and their copies do not exist at the same time.
     """
     for tensors in files.values():
         for name, tensor in tensors.items():

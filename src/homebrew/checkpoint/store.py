@@ -1,13 +1,14 @@
-"""The commit protocol: a checkpoint is there whole, or not at all.
+"""The commit protocol of checkpoints on disk: a checkpoint is complete, or it does not exist.
 
-A save writes into a folder of a temporary name, waits for each file to be on the disk, writes the manifest last,
-renames the folder, waits for the rename, and only then removes what is no longer kept. A load uses a folder only
-once every file in it is the one its manifest describes.
+A save writes into a folder with a temporary name, syncs each file, writes the manifest last, renames the folder, syncs
+the rename, and only then removes old checkpoints. A load uses a folder only if every file in it matches its manifest.
 
-While a step is saved a second time, its first checkpoint stands aside, where a load still finds it.
+When a step is saved a second time, its first checkpoint is moved aside until the second is complete; a load still
+finds it there.
 """
 
 import contextlib
+import errno
 import math
 import os
 import re
@@ -17,42 +18,41 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from homebrew.checkpoint.checkpoint_files import Files, Others, write_checkpoint
-from homebrew.checkpoint.manifest import FOLDER, Checkpoint, has_its_files, open_checkpoint, read_manifest
-from homebrew.checkpoint.verified_files import make_folder, remove_folder, rename, unwritable
+from homebrew.checkpoint.checkpoint_files import TensorFiles, write_checkpoint
+from homebrew.checkpoint.manifest import FOLDER, Checkpoint, Entry, matches_listing, open_checkpoint, read_manifest
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
-from homebrew.io import fsync_directory
+from homebrew.io import fsync_directory, make_directory, remove_tree
 
-_LEFT = re.compile(r"\.(step-\d{8})\.(writing|removing|aside)", re.ASCII)
+_TEMPORARY = re.compile(r"\.(step-\d{8})\.(writing|removing|aside)", re.ASCII)
 
 
 class CheckpointStore:
-    """The checkpoints of a run, in `<output_dir>/checkpoints`.
+    """The checkpoints of one run, in `<output_dir>/checkpoints`.
 
-    Of each checkpoint that counts as kept the files' hashes have been seen to be right, by this process and once:
-    while it wrote them, or else before it first counts. Damaged checkpoints do not count and are not removed.
+    A checkpoint counts as kept only if this process wrote it or has verified its hashes. Corrupt checkpoints do not
+    count and are not removed.
 
     Args:
-        output_dir: the run's folder.
-        keep_last: newest checkpoints that are kept, up to the one last saved; newer ones are not touched.
-        keep_every: those at multiples of this step are kept for good.
+        output_dir: The run's folder.
+        keep_last: Number of newest checkpoints to keep. Checkpoints newer than the one just saved are never removed.
+        keep_every: Keep the checkpoints of all steps that are multiples of this number.
     """
 
     def __init__(self, output_dir: str | Path, *, keep_last: int = 2, keep_every: int | None = None) -> None:
         self.folder = Path(output_dir) / "checkpoints"
         self._keep_last = keep_last
         self._keep_every = keep_every
-        self._verified: dict[int, bool] = {}
+        self._valid: dict[int, bool] = {}
 
     def prepare(self) -> None:
-        """Make the folder.
+        """Create the folder.
 
         Raises:
-            ConfigError: it cannot be made or written to.
+            ConfigError: The folder cannot be created or written to.
         """
-        reason = "you may not write there"
+        reason = "permission denied"
         try:
-            make_folder(self.folder)
+            make_directory(self.folder)
             writable = os.access(self.folder, os.W_OK | os.X_OK)
         except OSError as error:
             writable, reason = False, str(error.strerror)
@@ -62,177 +62,196 @@ class CheckpointStore:
             )
 
     def path(self, step: int) -> Path:
-        """The folder of a step's checkpoint, whether it exists or not."""
+        """Return the folder of a step's checkpoint, whether or not it exists."""
         return self.folder / f"step-{step:08}"
 
-    def temporary(self, step: int) -> Path:
-        """The folder that a step's checkpoint is written in."""
+    def temporary_path(self, step: int) -> Path:
+        """Return the folder that a step's checkpoint is written to before it is committed."""
         return self.folder / f".{self.path(step).name}.writing"
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, whole or not, in order."""
+        """Return the steps that have a checkpoint, valid or not, in ascending order."""
         return sorted(self._folders())
 
     def _folders(self) -> dict[int, list[Path]]:
-        """Where each step's checkpoint is, the newer of two first."""
-        found: dict[int, list[Path]] = {}
+        """Return the checkpoint folders of each step, the newer of two first."""
+        folders: dict[int, list[Path]] = {}
         for path in sorted(self.folder.iterdir(), reverse=True) if self.folder.is_dir() else ():
-            left = _LEFT.fullmatch(path.name)
-            if match := FOLDER.fullmatch(left[1] if left and left[2] == "aside" else path.name):
-                found.setdefault(int(match[1]), []).append(path)
-        return found
+            temporary = _TEMPORARY.fullmatch(path.name)
+            if match := FOLDER.fullmatch(temporary[1] if temporary and temporary[2] == "aside" else path.name):
+                folders.setdefault(int(match[1]), []).append(path)
+        return folders
 
-    def start(self, step: int) -> None:
-        """Make the folder that a step's checkpoint is written in, after clearing what a killed save has left.
+    def save(self, step: int, files: TensorFiles, state: Mapping[str, Any], *, score: float | None = None) -> Path:
+        """Write a checkpoint, and remove those that are no longer kept: `begin` and `commit` in one call.
+
+        Args:
+            step: Optimizer steps taken.
+            files: CPU tensors.
+            state: JSON object.
+            score: Evaluation loss. The checkpoint with the lowest score is kept; NaN and infinity count as None.
+
+        Returns:
+            The checkpoint's folder.
 
         Raises:
-            CheckpointError: it could not be made.
+            CheckpointError: The checkpoint could not be written; earlier checkpoints are unchanged.
+            NonFiniteError: A tensor has values that are not finite; earlier checkpoints are unchanged.
+        """
+        self.begin(step)
+        return self.commit(step, files, state, score=score)
+
+    def begin(self, step: int) -> None:
+        """Create the temporary folder of a step, after removing what an interrupted save has left.
+
+        Raises:
+            CheckpointError: The folder could not be created, or `step` is out of range.
         """
         if not FOLDER.fullmatch(self.path(step).name):
             raise CheckpointError(f"step={step} cannot be saved: it must be from 0 to 99,999,999.")
-        with self._undone_on_error(step, {}):
-            make_folder(self.folder)
-            self._clean()
-            self.temporary(step).mkdir()
+        with self._roll_back_on_error(step, 0):
+            make_directory(self.folder)
+            self.roll_back()
+            self.temporary_path(step).mkdir()
 
-    def cancel(self, step: int) -> None:
-        """Remove what `start` has made."""
-        _discard(self.temporary(step))
-
-    def save(
+    def commit(
         self,
         step: int,
-        files: Files,
+        files: TensorFiles,
         state: Mapping[str, Any],
         *,
         score: float | None = None,
-        others: Others | None = None,
+        shards: Mapping[str, Entry] | None = None,
     ) -> Path:
-        """Write a checkpoint, and remove those no longer kept.
+        """Complete the checkpoint in a step's temporary folder, and remove those that are no longer kept.
 
         Args:
-            step: optimizer steps taken.
-            files: CPU tensors.
-            state: JSON.
-            score: the evaluation loss; the lowest of those kept is kept. One that is not finite is none.
-            others: what other processes write into the folder, which `start` has then been called for.
+            step: Step that `begin` has been called for.
+            files: As in `save`.
+            state: As in `save`.
+            score: As in `save`.
+            shards: Files that ranks have already written to subfolders of the temporary folder.
 
         Returns:
-            Its folder.
+            The checkpoint's folder.
 
         Raises:
-            CheckpointError: it could not be written; what was there before still is, and nothing else.
-            NonFiniteError: a tensor holds a number that is not finite; the same holds.
+            CheckpointError: As in `save`.
+            NonFiniteError: As in `save`.
         """
         score = None if score is None or not math.isfinite(score) else float(score)
-        path, temporary = self.path(step), self.temporary(step)
+        path, temporary = self.path(step), self.temporary_path(step)
         aside = self.folder / f".{path.name}.aside"
-        if others is None:
-            self.start(step)
-        with self._undone_on_error(step, files):
-            write_checkpoint(temporary, step, files, state, score, others)
+        num_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+        with self._roll_back_on_error(step, num_bytes):
+            write_checkpoint(temporary, step, files, state, score, shards or {})
             if os.path.lexists(path):
-                rename(path, aside)
-            rename(temporary, path)
+                path.rename(aside)
+            temporary.rename(path)
             fsync_directory(self.folder)
-        self._verified[step] = True
-        _discard(aside)
+        self._valid[step] = True
+        _remove(aside)
         self._prune(step)
         return path
 
+    def roll_back(self) -> None:
+        """Remove what interrupted saves and removals have left, and restore a checkpoint that was moved aside."""
+        leftovers = [path for path in self.folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+        if leftovers:
+            fsync_directory(self.folder)  # before a checkpoint aside is removed, its successor's name must be on disk
+        for path in leftovers:
+            _, name, kind = path.name.split(".")
+            if kind == "aside" and not os.path.lexists(self.folder / name):
+                path.rename(self.folder / name)
+            else:
+                _remove(path)
+
     @contextlib.contextmanager
-    def _undone_on_error(self, step: int, files: Files) -> Iterator[None]:
-        """Clear what a save that fails leaves, and have its error say what could not be written."""
+    def _roll_back_on_error(self, step: int, num_bytes: int) -> Iterator[None]:
+        """Undo a failed save, and turn an OSError into a CheckpointError that says what to do."""
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(OSError):  # the error is the one to tell of
-                self._clean()
+            with contextlib.suppress(OSError):  # the first error is the one to raise
+                self.roll_back()
             if isinstance(error, OSError):
-                num_bytes = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
-                raise unwritable(self.path(step), num_bytes, error) from error
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                raise CheckpointError(
+                    f"{error.filename or self.path(step)} could not be written: {error.strerror}. "
+                    + (f"Free disk space: the checkpoint needs {num_bytes:,} bytes." if full else "Check the folder.")
+                ) from error
             raise
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that is whole.
+        """Return the newest valid checkpoint.
 
         Returns:
-            It, or None where there is none; and why newer ones were passed over.
+            The checkpoint, or None if there is none; and for each newer, invalid checkpoint the reason.
         """
-        passed_over: list[str] = []
+        reasons: list[str] = []
         for step, paths in sorted(self._folders().items(), reverse=True):
             for path in paths:
                 try:
                     if path.is_symlink():
-                        raise CorruptCheckpoint(f"{path} is a link; name the folder it leads to, to use that.")
+                        raise CorruptCheckpoint(f"{path} is a symbolic link; to use it, resume from its target.")
                     checkpoint = self.open(path)
                 except CorruptCheckpoint as error:
-                    passed_over.append(str(error))
+                    reasons.append(str(error))
                 else:
-                    self._verified[step] = True
-                    return checkpoint, passed_over
-        return None, passed_over
+                    self._valid[step] = True
+                    return checkpoint, reasons
+        return None, reasons
 
     def open(self, path: str | Path) -> Checkpoint:
-        """Verify a checkpoint, wherever it is.
+        """Open and verify a checkpoint, which may be outside of this store.
 
         Raises:
-            CorruptCheckpoint: it is not whole.
+            CorruptCheckpoint: A file is missing, or differs from the manifest.
         """
         return open_checkpoint(Path(path))
 
-    def _clean(self) -> None:
-        """Remove what a killed save or prune has left, and put back what one has moved aside."""
-        left = [path for path in self.folder.iterdir() if _LEFT.fullmatch(path.name)]
-        if left:
-            fsync_directory(self.folder)  # a checkpoint aside goes only once its successor is there to stay
-        for path in left:
-            _, name, kind = path.name.split(".")
-            if kind == "aside" and not os.path.lexists(self.folder / name):
-                rename(path, self.folder / name)
-            else:
-                _discard(path)
-
     def _prune(self, newest: int) -> None:
-        """Remove whole checkpoints up to `newest` that are neither recent, nor at a kept step, nor the best."""
+        """Remove valid checkpoints up to `newest` that are neither recent, nor at a kept step, nor the best."""
         scores: dict[int, float | None] = {}
         for step in self.steps():
             path = self.path(step)
-            with contextlib.suppress(CorruptCheckpoint, OSError):  # not ours to judge, nor to count
-                if step <= newest and not path.is_symlink() and has_its_files(path, manifest := read_manifest(path)):
+            with contextlib.suppress(CorruptCheckpoint, OSError):  # invalid checkpoints are left alone
+                if step <= newest and not path.is_symlink() and matches_listing(path, manifest := read_manifest(path)):
                     scores[step] = manifest.score
         kept = {step for step in scores if self._keep_every and step % self._keep_every == 0}
-        kept |= self._first_whole(sorted(scores, reverse=True), self._keep_last)
+        kept |= self._first_valid(sorted(scores, reverse=True), self._keep_last)
         scored = [(score, step) for step, score in scores.items() if score is not None]
-        kept |= self._first_whole([step for _, step in sorted(scored)], 1)
+        kept |= self._first_valid([step for _, step in sorted(scored)], 1)
         for step in scores.keys() - kept:
-            if self._verified.get(step, True):
-                _discard(self.path(step), self.folder / f".{self.path(step).name}.removing")
-                self._verified.pop(step, None)
+            if self._valid.get(step, True):
+                _remove(self.path(step), rename_to=self.folder / f".{self.path(step).name}.removing")
+                self._valid.pop(step, None)
 
-    def _first_whole(self, steps: Iterable[int], count: int) -> set[int]:
-        return set(islice(filter(self._is_whole, steps), count))
+    def _first_valid(self, steps: Iterable[int], count: int) -> set[int]:
+        return set(islice(filter(self._is_valid, steps), count))
 
-    def _is_whole(self, step: int) -> bool:
-        """Whether the hashes of a step's files are right, or were when this process last saw them."""
-        if step not in self._verified:
+    def _is_valid(self, step: int) -> bool:
+        """Return whether a step's checkpoint is valid; each is verified once per process."""
+        if step not in self._valid:
             try:
                 self.open(self.path(step))
-                self._verified[step] = True
+                self._valid[step] = True
             except CorruptCheckpoint:
-                self._verified[step] = False
-        return self._verified[step]
+                self._valid[step] = False
+        return self._valid[step]
 
 
-def _discard(path: Path, moved: Path | None = None) -> None:
-    """Remove a folder, after renaming it if a load would look at it half gone.
+def _remove(path: Path, rename_to: Path | None = None) -> None:
+    """Remove a folder; on failure warn, and leave it to the next save.
 
-    What cannot be removed now is left for the next save to try again.
+    Args:
+        path: Folder to remove.
+        rename_to: Temporary name under which a load does not look at the half-removed folder.
     """
     try:
-        if moved is not None:
-            rename(path, moved)
-            fsync_directory(path.parent)  # else its files may be gone from the disk, and its name still there
-        remove_folder(moved or path)
+        if rename_to is not None:
+            path.rename(rename_to)
+            fsync_directory(path.parent)  # else a power failure may undo the renaming, but not the removals
+        remove_tree(rename_to or path)
     except OSError as error:
         warnings.warn(f"{path} could not be removed: {error.strerror}.", stacklevel=2)

@@ -1,0 +1,96 @@
+"""Sharded tensors on disk, through torch.distributed.checkpoint.
+
+A folder of shards is what `HuggingFaceStorageWriter(save_distributed=True)` writes: one safetensors file per rank, with
+the offsets of its shards in the file's metadata. There is no index file, so the reader takes each tensor's size from
+its shards. What it does not check is checked here: that the shards cover their tensors, and that their full tensors
+are no larger than the files.
+"""
+
+import math
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from homebrew.errors import CheckpointError, CorruptCheckpoint
+
+
+def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the shards that this rank holds, and sync them to disk; collective.
+
+    A tensor that several ranks hold is written once. The call returns on all ranks when all ranks have written.
+
+    Args:
+        folder: Folder on a file system that all ranks share.
+        tensors: DTensors, or tensors that are equal on all ranks.
+
+    Raises:
+        CheckpointError: On every rank, if any rank could not write.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        raise CheckpointError(f"{folder} could not be written by rank {rank}: {cause}.") from error
+
+
+def rank_files(folder: Path, rank: int) -> list[Path]:
+    """Return the files that a rank has written to a folder of shards: one, or none if it held nothing to write."""
+    return sorted(folder.glob(f"shard-{rank + 1:05}-*.safetensors"))
+
+
+def load_shards(folder: Path, files: Collection[str], *, max_bytes: int) -> dict[str, Tensor]:
+    """Load full tensors from a folder of shards onto the CPU. Not collective: no process group is needed.
+
+    Args:
+        folder: Folder that `save_shards` has written.
+        files: Names of its files; their contents have been verified.
+        max_bytes: Memory limit of the full tensors, in bytes.
+
+    Raises:
+        CorruptCheckpoint: The folder holds other files; a file is malformed; or the shards do not cover each tensor
+            exactly once.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    if folder.is_symlink() or {file.name for file in folder.iterdir()} != set(files):
+        raise CorruptCheckpoint(f"{folder} is a link, or holds files that are not in the manifest.")
+    try:
+        reader = HuggingFaceStorageReader(str(folder))
+        metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        num_bytes = sum(math.prod(info.size) * info.properties.dtype.itemsize for info in metadata.values())
+        if num_bytes > max_bytes:
+            raise CorruptCheckpoint(f"{folder}: its tensors have {num_bytes:,} bytes, more than its files can hold.")
+        for name, info in metadata.items():
+            if not _is_covered(info):
+                raise CorruptCheckpoint(f"{folder}: the shards of {name} do not cover {tuple(info.size)} exactly once.")
+        tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in metadata.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended: one process reads
+            load(tensors, storage_reader=reader, no_dist=True)
+    except CorruptCheckpoint:
+        raise
+    except (Exception, CheckpointException) as error:  # whatever malformed metadata makes PyTorch raise
+        raise CorruptCheckpoint(f"{folder} does not hold valid shards: {error!r}.") from error
+    return tensors
+
+
+def _is_covered(info: Any) -> bool:  # noqa: ANN401 - torch.distributed.checkpoint.metadata.TensorStorageMetadata
+    """Return whether a tensor's shards hold each of its elements exactly once."""
+    covered = torch.zeros(info.size, dtype=torch.bool)
+    num_elements = 0
+    for chunk in info.chunks:
+        if len(chunk.sizes) != len(info.size) or any(offset < 0 for offset in chunk.offsets):
+            return False
+        covered[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = True
+        num_elements += math.prod(chunk.sizes)
+    return num_elements == covered.numel() and bool(covered.all())

@@ -1,0 +1,167 @@
+"""Folders of shards: saved by PyTorch, and refused if they do not hold full tensors."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from shards import write_shard
+
+from homebrew.checkpoint.manifest import Entry, open_checkpoint
+from homebrew.checkpoint.sharded import load_shards, rank_files, save_shards
+from homebrew.checkpoint.verified_files import measure
+from homebrew.errors import CheckpointError, CorruptCheckpoint
+
+FULL = {"w": torch.arange(20.0).view(5, 4), "b": torch.arange(3, dtype=torch.bfloat16), "step": torch.tensor(7.0)}
+
+
+def split():
+    """Return the shards of two ranks."""
+    return [
+        {"w": ([0, 0], FULL["w"][:3].clone()), "b": ([0], FULL["b"]), "step": ([], FULL["step"])},
+        {"w": ([3, 0], FULL["w"][3:].clone())},
+    ]
+
+
+def write(folder, ranks):
+    folder.mkdir()
+    files = [f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in range(1, len(ranks) + 1)]
+    for file, shards in zip(files, ranks, strict=True):
+        write_shard(folder / file, shards)
+    return files
+
+
+def commit(store, ranks):
+    """Save a checkpoint whose model is sharded."""
+    store.begin(1)
+    folder = store.temporary_path(1)
+    files = write(folder / "model", ranks)
+    shards = {f"model/{file}": Entry(*measure(folder / "model" / file)) for file in files}
+    return store.commit(1, {"optimizer": {"step": torch.tensor(1.0)}}, {}, shards=shards)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_pytorch_writes_what_is_read(tmp_path):
+    save_shards(tmp_path / "model", FULL)
+    [path] = rank_files(tmp_path / "model", 0)
+    assert list((tmp_path / "model").iterdir()) == [path]
+    assert equal(load_shards(tmp_path / "model", {path.name}, max_bytes=path.stat().st_size), FULL)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_failed_write_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"could not be written by rank 0: .*Not a directory"):
+        save_shards(tmp_path / "file" / "model", FULL)
+
+
+def test_shards_are_one_entry_of_a_checkpoint(store):
+    path = commit(store, split())
+    assert [file.name for file in path.iterdir() if file.is_dir()] == ["model"]
+    checkpoint, invalid = store.latest()
+    assert invalid == []
+    assert sorted(checkpoint.names) == ["model", "optimizer"]
+    assert equal(checkpoint.files()["model"], FULL)
+
+
+def test_sharded_checkpoints_are_pruned(store):
+    for _ in range(3):
+        commit(store, split())
+    for step in (2, 3):
+        store.save(step, {"optimizer": {}}, {})
+    assert store.steps() == [2, 3]
+
+
+INVALID = {
+    "an overlap": lambda first, second: second.update(w=([2, 0], FULL["w"][2:4].clone())),
+    "a gap": lambda first, second: second.update(w=([4, 0], FULL["w"][4:].clone())),
+    "a repeated shard": lambda first, second: second.update(step=([], FULL["step"])),
+    "a missing first shard": lambda first, second: first.pop("w"),
+    "a narrower shard": lambda first, second: second.update(w=([3, 0], torch.zeros(2, 3))),
+    "other dimensions": lambda first, second: second.update(w=([3], torch.zeros(2))),
+    "a negative offset": lambda first, second: second.update(w=([-2, 0], torch.zeros(2, 4))),
+    "a huge offset": lambda first, second: second.update(w=([1 << 60, 0], torch.zeros(2, 4))),
+    "offsets beyond int64": lambda first, second: second.update(w=([1 << 70, 0], torch.zeros(2, 4))),
+    "an offset that is not a number": lambda first, second: second.update(w=(["x", 0], torch.zeros(2, 4))),
+    "a value that is not finite": lambda first, second: second["w"][1].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_shards_are_refused(store, bounded_memory, case):
+    ranks = split()
+    INVALID[case](*ranks)
+    path = commit(store, ranks)
+    with pytest.raises(CorruptCheckpoint, match="model"), bounded_memory():
+        open_checkpoint(path).files()
+
+
+@pytest.mark.parametrize("metadata", ["[", "[]", "{}", '{"w": {}}', '{"w": 3}', "[" * 100_000])
+def test_invalid_metadata_is_refused(tmp_path, metadata):
+    save_file({"w": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"DCP_SHARDING_INFO": metadata})
+    with pytest.raises(CorruptCheckpoint, match="does not hold valid shards"):
+        load_shards(tmp_path, {"a.safetensors"}, max_bytes=1000)
+
+
+@pytest.mark.parametrize("change", ["missing", "swapped", "truncated", "changed"])
+def test_changed_files_are_refused(store, change):
+    path = commit(store, split())
+    checkpoint = open_checkpoint(path)
+    first, second = sorted((path / "model").iterdir())
+    if change == "missing":
+        second.unlink()
+    elif change == "swapped":
+        first.rename(path / "swap"), second.rename(first), (path / "swap").rename(second)
+    else:
+        data = second.read_bytes()
+        second.write_bytes(data[:-1] + (b"" if change == "truncated" else bytes([data[-1] ^ 1])))
+    for load in (lambda: open_checkpoint(path), checkpoint.files):  # also if it changes after it was opened
+        with pytest.raises(CorruptCheckpoint, match=r"shard-0000[12]-model-00001-of-00001\.safetensors"):
+            load()
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "link"])
+def test_files_outside_the_manifest_are_not_read(tmp_path, store, kind):
+    path = commit(store, split())
+    if kind == "file":
+        write_shard(path / "model" / "extra.safetensors", {"w": ([0, 0], torch.zeros(5, 4))})
+    elif kind == "pipe":
+        os.mkfifo(path / "model" / "extra.safetensors")
+    else:
+        (path / "model").rename(tmp_path / "elsewhere")
+        (path / "model").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptCheckpoint, match="is a link, or holds files that are not in the manifest"):
+        open_checkpoint(path).files()
+
+
+OFFSETS = st.lists(st.integers(-3, 8) | st.sampled_from([1 << 40, (1 << 63) - 1, -(1 << 63)]), max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(shards=st.lists(st.tuples(OFFSETS, st.integers(0, 4), st.sampled_from([(2,), (), (0,), (0, 1 << 40)]))))
+def test_any_shards_are_loaded_completely_or_refused(tmp_path_factory, shards):
+    folder = tmp_path_factory.mktemp("shards")
+    for i, (offsets, num_rows, shape) in enumerate(shards):
+        metadata = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": offsets}})}
+        save_file({"w": torch.ones(num_rows, *shape)}, folder / f"{i}.safetensors", metadata=metadata)
+    try:
+        tensors = load_shards(folder, {f"{i}.safetensors" for i in range(len(shards))}, max_bytes=1000)
+    except CorruptCheckpoint:
+        return
+    assert all(tensor.eq(1).all() for tensor in tensors.values())
+    assert sum(t.numel() for t in tensors.values()) == sum(num_rows * math.prod(s) for _, num_rows, s in shards)
