@@ -57,7 +57,7 @@ def other_corruption(data, rng):
     yield data + b"\0"
 
 
-@pytest.fixture(params=["full", "adapter"])
+@pytest.fixture(params=["full", pytest.param("adapter", marks=pytest.mark.slow)])
 def pair(request, store, tiny):
     """Return a checkpoint with a file of every kind, and an earlier one of the same run."""
 

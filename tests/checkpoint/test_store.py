@@ -215,7 +215,7 @@ def test_a_checkpoint_can_be_opened_anywhere(tmp_path, saved):
 def test_a_checkpoint_named_after_another_step_is_refused(store, saved):
     saved.rename(store.path(8))
     with pytest.raises(CorruptCheckpoint, match="not a valid checkpoint manifest"):
-        store.open(store.path(8))
+        open_checkpoint(store.path(8))
 
 
 def edit(path, change):
@@ -302,7 +302,7 @@ def test_no_pickle_is_read(store, tiny, monkeypatch):
             sys.addaudithook(lambda event, args: seen.append(event) if event.startswith(("pickle", "exec")) else None)
             for step in (1, 2, 3):
                 try:
-                    store.open(store.path(step)).files()
+                    open_checkpoint(store.path(step)).files()
                 except CorruptCheckpoint:
                     seen.append(f"refused {step}")
             clean = seen == ["refused 2", "refused 3"]

@@ -18,7 +18,7 @@ def test_accepts_any_floating_dtype():
     ("tensors", "message"),
     [
         ({"weight": VALID["weight"]}, "has no tensor bias"),
-        (VALID | {"extra": torch.zeros(1)}, "has a tensor extra"),
+        (VALID | {"extra": torch.zeros(1)}, "has an unknown tensor extra"),
         (VALID | {"weight": torch.zeros(3, 2)}, r"weight is torch.float32 of shape \(3, 2\)"),
         (VALID | {"bias": torch.zeros(3, dtype=torch.int64)}, r"bias is torch.int64"),
     ],

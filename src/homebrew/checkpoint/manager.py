@@ -1,11 +1,7 @@
 """Saves and restores a run: what the Trainer uses of this package."""
 
-import contextlib
-import json
-import socket
 import warnings
-from collections.abc import Callable, Collection
-from dataclasses import asdict
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,12 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from homebrew import errors
 from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import check_identity
-from homebrew.checkpoint.manifest import STATE, Checkpoint, Entry
-from homebrew.checkpoint.sharded import rank_files, save_shards
+from homebrew.checkpoint.manifest import STATE, Checkpoint, open_checkpoint
+from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
 from homebrew.checkpoint.state_dict import (
     Stateful,
     check_files,
@@ -37,19 +32,13 @@ from homebrew.checkpoint.state_dict import (
     sharded_tensors,
 )
 from homebrew.checkpoint.store import CheckpointStore
-from homebrew.checkpoint.tensor_check import find_non_finite
-from homebrew.checkpoint.verified_files import is_regular, measure
 from homebrew.data.tokenizer import Tokenizer
-from homebrew.distributed.collectives import gather_bytes, run_on_main
+from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
-from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, HomebrewError, NonFiniteError
+from homebrew.errors import ConfigError, CorruptCheckpoint, HomebrewError
 from homebrew.model.gpt import GPT
 
 _POLL_SECONDS = 1.0
-_SHARED = (
-    "Ranks that write a checkpoint together need an output_dir on a shared file system; or raise gather_limit_bytes, "
-    "so that rank 0 writes alone."
-)
 
 
 class CheckpointManager:
@@ -143,7 +132,7 @@ class CheckpointManager:
             scatter_run(accelerator, self._wrapped, self._optimizer, self._guard, files, seed=self._seed + step)
             restore_plain_optimizer_state(self._model, self._optimizer, start["optimizer"])
         if self._sharded:
-            self._check_shared_folder(step)
+            check_shared_folder(accelerator, self._store, step)
         else:
             reserve_staging(accelerator, self._wrapped)
         return step
@@ -195,7 +184,7 @@ class CheckpointManager:
             return newest
         if Path(resume, "checkpoints").is_dir():
             raise ConfigError(f"resume={str(resume)!r} is a run's folder. Use resume=True, or one of its checkpoints.")
-        checkpoint = self._store.open(resume)
+        checkpoint = open_checkpoint(Path(resume))
         if max(self._store.steps(), default=0) > checkpoint.step:
             newest, _ = self._store.latest()
             if newest is not None and newest.step > checkpoint.step:
@@ -211,7 +200,7 @@ class CheckpointManager:
         saved, ours = checkpoint.state.get("mixed_precision"), self._accelerator.mixed_precision
         if saved != ours:
             warnings.warn(
-                f"{checkpoint.path} was trained with mixed_precision={saved!r}, this run uses {ours!r}. The results "
+                f"{checkpoint.path} was trained with mixed_precision={saved!r}, this run has {ours!r}. The results "
                 f"will differ from those of the original run; check how the run was launched.",
                 stacklevel=7,
             )
@@ -248,82 +237,19 @@ class CheckpointManager:
         if self.is_saved(step):
             return None
         self.wait()
+        accelerator, store = self._accelerator, self._store
+        state = self._state() if accelerator.is_main_process else {}
         if self._sharded:
-            self._save_sharded(step, eval_loss)
+            files = gather_small_state(accelerator, self._guard)
+            shards = sharded_tensors(accelerator, self._wrapped, self._optimizer)
+            save_sharded(accelerator, store, step, shards, files, state, score=eval_loss)
         else:
-            files = gather_run(self._accelerator, self._wrapped, self._optimizer, self._guard)
-            if self._accelerator.is_main_process:
-                write = partial(self._store.save, step, files, self._state(), score=eval_loss)
+            files = gather_run(accelerator, self._wrapped, self._optimizer, self._guard)
+            if accelerator.is_main_process:
+                write = partial(store.save, step, files, state, score=eval_loss)
                 self._writer.start(write, name=f"checkpoint-{step}")
         self._saved_step = step
         return self.path(step)
-
-    def _save_sharded(self, step: int, eval_loss: float | None) -> None:
-        """Write a checkpoint on all ranks together, and commit it on rank 0."""
-        accelerator, store = self._accelerator, self._store
-        files = gather_small_state(accelerator, self._guard)
-        groups = sharded_tensors(accelerator, self._wrapped, self._optimizer)
-        folder = store.temporary_path(step)
-        self._run_on_all(lambda: _check_finite(step, groups))
-        run_on_main(accelerator, partial(store.begin, step))
-        try:
-            for name, tensors in groups.items():
-                save_shards(folder / name, tensors)
-            entries: dict[str, dict[str, Any]] = {}
-            for rank_entries in self._run_on_all(lambda: self._measure_shards(folder, groups)):
-                entries |= rank_entries
-            run_on_main(accelerator, lambda: self._commit(step, files, entries, eval_loss))
-        except HomebrewError:  # on every rank, once no rank is writing
-            if accelerator.is_main_process:
-                with contextlib.suppress(OSError):
-                    store.roll_back()
-            raise
-
-    def _measure_shards(self, folder: Path, names: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Return manifest entries of the files that this rank has written."""
-        paths = [path for name in names for path in rank_files(folder / name, self._accelerator.process_index)]
-        return {str(path.relative_to(folder)): asdict(Entry(*measure(path))) for path in paths}
-
-    def _commit(
-        self, step: int, files: TensorFiles, entries: dict[str, dict[str, Any]], eval_loss: float | None
-    ) -> None:
-        """On rank 0, commit a checkpoint whose shards are on the disk."""
-        folder = self._store.temporary_path(step)
-        shards = {name: Entry(**entry) for name, entry in entries.items()}
-        for name, entry in shards.items():
-            if not is_regular(folder / name, size=entry.size):
-                raise CheckpointError(
-                    f"{folder / name} was written by another rank but is missing on rank 0. {_SHARED}"
-                )
-        self._store.commit(step, files, self._state(), score=eval_loss, shards=shards)
-
-    def _check_shared_folder(self, step: int) -> None:
-        """Check before training that all ranks see the folder that rank 0 creates.
-
-        Raises:
-            ConfigError: A rank does not.
-        """
-        run_on_main(self._accelerator, partial(self._store.begin, step))
-        seen = self._run_on_all(lambda: [self._store.temporary_path(step).is_dir(), socket.gethostname()])
-        run_on_main(self._accelerator, self._store.roll_back)
-        if missing := [f"{rank} on {host}" for rank, (is_visible, host) in enumerate(seen) if not is_visible]:
-            raise ConfigError(
-                f"output_dir={str(self._output_dir)!r} of rank 0 is not visible to rank {', '.join(missing)}. {_SHARED}"
-            )
-
-    def _run_on_all(self, work: Callable[[], Any]) -> list[Any]:
-        """Run `work` on every rank and return all results, JSON values; raise on every rank if it failed on one."""
-        result: dict[str, Any] = {}
-        try:
-            result = {"value": work()}
-        except HomebrewError as error:
-            result = {"error": type(error).__name__, "message": str(error)}
-        results = [json.loads(data) for data in gather_bytes(self._accelerator, json.dumps(result).encode())]
-        for rank, result in enumerate(results):
-            if "error" in result:
-                kind: type[HomebrewError] = getattr(errors, result["error"], CheckpointError)
-                raise kind(f"Rank {rank}: {result['message']}")
-        return [result["value"] for result in results]
 
     def _state(self) -> dict[str, Any]:
         """Return the contents of `state.json`: everything but tensors that is not a function of the step."""
@@ -388,15 +314,4 @@ class CheckpointManager:
         if error is not None:
             self._saved_step = None  # it is not known whether this step was written
             if write_error := self._writer.take_error():
-                warnings.warn(f"In addition, a checkpoint could not be written: {write_error}", stacklevel=3)
-
-
-def _check_finite(step: int, groups: TensorFiles) -> None:
-    """Check the shards of this rank.
-
-    Raises:
-        NonFiniteError: A tensor has values that are not finite.
-    """
-    for name, tensors in groups.items():
-        if bad := find_non_finite(name, tensors):
-            raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {name} is not finite.")
+                warnings.warn(f"A checkpoint could not be written either: {write_error}", stacklevel=3)

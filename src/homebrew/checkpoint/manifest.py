@@ -12,7 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from homebrew.checkpoint.sharded import load_shards
+from homebrew.checkpoint.sharded_load import load_shards
 from homebrew.checkpoint.tensor_check import find_non_finite
 from homebrew.checkpoint.verified_files import is_regular, read_bounded, read_verified, verify
 from homebrew.errors import CorruptCheckpoint

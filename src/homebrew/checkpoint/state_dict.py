@@ -27,11 +27,9 @@ from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
 from homebrew.checkpoint.tensor_check import check_tensors
 from homebrew.distributed.collectives import broadcast_bytes, gather_bytes
 from homebrew.errors import CorruptCheckpoint
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
 from homebrew.model.lora import LoRALinear
 
-TIED = "lm_head.weight"
-"""The head shares the embedding's weight, which is stored once, as `EMBEDDING`."""
-EMBEDDING = "transformer.wte.weight"
 _SEPARATOR = "//"
 _NOT_SAVED = ("params", "lr")
 """Keys of a parameter group that are not state: the schedule sets the learning rate at every step."""
@@ -150,16 +148,16 @@ def check_files(path: Path, files: TensorFiles, model: nn.Module, optimizer: tor
     check_tensors(path / f"{weights}.safetensors", files[weights], {name: tuple(p.shape) for name, p in saved.items()})
     states = files["optimizer"]
     if unknown := sorted({name.rpartition(_SEPARATOR)[0] for name in states} - trained.keys()):
-        raise CorruptCheckpoint(f"{path / 'optimizer.safetensors'} has the state of an unknown tensor: {unknown[0]}.")
+        raise CorruptCheckpoint(f"{path / 'optimizer.safetensors'} has an unknown tensor's state: {unknown[0]}.")
     if isinstance(optimizer, torch.optim.AdamW):  # the state of other optimizers is not known here
         moments = {name: tensor for name, tensor in states.items() if tensor.dim()}
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if optimizer.defaults["amsgrad"] else 2]
         expected = {f"{name}{_SEPARATOR}{key}": tuple(p.shape) for name, p in trained.items() for key in keys}
         check_tensors(path / "optimizer.safetensors", moments, expected)
     guard = dict(files["guard"])
-    in_a_row = guard.pop("in_a_row", None)
-    if in_a_row is None or in_a_row.shape != () or in_a_row.dtype != torch.int64:
-        raise CorruptCheckpoint(f"{path / 'guard.safetensors'} has no int64 scalar in_a_row.")
+    num_consecutive = guard.pop("num_consecutive", None)
+    if num_consecutive is None or num_consecutive.shape != () or num_consecutive.dtype != torch.int64:
+        raise CorruptCheckpoint(f"{path / 'guard.safetensors'} has no int64 scalar num_consecutive.")
     check_tensors(path / "guard.safetensors", guard, {"history": (3,)})
     for name in files:
         if name.startswith("rng-"):
@@ -216,17 +214,15 @@ def check_plain_optimizer_state(path: Path, state: object, model: nn.Module, opt
     Raises:
         CorruptCheckpoint: It is not; the message names `path`.
     """
-    state = state if isinstance(state, dict) else {}
-    parameters, groups = state.get("parameters"), state.get("groups")
-    if not (
-        isinstance(parameters, dict)
-        and parameters.keys() <= {name for name, _ in model.named_parameters()}
-        and isinstance(groups, list)
-        and len(groups) == len(optimizer.param_groups)
-        and all(isinstance(values, dict) for values in (*groups, *parameters.values()))
-        and all(isinstance(v, int | float) for values in (*groups, *parameters.values()) for v in values.values())
-        and not any(key in values for values in groups for key in _NOT_SAVED)
-    ):
+    names = {name for name, _ in model.named_parameters()}
+    try:
+        groups, parameters = state["groups"], state["parameters"]  # type: ignore[index]  # any JSON value
+        values = [number for numbers in (*groups, *parameters.values()) for number in numbers.values()]
+        valid = parameters.keys() <= names and len(groups) == len(optimizer.param_groups)
+        valid = valid and not any(key in numbers for numbers in groups for key in _NOT_SAVED)
+    except (AttributeError, KeyError, TypeError):
+        valid, values = False, []
+    if not (valid and all(isinstance(value, int | float) for value in values)):
         raise CorruptCheckpoint(f"{path} does not hold the state of this run's optimizer.")
 
 
@@ -250,7 +246,7 @@ def _tensors(
     """Return weights and optimizer state: full on rank 0 and possibly empty elsewhere, or as they are sharded."""
     options = _options(accelerator, wrapped, full=full)
     weights: dict[str, Any] = get_model_state_dict(wrapped, options=options)
-    weights.pop(TIED, None)
+    weights.pop(LM_HEAD, None)  # tied to the embedding, which is stored
     states: dict[str, Any] = get_optimizer_state_dict(wrapped, optimizer, options=options)
     moments = {
         f"{parameter}{_SEPARATOR}{key}": value
@@ -264,7 +260,7 @@ def _tensors(
 def _scatter_weights(wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     named: dict[str, Any] = dict(tensors)
     if EMBEDDING in named:
-        named[TIED] = named[EMBEDDING]
+        named[LM_HEAD] = named[EMBEDDING]
     set_model_state_dict(wrapped, named, options=_scatter_options(wrapped))
 
 

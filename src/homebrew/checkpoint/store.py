@@ -194,21 +194,13 @@ class CheckpointStore:
                 try:
                     if path.is_symlink():
                         raise CorruptCheckpoint(f"{path} is a symbolic link; to use it, resume from its target.")
-                    checkpoint = self.open(path)
+                    checkpoint = open_checkpoint(path)
                 except CorruptCheckpoint as error:
                     reasons.append(str(error))
                 else:
                     self._valid[step] = True
                     return checkpoint, reasons
         return None, reasons
-
-    def open(self, path: str | Path) -> Checkpoint:
-        """Open and verify a checkpoint, which may be outside of this store.
-
-        Raises:
-            CorruptCheckpoint: A file is missing, or differs from the manifest.
-        """
-        return open_checkpoint(Path(path))
 
     def _prune(self, newest: int) -> None:
         """Remove valid checkpoints up to `newest` that are neither recent, nor at a kept step, nor the best."""
@@ -234,7 +226,7 @@ class CheckpointStore:
         """Return whether a step's checkpoint is valid; each is verified once per process."""
         if step not in self._valid:
             try:
-                self.open(self.path(step))
+                open_checkpoint(self.path(step))
                 self._valid[step] = True
             except CorruptCheckpoint:
                 self._valid[step] = False

@@ -23,7 +23,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
         if name not in tensors:
             raise CorruptCheckpoint(f"{path} has no tensor {name}, which the model needs.")
         if name not in expected:
-            raise CorruptCheckpoint(f"{path} has a tensor {name}, which the model does not have.")
+            raise CorruptCheckpoint(f"{path} has an unknown tensor {name}, which the model does not have.")
         tensor, shape = tensors[name], expected[name]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise CorruptCheckpoint(

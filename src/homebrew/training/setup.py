@@ -165,7 +165,6 @@ def resolve_accelerator(accelerator: Accelerator | None, config: TrainerConfig) 
         output_dir=config.output_dir,
         mixed_precision=config.mixed_precision,
         log_with=config.log_with,
-        collective_timeout_seconds=config.collective_timeout_seconds,
     )
 
 
@@ -263,7 +262,6 @@ def build_checkpoint_manager(
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         gather_limit_bytes=config.gather_limit_bytes,
-        timeout_seconds=config.collective_timeout_seconds,
         seed=config.seed,
         identity=identity,
         tokenizer=dataset_tokenizer(dataset),

@@ -1,56 +1,28 @@
-"""Sharded tensors on disk, through torch.distributed.checkpoint.
+"""Loads sharded tensors from disk.
 
 A folder of shards is what `HuggingFaceStorageWriter(save_distributed=True)` writes: one safetensors file per rank, with
-the offsets of its shards in the file's metadata. There is no index file, so the reader takes each tensor's size from
-its shards. What it does not check is checked here: that the shards cover their tensors, and that their full tensors
-are no larger than the files.
+the offsets of its shards in the file's metadata. There is no index file, so the reader of torch.distributed.checkpoint
+takes each tensor's size from its shards. What it does not check is checked here: that the shards cover their tensors,
+and that the full tensors are no larger than the files.
 """
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from homebrew.errors import CheckpointError, CorruptCheckpoint
-
-
-def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the shards that this rank holds, and sync them to disk; collective.
-
-    A tensor that several ranks hold is written once. The call returns on all ranks when all ranks have written.
-
-    Args:
-        folder: Folder on a file system that all ranks share.
-        tensors: DTensors, or tensors that are equal on all ranks.
-
-    Raises:
-        CheckpointError: On every rank, if any rank could not write.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    try:
-        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        raise CheckpointError(f"{folder} could not be written by rank {rank}: {cause}.") from error
-
-
-def rank_files(folder: Path, rank: int) -> list[Path]:
-    """Return the files that a rank has written to a folder of shards: one, or none if it held nothing to write."""
-    return sorted(folder.glob(f"shard-{rank + 1:05}-*.safetensors"))
+from homebrew.errors import CorruptCheckpoint
 
 
 def load_shards(folder: Path, files: Collection[str], *, max_bytes: int) -> dict[str, Tensor]:
     """Load full tensors from a folder of shards onto the CPU. Not collective: no process group is needed.
 
     Args:
-        folder: Folder that `save_shards` has written.
+        folder: Folder of shards.
         files: Names of its files; their contents have been verified.
         max_bytes: Memory limit of the full tensors, in bytes.
 

@@ -1,0 +1,95 @@
+"""CheckpointManager in one process, without a Trainer."""
+
+import threading
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from homebrew import GPT, GPTConfig
+from homebrew.checkpoint import manager as manager_module
+from homebrew.checkpoint.compatibility import ASPECTS
+from homebrew.checkpoint.manager import CheckpointManager
+from homebrew.checkpoint.manifest import open_checkpoint
+from homebrew.checkpoint.store import CheckpointStore
+from homebrew.errors import CheckpointError
+from homebrew.training.nan_guard import NanGuard
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Build a manager of a new model for the same run."""
+
+    def build():
+        model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=1, n_embd=8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return CheckpointManager(
+            Accelerator(cpu=True),
+            model,
+            model,
+            optimizer,
+            NanGuard(optimizer, "raise", 10, torch.device("cpu")),
+            output_dir=tmp_path,
+            keep_last=2,
+            keep_every=None,
+            gather_limit_bytes=0,  # has no effect without FSDP
+            seed=1,
+            identity=dict.fromkeys(ASPECTS, 1),
+            tokenizer=None,
+        )
+
+    return build
+
+
+def test_saves_a_step_once_and_restores_it(build):
+    manager = build()
+    assert manager.restore(False, ()) == 0
+    with manager:
+        path = manager.save(3, eval_loss=1.5)
+        assert path == manager.path(3)
+        assert manager.save(3) is None
+        manager.wait()
+    assert open_checkpoint(path).manifest.score == 1.5
+    assert not manager.is_saved(4)
+    other = build()
+    assert other.restore(True, ()) == 3
+    assert other.is_saved(3)
+
+
+@pytest.mark.parametrize("wait", ["wait", "finish"])
+def test_a_write_error_is_raised_once_and_the_step_is_not_saved(build, monkeypatch, wait):
+    def fail(*_args, **_kwargs):
+        raise CheckpointError("no space")
+
+    manager = build()
+    manager.restore(False, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", fail)
+        manager.save(3)
+        with pytest.raises(CheckpointError, match="no space"):
+            getattr(manager, wait)()
+    assert not manager.failed
+    assert not manager.is_saved(3)
+    manager.save(3)
+    manager.finish()
+    assert open_checkpoint(manager.path(3)).step == 3
+
+
+def test_ranks_poll_while_a_checkpoint_is_written(build, monkeypatch):
+    proceed, answers = threading.Event(), []
+
+    def run_on_main(_accelerator, work):  # a collective of all ranks
+        answers.append(work())
+        if len(answers) == 3:
+            proceed.set()
+        return answers[-1]
+
+    manager = build()
+    manager.restore(False, ())
+    monkeypatch.setattr(CheckpointStore, "save", lambda *_args, **_kwargs: proceed.wait(10))
+    manager.save(3)
+    monkeypatch.setattr(manager_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(manager_module, "run_on_main", run_on_main)
+    manager.wait()
+    assert answers[:3] == [True] * 3
+    assert answers[-1] is False
