@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import resource
+from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -13,9 +16,9 @@ from shards import write_shard
 
 from homebrew.checkpoint.manifest import Entry, open_checkpoint
 from homebrew.checkpoint.sharded_load import load_shards
-from homebrew.checkpoint.sharded_save import save_shards
+from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded, save_shards
 from homebrew.checkpoint.verified_files import measure
-from homebrew.errors import CheckpointError, CorruptCheckpoint
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, NonFiniteError
 
 FULL = {"w": torch.arange(20.0).view(5, 4), "b": torch.arange(3, dtype=torch.bfloat16), "step": torch.tensor(7.0)}
 
@@ -69,6 +72,61 @@ def test_a_failed_write_is_a_checkpoint_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"could not be written by rank 0: .*Not a directory"):
         save_shards(tmp_path / "file" / "model", FULL)
+
+
+SMALL = {"guard": {"history": torch.zeros(3)}}
+
+
+@pytest.mark.usefixtures("process_group")
+def test_all_ranks_save_a_checkpoint(store):
+    store.save(1, SMALL, {})
+    save_sharded(Accelerator(cpu=True), store, 2, {"model": FULL}, SMALL, {"a": 1}, score=0.5)
+    checkpoint, invalid = store.latest()
+    assert invalid == []
+    assert (checkpoint.step, checkpoint.state, checkpoint.manifest.score) == (2, {"a": 1}, 0.5)
+    assert equal(checkpoint.files()["model"], FULL)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_failed_save_leaves_earlier_checkpoints(store, monkeypatch, step):
+    store.save(1, SMALL, {"a": 1})
+    bad = SMALL | {"guard": {"history": torch.full((3,), float("inf"))}}  # found when rank 0 commits
+    with pytest.raises(NonFiniteError, match="history in guard"):
+        save_sharded(Accelerator(cpu=True), store, step, {"model": FULL}, bad, {}, score=None)
+    bad = {"w": torch.full((2,), float("nan"))}
+    with pytest.raises(NonFiniteError, match="w in model"):
+        save_sharded(Accelerator(cpu=True), store, step, {"model": bad}, SMALL, {}, score=None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not be written by rank 0: .*File too large"):
+            save_sharded(Accelerator(cpu=True), store, step, {"model": FULL}, SMALL, {}, score=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
+    assert store.latest()[0].state == {"a": 1}
+
+
+def answer_of_rank_1(monkeypatch, **result):
+    """Make every collective return this result for rank 1."""
+    answers = lambda _accelerator, data: [data, json.dumps(result).encode()]  # noqa: E731
+    monkeypatch.setattr("homebrew.checkpoint.sharded_save.gather_bytes", answers)
+
+
+def test_an_error_of_another_rank_is_raised(store, monkeypatch):
+    answer_of_rank_1(monkeypatch, error="NonFiniteError", message="w in model is not finite.")
+    with pytest.raises(NonFiniteError, match="Rank 1: w in model"):
+        save_sharded(Accelerator(cpu=True), store, 1, {"model": FULL}, SMALL, {}, score=None)
+    assert store.steps() == []
+
+
+@pytest.mark.parametrize("is_visible", [True, False])
+def test_a_folder_that_is_not_shared_is_a_config_error(store, monkeypatch, is_visible):
+    answer_of_rank_1(monkeypatch, value=[is_visible, "node-1"])
+    with nullcontext() if is_visible else pytest.raises(ConfigError, match=r"rank 1 on node-1.* gather_limit_bytes"):
+        check_shared_folder(Accelerator(cpu=True), store, 1)
+    assert list(store.folder.iterdir()) == []
 
 
 def test_shards_are_one_entry_of_a_checkpoint(store):

@@ -42,7 +42,7 @@ _POLL_SECONDS = 1.0
 
 
 class CheckpointManager:
-    """Saves and restores one run. All methods are collective: every rank calls them.
+    """Saves and restores one run. Every rank must call `restore`, `save`, `wait` and `finish`.
 
     A checkpoint is gathered on rank 0 and written there in a background thread. Under FSDP, a checkpoint larger than
     `gather_limit_bytes` is written by all ranks together, each its own shards. Such a save is synchronous, because its
