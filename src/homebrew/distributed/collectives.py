@@ -1,16 +1,13 @@
 """Collective operations besides the gradients' all-reduce: loss weights, flags, bytes and JSON, never pickles."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from homebrew import errors
 from homebrew.constants import IGNORE_INDEX
@@ -117,31 +114,6 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:  
         error_class: type[HomebrewError] = getattr(errors, response["error"], HomebrewError)
         raise error_class(response["message"])
     return response["result"]
-
-
-def connect(timeout_seconds: float) -> TCPStore | None:
-    """Connect to the launcher's store, for communication beside the collectives, from any thread.
-
-    Args:
-        timeout_seconds: Timeout of the connection and of each later call, in seconds.
-
-    Returns:
-        The store, or None if the processes were not started through one.
-    """
-    if "MASTER_ADDR" not in os.environ:
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout_seconds))
-    except RuntimeError:
-        return None
-
-
-def is_lost(error: BaseException | None) -> bool:
-    """Return whether a collective raised this error: another rank is dead, hangs or cannot be reached."""
-    if isinstance(error, HomebrewError):
-        return False
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _to_bytes(buffer: Tensor) -> bytes:
