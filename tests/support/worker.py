@@ -18,11 +18,14 @@ from functools import partialmethod
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp  # imported by a run with FSDP
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
@@ -118,6 +121,20 @@ class Poison(Callback):
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             digest.update(local.contiguous().numpy().tobytes())
         self.digests.append(digest.hexdigest())
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts collective operations by name. Cheaper than the profiler, but not for compiled models."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name.startswith("c10d::"):
+            self.counts[name] += 1
+        return function(*args, **kwargs or {})
 
 
 class RowRMS(torch.optim.Optimizer):
@@ -241,7 +258,9 @@ def run(task, rank):
     if "stop" in task:
         trainer.train()
         trainer.evaluate()
-    trainer.train(resume=task.get("resume", "stop" in task))
+    collectives = CollectiveCounter()
+    with collectives if task.get("count_collectives") else contextlib.nullcontext():
+        trainer.train(resume=task.get("resume", "stop" in task))
     folder = Path(task["output_dir"])
     (folder / f"read-{rank}.json").write_text(json.dumps(train.read))
     (folder / f"digests-{rank}.json").write_text(json.dumps(poison.digests))
@@ -255,6 +274,7 @@ def run(task, rank):
         "evaluations": recorder.evaluations,
         "processes": trainer.accelerator.num_processes,
         "kind": type(trainer._wrapped).__name__,
+        "collectives": collectives.counts,
         "text": model.generate([[1, 2, 3]], 8, seed=1)[0],
     }
 
