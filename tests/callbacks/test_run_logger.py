@@ -115,7 +115,7 @@ def test_a_dataset_with_an_unsupported_tokenizer_is_described_without_it(tmp_pat
     trainer = make_trainer(tmp_path, train_dataset=CustomDataset(tokenizer=TransformersTokenizer()))
     trainer.train()
     assert "tokenizer" not in json.loads((tmp_path / "run.json").read_text())["train_dataset"]
-    with pytest.raises(ConfigError, match="tokenizer"):
+    with pytest.raises(ConfigError, match="Tokenizer"):
         trainer.sample()
 
 

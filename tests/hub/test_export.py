@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
 
-from homebrew.data.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer, gpt2_vocabulary_files
+from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_files
+from homebrew.data.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer
 from homebrew.errors import ModelError
 from homebrew.generation.sampling import Sampling
 from homebrew.hub import export

@@ -40,7 +40,7 @@ def test_an_optimizer_must_have_all_trainable_parameters(tmp_path):
 
 def test_a_schedule_must_return_numbers(tmp_path):
     make_trainer(tmp_path, schedule=lambda step: np.float32(0.5))
-    with pytest.raises(ConfigError, match=r"schedule\(0\) is None"):
+    with pytest.raises(ConfigError, match=r"schedule\(0\) returned None"):
         make_trainer(tmp_path, schedule=lambda step: None)
 
 
