@@ -91,9 +91,12 @@ class ForkServer:
     """
 
     def __init__(self, worker, log):
-        self.log = log
+        self.worker, self.log = worker, log
+        self.start()
+
+    def start(self):
         self.process = subprocess.Popen(
-            [sys.executable, str(worker)],
+            [sys.executable, str(self.worker)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -110,24 +113,32 @@ class ForkServer:
             return json.loads(self.process.stdout.readline())
         except BaseException:  # a timeout: the next test must not read this job's reply
             self.kill()
+            self.start()
             raise
+
+    def close(self):
+        """Let the server exit, and return its exit code."""
+        self.process.stdin.close()
+        code = self.process.wait()
+        self.kill()
+        return code
 
     def kill(self):
         """Kill the server and all processes it has forked."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def forks(request, tmp_path_factory):
     """Return a server for jobs of the module's WORKER script."""
     server = ForkServer(request.module.WORKER, tmp_path_factory.mktemp("forks") / "log")
-    try:
-        with server.process:  # closes its input, on which it exits
-            yield server
-        assert server.process.returncode == 0
-    finally:
-        server.kill()
+    yield server
+    assert server.close() == 0
 
 
 @pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
