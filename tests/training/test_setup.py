@@ -1,5 +1,8 @@
 """Assembling a Trainer, and the process-wide settings that this changes."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_runs import CONFIG, make_trainer, token_dataset
@@ -21,7 +24,6 @@ def test_build_parts_makes_a_working_train_step(tmp_path):
         optimizer=None,
         schedule=config.schedule(),
         accelerator=None,
-        emit=lambda event, *arguments: None,
     )
     before = [parameter.detach().clone() for parameter in parts.model.parameters()]
     micro_batches = next(iter(parts.loader.steps(0)))
@@ -63,3 +65,16 @@ def test_the_recompile_limit_is_never_lowered():
         with config.patch(recompile_limit=limit):
             raise_recompile_limit()
             assert config.recompile_limit == expected
+
+
+def test_a_trainer_is_freed_with_its_last_reference(tmp_path):
+    """On a GPU, a Trainer that waits for the garbage collector keeps its memory and CUDA graphs."""
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    reference = weakref.ref(trainer)
+    gc.disable()
+    try:
+        del trainer
+        assert reference() is None
+    finally:
+        gc.enable()

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from homebrew.generation.kv_cache import KeyValueCache
 from homebrew.generation.sampling import Sampling
+from homebrew.model.cuda_capture import capture
 from homebrew.model.gpt import GPT
 
 _NUM_EAGER_STEPS = 2
@@ -81,7 +82,7 @@ class Decoder:
             self._graph = torch.cuda.CUDAGraph()
             # PyTorch's default capture stream belongs to the device that was current at the first capture.
             stream = torch.cuda.Stream(self.ids.device)  # type: ignore[no-untyped-call]
-            with torch.cuda.graph(self._graph, stream=stream):
+            with capture(self._graph, stream):
                 self._run_step()
         if self._graph is not None:
             self._graph.replay()

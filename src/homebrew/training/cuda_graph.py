@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from homebrew.model.cuda_capture import capture
+
 
 class CudaGraph:
     """A function of tensors on a GPU, replayed as one CUDA graph.
@@ -43,7 +45,6 @@ class CudaGraph:
     def _capture(self) -> Callable[[], None]:
         """Capture the function; nothing runs before the first replay."""
         graph = torch.cuda.CUDAGraph()
-        # The checkpoint writer and a data loader's thread may use the GPU meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with capture(graph):
             self._result = self._function(*self._inputs)
         return graph.replay

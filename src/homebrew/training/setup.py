@@ -27,7 +27,7 @@ from homebrew.training.global_settings import allow_tf32
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw, check_trainable
 from homebrew.training.schedule import Schedule
-from homebrew.training.step_logger import Emit, StepLogger
+from homebrew.training.step_logger import StepLogger
 from homebrew.training.train_step import TrainStep
 from homebrew.training.trainer_config import TrainerConfig
 
@@ -69,7 +69,6 @@ def build_parts(
     optimizer: torch.optim.Optimizer | None,
     schedule: Schedule,
     accelerator: Accelerator | None,
-    emit: Emit,
 ) -> TrainerParts:
     """Check the arguments of a Trainer and build its parts. Nothing is trained or written.
 
@@ -81,7 +80,6 @@ def build_parts(
         optimizer: The user's optimizer, or None for AdamW.
         schedule: Step to learning-rate multiplier.
         accelerator: The user's Accelerator, or None for a new one.
-        emit: Receives the step logger's events.
 
     Raises:
         HomebrewError: A setting, the data or the launch is invalid.
@@ -138,7 +136,7 @@ def build_parts(
         guard=guard,
         train_step=train_step,
         loader=build_loader(config, train_dataset, batch, accelerator, vocab_size=bare.config.vocab_size),
-        logger=build_logger(config, bare, batch, accelerator, guard, emit, sequence_length=sequence_length),
+        logger=build_logger(config, bare, batch, accelerator, guard, sequence_length=sequence_length),
         checkpoints=build_checkpoint_manager(
             config, accelerator, bare, wrapped, bare_optimizer, guard, identity, train_dataset
         ),
@@ -224,7 +222,6 @@ def build_logger(
     batch: BatchPlan,
     accelerator: Accelerator,
     guard: NanGuard,
-    emit: Emit,
     *,
     sequence_length: int,
 ) -> StepLogger:
@@ -236,7 +233,7 @@ def build_logger(
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32),
         num_processes=accelerator.num_processes,
     )
-    return StepLogger(guard, meter, emit, accelerator.device, log_every=config.log_every, max_steps=config.max_steps)
+    return StepLogger(guard, meter, accelerator.device, log_every=config.log_every, max_steps=config.max_steps)
 
 
 def build_checkpoint_manager(

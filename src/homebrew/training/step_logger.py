@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from homebrew.metrics.step_metrics import SkippedStep
 
 Emit = Callable[[str, object], None]
-"""Calls an event of every callback: `emit("on_log", metrics)`."""
+"""Calls a method of every callback: `emit("on_log", metrics)`."""
 
 
 class StepLogger:
@@ -27,7 +27,6 @@ class StepLogger:
     Args:
         guard: Judges the steps; reviews their verdicts here.
         meter: Measures throughput between two logged steps.
-        emit: Receives the events.
         device: Device of the verdicts.
         log_every: Number of steps between two logged steps; the first step of a run is logged too.
         max_steps: The run's last step, which is always logged.
@@ -37,7 +36,6 @@ class StepLogger:
         self,
         guard: NanGuard,
         meter: ThroughputMeter,
-        emit: Emit,
         device: torch.device,
         *,
         log_every: int,
@@ -45,7 +43,6 @@ class StepLogger:
     ) -> None:
         self._guard = guard
         self._meter = meter
-        self._emit = emit
         self._device = device
         self._log_every = log_every
         self._max_steps = max_steps
@@ -65,33 +62,37 @@ class StepLogger:
         self._error: NonFiniteError | None = None
         self._meter.start(step)
 
-    def submit(self, step: int, verdict: Tensor, learning_rate: float) -> None:
+    def submit(self, step: int, verdict: Tensor, learning_rate: float, emit: Emit) -> None:
         """Log the step requested last; then request this one's numbers if it is due.
 
         Args:
             step: Number of optimizer steps taken, including this one.
             verdict: What the guard returned for this step, on the device.
             learning_rate: The learning rate of this step.
+            emit: Receives `on_log` and `on_step_skipped`.
 
         Raises:
             NonFiniteError: A reviewed step ends the run.
         """
         self._on_device.append((step - 1, verdict))
-        self._log()
+        self._log(emit)
         if step == 1 or step % self._log_every == 0 or step >= self._max_steps:
             self._request()
             self._meter.mark()
             self._log_due = step, learning_rate
 
-    def flush(self) -> None:
+    def flush(self, emit: Emit) -> None:
         """Wait for the device, and log and review everything up to the last step.
+
+        Args:
+            emit: Receives `on_log` and `on_step_skipped`.
 
         Raises:
             NonFiniteError: A reviewed step ends the run; also on every further call until the next run.
         """
-        self._log()
+        self._log(emit)
         self._request()
-        self._log()
+        self._log(emit)
 
     def cancel(self) -> None:
         """Drop the log entry that is due, at the end of a run that failed."""
@@ -113,7 +114,7 @@ class StepLogger:
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._device))
 
-    def _log(self) -> None:
+    def _log(self, emit: Emit) -> None:
         """Read the requested verdicts, waiting for their copy; emit events; raise the error that ends the run."""
         rows, self._on_the_way = self._on_the_way, []
         if rows and self._copied is not None:
@@ -128,11 +129,11 @@ class StepLogger:
                 self._on_device = []  # later steps were skipped because of this one
                 break
         if skipped:
-            self._emit("on_step_skipped", skipped)
+            emit("on_step_skipped", skipped)
         if self._error:
             raise self._error
         if self._log_due:
             (step, learning_rate), self._log_due = self._log_due, None
             loss, grad_norm = self._latest
             metrics = self._meter.measure(step, loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
-            self._emit("on_log", metrics)
+            emit("on_log", metrics)

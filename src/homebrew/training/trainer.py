@@ -75,7 +75,6 @@ class Trainer:
             optimizer=optimizer,
             schedule=self.schedule,
             accelerator=accelerator,
-            emit=self._emit,
         )
         self.accelerator = parts.accelerator
         self.model = parts.model
@@ -134,7 +133,7 @@ class Trainer:
                     set_learning_rates(self._optimizer, self._peak_learning_rates, multiplier)
                     verdict = self._train_step(micro_batches)  # stays on the device
                     self.step += 1
-                    self._logger.submit(self.step, verdict, self._peak_learning_rates[0] * multiplier)
+                    self._logger.submit(self.step, verdict, self._peak_learning_rates[0] * multiplier, self._emit)
                     self._emit("on_step_end")
                     self._evaluate_and_save_if_due()
                     self._handle_requests(signals, flags)
@@ -164,7 +163,7 @@ class Trainer:
         if dataset is None:
             raise ConfigError("There is no evaluation dataset. Pass eval_dataset to Trainer, or dataset to evaluate().")
         if self._is_running:
-            self._logger.flush()  # waits for the device, whose time would else count as the evaluation's
+            self._logger.flush(self._emit)  # waits for the device, whose time would else count as the evaluation's
         with self._logger.paused():
             loss, num_tokens = mean_loss(
                 self.accelerator,
@@ -189,7 +188,7 @@ class Trainer:
             NonFiniteError: The run ended with a step that must not be saved.
         """
         path = self._checkpoints.path(self.step)
-        self._logger.flush()  # first, because a callback that it calls may save
+        self._logger.flush(self._emit)  # first, because a callback that it calls may save
         if not self._checkpoints.is_saved(self.step):
             evaluated_step, loss = self._last_evaluation or (None, None)
             with self._logger.paused():
@@ -260,7 +259,7 @@ class Trainer:
         is_last = self.step >= self.config.max_steps
         save_is_due = is_last or self._is_due(self.config.save_every)
         if self.eval_dataset is not None and (is_last or self._is_due(self.config.eval_every)):
-            self._logger.flush()  # outside the try block: a non-finite step must not be saved
+            self._logger.flush(self._emit)  # outside the try block: a non-finite step must not be saved
             try:
                 metrics = self.evaluate()
                 self._last_evaluation = self.step, metrics.loss
