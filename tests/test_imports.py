@@ -1,11 +1,15 @@
 """What importing homebrew does, and its public names."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import homebrew
+
+PACKAGE = Path(homebrew.__file__).parent
 
 PROBE = """
 import os, sys, json, logging
@@ -43,3 +47,16 @@ def test_importing_costs_little_more_than_torch_and_accelerate():
 def test_every_public_name_can_be_imported():
     assert sorted(homebrew.__all__) == sorted(homebrew._MODULE_OF)
     assert all(hasattr(homebrew, name) for name in homebrew.__all__)
+
+
+def test_no_two_modules_share_a_name():
+    names = [path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_no_module_imports_private_names_of_another():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("homebrew"):
+                private = {alias.name for alias in node.names if alias.name.startswith("_")} - {"__version__"}
+                assert not private, f"{path.relative_to(PACKAGE)} imports {private} from {node.module}"
