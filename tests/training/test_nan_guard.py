@@ -19,12 +19,12 @@ class GuardedRun:
     def step(self, loss=1.0, grad_norm=1.0):
         """Take a step; return the guard's review: the skipped step and the error that ends the run, or None each."""
         self.weight.grad = torch.full_like(self.weight, grad_norm)
-        verdict = self.guard.judge(torch.tensor(loss), torch.tensor(grad_norm))
-        if self.guard.allows_update(verdict):
+        result = self.guard.check(torch.tensor(loss), torch.tensor(grad_norm))
+        if self.guard.allows_update(result):
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_steps += 1
-        return self.guard.review(self.num_steps - 1, verdict.tolist())
+        return self.guard.handle(self.num_steps - 1, result.tolist())
 
     def state(self):
         state = self.optimizer.state[self.weight]

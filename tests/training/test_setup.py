@@ -11,7 +11,7 @@ from homebrew import TrainerConfig
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.training.global_settings import RECOMPILE_LIMIT, allow_tf32, raise_recompile_limit
-from homebrew.training.setup import build_callbacks, build_parts
+from homebrew.training.setup import build_callbacks, build_parts, resolve_accelerator
 
 
 def test_build_parts_makes_a_working_train_step(tmp_path):
@@ -32,6 +32,12 @@ def test_build_parts_makes_a_working_train_step(tmp_path):
     assert loss == pytest.approx(torch.tensor(50.0).log().item(), abs=0.1)
     assert not all(torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_launch_settings_of_the_config_reach_the_accelerator(tmp_path, monkeypatch):
+    settings = {"output_dir": tmp_path, "mixed_precision": "bf16", "log_with": "all", "collective_timeout_seconds": 7.0}
+    monkeypatch.setattr("homebrew.training.setup.build_accelerator", lambda **arguments: arguments)
+    assert resolve_accelerator(None, TrainerConfig(max_steps=1, **settings)) == settings
 
 
 def test_custom_callbacks_come_after_the_built_in_ones_or_replace_them():

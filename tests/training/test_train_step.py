@@ -15,7 +15,7 @@ CONFIG = GPTConfig(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16, 
 
 
 class Steps:
-    """Takes steps on random tokens and keeps their verdicts."""
+    """Takes steps on random tokens and keeps their results."""
 
     def __init__(self, device, *, use_graphs, num_micro_batches=1, policy="skip", zscore=None):
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
@@ -35,17 +35,17 @@ class Steps:
         self.generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         self.train_step.start()
-        self.verdicts = []
+        self.results = []
 
     def take(self, count, before_step=lambda: None):
         for _ in range(count):
             ids = torch.randint(64, (self.num_micro_batches, 4, 9), generator=self.generator).to(self.model.device)
             before_step()
             for index, group in enumerate(self.optimizer.param_groups):
-                group["lr"] = 1e-2 / (len(self.verdicts) + 1 + index)
+                group["lr"] = 1e-2 / (len(self.results) + 1 + index)
             learning_rates = [group["lr"] for group in self.optimizer.param_groups]
             micro_batches = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in ids]
-            self.verdicts.append(self.train_step(micro_batches))
+            self.results.append(self.train_step(micro_batches))
             assert [group["lr"] for group in self.optimizer.param_groups] == learning_rates
             assert all(type(group["lr"]) is float for group in self.optimizer.param_groups)
         return self
@@ -59,8 +59,8 @@ class Steps:
     def skipped(self):
         """Return the skipped steps and their reasons, up to the one that ends the run."""
         skipped = []
-        for step, verdict in enumerate(self.verdicts):
-            skipped_step, error = self.guard.review(step, verdict.tolist())
+        for step, result in enumerate(self.results):
+            skipped_step, error = self.guard.handle(step, result.tolist())
             skipped += [(skipped_step.step, skipped_step.reason)] if skipped_step else []
             if error is not None:
                 break
@@ -68,7 +68,7 @@ class Steps:
 
 
 def assert_same(one, other, **tolerance):
-    for a, b in zip([*one.state(), *one.verdicts], [*other.state(), *other.verdicts], strict=True):
+    for a, b in zip([*one.state(), *one.results], [*other.state(), *other.results], strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
 
@@ -83,7 +83,7 @@ def test_a_graph_computes_the_same_steps(device, num_micro_batches, captured):
     # Without accumulation in place, gradients stay at one address only if the compiler's CUDA graphs keep them there.
     assert len(captured) == 1 or num_micro_batches == 1
     assert_same(eager, graphed, **CLOSE)
-    assert len({float(grad_norm) for _, _, _, grad_norm in graphed.verdicts}) == 8  # no replay overwrites a verdict
+    assert len({float(grad_norm) for _, _, _, grad_norm in graphed.results}) == 8  # no replay overwrites a result
 
 
 def test_a_change_that_a_graph_cannot_see_makes_it_capture_again(device, captured):

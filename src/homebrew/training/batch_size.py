@@ -1,4 +1,4 @@
-"""The batch of a step: global batch size, micro-batch size, and what to do when memory runs out."""
+"""Computes the micro-batch size and the number of accumulation steps."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from homebrew.model.gpt import GPT
 from homebrew.training.trainer_config import TrainerConfig
 
 DEFAULT_MICRO_BATCH_TOKENS = {"cuda": 65_536}
-"""Tokens of a micro-batch by device type, where the user sets no micro-batch size."""
+"""Tokens of a micro-batch by device type, if the user does not set a micro-batch size."""
 _DEFAULT_ELSEWHERE = 4_096
 
 
@@ -35,7 +35,7 @@ def plan_batch(
     num_processes: int,
     micro_batch_tokens: int,
 ) -> BatchPlan:
-    """Compute the number of accumulation steps from what the user sets.
+    """Divide the global batch into micro-batches.
 
     Args:
         global_batch_tokens: Tokens in a step; one micro-batch per rank if None.
@@ -72,7 +72,7 @@ def plan_batch(
 def plan_batch_for_device(
     accelerator: Accelerator, model: GPT, config: TrainerConfig, sequence_length: int
 ) -> BatchPlan:
-    """Plan a step's batch as the config asks for it; for "auto" find the largest micro-batch that fits.
+    """Plan the batch of a config. For `micro_batch_size="auto"`, find the largest micro-batch that fits in memory.
 
     Args:
         accelerator: The run's Accelerator.
@@ -93,7 +93,7 @@ def plan_batch_for_device(
     )
     if config.micro_batch_size != "auto":
         return plan
-    # A CPU has no memory limit of its own to hit, so that the default is the maximum there.
+    # Running out of memory on a CPU ends the process instead of raising an error, so larger sizes are not tried.
     most = plan.global_batch_size if accelerator.device.type != "cpu" else plan.micro_batch_size
     return fit_micro_batch_size(accelerator, model, plan, sequence_length=sequence_length, most=most)
 
@@ -127,8 +127,8 @@ def fit_micro_batch_size(
     size = largest_that_fits(sizes, fits)
     if size is None:
         raise TrainingError(
-            f"Not even one sequence of {sequence_length} tokens fits on every process beside the weights, gradients "
-            f"and optimizer state. {_MEMORY_ADVICE}"
+            f"Not even one sequence of {sequence_length} tokens fits in memory on every process, next to the weights, "
+            f"gradients and optimizer state. {_MEMORY_ADVICE}"
         )
     return BatchPlan(plan.global_batch_size, size, share // size)
 
@@ -182,7 +182,7 @@ def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int)
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _run_trial(accelerator, model, size, sequence_length)  # a call, so that its tensors are freed with it
+            _run_trial(accelerator, model, size, sequence_length)  # a function frees its tensors
     except torch.OutOfMemoryError:
         return False
     else:
@@ -196,7 +196,7 @@ def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int)
 
 
 def _run_trial(accelerator: Accelerator, model: GPT, size: int, sequence_length: int) -> None:
-    """Run two micro-batches, so that the second has the first's gradients and the optimizer state beside it."""
+    """Run two micro-batches, with the optimizer state allocated; the second one accumulates gradients."""
     _reserved = _reserve_optimizer_state(accelerator, model)
     ids = torch.zeros(size, sequence_length, dtype=torch.int64, device=accelerator.device)
     for _ in range(2):

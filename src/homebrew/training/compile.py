@@ -1,4 +1,4 @@
-"""Whether and how the model is compiled."""
+"""Compiles the model with torch.compile."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,8 @@ from homebrew.training.batch_size import BatchPlan
 from homebrew.training.global_settings import raise_recompile_limit
 
 LAUNCH_BOUND_FLOPS = 1.5e13
-"""Micro-batches of fewer FLOPs are compiled into CUDA graphs. An H200 runs this many in 30 ms, and Python launches the
-kernels of GPT-2 small hardly faster."""
+"""Micro-batches of fewer FLOPs are compiled into CUDA graphs. An H200 runs this many in 30 ms, which is about
+the time that Python needs to launch the kernels of GPT-2 small."""
 
 EAGER_EVALUATION_FLOPS = 4e12
 """Models whose training micro-batch has fewer FLOPs are evaluated uncompiled: a pass takes milliseconds, and compiling
@@ -34,7 +34,7 @@ def compile_model(
     *,
     micro_batch_flops: float,
 ) -> CompileMode:
-    """Compile a model in place, so that no wrapper prefixes the names in its state dict.
+    """Compile a model in place, so that the names in its state dict do not change.
 
     Compilation happens at the first call.
 
@@ -97,7 +97,7 @@ def warm_up_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *
 
 
 def _gradients_fit_twice(model: GPT) -> bool:
-    """Return whether the GPU has room for a second copy: accumulated gradients lie outside the CUDA graph."""
+    """Return whether the GPU has memory for a second copy of the gradients, outside the CUDA graph."""
     _, total = torch.cuda.mem_get_info(model.device)
     return 16 * sum(p.nbytes for p in model.parameters() if p.requires_grad) <= total
 

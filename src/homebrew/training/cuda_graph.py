@@ -1,4 +1,4 @@
-"""CUDA graphs: a GPU runs a small model's kernels faster than Python launches them one by one."""
+"""Runs a function as a CUDA graph, which saves the time that Python needs to launch each kernel."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,8 +11,8 @@ from homebrew.model.cuda_capture import capture
 class CudaGraph:
     """A function of tensors on a GPU, replayed as one CUDA graph.
 
-    A graph refers to tensors by address and to numbers by value. It is captured once all dependencies are as they were
-    at the previous call, and captured again after one has changed; in between the function is called directly.
+    A graph refers to tensors by address and to numbers by value. The function is captured at the first call whose
+    dependencies equal those of the previous call. After a change it is called directly once, and then captured again.
 
     Args:
         function: Function of the inputs that returns a tensor; nothing in it may wait for the device.
@@ -28,7 +28,7 @@ class CudaGraph:
         self._result = torch.empty(0)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Return the function's result, in memory of its own."""
+        """Return the function's result, as a new tensor."""
         fingerprint = [x.data_ptr() if isinstance(x, Tensor) else x for x in self._dependencies()]
         fingerprint += [x.shape for x in inputs]
         if fingerprint != self._fingerprint:

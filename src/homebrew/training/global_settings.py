@@ -1,10 +1,10 @@
-"""The process-wide PyTorch settings that training changes; nothing else in homebrew changes any."""
+"""Changes process-wide PyTorch settings. The number of CPU threads is set in distributed/accelerator.py."""
 
 import torch
 
 RECOMPILE_LIMIT = 64
 """Compiled variants of one function. PyTorch's limit is 8, beyond which the function silently runs uncompiled; all
-models of a process count together, each in training and in evaluation, so that four shapes in a notebook reach it."""
+models of a process count together, each in training and in evaluation: four model sizes in a notebook reach it."""
 
 
 def allow_tf32(device: torch.device) -> None:

@@ -19,7 +19,7 @@ class NanGuard:
     """Decides on the device whether a step's update is applied.
 
     The decision is passed to a fused optimizer as `found_inf`, as `torch.amp.GradScaler` does: the kernel then leaves
-    weights, moments and step counts unchanged. The host reads the decisions later, in `review`.
+    weights, moments and step counts unchanged. The host reads the results later, in `handle`.
 
     Args:
         optimizer: Optimizer whose updates are guarded.
@@ -45,12 +45,12 @@ class NanGuard:
         self.limit = limit
         self.spike_zscore = spike_zscore
         self._is_fused = bool(optimizer.defaults.get("fused"))
-        self._blocked = torch.zeros((), device=device)  # 1 once policy "raise" has seen a non-finite step
+        self._blocked = torch.zeros((), device=device)  # 1 after a non-finite step, if the policy is "raise"
         self._history = torch.zeros(3, device=device)  # accepted losses: mean, variance, count
         self._num_consecutive = 0
 
-    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Decide about a step's update and pass the decision to a fused optimizer. Runs on the device only.
+    def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Decide on the device whether a step's update is applied, and pass the decision to a fused optimizer.
 
         State is updated in place, because a CUDA graph may contain this call.
 
@@ -59,12 +59,12 @@ class NanGuard:
             grad_norm: Float scalar, equal on every rank, before clipping.
 
         Returns:
-            The step's verdict, (4,), float32: is non-finite, is skipped, loss, gradient norm.
+            The step's result, (4,), float32: is_non_finite, is_skipped, loss, gradient norm.
         """
         values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         non_finite = (values - values).ne(0).any().float()  # x - x is NaN where x is not finite, else 0
         skipped = non_finite
-        if self.policy == "raise":  # a non-finite step blocks every later one; a spike only itself
+        if self.policy == "raise":  # a non-finite step blocks all later steps; a spike blocks one step
             skipped = torch.maximum(non_finite, self._blocked)
             self._blocked.copy_(skipped)
         if self.spike_zscore is not None:
@@ -74,21 +74,21 @@ class NanGuard:
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         return torch.cat([non_finite[None], skipped[None], values])
 
-    def allows_update(self, verdict: Tensor) -> bool:
+    def allows_update(self, result: Tensor) -> bool:
         """Return whether to call the optimizer: always for a fused one, whose kernel skips the update itself."""
-        return self._is_fused or not bool(verdict[1])
+        return self._is_fused or not bool(result[1])
 
-    def review(self, step: int, verdict: Sequence[float]) -> tuple[SkippedStep | None, NonFiniteError | None]:
-        """Turn a verdict that has been copied to the host into what the run must do about it.
+    def handle(self, step: int, result: Sequence[float]) -> tuple[SkippedStep | None, NonFiniteError | None]:
+        """Handle a result on the host: count skipped steps, and decide whether the run must end.
 
         Args:
             step: Index of the step, counted from 0.
-            verdict: The four numbers of `judge`.
+            result: The four numbers of `check`.
 
         Returns:
             The skipped step, or None; and the error that ends the run, or None.
         """
-        non_finite, is_skipped, loss, grad_norm = verdict
+        non_finite, is_skipped, loss, grad_norm = result
         if not is_skipped:
             self._num_consecutive = 0
             return None, None
@@ -96,15 +96,15 @@ class NanGuard:
         skipped = SkippedStep(step, "non_finite" if non_finite else "loss_spike", loss, grad_norm)
         if non_finite and self.policy == "raise":
             return skipped, NonFiniteError(
-                f"The loss or the gradient norm of step {step} is not finite (loss {loss:g}, norm {grad_norm:g}); no "
-                f"update was applied from this step on. Lower the learning rate, check the data, or set "
+                f"The loss or the gradient norm of step {step} is not finite (loss {loss:g}, norm {grad_norm:g}). The "
+                f"updates of this and all later steps were skipped. Lower the learning rate, check the data, or set "
                 f"non_finite='skip'."
             )
         if self._num_consecutive > self.limit:
             return skipped, NonFiniteError(
                 f"{self._num_consecutive} consecutive steps, the last of them step {step}, had a non-finite loss or "
-                f"gradient norm or a loss spike; non_finite_limit={self.limit} are allowed. Lower the learning rate, "
-                f"or check the data."
+                f"gradient norm or a loss spike, more than non_finite_limit={self.limit}. Lower the learning rate, or "
+                f"check the data."
             )
         return skipped, None
 
@@ -115,7 +115,7 @@ class NanGuard:
         self._num_consecutive = 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state for a checkpoint; every verdict must have been reviewed."""
+        """Return the state for a checkpoint; every result must have been handled."""
         return {"history": self._history.clone(), "num_consecutive": torch.tensor(self._num_consecutive)}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters: matrices and embeddings decay, biases and layer norms do not.
 
     Args:
-        model: Model whose parameters are taken once each, however often modules share them.
+        model: Model to train. Shared parameters are taken once.
         weight_decay: Weight decay of the first group.
 
     Returns:
@@ -39,12 +39,12 @@ def adamw(
         weight_decay: Weight decay of matrices and embeddings.
     """
     groups = decay_groups(model, weight_decay)
-    betas = (float(betas[0]), float(betas[1]))  # PyTorch does not accept an int beside a float
+    betas = (float(betas[0]), float(betas[1]))  # AdamW requires both to be of the same type
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=_can_fuse(groups))
 
 
 def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Check that something trains, and that a custom optimizer holds exactly the model's trainable parameters.
+    """Check that the model has trainable parameters, and that a custom optimizer holds all of them.
 
     Args:
         model: Model to train.

@@ -1,4 +1,4 @@
-"""Assembles what a Trainer holds: each part is built by a function of its own, from what was built before."""
+"""Builds the parts of a Trainer. Each part has its own function, so that a test can build it alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,14 +108,14 @@ def build_parts(
     uses_scaler = accelerator.scaler is not None
     guard = NanGuard(
         bare_optimizer,
-        "skip" if uses_scaler else config.non_finite,  # the scaler finds its scale by steps that overflow
+        "skip" if uses_scaler else config.non_finite,  # fp16: overflowing steps are how the scaler finds its scale
         config.non_finite_limit,
         device,
         spike_zscore=None if uses_scaler else config.loss_spike_zscore,
     )
     train_step = TrainStep(
         wrapped,
-        # Accelerate's wrapper handles fp16's scaler; without one it only costs time, a tenth of a small model's step.
+        # Only fp16's scaler needs Accelerate's wrapper, which costs a tenth of a small model's step time.
         prepared_optimizer if uses_scaler else bare_optimizer,
         guard,
         accelerator,
@@ -144,7 +144,7 @@ def build_parts(
 
 
 def build_callbacks(callbacks: Sequence[Callback], *, progress: bool) -> list[Callback]:
-    """Put the built-in callbacks before the user's, except those that the user replaces or switches off.
+    """Return the built-in callbacks, followed by the user's.
 
     Args:
         callbacks: The user's callbacks. A `ProgressDisplay` or `RunLogger` among them replaces the built-in one.
@@ -163,6 +163,7 @@ def resolve_accelerator(accelerator: Accelerator | None, config: TrainerConfig) 
         output_dir=config.output_dir,
         mixed_precision=config.mixed_precision,
         log_with=config.log_with,
+        collective_timeout_seconds=config.collective_timeout_seconds,
     )
 
 
@@ -183,7 +184,7 @@ def describe_run(
     schedule: Schedule,
     batch: BatchPlan,
 ) -> dict[str, Any]:
-    """Return everything that decides the run's steps, for checkpoints to compare on resume."""
+    """Return the properties of a run that must be equal on resume."""
     from homebrew.checkpoint.compatibility import run_identity
 
     return run_identity(
@@ -247,7 +248,7 @@ def build_checkpoint_manager(
     dataset: Dataset[Any],
 ) -> "CheckpointManager":
     """Build the manager of the run's checkpoints."""
-    from homebrew.checkpoint.manager import CheckpointManager  # slow to import, and needed by runs only
+    from homebrew.checkpoint.manager import CheckpointManager  # slow to import
 
     return CheckpointManager(
         accelerator,

@@ -1,4 +1,4 @@
-"""Logs steps without making the host wait for the device."""
+"""Reads the results of steps one step late, so that the host does not wait for the device."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,15 +19,15 @@ Emit = Callable[[str, object], None]
 
 
 class StepLogger:
-    """Collects the verdicts of steps and emits `on_log` and `on_step_skipped` from them, one step late.
+    """Collects the results of steps, emits `on_log` and `on_step_skipped`, and raises the error that ends the run.
 
-    Reading a number from a GPU waits for it. So the verdicts of the steps up to a logged one are copied to pinned host
-    memory asynchronously, and read only after the next step has been launched.
+    Reading a number from a GPU makes the host wait until the GPU has computed it. Results are therefore copied to
+    pinned host memory asynchronously, at every logged step, and read after the next step has been launched.
 
     Args:
-        guard: Judges the steps; reviews their verdicts here.
+        guard: Guard that has checked the steps.
         meter: Measures throughput between two logged steps.
-        device: Device of the verdicts.
+        device: Device of the results.
         log_every: Number of steps between two logged steps; the first step of a run is logged too.
         max_steps: The run's last step, which is always logged.
     """
@@ -55,26 +55,26 @@ class StepLogger:
         Args:
             step: Number of optimizer steps taken so far.
         """
-        self._on_device: list[tuple[int, Tensor]] = []  # verdicts not yet requested
-        self._on_the_way: list[tuple[int, Tensor]] = []  # verdicts whose copy has been started
-        self._log_due: tuple[int, float] | None = None  # the logged step among these, and its learning rate
-        self._latest = float("nan"), float("nan")  # loss and gradient norm of the last verdict read
+        self._on_device: list[tuple[int, Tensor]] = []  # results whose copy has not been started
+        self._copying: list[tuple[int, Tensor]] = []  # results that are being copied to the host
+        self._log_due: tuple[int, float] | None = None  # the step to log from `_copying`, and its learning rate
+        self._latest = float("nan"), float("nan")  # loss and gradient norm of the last result read
         self._error: NonFiniteError | None = None
         self._meter.start(step)
 
-    def submit(self, step: int, verdict: Tensor, learning_rate: float, emit: Emit) -> None:
-        """Log the step requested last; then request this one's numbers if it is due.
+    def submit(self, step: int, result: Tensor, learning_rate: float, emit: Emit) -> None:
+        """Log the previous logged step; then start copying the results if this step is to be logged.
 
         Args:
             step: Number of optimizer steps taken, including this one.
-            verdict: What the guard returned for this step, on the device.
+            result: What the guard returned for this step, on the device.
             learning_rate: The learning rate of this step.
             emit: Receives `on_log` and `on_step_skipped`.
 
         Raises:
-            NonFiniteError: A reviewed step ends the run.
+            NonFiniteError: A step's result ends the run.
         """
-        self._on_device.append((step - 1, verdict))
+        self._on_device.append((step - 1, result))
         self._log(emit)
         if step == 1 or step % self._log_every == 0 or step >= self._max_steps:
             self._request()
@@ -82,20 +82,20 @@ class StepLogger:
             self._log_due = step, learning_rate
 
     def flush(self, emit: Emit) -> None:
-        """Wait for the device, and log and review everything up to the last step.
+        """Wait for the device, and handle the results of all steps.
 
         Args:
             emit: Receives `on_log` and `on_step_skipped`.
 
         Raises:
-            NonFiniteError: A reviewed step ends the run; also on every further call until the next run.
+            NonFiniteError: A step's result ends the run. Further calls raise it again until the next run.
         """
         self._log(emit)
         self._request()
         self._log(emit)
 
     def cancel(self) -> None:
-        """Drop the log entry that is due, at the end of a run that failed."""
+        """Drop the pending log entry, at the end of a run."""
         self._log_due = None
 
     def paused(self) -> AbstractContextManager[None]:
@@ -103,27 +103,27 @@ class StepLogger:
         return self._meter.paused()
 
     def _request(self) -> None:
-        """Start copying the verdicts to the host."""
+        """Start copying the results to the host."""
         if not self._on_device:
             return
-        steps, verdicts = zip(*self._on_device, strict=True)
-        # Into pinned memory on CUDA: neither the steps nor the host wait for the copy.
-        rows = torch.stack(verdicts).to("cpu", non_blocking=self._copied is not None)
-        self._on_the_way += zip(steps, rows, strict=True)
+        steps, results = zip(*self._on_device, strict=True)
+        # On CUDA, into pinned memory, so that the copy is asynchronous.
+        rows = torch.stack(results).to("cpu", non_blocking=self._copied is not None)
+        self._copying += zip(steps, rows, strict=True)
         self._on_device = []
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._device))
 
     def _log(self, emit: Emit) -> None:
-        """Read the requested verdicts, waiting for their copy; emit events; raise the error that ends the run."""
-        rows, self._on_the_way = self._on_the_way, []
+        """Wait for the copy of the results, emit events, and raise the error that ends the run."""
+        rows, self._copying = self._copying, []
         if rows and self._copied is not None:
             self._copied.synchronize()
         skipped: list[SkippedStep] = []
-        for step, verdict in rows:
-            numbers = verdict.tolist()
+        for step, result in rows:
+            numbers = result.tolist()
             self._latest = numbers[2], numbers[3]
-            skipped_step, self._error = self._guard.review(step, numbers)
+            skipped_step, self._error = self._guard.handle(step, numbers)
             skipped += [skipped_step] if skipped_step else []
             if self._error:
                 self._on_device = []  # later steps were skipped because of this one

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward passes, then an update by clipped gradients that the guard allows."""
+"""One optimizer step: forward and backward passes, gradient clipping, the guard, and the optimizer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,12 +25,12 @@ class TrainStep:
         guard: Guard of the same optimizer.
         accelerator: The run's Accelerator.
         max_grad_norm: Gradients are clipped to this global norm.
-        accumulate_in_place: Keep the gradients' memory between steps and zero it. Needed when the passes are CUDA
-            graphs and gradients are accumulated: a graph's gradients lie in its own memory, where the next replay
-            would overwrite their sum. A parameter that takes no part in a pass then has a gradient of zeros, so that
-            its weights decay.
-        capture_update: Replay the update as a CUDA graph: on a GPU, with a fused optimizer and without a gradient
-            scaler. A replay calls no hooks.
+        accumulate_in_place: Keep the gradient tensors between steps and zero them, instead of setting them to None.
+            Needed if gradients are accumulated over CUDA graphs, whose next replay overwrites the gradients that the
+            previous one returned. Unused parameters then have gradients of zero instead of None, so weight decay
+            applies to them.
+        capture_update: Run the update as a CUDA graph. Needs a GPU, a fused optimizer and no gradient scaler. Optimizer
+            hooks are not called when a graph is replayed.
     """
 
     def __init__(
@@ -61,16 +61,18 @@ class TrainStep:
             if capture_update
             else self._apply
         )
-        self._is_incomplete = False  # gradients of a part of a step are left
+        self._is_incomplete = False  # True while gradients of an unfinished step may exist
 
     def start(self) -> None:
         """Clear the gradients before a run's first step.
 
         Raises:
-            TrainingError: An earlier step failed under FSDP, which may still hold half a gradient.
+            TrainingError: An earlier step failed under FSDP, whose internal state is then undefined.
         """
         if self._is_incomplete and uses_fsdp(self._accelerator):
-            raise TrainingError("A step was interrupted, after which FSDP cannot continue. Build a new Trainer.")
+            raise TrainingError(
+                "An earlier step of this Trainer failed, and FSDP cannot recover from that. Build a new Trainer."
+            )
         self._is_incomplete = False
         self._guard.optimizer.zero_grad(set_to_none=True)
 
@@ -81,7 +83,7 @@ class TrainStep:
             micro_batches: This rank's (input_ids, targets), each (B, T), int64.
 
         Returns:
-            The guard's verdict (`NanGuard.judge`), on the device. Its loss is the mean over the step's scored targets
+            The step's result (see `NanGuard.check`), on the device. Its loss is the mean over the step's scored targets
             on all ranks; its gradient norm is the one before clipping.
         """
         self._is_incomplete = True
@@ -90,16 +92,18 @@ class TrainStep:
         loss = self._accumulate(micro_batches)
         for tensor, group in zip(self._learning_rates, self._optimizer.param_groups, strict=False):
             tensor.fill_(group["lr"])
-        verdict = self._update(loss)
+        result = self._update(loss)
         self._guard.optimizer.zero_grad(set_to_none=not self._accumulate_in_place)
         self._is_incomplete = False
-        return verdict
+        return result
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Run forward and backward passes, synchronizing gradients in the last; return the step's loss."""
         accelerator = self._accelerator
         accelerator.gradient_accumulation_steps = len(micro_batches)  # shared by all Accelerators of a process
-        weights = micro_batch_weights(accelerator, micro_batches)  # the mean of micro-batch means would be wrong
+        weights = micro_batch_weights(
+            accelerator, micro_batches
+        )  # a plain mean over micro-batches would be wrong if they have different numbers of targets
         scale = accelerator.num_processes * len(micro_batches)  # Accelerate and DDP divide by this
         losses = []
         for (input_ids, targets), weight in zip(micro_batches, weights, strict=True):
@@ -115,34 +119,37 @@ class TrainStep:
     def _allocate_gradients(self) -> None:
         for parameter in self._all_parameters:
             if not parameter.requires_grad:
-                parameter.grad = None  # else the optimizer would move a parameter that a callback has frozen
+                parameter.grad = None  # a callback has frozen it, so the optimizer must skip it
             elif parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _apply(self, loss: Tensor) -> Tensor:
-        """Clip the gradients, judge the step and update the weights; return the verdict."""
+        """Clip the gradients, check the step and update the weights; return the step's result."""
         self._accelerator.unscale_gradients()
         grad_norm = full_tensor(clip_grad_norm_(self._parameters, self._max_grad_norm))
-        verdict = self._guard.judge(loss, grad_norm)
-        if self._guard.allows_update(verdict) or self._accelerator.scaler is not None:
+        result = self._guard.check(loss, grad_norm)
+        if self._guard.allows_update(result) or self._accelerator.scaler is not None:
             self._optimizer.step()
-        return verdict
+        return result
 
     def _apply_with_device_learning_rates(self, loss: Tensor) -> Tensor:
-        """Do the same with learning rates read from the device, because they change with every step."""
+        """Like `_apply`, but with learning rates in device tensors: a CUDA graph would keep plain numbers forever."""
         groups = self._optimizer.param_groups
         learning_rates = [group["lr"] for group in groups]
         is_capturing = loss.is_cuda and torch.cuda.is_current_stream_capturing()
         try:
             for group, tensor in zip(groups, self._learning_rates, strict=True):
-                group["lr"], group["capturable"] = tensor, is_capturing  # PyTorch warns if set without need
+                group["lr"], group["capturable"] = (
+                    tensor,
+                    is_capturing,
+                )  # PyTorch warns if set outside
             return self._apply(loss)
         finally:
             for group, learning_rate in zip(groups, learning_rates, strict=True):
                 group["lr"], group["capturable"] = learning_rate, False
 
     def _graph_dependencies(self) -> list[object]:
-        """Return everything the captured update reads or writes; a change of any makes it be captured again."""
+        """Return everything that the captured update reads or writes. It is captured again if any of it changes."""
         state, groups = self._optimizer.state, self._optimizer.param_groups
         tensors = [tensor for p in self._parameters for tensor in (p, p.grad, *state.get(p, {}).values())]
         return tensors + [group[key] for group in groups for key in group if key not in ("params", "lr")]

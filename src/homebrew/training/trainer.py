@@ -83,7 +83,7 @@ class Trainer:
         self.step = 0
         """Number of optimizer steps taken."""
         self.should_stop = False
-        """Set by a callback, on any process, to end the run after this step; with several processes, after the next."""
+        """A callback sets this, on any process, to end the run. With several processes, one more step is taken."""
         self._wrapped = parts.wrapped
         self._meta_copy = parts.meta_copy
         self._optimizer = parts.optimizer
@@ -96,7 +96,7 @@ class Trainer:
         self._evaluates_eagerly = parts.evaluates_eagerly
         self._needs_warm_up = parts.compile_mode != "none"
         self._is_running = False
-        self._stop_agreed = False  # by all processes
+        self._stop_agreed = False  # whether all processes know that the run must end
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
 
     def train(self, resume: bool | str | Path = False, *, accept_changes: Collection[str] = ()) -> None:
@@ -111,7 +111,7 @@ class Trainer:
         Raises:
             ConfigError: `output_dir` is not writable, or holds a run and `resume` is False or an older checkpoint.
             CheckpointError: The checkpoint is corrupt or belongs to another run.
-            NonFiniteError: A loss or gradient was not finite and the policy does not allow it.
+            NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
         """
         self._start(resume, accept_changes)
         try:
@@ -131,19 +131,19 @@ class Trainer:
                     self._warm_up(micro_batches[0])
                     multiplier = float(self.schedule(self.step))
                     set_learning_rates(self._optimizer, self._peak_learning_rates, multiplier)
-                    verdict = self._train_step(micro_batches)  # stays on the device
+                    result = self._train_step(micro_batches)  # stays on the device
                     self.step += 1
-                    self._logger.submit(self.step, verdict, self._peak_learning_rates[0] * multiplier, self._emit)
+                    self._logger.submit(self.step, result, self._peak_learning_rates[0] * multiplier, self._emit)
                     self._emit("on_step_end")
                     self._evaluate_and_save_if_due()
                     self._handle_requests(signals, flags)
-                self._handle_requests(signals, flags)  # those of the last step
+                self._handle_requests(signals, flags)  # for requests made during the last step
                 self.save()
                 self._checkpoints.wait()
         finally:
             self._is_running = False
             self._logger.cancel()
-            set_learning_rates(self._optimizer, self._peak_learning_rates, 1.0)  # a custom optimizer as it was
+            set_learning_rates(self._optimizer, self._peak_learning_rates, 1.0)  # restore the peaks
             self._emit("on_train_end")
 
     def evaluate(self, dataset: Dataset[Any] | None = None) -> EvalMetrics:
@@ -163,7 +163,7 @@ class Trainer:
         if dataset is None:
             raise ConfigError("There is no evaluation dataset. Pass eval_dataset to Trainer, or dataset to evaluate().")
         if self._is_running:
-            self._logger.flush(self._emit)  # waits for the device, whose time would else count as the evaluation's
+            self._logger.flush(self._emit)  # finish the steps first, so that their time does not count as evaluation
         with self._logger.paused():
             loss, num_tokens = mean_loss(
                 self.accelerator,
@@ -185,10 +185,10 @@ class Trainer:
 
         Raises:
             CheckpointError: An earlier checkpoint could not be written.
-            NonFiniteError: The run ended with a step that must not be saved.
+            NonFiniteError: A step was not finite; nothing is saved.
         """
         path = self._checkpoints.path(self.step)
-        self._logger.flush(self._emit)  # first, because a callback that it calls may save
+        self._logger.flush(self._emit)  # first, because its callbacks may save too
         if not self._checkpoints.is_saved(self.step):
             evaluated_step, loss = self._last_evaluation or (None, None)
             with self._logger.paused():
@@ -235,10 +235,10 @@ class Trainer:
 
     def _start(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
         """Restore the checkpoint, or start from step 0."""
-        self._train_step.start()  # PyTorch cannot load an optimizer's state beside gradients
+        self._train_step.start()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
         self.step = self._checkpoints.restore(resume, accept_changes)
-        self.accelerator.step = 0  # counts micro-batches; an interrupted step may have left any value
+        self.accelerator.step = 0  # Accelerate's count of micro-batches; an interrupted step leaves it in the middle
         self._wrapped.train()
         self.should_stop = self._stop_agreed = False
         self._last_evaluation = None
@@ -259,13 +259,13 @@ class Trainer:
         is_last = self.step >= self.config.max_steps
         save_is_due = is_last or self._is_due(self.config.save_every)
         if self.eval_dataset is not None and (is_last or self._is_due(self.config.eval_every)):
-            self._logger.flush(self._emit)  # outside the try block: a non-finite step must not be saved
+            self._logger.flush(self._emit)  # may raise NonFiniteError, which must not lead to a save below
             try:
                 metrics = self.evaluate()
                 self._last_evaluation = self.step, metrics.loss
                 self._emit("on_evaluate", metrics)
             except Exception:
-                # With several processes the others may not have failed, and would not save.
+                # Only with one process: the save is collective, and other processes may not have failed.
                 if save_is_due and self.accelerator.num_processes == 1:
                     self.save()
                 raise
@@ -287,8 +287,8 @@ class Trainer:
                 exit_for_signal(number)
 
     def _emit(self, event: str, *arguments: object) -> None:
-        """Call a method of every callback; its time does not count as training time, unless the device is busy."""
-        overlaps = event in ("on_step_end", "on_log", "on_step_skipped")  # the device runs the next step meanwhile
+        """Call a method of every callback, outside of the training time unless a GPU works in parallel."""
+        overlaps = event in ("on_step_end", "on_log", "on_step_skipped")
         with nullcontext() if overlaps else self._logger.paused():
             for callback in self.callbacks:
                 getattr(callback, event)(self, *arguments)

@@ -42,7 +42,8 @@ class TrainerConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm."""
     non_finite: NonFinitePolicy = "raise"
-    """If a loss or gradient norm is not finite: end the run, or skip the step. The update is never applied."""
+    """If a loss or gradient norm is not finite: end the run, or skip the step. The update is never applied. In fp16,
+    where the gradient scaler depends on skipped steps, always "skip"."""
     non_finite_limit: int = 10
     """Maximum number of consecutive skipped steps."""
     loss_spike_zscore: float | None = None
@@ -64,7 +65,7 @@ class TrainerConfig:
     eval_batches: int | None = None
     """Micro-batches that each process evaluates. Default: the full evaluation dataset."""
     log_every: int = 10
-    """Steps between log entries. A step is logged one step late, so that a GPU never waits for the host."""
+    """Steps between log entries. Each is written one step late, so that the host does not wait for the GPU."""
     log_with: str | None = None
     """Accelerate tracker to log to besides `metrics.jsonl`: "tensorboard", "wandb", …, or "all" that are installed. A
     custom `Accelerator` brings its own trackers instead."""
@@ -75,9 +76,9 @@ class TrainerConfig:
     keep_every: int | None = None
     """Keep checkpoints at multiples of this step permanently."""
     gather_limit_bytes: int = 32_000_000_000
-    """Under FSDP, the largest checkpoint, in bytes (12 per trainable parameter), that rank 0 gathers and writes. Larger
-    ones are written by all ranks, each its shards; `output_dir` must then be on a shared file system. Both kinds load
-    on any number of processes."""
+    """Under FSDP, the largest checkpoint, in bytes (12 per trainable parameter), that rank 0 gathers and writes. Of a
+    larger one, each rank writes its shards; `output_dir` must then be on a shared file system. Both kinds load on any
+    number of processes."""
     num_workers: int = 0
     """Data loader processes, for slow custom datasets. Evaluation always reads in the main process."""
     loader_timeout_seconds: float = 600.0
@@ -96,7 +97,7 @@ class TrainerConfig:
             if not holds(value := getattr(self, name))
         ]
         if self.micro_batch_size == "auto" and self.global_batch_tokens is None:
-            problems.append("micro_batch_size='auto': needs global_batch_tokens, so that the step stays the same.")
+            problems.append("micro_batch_size='auto': needs global_batch_tokens.")
         if problems:
             raise ConfigError("Invalid settings:\n  " + "\n  ".join(problems))
 
