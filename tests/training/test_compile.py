@@ -110,15 +110,3 @@ def test_warm_up_leaves_no_trace(error):
     assert model.training
     assert model.weight.grad is None
     assert torch.equal(torch.get_rng_state(), rng_state)
-
-
-def test_warm_up_restores_the_random_state_of_mps(monkeypatch):
-    states = [torch.tensor([1])]
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
-    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
-    accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(accelerator.state, "device", torch.device("mps"))
-    model = RandomModel()
-    model.register_forward_hook(lambda *_: states.append(torch.tensor([2])))
-    warm_up_compiled(accelerator, model, BATCH, evaluates=False)
-    assert [int(state) for state in states] == [1, 2, 1]

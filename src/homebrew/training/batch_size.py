@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 
+from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.model.gpt import GPT
 from homebrew.training.trainer_config import TrainerConfig
@@ -208,6 +208,6 @@ def _run_trial(accelerator: Accelerator, model: GPT, size: int, sequence_length:
 def _reserve_optimizer_state(accelerator: Accelerator, model: GPT) -> list[torch.Tensor]:
     """Allocate as much memory as AdamW's two moments, and DDP's copy of the gradients, will take."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if uses_fsdp(accelerator):
         return [p.new_empty(2 * p.numel() // accelerator.num_processes) for p in trainable]
     return [p.new_empty((2 if accelerator.num_processes == 1 else 3) * p.numel()) for p in trainable]

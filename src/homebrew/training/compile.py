@@ -1,7 +1,5 @@
 """Compiles the model with torch.compile."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -10,6 +8,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
 from homebrew.data.loader import Batch
+from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.model.gpt import GPT
 from homebrew.training.batch_size import BatchPlan
 from homebrew.training.global_settings import raise_recompile_limit
@@ -52,7 +51,7 @@ def compile_model(
     if not (on_cuda if wanted == "auto" else wanted) or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         return "none"
     raise_recompile_limit()
-    if accelerator.is_fsdp2:
+    if uses_fsdp(accelerator):
         for block in model.transformer.h:  # FSDP gathers weights between blocks
             block.compile()
         return "kernels"
@@ -82,11 +81,12 @@ def warm_up_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *
         batch: A micro-batch of the run's shape.
         evaluates: Whether to compile the evaluation pass too.
     """
-    if accelerator.is_fsdp2:
+    if uses_fsdp(accelerator):
         return
     input_ids, targets = batch
     try:
-        with _preserved_rng(accelerator.device), accelerator.no_sync(model):
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), accelerator.no_sync(model):
             model(input_ids, targets).backward()
             if evaluates:
                 with torch.no_grad():
@@ -100,15 +100,3 @@ def _gradients_fit_twice(model: GPT) -> bool:
     """Return whether the GPU has memory for a second copy of the gradients, outside the CUDA graph."""
     _, total = torch.cuda.mem_get_info(model.device)
     return 16 * sum(p.nbytes for p in model.parameters() if p.requires_grad) <= total
-
-
-@contextmanager
-def _preserved_rng(device: torch.device) -> Iterator[None]:
-    """Restore PyTorch's random states on exit, including MPS's, which `fork_rng` does not handle."""
-    mps = torch.mps.get_rng_state() if device.type == "mps" else None
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        if mps is not None:
-            torch.mps.set_rng_state(mps)

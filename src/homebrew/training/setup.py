@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
+from homebrew.checkpoint.compatibility import run_identity
 from homebrew.data.loader import StepLoader
 from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.data.validation import check_dataset
@@ -102,7 +103,16 @@ def build_parts(
     bare_optimizer = optimizer or adamw(
         bare, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
-    identity = describe_run(config, train_dataset, bare, bare_optimizer, schedule, batch)  # before FSDP shards weights
+    identity = run_identity(  # before FSDP shards the weights
+        dataset=train_dataset,
+        model=bare,
+        optimizer=bare_optimizer,
+        schedule=schedule,
+        max_steps=config.max_steps,
+        max_grad_norm=config.max_grad_norm,
+        global_batch_size=batch.global_batch_size,
+        seed=config.seed,
+    )
     wrapped, prepared_optimizer = accelerator.prepare(bare, bare_optimizer)
 
     uses_scaler = accelerator.scaler is not None
@@ -167,36 +177,13 @@ def resolve_accelerator(accelerator: Accelerator | None, config: TrainerConfig) 
     )
 
 
-def check_datasets(shape: GPTConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None) -> int:
+def check_datasets(model_config: GPTConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None) -> int:
     """Check that the model can read the datasets; return the sequence length in tokens."""
-    limits = {"block_size": shape.block_size, "vocab_size": shape.vocab_size}
+    limits = {"block_size": model_config.block_size, "vocab_size": model_config.vocab_size}
     sequence_length = check_dataset(train_dataset, "train_dataset", **limits)
     if eval_dataset is not None:
         check_dataset(eval_dataset, "eval_dataset", **limits)
     return sequence_length
-
-
-def describe_run(
-    config: TrainerConfig,
-    dataset: Dataset[Any],
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    batch: BatchPlan,
-) -> dict[str, Any]:
-    """Return the properties of a run that must be equal on resume."""
-    from homebrew.checkpoint.compatibility import run_identity
-
-    return run_identity(
-        dataset=dataset,
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
-        max_steps=config.max_steps,
-        max_grad_norm=config.max_grad_norm,
-        global_batch_size=batch.global_batch_size,
-        seed=config.seed,
-    )
 
 
 def build_loader(

@@ -70,9 +70,7 @@ class TrainStep:
             TrainingError: An earlier step failed under FSDP, whose internal state is then undefined.
         """
         if self._is_incomplete and uses_fsdp(self._accelerator):
-            raise TrainingError(
-                "An earlier step of this Trainer failed, and FSDP cannot recover from that. Build a new Trainer."
-            )
+            raise TrainingError("An earlier step failed, and FSDP cannot recover from that. Build a new Trainer.")
         self._is_incomplete = False
         self._guard.optimizer.zero_grad(set_to_none=True)
 
@@ -101,9 +99,7 @@ class TrainStep:
         """Run forward and backward passes, synchronizing gradients in the last; return the step's loss."""
         accelerator = self._accelerator
         accelerator.gradient_accumulation_steps = len(micro_batches)  # shared by all Accelerators of a process
-        weights = micro_batch_weights(
-            accelerator, micro_batches
-        )  # a plain mean over micro-batches would be wrong if they have different numbers of targets
+        weights = micro_batch_weights(accelerator, micro_batches)  # their numbers of targets may differ
         scale = accelerator.num_processes * len(micro_batches)  # Accelerate and DDP divide by this
         losses = []
         for (input_ids, targets), weight in zip(micro_batches, weights, strict=True):

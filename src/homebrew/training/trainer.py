@@ -156,9 +156,9 @@ class Trainer:
             ConfigError: There is no dataset.
             DataError: The model cannot read the dataset.
         """
-        shape = self.model.config
+        model_config = self.model.config
         if dataset is not None:
-            check_dataset(dataset, "dataset", block_size=shape.block_size, vocab_size=shape.vocab_size)
+            check_dataset(dataset, "dataset", block_size=model_config.block_size, vocab_size=model_config.vocab_size)
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ConfigError("There is no evaluation dataset. Pass eval_dataset to Trainer, or dataset to evaluate().")
@@ -170,7 +170,7 @@ class Trainer:
                 self._wrapped,
                 dataset,
                 micro_batch_size=self.batch.micro_batch_size,
-                vocab_size=shape.vocab_size,
+                vocab_size=model_config.vocab_size,
                 max_batches=self.config.eval_batches,
                 eager=self._evaluates_eagerly,
             )
