@@ -339,7 +339,7 @@ def test_non_finite_value_on_one_rank_skips_the_step_on_all_ranks(run, tmp_path,
             assert len(set(digests)) == 3
         events = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         skipped = [(event["step"], event["reason"]) for event in events if "reason" in event]
-        assert skipped == [(2, "non_finite")]
+        assert skipped == [(3, "non_finite")]
 
 
 def error_lines(text):

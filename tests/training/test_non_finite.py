@@ -14,7 +14,7 @@ from homebrew.callbacks.base import Callback
 from homebrew.errors import NonFiniteError
 from homebrew.training.optimizer import adamw
 
-BAD_STEP = 3  # counted from 0
+BAD_STEP = 3  # value of trainer.step while the step is taken; metrics call it step 4
 CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
 
 
@@ -87,7 +87,7 @@ def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(tmp_path, po
     trainer = make_small_trainer(tmp_path, model=model, optimizer=optimizer, **settings)
     inject(trainer, where, value)
     if policy == "raise":
-        with pytest.raises(NonFiniteError, match=f"step {BAD_STEP} "):
+        with pytest.raises(NonFiniteError, match=f"step {BAD_STEP + 1} "):
             trainer.train()
         snapshots.on_step_end(trainer)
         assert BAD_STEP in snapshots.unchanged_steps()
@@ -96,7 +96,7 @@ def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(tmp_path, po
         trainer.train()
         assert snapshots.unchanged_steps() == [BAD_STEP]
     (skipped,) = recorder.skipped
-    assert (skipped.step, skipped.reason) == (BAD_STEP, "non_finite")
+    assert (skipped.step, skipped.reason) == (BAD_STEP + 1, "non_finite")
     assert math.isfinite(skipped.loss) == (where == "gradient")
     assert math.isfinite(skipped.grad_norm) == (where != "gradient")
 
@@ -108,7 +108,7 @@ def test_weights_that_became_infinite_are_not_saved(tmp_path):
                 trainer.model.transformer.ln_f.bias.data[0] = math.inf
 
     trainer = make_trainer(tmp_path, log_every=3, save_every=1, callbacks=[SetInfinity()])
-    with pytest.warns(UserWarning, match="checkpoint"), pytest.raises(NonFiniteError, match="step 2 "):
+    with pytest.warns(UserWarning, match="checkpoint"), pytest.raises(NonFiniteError, match="step 3 "):
         trainer.train()
     assert saved_steps(tmp_path) == [1]
 
@@ -126,7 +126,7 @@ def test_checkpoints_before_a_non_finite_step_are_kept(tmp_path):
 def test_a_run_ended_by_non_finite_steps_cannot_be_saved_but_trained_again(tmp_path, policy):
     class SaveOnSkip(Callback):
         def on_step_skipped(self, trainer, steps):
-            if policy == "raise" or steps[-1].step == 2:
+            if policy == "raise" or steps[-1].step == 3:
                 with pytest.raises(NonFiniteError):
                     trainer.save()
 
@@ -163,7 +163,7 @@ def test_a_loss_spike_is_skipped_if_configured(tmp_path, monkeypatch):
     trainer = make_small_trainer(tmp_path, **settings)
     trainer.model.transformer.ln_f.register_forward_hook(lambda *args: args[-1] * 50 if trainer.step == 8 else None)
     trainer.train()
-    assert [(skipped.step, skipped.reason) for skipped in recorder.skipped] == [(8, "loss_spike")]
+    assert [(skipped.step, skipped.reason) for skipped in recorder.skipped] == [(9, "loss_spike")]
 
 
 def test_a_gradient_scaler_disables_the_loss_spike_rule(tmp_path, monkeypatch):

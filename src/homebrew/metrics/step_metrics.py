@@ -65,7 +65,7 @@ class SkippedStep:
     """A step whose update was not applied."""
 
     step: int
-    """Index of the step, from 0."""
+    """Number of the step, counted from 1 as in `StepMetrics.step`."""
     reason: Literal["non_finite", "loss_spike"]
     """Why the update was not applied."""
     loss: float

@@ -82,7 +82,7 @@ class NanGuard:
         """Handle a result on the host: count skipped steps, and decide whether the run must end.
 
         Args:
-            step: Index of the step, counted from 0.
+            step: Number of the step, counted from 1 as in `StepMetrics.step`.
             result: The four numbers of `check`.
 
         Returns:

@@ -74,7 +74,7 @@ class StepLogger:
         Raises:
             NonFiniteError: A step's result ends the run.
         """
-        self._on_device.append((step - 1, result))
+        self._on_device.append((step, result))
         self._log(emit)
         if step == 1 or step % self._log_every == 0 or step >= self._max_steps:
             self._request()
