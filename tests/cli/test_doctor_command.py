@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import torch
 
@@ -15,10 +13,10 @@ def test_doctor_shows_what_a_run_would_use(invoke, monkeypatch, tmp_path):
         assert expected in output
 
 
-def test_doctor_prints_how_to_install_missing_packages(tmp_path, monkeypatch, invoke):
+def test_doctor_prints_how_to_install_missing_extras(tmp_path, monkeypatch, invoke):
     monkeypatch.setattr("homebrew.cli.doctor_command.installed_version", lambda _: None)
     monkeypatch.setenv("COLUMNS", "200")
-    assert "pip install 'homebrew-gpt[plot]'" in invoke("doctor", "--output-dir", tmp_path)
+    assert "pip install 'homebrew-gpt[offline,plot]'" in invoke("doctor", "--output-dir", tmp_path)
 
 
 def test_doctor_fails_if_a_run_cannot_start(tmp_path, monkeypatch, capsys):
@@ -34,22 +32,22 @@ def test_doctor_fails_if_a_run_cannot_start(tmp_path, monkeypatch, capsys):
 def test_an_unwritable_output_dir_is_found(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "runs"):
-        assert "not writable" in list(run_checks(path))[-1].fix
-    assert list(run_checks(tmp_path / ("a" * 300)))[-1].value.endswith(str(tmp_path))
+        assert "not writable" in list(run_checks(path))[-1].value
+    assert list(run_checks(tmp_path / ("a" * 300)))[-1].topic == "Tiny Shakespeare"
 
 
 @pytest.mark.parametrize(
     ("has_triton", "has_compiler", "value", "fix"),
     [
         (True, True, "on", ""),
-        (False, True, "fails: the triton package not found", "Install the triton package, or .* --compile no.*"),
-        (True, False, "fails, also with --compile no: no C compiler found", "Install a C compiler.*"),
-        (False, False, "fails: .* and a C compiler not found", "Install the triton package and a C compiler, or .*"),
+        (False, True, "fails: no triton", "--compile no"),
+        (True, False, "fails, also with --compile no", "gcc"),
     ],
 )
 def test_requirements_of_compilation_on_a_gpu(monkeypatch, has_triton, has_compiler, value, fix):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if has_triton else None)
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/cc" if has_compiler else None)
     finding = check_compilation(torch.device("cuda"))
-    assert re.fullmatch(value, finding.value)
-    assert re.fullmatch(fix, finding.fix)
+    assert finding.value.startswith(value)
+    assert fix in finding.fix
+    assert bool(fix) == bool(finding.fix)
