@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from homebrew.cli.open_model import Dtype, open_model
+from homebrew.cli.open_model import Dtype, SavedModel
 from homebrew.data.text_file import read_text
 from homebrew.errors import ConfigError
 
@@ -15,15 +15,10 @@ if TYPE_CHECKING:
     from homebrew.evaluation.perplexity import ProgressFn
 
 
-@dataclass
-class Eval:
+@dataclass(kw_only=True)
+class Eval(SavedModel):
     """Evaluate a model: perplexity on a text, accuracy on HellaSwag, or both."""
 
-    checkpoint: Positional[Annotated[str, arg(metavar="MODEL")]]
-    """Folder of a model, or hub repository.
-    The folder may be a run, whose newest checkpoint is used, a checkpoint, an export or a PEFT adapter."""
-    base: Annotated[str | None, arg(help_behavior_hint="")] = None
-    """Base model of an adapter, if it has moved since training."""
     text: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """UTF-8 text file. Prints the loss (nats per token), perplexity and bits per byte."""
     stride: Annotated[int | None, arg(help_behavior_hint="(default: half the block size)")] = None
@@ -35,12 +30,8 @@ class Eval:
     """Number of HellaSwag questions to use."""
     batch_size: int = 8
     """Number of windows or questions per forward pass."""
-    device: str = "auto"
-    """PyTorch device: cpu, cuda, cuda:1, mps. "auto" selects the GPU if there is one."""
     dtype: Dtype = "float32"
     """Data type of the weights."""
-    tokenizer: Annotated[Literal["gpt2", "bytes"] | None, arg(help_behavior_hint="")] = None
-    """Tokenizer of a model that does not record which one it was trained with."""
 
     def run(self) -> None:
         """Run the command."""
@@ -56,9 +47,7 @@ class Eval:
         questions = []
         if self.hellaswag is not None:
             questions = load_hellaswag(None if self.hellaswag == "download" else self.hellaswag)[: self.limit]
-        model, tokenizer = open_model(
-            self.checkpoint, self.device, self.dtype, base=self.base, tokenizer=self.tokenizer
-        )
+        model, tokenizer = self.open_model()
         if text is not None:
             text_score = score_text(
                 model, tokenizer, text, stride=self.stride, batch_size=self.batch_size, progress=_progress_bar("text")

@@ -1,6 +1,9 @@
-"""Load a model for the commands that run one: `sample` and `eval`, and its tokenizer also for `train`."""
+"""Options and loading of a saved model, for `sample` and `eval`; choice of its tokenizer, also for `train`."""
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from homebrew.errors import ConfigError
 
@@ -11,52 +14,55 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def open_model(
-    source: str, device: str, dtype: Dtype = "float32", *, base: str | None = None, tokenizer: str | None = None
-) -> tuple["GPT", "Tokenizer"]:
-    """Load a model in evaluation mode on a device, and its tokenizer.
+@dataclass(kw_only=True)
+class SavedModel:
+    """The options of a command that runs a saved model."""
 
-    Args:
-        source: Folder of a run, checkpoint, exported model or PEFT adapter, or hub repository.
-        device: PyTorch device, such as "cpu", "cuda" or "cuda:1". "auto" selects the accelerator if there is one.
-        dtype: Data type of the weights. "auto" selects bfloat16 on a GPU with native bfloat16, otherwise float32.
-        base: Base model of an adapter. Default: the base recorded with the adapter.
-        tokenizer: Name of the tokenizer, for a model that does not record it.
+    checkpoint: Positional[Annotated[str, arg(metavar="MODEL")]]
+    """Folder of a model, or hub repository.
+    The folder may be a run, whose newest checkpoint is used, a checkpoint, an export or a PEFT adapter."""
+    base: Annotated[str | None, arg(help_behavior_hint="")] = None
+    """Base model of an adapter, if it has moved since training."""
+    device: str = "auto"
+    """PyTorch device: cpu, cuda, cuda:1, mps. "auto" selects the GPU if there is one."""
+    dtype: Dtype = "auto"
+    """Data type of the weights. "auto" selects bfloat16 on a GPU with native bfloat16, otherwise float32."""
+    tokenizer: Annotated[Literal["gpt2", "bytes"] | None, arg(help_behavior_hint="")] = None
+    """Tokenizer of a model that does not record which one it was trained with."""
 
-    Raises:
-        ConfigError: The device cannot be used, or the tokenizer is unknown or a different one.
-    """
-    import torch
+    def open_model(self) -> tuple["GPT", "Tokenizer"]:
+        """Load the model, in evaluation mode and on the device, and its tokenizer.
 
-    from homebrew.hub.load import load_model
+        Raises:
+            ConfigError: The device cannot be used, or the tokenizer is unknown or a different one.
+        """
+        import torch
 
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else str(accelerator)
-    if dtype == "auto":
-        has_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if has_bf16 else "float32"
-    model, saved_tokenizer = load_model(source, base=base)
-    resolved_tokenizer = resolve_tokenizer(source, saved_tokenizer, tokenizer)
-    try:
-        model = model.to(device, getattr(torch, dtype))
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # kernels launch on the current device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"device={device!r} cannot be used: {reason} Run `homebrew doctor` to see the available devices."
-        ) from error
-    return model, resolved_tokenizer
+        from homebrew.hub.load import load_model
+
+        device, dtype = self.device, self.dtype
+        if device == "auto":
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            device = "cpu" if accelerator is None else str(accelerator)
+        if dtype == "auto":
+            has_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if has_bf16 else "float32"
+        model, saved_tokenizer = load_model(self.checkpoint, base=self.base)
+        tokenizer = resolve_tokenizer(self.checkpoint, saved_tokenizer, self.tokenizer)
+        try:
+            model = model.to(device, getattr(torch, dtype))
+            if model.device.type == "cuda":
+                torch.cuda.set_device(model.device)  # kernels launch on the current device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(
+                f"device={device!r} cannot be used: {reason} Run `homebrew doctor` to see the available devices."
+            ) from error
+        return model, tokenizer
 
 
 def resolve_tokenizer(source: str, saved: "Tokenizer | None", requested: str | None) -> "Tokenizer":
     """Return the tokenizer saved with a model, or the requested one if none was saved.
-
-    Args:
-        source: Location of the model, for error messages.
-        saved: Tokenizer saved with the model, or None if unknown.
-        requested: Name of the tokenizer requested on the command line, if any.
 
     Raises:
         ConfigError: There is neither a saved nor a requested tokenizer, or they differ.

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import UseAppendAction, arg
 
-from homebrew.cli.open_model import Dtype, open_model
+from homebrew.cli.open_model import SavedModel
 
 if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from homebrew.model.gpt import GPT
 
 
-@dataclass
-class Sample:
+@dataclass(kw_only=True)
+class Sample(SavedModel):
     """Generate text from a prompt, or in interactive mode without --prompt.
 
     In interactive mode:
@@ -25,11 +25,6 @@ class Sample:
       - Ctrl-D exits.
     """
 
-    checkpoint: Positional[Annotated[str, arg(metavar="MODEL")]]
-    """Folder of a model, or hub repository.
-    The folder may be a run, whose newest checkpoint is used, a checkpoint, an export or a PEFT adapter."""
-    base: Annotated[str | None, arg(help_behavior_hint="")] = None
-    """Base model of an adapter, if it has moved since training."""
     prompt: Annotated[str | None, arg(help_behavior_hint="(default: interactive mode)")] = None
     """Text to continue. It is printed before the generated text."""
     max_new_tokens: int = 200
@@ -48,12 +43,6 @@ class Sample:
     """Stop before this string."""
     seed: Annotated[int | None, arg(help_behavior_hint="(default: random)")] = None
     """Random seed for sampling."""
-    device: str = "auto"
-    """PyTorch device: cpu, cuda, cuda:1, mps. "auto" selects the GPU if there is one."""
-    dtype: Dtype = "auto"
-    """Data type of the weights. "auto" selects bfloat16 on a GPU with native bfloat16, otherwise float32."""
-    tokenizer: Annotated[Literal["gpt2", "bytes"] | None, arg(help_behavior_hint="")] = None
-    """Tokenizer of a model that does not record which one it was trained with."""
 
     def run(self) -> None:
         """Run the command."""
@@ -66,9 +55,7 @@ class Sample:
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
         )
-        model, tokenizer = open_model(
-            self.checkpoint, self.device, self.dtype, base=self.base, tokenizer=self.tokenizer
-        )
+        model, tokenizer = self.open_model()
         if self.prompt is None:
             self._run_interactive(model, tokenizer, sampling)
             return
