@@ -34,9 +34,9 @@ def test_resume_must_be_requested_and_changes_accepted(text, tmp_path, invoke, i
     invoke(*train, "--resume", "--seed", 7, *accept)
 
 
-def test_an_eval_fraction_without_eval_data_is_an_error(text, tmp_path, invoke_error, tiny):
+def test_an_eval_fraction_that_leaves_no_training_data_is_an_error(text, tmp_path, invoke_error, tiny):
     options = ["--output-dir", tmp_path / "run", "--max-steps", 1, "--tokenizer", "bytes", *tiny]
-    assert "--eval-fraction 0.9999 of " in invoke_error("train", text, *options, "--eval-fraction", 0.9999)
+    assert "leaves one of the two datasets empty" in invoke_error("train", text, *options, "--eval-fraction", 0.9999)
 
 
 def test_training_starts_from_pretrained_weights(run, text, tmp_path, invoke):

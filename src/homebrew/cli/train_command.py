@@ -2,18 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from homebrew.cli.open_datasets import (
-    are_token_files,
-    is_same_tokenizer,
-    open_dataset,
-    open_eval_dataset,
-    split_dataset,
-)
+from homebrew.cli.open_datasets import are_token_files, is_same_tokenizer, open_dataset, open_eval_dataset
 from homebrew.cli.open_model import resolve_tokenizer
 from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, DataError
@@ -98,20 +92,13 @@ class ModelOptions:
     lora_targets: tuple[LoRATarget, ...] = _DEFAULT_LORA_TARGETS
     """Layers to which the adapter is added."""
 
-    def given_sizes(self) -> dict[str, Any]:
-        """Return the fields of `GPTConfig` that were given on the command line."""
-        names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
     def new_config(self, **changes: int) -> "GPTConfig":
-        """Return the shape of a new model.
-
-        Args:
-            changes: Fields to set besides those given on the command line.
-        """
+        """Return the shape of a new model. `changes` are set besides the fields given on the command line."""
         from homebrew.model.gpt_config import GPTConfig
 
-        return GPTConfig.preset(self.preset or "gpt2", **self.given_sizes() | changes)
+        names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return GPTConfig.preset(self.preset or "gpt2", **given | changes)
 
 
 @dataclass(kw_only=True)
@@ -164,12 +151,10 @@ class Train:
         if model.lora_rank is not None and model.init_from is None:
             raise ConfigError("--lora-rank adapts a pretrained model. Choose the model with --init-from.")
         if model.init_from is not None:
-            given = {"preset": model.preset} | model.given_sizes()
-            names = [
-                f"--{name.replace('_', '-')}" for name in given if given[name] is not None and name != "block_size"
-            ]
-            if names:
-                raise ConfigError(f"--init-from determines the model's shape. Remove {', '.join(names)}.")
+            names = ("preset", "n_layer", "n_head", "n_embd", "dropout")
+            given = [f"--{name.replace('_', '-')}" for name in names if getattr(model, name) is not None]
+            if given:
+                raise ConfigError(f"--init-from determines the model's shape. Remove {', '.join(given)}.")
 
     def _load_pretrained(self) -> tuple["GPT | None", "Tokenizer | None"]:
         """Load the model and tokenizer of --init-from; (None, None) for a new model."""
@@ -192,7 +177,7 @@ class Train:
             return train_dataset, open_eval_dataset(data.eval_data, train_dataset)
         if not data.eval_fraction:
             return train_dataset, None
-        return split_dataset(train_dataset, data.eval_fraction, seed=self.trainer.seed)
+        return train_dataset.split(1 - data.eval_fraction, seed=self.trainer.seed)
 
     def _check_tokenizer(self, dataset: "TokenDataset", model_tokenizer: "Tokenizer | None") -> None:
         """Check that token files have the requested tokenizer and that of --init-from."""
