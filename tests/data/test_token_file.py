@@ -36,6 +36,13 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def npy(array):
+    """The content of a `.npy` file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def read_all(path):
     file = TokenFile(path)
     file.verify()
@@ -122,12 +129,54 @@ def test_an_existing_token_file_is_replaced(path):
 
 
 @pytest.mark.parametrize(
+    ("array", "metadata"),
+    [
+        (None, b""),
+        (None, b'{\n  "format_version": 1,\n  "vocab'),
+        (None, b'{"format_version": 9, "metadata_sha256": ""}'),
+        (None, "missing"),
+        (b"", "missing"),
+        (b"damaged", None),
+        (b"", None),
+        ("missing", None),
+    ],
+)
+def test_a_damaged_token_file_is_replaced(path, array, metadata):
+    for file, damage in [(path, array), (metadata_path(path), metadata)]:
+        if damage == "missing":
+            file.unlink()
+        elif damage is not None:
+            file.write_bytes(damage)
+    write_tokens(path, IDS[:5], vocab_size=600)
+    assert read_all(path) == IDS[:5].tolist()
+
+
+@pytest.mark.parametrize(
+    ("array", "metadata", "foreign"),
+    [
+        (b"text", None, "book.npy"),
+        (b"text", b"text", "book.npy"),
+        (npy(IDS.astype("<f4")), None, "book.npy"),
+        (npy(IDS.astype("<u2").reshape(2, 100)), None, "book.npy"),
+        (npy(IDS.astype("<u2")), b'{"width": 3}', "book.json"),
+    ],
+)
+def test_foreign_arrays_and_json_files_are_not_overwritten(tmp_path, array, metadata, foreign):
+    files = {name: data for name, data in [("book.npy", array), ("book.json", metadata)] if data is not None}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=f"{foreign} exists and does not belong to a token file"):
+        write_tokens(tmp_path / "book.npy", IDS, vocab_size=600)
+    assert contents(tmp_path) == files
+
+
+@pytest.mark.parametrize(
     ("name", "existing", "message"),
     [
         ("book.txt", "book.txt", "must end in .npy"),
         ("book.json", "book.json", "must end in .npy"),
-        ("book.npy", "book.npy", "book.npy exists and does not belong to a valid token file"),
-        ("book.npy", "book.json", "book.json exists and does not belong to a valid token file"),
+        ("book.npy", "book.npy", "book.npy exists and does not belong to a token file"),
+        ("book.npy", "book.json", "book.json exists and does not belong to a token file"),
         ("folder/book.npy", "folder", "cannot be written: (Not a directory|File exists)"),
     ],
 )
@@ -196,13 +245,6 @@ def test_pipes_directories_and_missing_files_raise(tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             TokenFile(tmp_path / name)
-
-
-def npy(array):
-    """The content of a `.npy` file."""
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def prepare(
 
     Args:
         paths: Paths of UTF-8 text files.
-        output: Path of the `.npy` file to write. An existing token file is replaced.
+        output: Path of the `.npy` file to write. An existing token file, valid or damaged, is replaced.
         tokenizer: "gpt2", "bytes" or "char" (the characters that occur in the texts).
         chunk_characters: Number of characters to read at a time.
 

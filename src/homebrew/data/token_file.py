@@ -186,7 +186,8 @@ def write_tokens(
     """Write a token file atomically: its `.npy` file, then its JSON file.
 
     Args:
-        path: Path of the `.npy` file. An existing token file is replaced. Missing directories are created.
+        path: Path of the `.npy` file. An existing token file, valid or damaged, is replaced. Missing
+            directories are created.
         ids: Token ids, (num_tokens,), integers; or an iterable of such arrays, which are written one after another.
         vocab_size: Size of the vocabulary; all ids must be below it.
         tokenizer_json: `Tokenizer.to_json` of the tokenizer that made the ids.
@@ -245,22 +246,27 @@ def is_token_file(path: str | Path) -> bool:
 
 
 def check_output_path(path: Path) -> None:
-    """Check that a token file may be written to a path, so that no other file is overwritten.
+    """Check that writing a token file overwrites nothing but a token file, which may be damaged, or an empty file.
 
     Raises:
-        DataError: If the path does not end in `.npy`, or other files exist in the place of the token file.
+        DataError: If the path does not end in `.npy`, or another file exists in the place of either file.
     """
     if path.suffix != ".npy":
         raise DataError(f"The token file {path} must end in .npy. Use the name {path.with_suffix('.npy')}.")
-    for existing in (path, metadata_path(path)):
-        if existing.exists():
-            try:
-                TokenMetadata.read(metadata_path(path))
-            except DataError as error:
-                raise DataError(
-                    f"{existing} exists and does not belong to a valid token file. Choose another name, or delete it "
-                    f"first."
-                ) from error
+    metadata = metadata_path(path)
+    try:
+        text = metadata.read_bytes() if metadata.is_file() else b""
+    except OSError as error:
+        raise read_error(metadata, error) from error
+    if b'"metadata_sha256"' in text:  # the metadata is ours, so whatever is left of the array is, too
+        return
+    is_array = _is_token_array(path)
+    for existing, is_ours in ((path, is_array), (metadata, is_array and not _is_json(text))):
+        is_empty = existing.is_file() and existing.stat().st_size == 0
+        if existing.exists() and not is_ours and not is_empty:
+            raise DataError(
+                f"{existing} exists and does not belong to a token file. Choose another name, or delete it first."
+            )
 
 
 def metadata_path(path: Path) -> Path:
@@ -271,6 +277,27 @@ def metadata_path(path: Path) -> Path:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the dtype of a token file for a vocabulary of the given size."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def _is_token_array(path: Path) -> bool:
+    """Return whether a file starts with the header that `write_tokens` writes, for any number of tokens."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # NumPy's header parser raises many types, such as tokenize.TokenError
+        return False
+    return len(shape) == 1 and dtype in (np.dtype("<u2"), np.dtype("<u4"))
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _metadata_sha256(fields: dict[str, Any]) -> str:
