@@ -345,6 +345,13 @@ def test_an_id_outside_the_vocabulary_raises_when_it_is_read(path):
         file.verify()
 
 
+def test_verify_converts_errors_while_reading(path):
+    file = TokenFile(path)
+    path.unlink()
+    with pytest.raises(DataError, match="No such file"):
+        file.verify()
+
+
 def test_a_file_may_be_pickled_for_another_process(path):
     data = pickle.dumps(TokenFile(path))
     assert len(data) < 500

@@ -163,10 +163,13 @@ class TokenFile:
         """Read the file once and compare its SHA-256 with the metadata.
 
         Raises:
-            DataError: If the SHA-256 differs.
+            DataError: If the file cannot be read, or its SHA-256 differs.
         """
-        with self.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with self.path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise read_error(self.path, error) from error
         if sha256 != self.metadata.sha256:
             raise DataError(
                 f"{self.path} is corrupt: its SHA-256 is {sha256}, but its metadata says {self.metadata.sha256}. "
