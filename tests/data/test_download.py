@@ -10,7 +10,7 @@ import time
 import pytest
 
 from homebrew.data import download as download_module
-from homebrew.data.download import cache_dir, download, installed_files, read_file, read_verified
+from homebrew.data.download import cache_dir, download, installed_files, read_file, read_if_verified
 
 DATA = b"To be, or not to be"
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -80,14 +80,14 @@ def test_a_silent_server_times_out(serve, tmp_path, monkeypatch):
     assert time.monotonic() - start < 2
 
 
-def test_read_verified_returns_none_for_a_wrong_hash(tmp_path):
+def test_read_if_verified_returns_none_for_a_wrong_hash(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(DATA)
-    assert read_verified(path, SHA256) == read_file(path) == DATA
+    assert read_if_verified(path, SHA256) == read_file(path) == DATA
     path.write_bytes(DATA + b"!")
-    assert read_verified(path, SHA256) is None
+    assert read_if_verified(path, SHA256) is None
     for unreadable in (tmp_path, tmp_path / "missing"):
-        assert read_verified(unreadable, SHA256) is read_file(unreadable) is None
+        assert read_if_verified(unreadable, SHA256) is read_file(unreadable) is None
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):

@@ -191,11 +191,15 @@ def test_pickled_weights_are_not_downloaded(hub):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("someone/none", {}, "someone/none is neither a local folder nor a Hub repository"),
-        ("someone/gated", {}, "someone/gated is a gated Hub repository"),
-        ("someone/tiny", {"revision": "v9"}, "someone/tiny has no revision 'v9'"),
+        ("someone/none", {}, r"someone/none could not .* \(RepositoryNotFoundError.*Check the name"),
+        ("someone/gated", {}, r"someone/gated could not .* \(GatedRepoError.*hf auth login"),
+        (
+            "someone/tiny",
+            {"revision": "v9"},
+            r"someone/tiny could not be downloaded \(RevisionNotFoundError",
+        ),
         ("someone/tiny", {"local_files_only": True}, "someone/tiny .*Hub cache.*local_files_only is set"),
-        ("no name", {}, "no name could not be downloaded: .*Check the name"),
+        ("no name", {}, "no name could not be downloaded .*Check the name"),
     ],
 )
 def test_repositories_that_cannot_be_downloaded_raise_model_errors(hub, name, options, message):

@@ -25,7 +25,6 @@ from homebrew.model.lora import (
     lora_layers,
     merge_lora,
     merged_state_dict,
-    remove_lora,
     unmerge_lora,
 )
 
@@ -293,18 +292,9 @@ def test_invalid_config_is_rejected(options, message):
         LoRAConfig(**options)
 
 
-def test_removing_the_adapter_restores_the_base_model():
-    model = trained_model()
-    merge_lora(model)
-    remove_lora(model)
-    assert torch.equal(logits(model), logits(base_model()))
-    assert model.state_dict().keys() == base_model().state_dict().keys()
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
 def test_missing_or_second_adapter_is_an_error(tmp_path):
     model = base_model()
-    for function in (merge_lora, unmerge_lora, remove_lora):
+    for function in (merge_lora, unmerge_lora):
         with pytest.raises(ModelError, match="no adapter"):
             function(model)
     with pytest.raises(ModelError, match="no adapter to save"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from homebrew.data.download import cache_dir, download, installed_files, read_verified
+from homebrew.data.download import cache_dir, download, installed_files, read_if_verified
 from homebrew.data.text_file import read_text
 from homebrew.errors import DataError
 
@@ -48,7 +48,7 @@ def load_corpus(name: str = "tinyshakespeare", *, path: str | Path | None = None
     if name != "tinyshakespeare":
         raise DataError(f"Unknown corpus {name!r}. Choose 'tinyshakespeare', or give the path of a text file.")
     cached = cache_dir() / "tinyshakespeare.txt"
-    if (data := read_verified(cached, TINY_SHAKESPEARE_SHA256)) is not None:
+    if (data := read_if_verified(cached, TINY_SHAKESPEARE_SHA256)) is not None:
         return _corpus(data.decode(), f"Tiny Shakespeare, from {cached}")
     if (data := download(TINY_SHAKESPEARE_URL, TINY_SHAKESPEARE_SHA256, cached)) is not None:
         return _corpus(data.decode(), "Tiny Shakespeare, downloaded")

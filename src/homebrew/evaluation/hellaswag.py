@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from homebrew.data.download import cache_dir, download, read_file, read_verified
+from homebrew.data.download import cache_dir, download, read_file, read_if_verified
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError
 from homebrew.evaluation.perplexity import ProgressFn
@@ -66,7 +66,7 @@ def load_hellaswag(path: str | Path | None = None) -> list[Question]:
             raise DataError(f"{str(path)!r} cannot be read. Download HellaSwag's validation file from {URL}.")
         return _parse(data, str(path))
     cached = cache_dir() / "hellaswag_val.jsonl"
-    data = read_verified(cached, _SHA256) or download(URL, _SHA256, cached)
+    data = read_if_verified(cached, _SHA256) or download(URL, _SHA256, cached)
     if data is None:
         raise DataError(
             f"HellaSwag is not cached at {cached} and could not be downloaded. Check the network connection, or "
@@ -161,22 +161,19 @@ def _parse(data: bytes, name: str) -> list[Question]:
 
 
 def _parse_line(line: bytes, location: str) -> Question:
+    error = DataError(
+        f"{location} must be a JSON object with a non-empty string ctx, a list endings of {NUM_ENDINGS} strings and an "
+        f"integer label from 0 to {NUM_ENDINGS - 1}. HellaSwag's test set has no labels: use the validation set."
+    )
     try:
         fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{location} is not valid JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{location} must be a JSON object, but is a {type(fields).__name__}.")
-    context, endings, label = fields.get("ctx"), fields.get("endings"), fields.get("label")
-    if not isinstance(context, str) or not context:
-        raise DataError(f"{location}: ctx={context!r} must be a non-empty string.")
-    if not (
-        isinstance(endings, list) and len(endings) == NUM_ENDINGS and all(isinstance(ending, str) for ending in endings)
-    ):
-        raise DataError(f"{location}: endings={endings!r} must be a list of {NUM_ENDINGS} strings.")
+        context, endings, label = fields["ctx"], fields["endings"], fields["label"]
+    except (ValueError, RecursionError, TypeError, KeyError) as cause:
+        raise error from cause
+    if not (isinstance(context, str) and context):
+        raise error
+    if not (isinstance(endings, list) and len(endings) == NUM_ENDINGS and all(isinstance(e, str) for e in endings)):
+        raise error
     if type(label) is not int or not 0 <= label < NUM_ENDINGS:
-        raise DataError(
-            f"{location}: label={label!r} must be an integer from 0 to {NUM_ENDINGS - 1}. HellaSwag's test set has no "
-            f"labels: use the validation set."
-        )
+        raise error
     return Question(context, tuple(endings), label)

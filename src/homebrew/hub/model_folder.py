@@ -58,30 +58,12 @@ def _download_snapshot(
     repository: str, filenames: Sequence[str], revision: str | None, *, local_files_only: bool
 ) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         snapshot = snapshot_download(
             repository, revision=revision, allow_patterns=list(filenames), local_files_only=local_files_only
         )
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{repository} is a gated Hub repository. Request access on its page, then log in with `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{repository} is neither a local folder nor a Hub repository that you can access. Check the name; for a "
-            f"private repository, log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(
-            f"{repository} has no revision {revision!r}. Pass an existing branch, tag or commit hash."
-        ) from error
     except LocalEntryNotFoundError as error:
         reason = "local_files_only is set" if local_files_only else "the Hub could not be reached"
         raise ModelError(
@@ -89,9 +71,10 @@ def _download_snapshot(
             f"the network connection."
         ) from error
     except Exception as error:  # from the Hub client or the HTTP library that it uses
-        reason = next(iter(str(error).strip().split("\n")), "") or type(error).__name__
+        reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"{repository} could not be downloaded: {reason} Check the name, the network connection and the disk."
+            f"{repository} could not be downloaded ({type(error).__name__}: {reason}). Check the name, the revision, "
+            f"the network connection and the disk; for a private or gated repository, log in with `hf auth login`."
         ) from error
     return Path(snapshot)
 
@@ -130,7 +113,7 @@ def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterat
         raise ModelError(f"Cannot write to {folder}: {error}. Choose a writable folder with enough space.") from error
 
 
-def read_text(path: Path) -> str:
+def read_bounded_text(path: Path) -> str:
     """Read a UTF-8 text file of at most `MAX_TEXT_BYTES`.
 
     Raises:
@@ -155,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: The file is too large, cannot be read, or contains something else.
     """
-    text = read_text(path)
+    text = read_bounded_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

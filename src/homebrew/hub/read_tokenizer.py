@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_files
+from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
 from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_json
 from homebrew.errors import DataError, ModelError, TokenizerError
-from homebrew.hub.model_folder import find_file, read_json, read_text
-from homebrew.hub.tokenizer_files import END_OF_TEXT, HOMEBREW_FILE
+from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
+from homebrew.hub.tokenizer_files import HOMEBREW_FILE
 
 _Encoding = tuple[Mapping[str, int], list[str]]
 """A byte-pair encoding: the vocabulary without the end-of-text token, and the merges as "a b"."""
@@ -66,7 +66,7 @@ def _read_encoding(folder: Path) -> _Encoding | None:
         if path is None or merges_path is None:
             return None
         vocabulary = read_json(path)
-        lines = read_text(merges_path).split("\n")
+        lines = read_bounded_text(merges_path).split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
     if not isinstance(vocabulary, dict) or not isinstance(merges, list):
         return None

@@ -5,10 +5,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tokenizer import Tokenizer, gpt2_byte_to_char
 from homebrew.errors import ModelError
-
-END_OF_TEXT = "<|endoftext|>"
 
 HOMEBREW_FILE = "homebrew_tokenizer.json"
 """File with the result of `Tokenizer.to_json`."""

@@ -132,20 +132,6 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 42) -> None:
         model.set_submodule(name, LoRALinear(linear, config, generator).train(linear.training))
 
 
-def remove_lora(model: nn.Module) -> None:
-    """Remove the adapter, restore the base weights and make all parameters trainable.
-
-    Raises:
-        ModelError: The model has no adapter.
-    """
-    unmerge_lora(model)
-    for name, layer in lora_layers(model).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
-        model.set_submodule(name, linear.train(layer.training))
-    model.requires_grad_(requires_grad=True)
-
-
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Add the update to the weights, so that inference costs no more than that of the base model.

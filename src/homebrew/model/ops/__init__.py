@@ -12,3 +12,8 @@
   Units"). Without a GPU or Triton, plain PyTorch is used.
 - `autocast`: the dtype that autocast selects.
 """
+
+import importlib.util
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether the kernels can run on a GPU. Triton is only imported when they do."""

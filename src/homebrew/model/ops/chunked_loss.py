@@ -8,13 +8,13 @@ of Hsu et al. 2024, "Liger Kernel").
 Dimensions: N number of tokens (B·T), n tokens in a chunk, C embedding dimension, V vocabulary size.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from homebrew.constants import IGNORE_INDEX
+from homebrew.model.ops import HAS_TRITON
 from homebrew.model.ops.autocast import compute_dtype
 
 CHUNK_TOKENS = 16_384
@@ -25,8 +25,6 @@ FROZEN_CHUNK_TOKENS = 4_096
 
 CPU_CHUNK_LOGITS = 128 * 50_304
 """Logits per chunk on a CPU. Fewer make the matrix products inefficient; many more do not fit the caches."""
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -102,7 +100,7 @@ class _Buffers:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> None:
-        uses_kernel = hidden.is_cuda and _HAS_TRITON
+        uses_kernel = hidden.is_cuda and HAS_TRITON
         sums_in_matmul = hidden.is_cuda or hidden.dtype == _accumulation_dtype(weight.dtype)
         self.logits = hidden.new_empty(len(hidden), len(weight))
         self.float32 = hidden.new_empty(len(hidden), 0 if uses_kernel else vocab_size, dtype=torch.float32)
@@ -174,7 +172,7 @@ def _cross_entropy_inplace(
     Returns:
         The sum, a float32 scalar.
     """
-    if logits.is_cuda and _HAS_TRITON:
+    if logits.is_cuda and HAS_TRITON:
         from homebrew.model.ops.triton_kernels import cross_entropy_inplace
 
         return cross_entropy_inplace(logits, targets, vocab_size, with_gradient, IGNORE_INDEX)

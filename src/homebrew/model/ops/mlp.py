@@ -5,16 +5,14 @@ for the backward pass. There, one kernel recomputes the GELU and computes its gr
 bias.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from homebrew.model.ops import HAS_TRITON
 from homebrew.model.ops.autocast import compute_dtype
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
@@ -30,7 +28,7 @@ def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> 
     Returns:
         Tensor of shape (B, T, C).
     """
-    if not (x.is_cuda and _HAS_TRITON):
+    if not (x.is_cuda and HAS_TRITON):
         return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
     x_rows = x.to(compute_dtype(x)).flatten(0, -2)  # (B·T, C)
     y: Tensor = FusedMLP.apply(x_rows, w_in, b_in, w_out, b_out)  # type: ignore[no-untyped-call]
