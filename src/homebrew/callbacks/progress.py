@@ -99,15 +99,7 @@ class _PipeSafeConsole(Console):
 
 
 def format_metrics(metrics: StepMetrics, max_steps: int) -> list[tuple[str, str]]:
-    """Format the metrics of a step for display.
-
-    Args:
-        metrics: Metrics of the step.
-        max_steps: Number of steps in the run, for the estimated time remaining.
-
-    Returns:
-        Pairs of label and value, in display order.
-    """
+    """Format the metrics of a step as pairs of label and value, in display order."""
     tokens_per_step = metrics.num_tokens / metrics.step
     remaining_tokens = (max_steps - metrics.step) * tokens_per_step
     remaining_seconds = remaining_tokens / max(metrics.tokens_per_second, 1e-9)

@@ -115,11 +115,7 @@ class RunLogger(Callback):
 
 
 def describe_run(trainer: "Trainer") -> dict[str, Any]:
-    """Return the contents of `run.json`: configuration, model, data, hardware and versions.
-
-    Args:
-        trainer: Trainer of the run.
-    """
+    """Return the contents of `run.json`: configuration, model, data, hardware and versions."""
     accelerator = trainer.accelerator
     config = asdict(trainer.config)
     return {
@@ -140,11 +136,7 @@ def describe_run(trainer: "Trainer") -> dict[str, Any]:
 
 
 def describe_dataset(dataset: Dataset[Any]) -> dict[str, Any]:
-    """Return the number of samples and, if the dataset has them, its source, fingerprint and tokenizer.
-
-    Args:
-        dataset: Any map-style dataset.
-    """
+    """Return the number of samples and, if the dataset has them, its source, fingerprint and tokenizer."""
     description: dict[str, Any] = {"num_samples": len(cast("Sized", dataset))}
     for name in ("source", "fingerprint", "num_tokens"):
         if hasattr(dataset, name):

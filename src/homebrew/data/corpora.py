@@ -63,13 +63,10 @@ def load_corpus(name: str = "tinyshakespeare", *, path: str | Path | None = None
 
 
 def plays_as_text(plays: Iterable[str]) -> str:
-    """Convert plays from Markdown to plain text in Tiny Shakespeare's format.
+    """Convert plays from Markdown to Tiny Shakespeare's format: a name and a colon, the spoken lines, an empty line.
 
     Args:
         plays: Markdown of each play. A line "**NAME**" starts a speech. Headings and stage directions are removed.
-
-    Returns:
-        The speeches, each a line with a name and a colon, the spoken lines, and an empty line.
     """
     speeches: list[list[str]] = []
     for play in plays:

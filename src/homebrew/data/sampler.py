@@ -14,13 +14,7 @@ def sample_indices(positions: NDArray[np.int64], num_samples: int, seed: int) ->
     Values outside the dataset are permuted again until they fall inside (cycle-walking; Black and Rogaway 2002,
     "Ciphers with Arbitrary Finite Domains").
 
-    Args:
-        positions: Positions counted from 0 over all epochs, (n,), int64.
-        num_samples: Number of samples in the dataset.
-        seed: Random seed for the order.
-
-    Returns:
-        Indices in the dataset, (n,), int64.
+    Positions, (n,), int64, are counted from 0 over all epochs. The results are dataset indices, (n,), int64.
     """
     epochs, values = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
     half = max(1, (int(num_samples - 1).bit_length() + 1) // 2)

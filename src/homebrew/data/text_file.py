@@ -6,11 +6,7 @@ from homebrew.errors import DataError
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
-
-    Raises:
-        DataError: If the file cannot be read, or is not UTF-8.
-    """
+    """Read a UTF-8 text file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -18,11 +14,7 @@ def read_text(path: str | Path) -> str:
 
 
 def check_regular_file(path: str | Path) -> None:
-    """Raise an error for a missing file, a directory or a pipe. Opening a pipe could block.
-
-    Raises:
-        DataError: If the path is not a regular file, or a link to one.
-    """
+    """Raise an error for a missing file, a directory or a pipe. Opening a pipe could block."""
     try:
         Path(path).stat()
     except (OSError, ValueError) as error:

@@ -63,11 +63,7 @@ class TokenMetadata:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read and validate a JSON file.
-
-        Raises:
-            DataError: If the file is missing, has another format version, or was modified.
-        """
+        """Read and validate a JSON file."""
         text = read_text(path)
         try:
             fields = json.loads(text)
@@ -194,9 +190,6 @@ def write_tokens(
         num_text_bytes: Size of the text in UTF-8 bytes.
         source: Description of the text's origin.
 
-    Returns:
-        The content of the JSON file.
-
     Raises:
         DataError: If an id is outside the vocabulary, there are no ids, or the files cannot be written.
     """
@@ -232,11 +225,7 @@ def write_tokens(
 
 
 def is_token_file(path: str | Path) -> bool:
-    """Return whether a file is in NumPy's `.npy` format. `TokenFile` validates its content.
-
-    Raises:
-        DataError: If the path is not a regular file, or cannot be read.
-    """
+    """Return whether a file is in NumPy's `.npy` format. `TokenFile` validates its content."""
     check_regular_file(path)
     try:
         with Path(path).open("rb") as file:
@@ -246,11 +235,7 @@ def is_token_file(path: str | Path) -> bool:
 
 
 def check_output_path(path: Path) -> None:
-    """Check that writing a token file overwrites nothing but a token file, which may be damaged, or an empty file.
-
-    Raises:
-        DataError: If the path does not end in `.npy`, or another file exists in the place of either file.
-    """
+    """Check that writing a token file overwrites nothing but a token file, which may be damaged, or an empty file."""
     if path.suffix != ".npy":
         raise DataError(f"The token file {path} must end in .npy. Use the name {path.with_suffix('.npy')}.")
     metadata = metadata_path(path)

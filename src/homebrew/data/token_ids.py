@@ -15,14 +15,7 @@ MAX_VOCAB_SIZE = 2**31
 
 
 def as_token_ids(ids: Tensor | TokenIds | Sequence[int]) -> TokenIds:
-    """Convert token ids to a NumPy array without changing their dtype.
-
-    Returns:
-        Array (num_tokens,) of integers.
-
-    Raises:
-        DataError: If the ids are not integers, or not one-dimensional.
-    """
+    """Convert token ids to a NumPy array (num_tokens,) without changing their integer dtype."""
     rule = "must be a one-dimensional sequence of integers. Convert them first."
     try:
         array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
@@ -34,11 +27,7 @@ def as_token_ids(ids: Tensor | TokenIds | Sequence[int]) -> TokenIds:
 
 
 def check_token_ids(ids: TokenIds, vocab_size: int) -> None:
-    """Check that token ids, of which there is at least one, are in the vocabulary.
-
-    Raises:
-        DataError: If an id is negative, or at least `vocab_size`.
-    """
+    """Check that token ids, of which there is at least one, are in the vocabulary."""
     smallest, largest = int(ids.min()), int(ids.max())
     if smallest < 0 or largest >= min(vocab_size, MAX_VOCAB_SIZE):
         raise DataError(

@@ -74,11 +74,7 @@ class MemoryTokens:
 
 
 class FileTokens:
-    """Token ids in memory-mapped token files, one after another. Every window must lie within one file.
-
-    Args:
-        files: Token files.
-    """
+    """Token ids in memory-mapped token files, one after another. Every window must lie within one file."""
 
     device = torch.device("cpu")
 
@@ -89,10 +85,6 @@ class FileTokens:
     @classmethod
     def open(cls, paths: Sequence[str | Path], *, check: bool) -> Self:
         """Open token files.
-
-        Args:
-            paths: Paths of the `.npy` files, at least one.
-            check: Whether to read each file once and compare its SHA-256 with its metadata.
 
         Raises:
             DataError: If a file is not a valid token file, or the files have different vocabularies or tokenizers.

@@ -96,9 +96,6 @@ class ByteTokenizer:
 class CharTokenizer:
     """One id for each character of an alphabet, in code point order.
 
-    Args:
-        alphabet: Characters of the alphabet, in any order.
-
     Raises:
         DataError: If the alphabet contains a surrogate, which is half of a character.
     """
@@ -162,11 +159,7 @@ def get_tokenizer(name: str, *, text: str | None = None) -> Tokenizer:
 
 
 def tokenizer_from_json(description: dict[str, Any]) -> Tokenizer:
-    """Create a built-in tokenizer from the result of its `to_json`.
-
-    Raises:
-        DataError: If the description is not one of a built-in tokenizer.
-    """
+    """Create a built-in tokenizer from the result of its `to_json`."""
     alphabet = description.get("alphabet")
     if not isinstance(alphabet, str | None):
         raise DataError(
@@ -200,11 +193,7 @@ def newline_for(tokenizer: Tokenizer) -> str:
 
 
 def encode_utf8(text: str) -> bytes:
-    """Encode a text as UTF-8.
-
-    Raises:
-        DataError: If the text contains a surrogate, which usually means that it was decoded with a wrong encoding.
-    """
+    """Encode a text as UTF-8."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -219,9 +208,7 @@ def gpt2_byte_to_char() -> dict[int, str]:
     """Return the printable character that GPT-2's vocabulary files write for each byte.
 
     Printable bytes stand for themselves. The others are written as the characters from U+0100 on.
-
-    Returns:
-        A dictionary with the 256 bytes as keys. It is cached: do not modify it.
+    The result is cached: do not modify it.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in printable]

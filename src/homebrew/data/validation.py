@@ -12,13 +12,7 @@ from homebrew.errors import DataError
 
 
 def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int, vocab_size: int) -> int:
-    """Check that a dataset can be used with a model.
-
-    Args:
-        dataset: Dataset to check.
-        name: Name of the dataset in error messages.
-        block_size: Maximum sequence length of the model, in tokens.
-        vocab_size: Size of the model's vocabulary.
+    """Check that a dataset can be used with a model of the given sizes. Error messages call the dataset `name`.
 
     Returns:
         Sequence length of the first sample, in tokens.
@@ -53,11 +47,7 @@ def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int, vocab_si
 
 
 def check_sample(sample: object, name: str) -> None:
-    """Check that a sample is a pair of one-dimensional int64 tensors of equal length.
-
-    Raises:
-        DataError: If the sample is anything else.
-    """
+    """Check that a sample is a pair of one-dimensional int64 tensors of equal length."""
     if not (
         isinstance(sample, tuple | list)
         and len(sample) == 2
@@ -71,11 +61,7 @@ def check_sample(sample: object, name: str) -> None:
 
 
 def check_ids(input_ids: Tensor, targets: Tensor, name: str, vocab_size: int) -> None:
-    """Check that all token ids are in the model's vocabulary. A target may also be `IGNORE_INDEX`.
-
-    Raises:
-        DataError: If an id is outside the vocabulary.
-    """
+    """Check that all token ids are in the model's vocabulary. A target may also be `IGNORE_INDEX`."""
     for kind, ids in (("input_ids", input_ids), ("targets", targets[targets != IGNORE_INDEX])):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise DataError(

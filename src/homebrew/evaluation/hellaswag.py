@@ -109,16 +109,8 @@ def ending_losses(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question
 
     A context that is too long for the model is truncated at its start.
 
-    Args:
-        model: Model to evaluate. Its training mode is restored afterwards.
-        tokenizer: Tokenizer the model was trained with.
-        questions: B questions.
-
     Returns:
         Total and mean loss of each ending in nats, each of shape (B, 4), float32, on the CPU.
-
-    Raises:
-        DataError: An ending does not fit in the model's block size.
     """
     max_length = model.config.block_size + 1  # the last token is only a target
     sequences, ending_lengths = [], []

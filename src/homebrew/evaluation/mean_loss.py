@@ -28,16 +28,9 @@ def mean_loss(
 ) -> tuple[float, int]:
     """Compute the mean loss per target over a dataset. Must be called on all ranks.
 
-    The result does not depend on how the samples are divided among ranks: each target counts once.
-
-    Args:
-        accelerator: Accelerator of the run.
-        model: Model returned by `Accelerator.prepare`. Its training mode is restored afterwards.
-        dataset: Samples of (input_ids, targets), each of shape (T,), int64.
-        micro_batch_size: Number of sequences per forward pass.
-        vocab_size: Upper bound (exclusive) of token ids.
-        max_batches: Maximum number of micro-batches per rank. Default: the entire dataset.
-        eager: Run a compiled model without compilation, which saves compiling it for evaluation.
+    The result does not depend on how the samples are divided among ranks: each target counts once. `model` is the
+    result of `Accelerator.prepare`; its training mode is restored afterwards. `max_batches` counts the micro-batches
+    of each rank. With `eager`, a compiled model runs without compilation, which saves compiling it for evaluation.
 
     Returns:
         Mean loss in nats per target, and the number of targets over all ranks, ignored targets excluded.

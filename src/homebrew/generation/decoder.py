@@ -21,12 +21,9 @@ class Decoder:
 
     Args:
         model: The model, in evaluation mode.
-        batch_size: Number of sequences, B.
         length: Number of slots in the cache.
-        sampling: How to choose tokens.
         seed: Random seed for sampling. PyTorch's global random state is neither used nor changed. By default, a
             new seed is drawn.
-        compile: Whether to compile the step.
     """
 
     def __init__(

@@ -71,26 +71,12 @@ def stream_tokens(
 ) -> Generator[Tensor]:
     """Continue a batch of prompts, yielding one token of every sequence at a time.
 
-    The model is in evaluation mode until the generator ends or is closed.
-
-    Args:
-        model: The model.
-        prompts: Token ids of each sequence, of any lengths. B sequences in total.
-        max_new_tokens: Maximum number of tokens to add to each sequence.
-        sampling: How to choose tokens. By default, sample from the model's distribution unchanged.
-        eos_token_id: Id that ends a sequence.
-        seed: Random seed for sampling. By default, each call differs.
-        overflow: What to do when a sequence reaches `block_size` tokens. "slide" drops the older half of the
-            context and reads the rest again, since learned position embeddings cannot shift; a longer prompt
-            loses its beginning. "stop" ends the sequence; a longer prompt is an error.
-        compile: Whether to compile the decoding step, which pays off for long outputs on a GPU.
+    The model is in evaluation mode until the generator ends or is closed. `GPT.generate` documents the arguments and
+    errors. The prompts are B sequences of any lengths. With `overflow="slide"`, the rest of a context is read again
+    after its older half is dropped, since learned position embeddings cannot shift.
 
     Yields:
         Ids of the new tokens, (B,), int64, with `FINISHED` for sequences that have ended.
-
-    Raises:
-        ModelError: A prompt is empty, is too long, or has an id outside the vocabulary.
-        ConfigError: `max_new_tokens`, `eos_token_id`, `seed` or `overflow` is not valid.
     """
     prompts = _check_arguments(model.config, prompts, max_new_tokens, overflow, eos_token_id, seed)
     sampling = sampling or Sampling()

@@ -35,9 +35,6 @@ class LayerCache(NamedTuple):
             q: Queries of the new tokens, (B, nh, T, hs).
             k: Keys of the new tokens, (B, nh, T, hs).
             v: Values of the new tokens, (B, nh, T, hs).
-
-        Returns:
-            Tensor of shape (B, nh, T, hs).
         """
         self.keys.index_copy_(2, self.slots, k.to(self.keys.dtype))
         self.values.index_copy_(2, self.slots, v.to(self.values.dtype))
@@ -51,10 +48,7 @@ class KeyValueCache:
     its start are padding, which its tokens do not attend to.
 
     Args:
-        config: Configuration of the model.
-        batch_size: Number of sequences, B.
         length: Number of slots, L.
-        device: Device of the model.
         dtype: Dtype of the model's weights.
     """
 

@@ -72,10 +72,6 @@ def decode_stream(chunks: Iterable[bytes], stop: Sequence[str] = ()) -> Iterator
     A character is yielded once all its bytes have arrived. Text that may be the beginning of a stop string is
     buffered. Bytes that are not valid UTF-8 become U+FFFD.
 
-    Args:
-        chunks: The bytes, split anywhere.
-        stop: Strings at which the text ends.
-
     Yields:
         Non-empty pieces of the text.
     """

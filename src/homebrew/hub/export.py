@@ -81,13 +81,7 @@ def export_model(
 def verify_export(folder: str | Path, model: "GPT", reloaded: "GPT") -> None:
     """Check that a reloaded export has the model's configuration, bit-identical weights and the same logits.
 
-    Args:
-        folder: Folder of the export, for error messages.
-        model: Exported model. Its adapter, if any, may be merged or not.
-        reloaded: Model read from the folder, on the CPU, in float32 and evaluation mode.
-
-    Raises:
-        ModelError: The two models differ.
+    The exported model's adapter may be merged or not. `reloaded` is on the CPU, in float32 and evaluation mode.
     """
     remedy = "The disk may be full or failing: export to another disk."
     if reloaded.config != model.config:
@@ -113,18 +107,9 @@ def verify_export(folder: str | Path, model: "GPT", reloaded: "GPT") -> None:
 
 
 def upload_folder(folder: str | Path, repository: str, *, private: bool | None = None) -> str:
-    """Upload a folder to the Hub in one commit, creating the repository if it does not exist.
+    """Upload a folder to the Hub repository "user/name" in one commit, and return the URL of the commit.
 
-    Args:
-        folder: Folder to upload.
-        repository: Hub repository id, "user/name".
-        private: Whether a newly created repository is private. If None, the account's default is used.
-
-    Returns:
-        URL of the commit.
-
-    Raises:
-        ModelError: The Hub cannot be reached, or rejects the upload.
+    The repository is created if it does not exist. If `private` is None, the account's default is used.
     """
     from huggingface_hub import HfApi
 

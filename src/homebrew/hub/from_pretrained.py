@@ -67,18 +67,11 @@ class PretrainedWeights:
     """For each state dict key of `GPT`, the file and the key in that file."""
 
     def read(self, expected: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Read all tensors of the model.
-
-        Args:
-            expected: State dict of the model, for its names and shapes. Tensors on the meta device are sufficient.
-            dtype: Dtype to convert the tensors to.
+        """Read all tensors of the model, whose state dict is `expected`. Its tensors may be on the meta device.
 
         Returns:
             Tensors on the CPU with the names and shapes of `expected`. Rows of the vocabulary padding are zero, and
             the head is the same tensor as the embedding.
-
-        Raises:
-            ModelError: A tensor is missing, unknown, of the wrong shape, or not finite.
         """
         names = expected.keys() - {LM_HEAD}
         missing, unknown = names - self.locations.keys(), self.locations.keys() - names - {LM_HEAD}
@@ -108,15 +101,7 @@ class PretrainedWeights:
         return {**state, LM_HEAD: embedding}
 
     def check_shape(self, name: str, shape: list[int]) -> None:
-        """Check a tensor's shape on disk without reading the tensor.
-
-        Args:
-            name: State dict key of `GPT`.
-            shape: Expected shape.
-
-        Raises:
-            ModelError: The tensor is missing or has another shape.
-        """
+        """Check a tensor's shape on disk without reading the tensor."""
         if name not in self.locations:
             raise ModelError(f"{self.folder} has no {name}. It does not contain the weights of a GPT-2.")
         path, key = self.locations[name]
@@ -147,14 +132,6 @@ def local_model_folder(
     """Return the local folder of a GPT-2 and its tokenizer. A Hub repository is downloaded first.
 
     The configuration is checked before the weights are downloaded, because those of another model may be huge.
-
-    Args:
-        name_or_folder: Local folder, or Hub repository id such as "openai-community/gpt2".
-        revision: Branch, tag or commit hash of the repository.
-        local_files_only: Whether to use only the local Hub cache, without network access.
-
-    Raises:
-        ModelError: There is no such folder or repository, or its configuration is not supported.
     """
     folder = local_folder(name_or_folder, [CONFIG_FILE], revision=revision, local_files_only=local_files_only)
     _read_config(folder)
@@ -165,11 +142,6 @@ def open_pretrained(
     name_or_folder: str | Path, *, revision: str | None = None, local_files_only: bool = False
 ) -> PretrainedWeights:
     """Find weights in transformers' GPT-2 format and check that `GPT` supports the model.
-
-    Args:
-        name_or_folder: Local folder, or Hub repository id such as "openai-community/gpt2".
-        revision: Branch, tag or commit hash of the repository.
-        local_files_only: Whether to use only the local Hub cache, without network access.
 
     Raises:
         ModelError: There are no weights or only pickled ones, the architecture is not supported, or the files

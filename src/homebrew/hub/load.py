@@ -69,16 +69,8 @@ def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[G
 def load_checkpoint(checkpoint: Checkpoint, *, base: str | Path | None = None) -> tuple[GPT, Tokenizer | None]:
     """Load the model and the tokenizer of a checkpoint.
 
-    Args:
-        checkpoint: An opened checkpoint.
-        base: See `load_model`.
-
     Returns:
         The model on the CPU, in evaluation mode and float32, and the tokenizer, None if the run had none.
-
-    Raises:
-        CheckpointError: The base of an adapter is missing or has other weights.
-        CorruptCheckpoint: The state does not describe a model, or the tensors do not match the model.
     """
     model = _adapted_model(checkpoint, base) if _ADAPTER_FILE in checkpoint.names else _full_model(checkpoint)
     description = checkpoint.state.get("tokenizer")

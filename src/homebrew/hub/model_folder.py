@@ -24,15 +24,7 @@ def local_folder(
 ) -> Path:
     """Return a local folder, or download a Hub repository and return the folder of its snapshot.
 
-    Args:
-        name_or_folder: Local folder, or Hub repository id such as "openai-community/gpt2".
-        filenames: Files to download, as names or glob patterns. Files that the repository does not have are ignored.
-        revision: Branch, tag or commit hash of the repository.
-        local_files_only: Whether to use only the local Hub cache, without network access.
-
-    Raises:
-        ModelError: The folder does not exist, a revision is given for a local folder, or the repository cannot be
-            downloaded.
+    `filenames` are names or glob patterns. Files that the repository does not have are ignored.
     """
     name = str(name_or_folder)
     # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
@@ -95,13 +87,8 @@ def find_file(folder: Path, name: str) -> Path | None:
 def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterator[None]:
     """Create a folder, and convert errors that occur while files are written to it.
 
-    Args:
-        folder: Folder to write to.
-        forbidden_files: Names of files that the folder must not contain, each with a description of what such a
-            folder is. The new files would overwrite that content, or would not be found beside it.
-
-    Raises:
-        ModelError: The folder contains a forbidden file, or cannot be written.
+    `forbidden_files` maps names of files that the folder must not contain to a description of such a folder. The new
+    files would overwrite that content, or would not be found beside it.
     """
     try:
         for name, description in forbidden_files.items():
@@ -114,11 +101,7 @@ def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterat
 
 
 def read_bounded_text(path: Path) -> str:
-    """Read a UTF-8 text file of at most `MAX_TEXT_BYTES`.
-
-    Raises:
-        ModelError: The file is too large, not UTF-8, or cannot be read.
-    """
+    """Read a UTF-8 text file of at most `MAX_TEXT_BYTES`."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_TEXT_BYTES + 1)
@@ -133,11 +116,7 @@ def read_bounded_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that contains an object.
-
-    Raises:
-        ModelError: The file is too large, cannot be read, or contains something else.
-    """
+    """Read a JSON file that contains an object."""
     text = read_bounded_text(path)
     try:
         value = json.loads(text)
@@ -150,11 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file without reading its tensors.
-
-    Raises:
-        ModelError: The file is not a valid safetensors file.
-    """
+    """Open a safetensors file without reading its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

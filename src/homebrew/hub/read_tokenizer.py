@@ -20,10 +20,6 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
 
     Tokenizers exported by homebrew are supported, and GPT-2's, which is recognized by its vocabulary and merges.
 
-    Args:
-        folder: Local folder of the model.
-        vocab_size: Vocabulary size of the model.
-
     Returns:
         The tokenizer, or None if the folder has none or one that is not supported.
 

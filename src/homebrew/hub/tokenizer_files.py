@@ -27,10 +27,6 @@ TOKENIZER_FILES = (
 def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str]:
     """Return the contents of a tokenizer's files by file name.
 
-    Args:
-        tokenizer: A tokenizer of characters, of bytes, or of byte pairs like GPT-2's.
-        model_max_length: Block size of the model, in tokens.
-
     Raises:
         ModelError: transformers cannot represent the tokenizer: tokens are neither all characters nor each the
             merge of two others.

@@ -57,11 +57,8 @@ class MetricsLog:
 def past_eval_losses(path: Path, step: int) -> list[float]:
     """Read the losses of a run's evaluations up to a step, in order.
 
-    Evaluations that a resume discarded, because the run restarted from an earlier step, are not returned.
-
-    Args:
-        path: File written by `MetricsLog`. A file that does not exist has no losses.
-        step: Current step of the run.
+    Evaluations that a resume discarded, because the run restarted from an earlier step, are not returned. A file that
+    does not exist has no losses.
     """
     losses: dict[int, float] = {}
     for line in path.read_bytes().splitlines() if path.exists() else []:

@@ -19,9 +19,7 @@ class ThroughputMeter:
     Args:
         tokens_per_step: Tokens per optimizer step over all ranks.
         flops_per_token: Forward and backward FLOPs per token.
-        device: Device of this process.
         dtype: Data type of the matrix products.
-        num_processes: World size.
     """
 
     def __init__(
@@ -41,11 +39,7 @@ class ThroughputMeter:
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Start measuring.
-
-        Args:
-            step: Number of steps taken so far; they are not part of the first measurement.
-        """
+        """Start measuring after `step` steps, which are not part of the first measurement."""
         self._started_at = self._measured_at = self._marked_at = _Timestamp(self._device)
         self._measured_step = step
         self._paused_seconds = 0.0
@@ -64,14 +58,7 @@ class ThroughputMeter:
             self._paused_seconds = paused_before + time.perf_counter() - start  # of nested contexts, count the outer
 
     def measure(self, step: int, *, loss: float, grad_norm: float, learning_rate: float) -> StepMetrics:
-        """Return the metrics of the step that was last marked.
-
-        Args:
-            step: Number of steps taken when `mark` was called.
-            loss: Mean loss of that step, in nats per token.
-            grad_norm: Global gradient norm before clipping.
-            learning_rate: Learning rate of the first parameter group.
-        """
+        """Return the metrics of the step last marked; `step` steps had been taken when `mark` was called."""
         seconds = self._marked_at.seconds_since(self._measured_at) - self._paused_seconds
         tokens_per_second = self._tokens_per_step * (step - self._measured_step) / max(seconds, 1e-9)
         self._measured_at, self._measured_step, self._paused_seconds = self._marked_at, step, 0.0

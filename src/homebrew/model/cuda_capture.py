@@ -13,10 +13,6 @@ def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = None
 
     Other threads, such as the checkpoint writer's, may use the GPU meanwhile. Garbage collection is off: destroying an
     old CUDA graph or pinned buffer during a capture invalidates it, and PyTorch does not collect before a capture.
-
-    Args:
-        graph: Graph to capture into.
-        stream: Stream to capture on. Default: PyTorch's capture stream.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -72,7 +72,6 @@ class LoRALinear(nn.Linear):
 
     Args:
         linear: The layer to adapt. The new layer shares its parameters.
-        config: Configuration of the adapter.
         generator: Random generator for A, on the CPU.
     """
 
@@ -176,11 +175,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the tensors of `adapter_state_dict` into the model's adapter.
-
-    Raises:
-        ModelError: Names or shapes differ from those of the model's adapter.
-    """
+    """Load the tensors of `adapter_state_dict` into the model's adapter."""
     _check_shapes({name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}, state)
     model.load_state_dict(dict(state), strict=False)
 
@@ -189,14 +184,6 @@ def check_adapter_fits(model: nn.Module, config: LoRAConfig, state: Mapping[str,
     """Check that an adapter can be added and loaded, before `add_lora` allocates memory for it.
 
     The configuration may come from a file, whose rank can be any number.
-
-    Args:
-        model: The model, without adapter.
-        config: Configuration to pass to `add_lora`.
-        state: Tensors to pass to `load_adapter_state_dict`.
-
-    Raises:
-        ModelError: `add_lora` or `load_adapter_state_dict` would raise it.
     """
     expected = {}
     for name, linear in _target_layers(model, config).items():

@@ -39,9 +39,6 @@ class CausalSelfAttention(nn.Module):
         Args:
             x: Hidden states, (B, T, C).
             cache: Keys and values of earlier tokens, which the new tokens also attend to. Updated in place.
-
-        Returns:
-            Tensor of shape (B, T, C).
         """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each

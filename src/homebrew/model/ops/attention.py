@@ -22,12 +22,7 @@ MAX_UNFUSED_CPU_LENGTH = 256
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, training: bool) -> Tensor:
     """Compute scaled dot-product attention in which each position attends to itself and earlier positions.
 
-    Args:
-        q: Queries, (B, nh, T, hs).
-        k: Keys, (B, nh, T, hs).
-        v: Values, (B, nh, T, hs).
-        dropout: Dropout probability for the attention weights during training.
-        training: Whether the model is in training mode.
+    Queries, keys and values are (B, nh, T, hs).
 
     Returns:
         Tensor of shape (B, nh, T, hs), in the dtype of `v`.
