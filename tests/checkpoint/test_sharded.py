@@ -138,6 +138,18 @@ def test_shards_are_one_entry_of_a_checkpoint(store):
     assert equal(checkpoint.files()["model"], FULL)
 
 
+@pytest.mark.parametrize("change", ["missing", "truncated"])
+def test_shards_that_rank_0_cannot_see_are_not_committed(store, change):
+    store.begin(1)
+    folder = store.temporary_path(1) / "model"
+    files = [folder / name for name in write(folder, split())]
+    shards = {f"model/{path.name}": Entry(*measure(path)) for path in files}
+    files[1].unlink() if change == "missing" else files[1].write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"{files[1].name}.*the ranks do not share the folder"):
+        store.commit(1, SMALL, {}, shards=shards)
+    assert store.steps() == []
+
+
 def test_sharded_checkpoints_are_pruned(store):
     for _ in range(3):
         commit(store, split())

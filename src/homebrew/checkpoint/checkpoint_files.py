@@ -19,6 +19,7 @@ from homebrew.checkpoint.manifest import (
 )
 from homebrew.checkpoint.safetensors_writer import serialize
 from homebrew.checkpoint.tensor_check import find_non_finite
+from homebrew.checkpoint.verified_files import is_regular
 from homebrew.errors import CheckpointError, NonFiniteError
 from homebrew.io import fsync_directory, write_durably
 
@@ -46,7 +47,7 @@ def write_checkpoint(
 
     Raises:
         OSError: A file could not be written.
-        CheckpointError: The files could be written, but would be refused when they are read.
+        CheckpointError: A shard is missing, or the files could be written, but would be refused when they are read.
         NonFiniteError: A tensor has values that are not finite.
     """
     entries = dict(shards)
@@ -56,6 +57,11 @@ def write_checkpoint(
         entries[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", *serialize(tensors))
     state_json = state_to_json(state, step, score)
     entries[STATE] = _write(folder / STATE, state_json)
+    if missing := [name for name, entry in entries.items() if not is_regular(folder / name, size=entry.size)]:
+        raise CheckpointError(
+            f"{folder} does not have the {missing[0]} that was written to it: the ranks do not share the folder. "
+            f"Check that output_dir is on the same file system for every rank."
+        )
     manifest = Manifest(step, score, entries)
     data = manifest.to_json()
     if len(state_json) > MAX_STATE_BYTES or len(data) > MAX_MANIFEST_BYTES:
