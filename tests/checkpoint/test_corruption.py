@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from homebrew.checkpoint.manifest import (
+    FORMAT,
     Manifest,
     open_checkpoint,
     parse_state,
@@ -133,7 +134,7 @@ ENTRIES = st.fixed_dictionaries({"size": st.integers(-1, 1 << 70) | JSON, "sha25
 FILES = ["state.json", "model.safetensors", "model/a.safetensors", "../x", "a/b", "a/../x.safetensors"]
 MANIFESTS = st.fixed_dictionaries(
     {
-        "format": st.just(1) | JSON,
+        "format": st.just(FORMAT) | JSON,
         "step": st.integers(-1, 10**9) | JSON,
         "score": st.none() | st.floats() | JSON,
         "files": st.dictionaries(

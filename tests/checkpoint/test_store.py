@@ -240,7 +240,7 @@ EDITS = {
     "another step": lambda m: m.update(step=8),
     "a score": lambda m: m.update(score=1.0),
     "an invalid score": lambda m: m.update(score=float("nan")),
-    "another format": lambda m: m.update(format=2),
+    "no format": lambda m: m.pop("format"),
 }
 
 
@@ -248,6 +248,12 @@ EDITS = {
 def test_a_wrong_manifest_is_refused(saved, what):
     edit(saved, EDITS[what])
     with pytest.raises(CorruptCheckpoint, match=r"manifest|\.safetensors|state\.json"):
+        open_checkpoint(saved)
+
+
+def test_a_checkpoint_of_another_version_is_refused(saved):
+    edit(saved, lambda manifest: manifest.update(format=1))
+    with pytest.raises(CorruptCheckpoint, match="has format 1.* saved by another version of homebrew"):
         open_checkpoint(saved)
 
 

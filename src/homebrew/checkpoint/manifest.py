@@ -17,7 +17,7 @@ from homebrew.checkpoint.tensor_check import find_non_finite
 from homebrew.checkpoint.verified_files import is_regular, read_bounded, read_verified, verify
 from homebrew.errors import CorruptCheckpoint
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -71,13 +71,17 @@ class Manifest:
             path: Path of the file. If its folder is named after a step, it must be the manifest's step.
 
         Raises:
-            CorruptCheckpoint: The manifest is malformed.
+            CorruptCheckpoint: The manifest is malformed, or of another format.
         """
         value = _parse_json(data, path)
-        step, score, files = value.get("step"), value.get("score"), value.get("files")
+        format_, step, score, files = (value.get(key) for key in ("format", "step", "score", "files"))
+        if type(format_) is int and format_ != FORMAT:
+            raise CorruptCheckpoint(
+                f"{path} has format {format_}, but this version of homebrew reads format {FORMAT}: the checkpoint was "
+                f"saved by another version of homebrew. Use that version, or start a new run."
+            )
         if not (
-            type(value.get("format")) is int
-            and value["format"] == FORMAT
+            type(format_) is int
             and type(step) is int
             and 0 <= step < 10**8
             and (FOLDER.fullmatch(path.parent.name) is None or path.parent.name == f"step-{step:08}")
