@@ -216,8 +216,14 @@ def test_files_outside_the_manifest_are_not_read(tmp_path, store, kind):
     else:
         (path / "model").rename(tmp_path / "elsewhere")
         (path / "model").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CorruptCheckpoint, match="is a link, or holds files that are not in the manifest"):
+    with pytest.raises(CorruptCheckpoint, match="is a link, or holds safetensors files that are not in the manifest"):
         open_checkpoint(path).files()
+
+
+def test_other_files_beside_shards_are_ignored(store):
+    path = commit(store, split())
+    (path / "model" / ".nfs0001").touch()  # an NFS client's name for a file that was removed while it was open
+    assert equal(open_checkpoint(path).files()["model"], FULL)
 
 
 OFFSETS = st.lists(st.integers(-3, 8) | st.sampled_from([1 << 40, (1 << 63) - 1, -(1 << 63)]), max_size=3)

@@ -27,15 +27,15 @@ def load_shards(folder: Path, files: Collection[str], *, max_bytes: int) -> dict
         max_bytes: Memory limit of the full tensors, in bytes.
 
     Raises:
-        CorruptCheckpoint: The folder holds other files; a file is malformed; or the shards do not cover each tensor
+        CorruptCheckpoint: The folder holds other safetensors files; a file is malformed; or the shards do not cover each tensor
             exactly once.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    if folder.is_symlink() or {file.name for file in folder.iterdir()} != set(files):
-        raise CorruptCheckpoint(f"{folder} is a link, or holds files that are not in the manifest.")
+    if folder.is_symlink() or {file.name for file in folder.glob("*.safetensors")} != set(files):
+        raise CorruptCheckpoint(f"{folder} is a link, or holds safetensors files that are not in the manifest.")
     try:
         reader = HuggingFaceStorageReader(str(folder))
         metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
