@@ -1,6 +1,7 @@
 """CheckpointManager in one process, without a Trainer."""
 
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -73,6 +74,19 @@ def test_a_write_error_is_raised_once_and_the_step_is_not_saved(build, monkeypat
     manager.save(3)
     manager.finish()
     assert open_checkpoint(manager.path(3)).step == 3
+
+
+@pytest.mark.parametrize("error", [KeyError("dtype"), MemoryError()])
+def test_any_write_error_is_a_checkpoint_error(build, monkeypatch, error):
+    """Other errors would be raised on rank 0 only, while the other ranks wait in a collective."""
+    manager = build()
+    manager.restore(False, ())
+    monkeypatch.setattr(CheckpointStore, "save", Mock(side_effect=error))
+    manager.save(3)
+    with pytest.raises(CheckpointError, match="could not be written") as raised:
+        manager.wait()
+    assert raised.value.__cause__ is error
+    assert not manager.is_saved(3)
 
 
 def test_ranks_poll_while_a_checkpoint_is_written(build, monkeypatch):

@@ -253,7 +253,7 @@ def test_a_wrong_manifest_is_refused(saved, what):
 
 def test_a_checkpoint_of_another_version_is_refused(saved):
     edit(saved, lambda manifest: manifest.update(format=1))
-    with pytest.raises(CorruptCheckpoint, match="has format 1.* saved by another version of homebrew"):
+    with pytest.raises(CorruptCheckpoint, match=r"has format 1.* saved by another version of homebrew"):
         open_checkpoint(saved)
 
 

@@ -35,7 +35,7 @@ from homebrew.checkpoint.store import CheckpointStore
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
-from homebrew.errors import ConfigError, CorruptCheckpoint, HomebrewError
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, HomebrewError
 from homebrew.model.gpt import GPT
 
 _POLL_SECONDS = 1.0
@@ -293,10 +293,18 @@ class CheckpointManager:
             raise
 
     def _poll_writer(self) -> bool:
-        """On rank 0, return whether the writer is still running, and raise its error if it has failed."""
+        """On rank 0, return whether the writer is still running, and raise its error if it has failed.
+
+        Only a HomebrewError reaches the other ranks, so every other error becomes a CheckpointError.
+        """
         if self._writer.is_writing(_POLL_SECONDS):
             return True
-        self._writer.wait()
+        try:
+            self._writer.wait()
+        except HomebrewError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"The checkpoint could not be written: {error!r}.") from error
         return False
 
     def finish(self) -> None:

@@ -27,8 +27,8 @@ def load_shards(folder: Path, files: Collection[str], *, max_bytes: int) -> dict
         max_bytes: Memory limit of the full tensors, in bytes.
 
     Raises:
-        CorruptCheckpoint: The folder holds other safetensors files; a file is malformed; or the shards do not cover each tensor
-            exactly once.
+        CorruptCheckpoint: The folder holds other safetensors files; a file is malformed; or the shards do not cover
+            each tensor exactly once.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader

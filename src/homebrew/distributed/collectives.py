@@ -106,9 +106,9 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:  
         try:
             response = {"result": function()}
         except HomebrewError as error:
-            if accelerator.num_processes == 1:
-                raise
             response = {"error": type(error).__name__, "message": str(error)}
+            broadcast_bytes(accelerator, json.dumps(response).encode())
+            raise
     response = json.loads(broadcast_bytes(accelerator, json.dumps(response).encode()))
     if "error" in response:
         error_class: type[HomebrewError] = getattr(errors, response["error"], HomebrewError)
