@@ -182,6 +182,13 @@ def test_invalid_shards_are_refused(store, bounded_memory, case):
         open_checkpoint(path).files()
 
 
+def test_a_negative_size_does_not_hide_a_huge_one(tmp_path):
+    shards = {"huge": ([1 << 40], torch.zeros(1)), "negative": ([-1 << 40], torch.zeros(1))}
+    write_shard(tmp_path / "a.safetensors", shards)
+    with pytest.raises(CorruptCheckpoint, match="a shard has a negative offset or size"):
+        load_shards(tmp_path, {"a.safetensors"}, max_bytes=1000)
+
+
 @pytest.mark.parametrize("metadata", ["[", "[]", "{}", '{"w": {}}', '{"w": 3}', "[" * 100_000])
 def test_invalid_metadata_is_refused(tmp_path, metadata):
     save_file({"w": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"DCP_SHARDING_INFO": metadata})

@@ -39,6 +39,9 @@ def load_shards(folder: Path, files: Collection[str], *, max_bytes: int) -> dict
     try:
         reader = HuggingFaceStorageReader(str(folder))
         metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        chunks = [chunk for info in metadata.values() for chunk in info.chunks]
+        if any(number < 0 for chunk in chunks for number in (*chunk.offsets, *chunk.sizes)):
+            raise CorruptCheckpoint(f"{folder}: a shard has a negative offset or size.")
         num_bytes = sum(math.prod(info.size) * info.properties.dtype.itemsize for info in metadata.values())
         if num_bytes > max_bytes:
             raise CorruptCheckpoint(f"{folder}: its tensors have {num_bytes:,} bytes, more than its files can hold.")
@@ -61,7 +64,7 @@ def _is_covered(info: Any) -> bool:  # noqa: ANN401 - torch.distributed.checkpoi
     covered = torch.zeros(info.size, dtype=torch.bool)
     num_elements = 0
     for chunk in info.chunks:
-        if len(chunk.sizes) != len(info.size) or any(offset < 0 for offset in chunk.offsets):
+        if len(chunk.sizes) != len(info.size):
             return False
         covered[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = True
         num_elements += math.prod(chunk.sizes)
