@@ -102,6 +102,7 @@ def launch(folder, layout, timeout=200, **tasks):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         for rank in range(num_machines)
     ]
@@ -109,7 +110,8 @@ def launch(folder, layout, timeout=200, **tasks):
         errors = [launcher.communicate(timeout=timeout)[1] for launcher in launchers]
     finally:
         for launcher in launchers:
-            launcher.kill()
+            with contextlib.suppress(ProcessLookupError):  # the launcher and its ranks have exited
+                os.killpg(launcher.pid, signal.SIGKILL)
     return [(launcher.returncode, error) for launcher, error in zip(launchers, errors, strict=True)]
 
 
