@@ -28,5 +28,5 @@ class Prepare:
 
         metadata = prepare(self.texts, self.output, tokenizer=self.tokenizer)
         print(f"{self.output}: {metadata.num_tokens:,} tokens from {metadata.num_text_bytes:,} bytes of text.")
-        print(f"To train on it: homebrew train {self.output} --output-dir runs/first --max-steps 500")
-        print("On a CPU, where GPT-2 small takes hours: add --preset baby --learning-rate 3e-3")
+        print(f"To train on it: homebrew train {self.output} --output-dir runs/first --max-steps 100")
+        print("On a CPU, GPT-2 small takes hours: add --preset baby --learning-rate 3e-3 --global-batch-tokens 2048")
