@@ -17,7 +17,7 @@ from homebrew.hub.model_folder import find_file, read_json
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE, load_adapter
 from homebrew.hub.read_tokenizer import read_tokenizer
 from homebrew.model.gpt import GPT
-from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, GPTConfig
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, GPTConfig
 from homebrew.model.lora import (
     LoRAConfig,
     adapter_state_dict,
@@ -132,16 +132,13 @@ def _full_model(checkpoint: Checkpoint) -> GPT:
     if _MODEL_FILE not in checkpoint.names:
         raise CorruptCheckpoint(f"{checkpoint.path} has no {path.name}, so it contains no weights.")
     tensors = checkpoint.tensors(_MODEL_FILE)
-    # Check the sizes in state.json against the tensors before a model of these sizes is built.
-    if config.n_layer > len(tensors):
+    if config.n_layer > len(tensors):  # many layers take memory even without their weights
         raise CorruptCheckpoint(f"{path} has {len(tensors)} tensors, which is too few for n_layer={config.n_layer}.")
-    embeddings = {
-        EMBEDDING: (config.padded_vocab_size, config.n_embd),
-        POSITION_EMBEDDING: (config.block_size, config.n_embd),
-    }
-    check_tensors(path, {name: tensor for name, tensor in tensors.items() if name in embeddings}, embeddings)
-    with torch.device("meta"):
-        model = GPT(config)
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # from PyTorch, for huge sizes
+        raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe a model: {error}") from error
     check_tensors(path, tensors, {name: tuple(t.shape) for name, t in model.state_dict().items() if name != LM_HEAD})
     state = {name: tensor.float() for name, tensor in tensors.items()}
     model.load_state_dict(state | {LM_HEAD: state[EMBEDDING]}, assign=True)
