@@ -180,7 +180,8 @@ class GPT(nn.Module):
             eos_token_id: Id that ends a sequence.
             seed: Random seed for sampling. By default, each call differs.
             overflow: What to do when a sequence reaches `block_size` tokens: "slide" drops the older half of the
-                context and continues, "stop" ends the sequence.
+                context and continues; a longer prompt loses its beginning. "stop" ends the sequence; a longer prompt
+                is an error.
             compile: Whether to compile the decoding step, which pays off for long outputs on a GPU.
 
         Returns:
