@@ -14,7 +14,6 @@ from homebrew.checkpoint.manifest import (
     STATE,
     Entry,
     Manifest,
-    parse_state,
     state_to_json,
 )
 from homebrew.checkpoint.safetensors_writer import serialize
@@ -37,17 +36,11 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint's files into an existing folder and sync them to disk, the manifest last.
 
-    Args:
-        folder: Folder to write to.
-        step: Optimizer steps taken.
-        files: CPU tensors.
-        state: JSON object for `state.json`.
-        score: Evaluation loss, finite, or None.
-        shards: Files that are already in subfolders of `folder`, for the manifest.
+    `shards` are files that are already in subfolders of `folder`; `score` is a finite evaluation loss or None.
 
     Raises:
         OSError: A file could not be written.
-        CheckpointError: A shard is missing, or the files could be written, but would be refused when they are read.
+        CheckpointError: A shard is missing, or a file is larger than what is read back.
         NonFiniteError: A tensor has values that are not finite.
     """
     entries = dict(shards)
@@ -62,14 +55,12 @@ def write_checkpoint(
             f"{folder} does not have the {missing[0]} that was written to it: the ranks do not share the folder. "
             f"Check that output_dir is on the same file system for every rank."
         )
-    manifest = Manifest(step, score, entries)
-    data = manifest.to_json()
+    data = Manifest(step, score, entries).to_json()
     if len(state_json) > MAX_STATE_BYTES or len(data) > MAX_MANIFEST_BYTES:
         raise CheckpointError(
             f"{folder}: state.json of {len(state_json):,} bytes exceeds {MAX_STATE_BYTES:,}, or {len(entries)} files "
             f"are too many for one manifest."
         )
-    parse_state(state_json, folder / STATE, Manifest.from_json(data, folder / MANIFEST))
     _write(folder / MANIFEST, data)
     for subfolder in sorted({(folder / name).parent for name in shards}):
         fsync_directory(subfolder)

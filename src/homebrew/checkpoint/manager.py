@@ -58,11 +58,11 @@ class CheckpointManager:
         guard: The run's update guard.
         output_dir: The run's folder.
         keep_last: Number of newest checkpoints to keep.
-        keep_every: Keep the checkpoints of all steps that are multiples of this number.
-        gather_limit_bytes: Under FSDP, size of the largest checkpoint that rank 0 gathers and writes alone, in bytes.
+        keep_every: Also keep every checkpoint whose step is a multiple of this.
+        gather_limit_bytes: Size of the largest checkpoint that rank 0 writes alone under FSDP.
         seed: The run's random seed.
-        identity: What decides every step of the run, from `compatibility.run_identity`.
-        tokenizer: Tokenizer of the dataset; saved so that a checkpoint can be used without the dataset.
+        identity: Result of `compatibility.run_identity`.
+        tokenizer: Saved so that a checkpoint can be used without the dataset.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class CheckpointManager:
             CheckpointError: A checkpoint is corrupt, or belongs to another run.
         """
         accelerator = self._accelerator
-        loaded: list[TensorFiles] = []  # filled on rank 0 only
-        start = run_on_main(accelerator, lambda: self._load(resume, accept_changes, loaded))
+        files: TensorFiles = {}  # stays empty on other ranks
+        start = run_on_main(accelerator, lambda: self._load(resume, accept_changes, files))
         set_seed(self._seed, device_specific=True)
         if self._restored and start is None and accelerator.is_main_process:
             warnings.warn(
@@ -128,7 +128,6 @@ class CheckpointManager:
         step: int = start["step"] if start else 0
         self._saved_step = step if start and start["in_store"] else None
         if start:
-            files = loaded[0] if loaded else {}
             scatter_run(accelerator, self._wrapped, self._optimizer, self._guard, files, seed=self._seed + step)
             restore_plain_optimizer_state(self._model, self._optimizer, start["optimizer"])
         if self._sharded:
@@ -138,11 +137,12 @@ class CheckpointManager:
         return step
 
     def _load(
-        self, resume: bool | str | Path, accept_changes: Collection[str], loaded: list[TensorFiles]
+        self, resume: bool | str | Path, accept_changes: Collection[str], files: TensorFiles
     ) -> dict[str, Any] | None:
-        """On rank 0, find, read and check the checkpoint to resume from.
+        """On rank 0, find and check the checkpoint to resume from, and load its tensors into `files`.
 
-        Its tensors are appended to `loaded`; what other ranks need of it is returned, or None without a checkpoint.
+        Returns:
+            What all ranks need to know of it, or None without a checkpoint.
         """
         self._store.prepare()
         if not resume and self._store.steps():
@@ -161,10 +161,10 @@ class CheckpointManager:
             return None
         check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
         self._warn_if_not_bitwise(checkpoint)
-        files, plain_state = checkpoint.files(), checkpoint.state.get("optimizer")
+        files.update(checkpoint.files())
+        plain_state = checkpoint.state.get("optimizer")
         check_files(checkpoint.path, files, self._model, self._optimizer)
         check_plain_optimizer_state(checkpoint.path / STATE, plain_state, self._model, self._optimizer)
-        loaded.append(files)
         in_store = checkpoint.path.resolve() == self._store.path(checkpoint.step).resolve()
         return {"in_store": in_store, "step": checkpoint.step, "optimizer": plain_state}
 
@@ -197,20 +197,15 @@ class CheckpointManager:
 
     def _warn_if_not_bitwise(self, checkpoint: Checkpoint) -> None:
         """Warn of differences with which a run can resume, but not bitwise."""
-        saved, ours = checkpoint.state.get("mixed_precision"), self._accelerator.mixed_precision
-        if saved != ours:
-            warnings.warn(
-                f"{checkpoint.path} was trained with mixed_precision={saved!r}, this run has {ours!r}. The results "
-                f"will differ from those of the original run; check how the run was launched.",
-                stacklevel=7,
-            )
-        saved, ours = checkpoint.state.get("num_processes"), self._accelerator.num_processes
-        if saved != ours:
-            warnings.warn(
-                f"{checkpoint.path} was saved by {saved} process(es), this run has {ours}. It reads the same samples, "
-                f"but sums are computed in another order, so results may not be bitwise equal.",
-                stacklevel=7,
-            )
+        effects = {
+            "mixed_precision": "Results will differ from those of the original run; check how the run was launched.",
+            "num_processes": "It reads the same samples, but sums in another order: results may not be bitwise equal.",
+        }
+        for name, effect in effects.items():
+            saved, ours = checkpoint.state.get(name), getattr(self._accelerator, name)
+            if saved != ours:
+                message = f"{checkpoint.path} was saved with {name}={saved!r}, this run has {name}={ours!r}. {effect}"
+                warnings.warn(message, stacklevel=7)
 
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint, whether or not it exists."""
@@ -220,22 +215,17 @@ class CheckpointManager:
         """Return whether `save` has been called for this step and has not failed since."""
         return self._saved_step == step
 
-    def save(self, step: int, *, eval_loss: float | None = None) -> Path | None:
+    def save(self, step: int, *, eval_loss: float | None = None) -> None:
         """Save a checkpoint, in the background unless it is sharded.
 
         Args:
             step: Optimizer steps taken.
             eval_loss: Evaluation loss of this very step; the checkpoint with the lowest is kept.
 
-        Returns:
-            The checkpoint's folder, or None if the step is already saved.
-
         Raises:
             CheckpointError: An earlier checkpoint, or this sharded one, could not be written.
             NonFiniteError: A weight or an optimizer state is not finite.
         """
-        if self.is_saved(step):
-            return None
         self.wait()
         accelerator, store = self._accelerator, self._store
         state = self._state() if accelerator.is_main_process else {}
@@ -249,7 +239,6 @@ class CheckpointManager:
                 write = partial(store.save, step, files, state, score=eval_loss)
                 self._writer.start(write, name=f"checkpoint-{step}")
         self._saved_step = step
-        return self.path(step)
 
     def _state(self) -> dict[str, Any]:
         """Return the contents of `state.json`: everything but tensors that is not a function of the step."""
