@@ -16,13 +16,8 @@ _CHUNK_BYTES = 1 << 24
 def atomic_replace(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` when the block ends without an error.
 
-    The new file is synced to disk before it replaces the old one, and its mode follows the umask.
-
-    Args:
-        path: File to create or replace.
-
-    Raises:
-        OSError: The file could not be written; `path` is unchanged.
+    The new file is synced to disk before it replaces the old one, and its mode follows the umask. On an OSError,
+    `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -40,10 +35,6 @@ def atomic_replace(path: Path) -> Iterator[Path]:
 
 def write_durably(path: Path, *buffers: bytes | memoryview) -> None:
     """Write a new file and sync it to disk; its mode follows the umask.
-
-    Args:
-        path: File to create.
-        buffers: Contents, written one after the other.
 
     Raises:
         FileExistsError: The file exists.

@@ -15,14 +15,9 @@ class AsyncWriter:
         self._error: BaseException | None = None
 
     def start(self, write: Callable[[], object], *, name: str) -> None:
-        """Call `write` in a thread, after the previous write has finished.
+        """Call `write` in a thread of this name, after the previous write has finished.
 
-        Args:
-            write: Function to call.
-            name: Name of the thread.
-
-        Raises:
-            BaseException: The error of the previous write; `write` is not called.
+        If that has failed, its error is raised and `write` is not called.
         """
         self.wait()
 
@@ -58,11 +53,7 @@ class AsyncWriter:
         self.is_writing(None)
 
     def wait(self) -> None:
-        """Wait for the running write.
-
-        Raises:
-            BaseException: The error of the write.
-        """
+        """Wait for the running write, and raise its error."""
         self.close()
         if (error := self.take_error()) is not None:
             raise error

@@ -92,12 +92,7 @@ def _adapter(model: GPT) -> dict[str, Any] | None:
 
 
 def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Collection[str]) -> None:
-    """Check that a checkpoint belongs to this run.
-
-    Args:
-        saved: `run_identity` as the checkpoint has it; any JSON value.
-        ours: `run_identity` of this run.
-        accept_changes: Aspects that may differ.
+    """Check that a checkpoint belongs to this run: its `run_identity`, any JSON value, must equal this run's.
 
     Raises:
         ConfigError: `accept_changes` has an unknown aspect.

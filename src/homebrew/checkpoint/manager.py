@@ -220,7 +220,7 @@ class CheckpointManager:
 
         Args:
             step: Optimizer steps taken.
-            eval_loss: Evaluation loss of this very step; the checkpoint with the lowest is kept.
+            eval_loss: Evaluation loss at this step; the checkpoint with the lowest is kept.
 
         Raises:
             CheckpointError: An earlier checkpoint, or this sharded one, could not be written.

@@ -33,12 +33,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Entry:
-    """A file in a manifest.
-
-    Args:
-        size: Size in bytes.
-        sha256: SHA-256 in hexadecimal.
-    """
+    """Size in bytes and hexadecimal SHA-256 of a file in a manifest."""
 
     size: int
     sha256: str
@@ -64,11 +59,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes, path: Path) -> Self:
-        """Parse and validate a manifest.
-
-        Args:
-            data: Contents of the file.
-            path: Path of the file. If its folder is named after a step, it must be the manifest's step.
+        """Parse and validate a manifest. If the folder of `path` is named after a step, the manifest must have it.
 
         Raises:
             CorruptCheckpoint: The manifest is malformed, or of another format.
@@ -106,14 +97,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose files have been verified.
-
-    Args:
-        path: Folder of the checkpoint.
-        step: Optimizer steps taken.
-        state: Contents of `state.json`.
-        manifest: Contents of `manifest.json`.
-    """
+    """A checkpoint on disk whose files have been verified."""
 
     path: Path
     step: int
@@ -135,14 +119,7 @@ class Checkpoint:
         return {name: self.tensors(name) for name in self.names}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Load the full tensors of one file, or of all shards in one folder, onto the CPU.
-
-        Args:
-            name: One of `names`.
-
-        Raises:
-            CorruptCheckpoint: As in `files`.
-        """
+        """Load the full tensors of one of `names`, like `files`."""
         files = self.manifest.tensor_files()[name]
         path = self.path / files[0]
         if path.parent == self.path:
@@ -178,11 +155,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and validate the manifest of a checkpoint folder.
-
-    Raises:
-        CorruptCheckpoint: The manifest is missing or malformed.
-    """
+    """Read a folder's manifest; raise CorruptCheckpoint if it is missing or malformed."""
     return Manifest.from_json(read_bounded(path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES), path / MANIFEST)
 
 
@@ -201,16 +174,7 @@ def state_to_json(state: Mapping[str, Any], step: int, score: float | None) -> b
 
 
 def parse_state(data: bytes, path: Path, manifest: Manifest) -> dict[str, Any]:
-    """Parse and validate `state.json`.
-
-    Args:
-        data: Contents of the file.
-        path: Path of the file, for error messages.
-        manifest: Manifest whose step and score it must have.
-
-    Raises:
-        CorruptCheckpoint: The file is malformed, or belongs to another manifest.
-    """
+    """Parse and validate `state.json`; raise CorruptCheckpoint if it is malformed or belongs to another manifest."""
     value = _parse_json(data, path)
     state = value.get("state")
     if (value.get("step"), value.get("score")) != (manifest.step, manifest.score) or not isinstance(state, dict):
@@ -219,15 +183,7 @@ def parse_state(data: bytes, path: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
-    """Parse a safetensors file.
-
-    Args:
-        data: Contents of the file.
-        path: Path of the file, for error messages.
-
-    Raises:
-        CorruptCheckpoint: The file is malformed.
-    """
+    """Parse a safetensors file; raise CorruptCheckpoint if it is malformed."""
     if int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:
         raise CorruptCheckpoint(f"{path} is not a safetensors file: its header is too long.")
     try:

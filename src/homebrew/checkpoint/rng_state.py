@@ -31,11 +31,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def check_rng(state: dict[str, Tensor]) -> None:
-    """Check that `restore_rng` can restore a state, by restoring it to throwaway generators.
-
-    Raises:
-        CorruptCheckpoint: A generator's state is missing or invalid.
-    """
+    """Check that `restore_rng` can restore a state, by restoring it to throwaway generators."""
     try:
         random.Random().setstate(_python_state(state))  # noqa: S311 - not for secrets
         np.random.RandomState().set_state(_numpy_state(state))

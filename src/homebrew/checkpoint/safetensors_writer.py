@@ -28,10 +28,9 @@ _DTYPES = {
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """Return a safetensors file as buffers: the header, then the memory of each tensor.
+    """Return a safetensors file as buffers: the header, then the memory of each contiguous CPU tensor.
 
-    Args:
-        tensors: Contiguous CPU tensors; they must not change while the buffers are in use.
+    The tensors must not change while the buffers are in use.
     """
     # Widest dtype first, so that every tensor is aligned, as the format requires.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))

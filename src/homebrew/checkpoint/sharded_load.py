@@ -23,8 +23,8 @@ def load_shards(folder: Path, files: Collection[str], *, max_bytes: int) -> dict
 
     Args:
         folder: Folder of shards.
-        files: Names of its files; their contents have been verified.
-        max_bytes: Memory limit of the full tensors, in bytes.
+        files: Names of its files, which have been verified.
+        max_bytes: Limit of the full tensors' size.
 
     Raises:
         CorruptCheckpoint: The folder holds other safetensors files; a file is malformed; or the shards do not cover

@@ -37,15 +37,13 @@ def save_sharded(
 ) -> None:
     """Write a checkpoint on all ranks, and commit it on rank 0; collective.
 
-    The call is synchronous: in a thread, its collectives would interleave with training's.
-
     Args:
         accelerator: The run's accelerator.
         store: The run's store.
         step: Optimizer steps taken.
         shards: DTensors, or tensors that are equal on all ranks, by the folder that their shards are written to.
-        files: Small CPU tensors that rank 0 writes; ignored on other ranks.
-        state: JSON object for `state.json`; ignored on other ranks.
+        files: Small CPU tensors; used on rank 0 only.
+        state: JSON object; used on rank 0 only.
         score: Evaluation loss, or None.
 
     Raises:
@@ -71,10 +69,7 @@ def save_sharded(
 def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the shards that this rank holds, and sync them to disk; collective.
 
-    A shard that several ranks hold is written once. The call returns when all ranks have written.
-
-    Raises:
-        CheckpointError: On every rank, if any rank could not write.
+    A shard that several ranks hold is written once. If any rank could not write, all raise CheckpointError.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -88,11 +83,7 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_shared_folder(accelerator: Accelerator, store: CheckpointStore, step: int) -> None:
-    """Check before training that all ranks see a folder that rank 0 creates; collective.
-
-    Raises:
-        ConfigError: A rank does not.
-    """
+    """Check before training that all ranks see a folder that rank 0 creates, or raise ConfigError; collective."""
     run_on_main(accelerator, partial(store.begin, step))
     seen = _run_on_all(accelerator, lambda: [store.temporary_path(step).is_dir(), socket.gethostname()])
     run_on_main(accelerator, store.roll_back)

@@ -54,17 +54,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
 def gather_run(
     accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, guard: Stateful
 ) -> TensorFiles:
-    """Copy the full state of a run to the CPU of rank 0.
-
-    Args:
-        accelerator: The run's accelerator.
-        wrapped: Model as returned by `Accelerator.prepare`.
-        optimizer: Optimizer without Accelerate's wrapper.
-        guard: The run's update guard.
-
-    Returns:
-        Tensors by file, which training does not change; empty on other ranks.
-    """
+    """Copy the full state of a run to the CPU of rank 0; empty on other ranks."""
     files = gather_small_state(accelerator, guard)
     tensors = _tensors(accelerator, wrapped, optimizer, full=True)
     return files | _copy_to_cpu(tensors) if accelerator.is_main_process else {}
@@ -92,15 +82,9 @@ def scatter_run(
     *,
     seed: int,
 ) -> None:
-    """Restore the state of a run from rank 0.
+    """Restore the state of a run from rank 0's `files`, which `check_files` has accepted.
 
-    Args:
-        accelerator: The run's accelerator.
-        wrapped: Model as returned by `Accelerator.prepare`.
-        optimizer: Optimizer without Accelerate's wrapper.
-        guard: The run's update guard.
-        files: Full tensors by file on rank 0, checked by `check_files`; ignored on other ranks.
-        seed: Random seed for ranks without a saved random state.
+    Ranks without a saved random state are seeded with `seed`.
     """
     _scatter_weights(wrapped, files.get(_weights_name(wrapped), {}))
     _scatter_optimizer(accelerator, wrapped, optimizer, files.get("optimizer", {}))
@@ -129,12 +113,6 @@ def reserve_staging(accelerator: Accelerator, model: nn.Module) -> None:
 
 def check_files(path: Path, files: TensorFiles, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Check that a checkpoint has the tensors that the run needs, before any state is changed.
-
-    Args:
-        path: Folder of the checkpoint, for error messages.
-        files: Full tensors by file.
-        model: Model without wrappers.
-        optimizer: Optimizer without Accelerate's wrapper.
 
     Raises:
         CorruptCheckpoint: A file or tensor is missing, unknown, or of another shape or kind.
@@ -184,10 +162,7 @@ def plain_optimizer_state(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the part of an optimizer's state that is plain numbers, such as step counts or an estimated step size.
 
-    Args:
-        model: Model without wrappers.
-        optimizer: Optimizer without Accelerate's wrapper.
-        initial: `group_settings` before the first step. Only changed settings are state; the others are the run's.
+    Of the groups' settings, only those that differ from `initial`, `group_settings` before the first step, are state.
 
     Returns:
         The numbers as JSON, and the keys of all state that is neither a number, a per-parameter tensor nor None.
@@ -209,11 +184,7 @@ def plain_optimizer_state(
 
 
 def check_plain_optimizer_state(path: Path, state: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Check that a JSON value is a `plain_optimizer_state` of this model and optimizer.
-
-    Raises:
-        CorruptCheckpoint: It is not; the message names `path`.
-    """
+    """Raise CorruptCheckpoint unless a JSON value is a `plain_optimizer_state` of this model and optimizer."""
     names = {name for name, _ in model.named_parameters()}
     try:
         groups, parameters = state["groups"], state["parameters"]  # type: ignore[index]  # any JSON value

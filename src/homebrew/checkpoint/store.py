@@ -34,8 +34,8 @@ class CheckpointStore:
 
     Args:
         output_dir: The run's folder.
-        keep_last: Number of newest checkpoints to keep. Checkpoints newer than the one just saved are never removed.
-        keep_every: Keep the checkpoints of all steps that are multiples of this number.
+        keep_last: Number of newest checkpoints to keep, up to the one just saved; newer ones are never removed.
+        keep_every: Also keep every checkpoint whose step is a multiple of this.
     """
 
     def __init__(self, output_dir: str | Path, *, keep_last: int = 2, keep_every: int | None = None) -> None:
@@ -45,11 +45,7 @@ class CheckpointStore:
         self._valid: dict[int, bool] = {}
 
     def prepare(self) -> None:
-        """Create the folder.
-
-        Raises:
-            ConfigError: The folder cannot be created or written to.
-        """
+        """Create the folder; raise ConfigError if it cannot be created or written to."""
         reason = "permission denied"
         try:
             make_directory(self.folder)
@@ -85,11 +81,7 @@ class CheckpointStore:
     def save(self, step: int, files: TensorFiles, state: Mapping[str, Any], *, score: float | None = None) -> Path:
         """Write a checkpoint, and remove those that are no longer kept: `begin` and `commit` in one call.
 
-        Args:
-            step: Optimizer steps taken.
-            files: CPU tensors.
-            state: JSON object.
-            score: Evaluation loss. The checkpoint with the lowest score is kept; NaN and infinity count as None.
+        The checkpoint with the lowest score is kept; NaN and infinity count as None.
 
         Returns:
             The checkpoint's folder.
@@ -102,11 +94,7 @@ class CheckpointStore:
         return self.commit(step, files, state, score=score)
 
     def begin(self, step: int) -> None:
-        """Create the temporary folder of a step, after removing what an interrupted save has left.
-
-        Raises:
-            CheckpointError: The folder could not be created, or `step` is out of range.
-        """
+        """Create the temporary folder of a step, after removing what an interrupted save has left."""
         if not FOLDER.fullmatch(self.path(step).name):
             raise CheckpointError(f"step={step} cannot be saved: it must be from 0 to 99,999,999.")
         with self._roll_back_on_error(step, 0):
@@ -123,21 +111,9 @@ class CheckpointStore:
         score: float | None = None,
         shards: Mapping[str, Entry] | None = None,
     ) -> Path:
-        """Complete the checkpoint in a step's temporary folder, and remove those that are no longer kept.
+        """Complete the checkpoint that `begin` has started, and remove those that are no longer kept, like `save`.
 
-        Args:
-            step: Step that `begin` has been called for.
-            files: As in `save`.
-            state: As in `save`.
-            score: As in `save`.
-            shards: Files that ranks have already written to subfolders of the temporary folder.
-
-        Returns:
-            The checkpoint's folder.
-
-        Raises:
-            CheckpointError: As in `save`.
-            NonFiniteError: As in `save`.
+        `shards` are files that ranks have already written to subfolders of the temporary folder.
         """
         score = None if score is None or not math.isfinite(score) else float(score)
         path, temporary = self.path(step), self.temporary_path(step)
@@ -183,11 +159,7 @@ class CheckpointStore:
             raise
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Return the newest valid checkpoint.
-
-        Returns:
-            The checkpoint, or None if there is none; and for each newer, invalid checkpoint the reason.
-        """
+        """Return the newest valid checkpoint, or None, and the reason for each newer, invalid one."""
         reasons: list[str] = []
         for step, paths in sorted(self._folders().items(), reverse=True):
             for path in paths:
@@ -236,9 +208,7 @@ class CheckpointStore:
 def _remove(path: Path, rename_to: Path | None = None) -> None:
     """Remove a folder; on failure warn, and leave it to the next save.
 
-    Args:
-        path: Folder to remove.
-        rename_to: Temporary name under which a load does not look at the half-removed folder.
+    It is first renamed to `rename_to`, so that a load does not look at the half-removed folder.
     """
     try:
         if rename_to is not None:

@@ -9,16 +9,7 @@ from homebrew.errors import CorruptCheckpoint
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that a file holds exactly the expected floating-point tensors.
-
-    Args:
-        path: File the tensors were read from, for error messages.
-        tensors: Tensors by name; any floating dtype.
-        expected: Shape of each expected tensor by name.
-
-    Raises:
-        CorruptCheckpoint: A tensor is missing, unknown, of another shape, or not floating-point.
-    """
+    """Raise CorruptCheckpoint unless a file holds exactly the tensors of the expected shapes, of any floating dtype."""
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise CorruptCheckpoint(f"{path} has no tensor {name}, which the model needs.")
@@ -35,9 +26,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 def find_non_finite(file: str, tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that has a NaN or an infinity, or None.
 
-    Args:
-        file: Name of the tensors' file without suffix. Random states (`rng-0`, ...) may hold NaN and are not checked.
-        tensors: Tensors by name, on any device; sharded tensors are checked for their local shard only.
+    Random states (files `rng-0`, ...) may hold NaN and are not checked. Of sharded tensors, the local shard is checked.
     """
     if file.startswith("rng-"):
         return None

@@ -1,4 +1,7 @@
-"""Reads files that may be corrupt or hostile: bounded in size, verified by hash, without following links."""
+"""Reads files that may be corrupt or hostile: bounded in size, verified by hash, without following links.
+
+All functions but `is_regular` raise CorruptCheckpoint if the path is not a regular file or not the expected one.
+"""
 
 import contextlib
 import hashlib
@@ -23,11 +26,7 @@ def is_regular(path: Path, *, size: int) -> bool:
 
 
 def read_bounded(path: Path, *, max_bytes: int) -> bytes:
-    """Read a file of at most `max_bytes`.
-
-    Raises:
-        CorruptCheckpoint: `path` is not a regular file, or is larger than `max_bytes`.
-    """
+    """Read a file of at most `max_bytes`."""
     with _open_regular(path) as (file, size):
         if size > max_bytes:
             raise CorruptCheckpoint(f"{path} has {size:,} bytes; at most {max_bytes:,} are expected.")
@@ -35,11 +34,7 @@ def read_bounded(path: Path, *, max_bytes: int) -> bytes:
 
 
 def read_verified(path: Path, *, size: int, sha256: str) -> bytes:
-    """Read a file and check its size and hash; the returned bytes are the ones that were hashed.
-
-    Raises:
-        CorruptCheckpoint: `path` is not a regular file, or its size or hash differs.
-    """
+    """Read a file and check its size and hash; the returned bytes are the ones that were hashed."""
     with _open_regular(path) as (file, actual_size):
         _check_size(path, actual_size, size)
         data = file.read(size)
@@ -48,22 +43,14 @@ def read_verified(path: Path, *, size: int, sha256: str) -> bytes:
 
 
 def verify(path: Path, *, size: int, sha256: str) -> None:
-    """Check a file's size and hash without loading it into memory.
-
-    Raises:
-        CorruptCheckpoint: `path` is not a regular file, or its size or hash differs.
-    """
+    """Check a file's size and hash without loading it into memory."""
     with _open_regular(path) as (file, actual_size):
         _check_size(path, actual_size, size)
         _check_hash(path, _hash(file, size), sha256)
 
 
 def measure(path: Path) -> tuple[int, str]:
-    """Return a file's size in bytes and its SHA-256 in hexadecimal.
-
-    Raises:
-        CorruptCheckpoint: `path` is not a regular file, or cannot be read.
-    """
+    """Return a file's size in bytes and its SHA-256 in hexadecimal."""
     with _open_regular(path) as (file, size):
         return size, _hash(file, size)
 

@@ -80,10 +80,7 @@ def check_accelerator(
 ) -> Accelerator:
     """Check that an Accelerator built by the user agrees with the config and the launch, and return it.
 
-    Args:
-        accelerator: The user's Accelerator.
-        mixed_precision: The config's precision; must be "auto" or equal to the Accelerator's.
-        log_with: The config's tracker; must be None.
+    The config's `mixed_precision` must be "auto" or equal to the Accelerator's, and its `log_with` must be None.
 
     Raises:
         ConfigError: If the config contradicts the Accelerator.

@@ -92,14 +92,9 @@ def gather_bytes(accelerator: Accelerator, data: bytes) -> list[bytes]:
 
 
 def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:  # noqa: ANN401 - any JSON value
-    """Call `function` on rank 0 only, and return its result, or raise its error, on every rank; collective.
+    """Call `function` on rank 0 only, and return its JSON value, or raise its HomebrewError, on every rank; collective.
 
-    Args:
-        accelerator: The run's Accelerator.
-        function: Function without arguments that returns a JSON value.
-
-    Raises:
-        HomebrewError: On every rank, an error of the class that `function` raised.
+    Errors of other classes are raised on rank 0 only.
     """
     response: dict[str, Any] = {}
     if accelerator.is_main_process:

@@ -55,11 +55,7 @@ def configure_fsdp(accelerator: Accelerator) -> bool:
 
 
 def check_fsdp_options(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Check that the launch uses only FSDP options that work with this model.
-
-    Raises:
-        LaunchError: If not; see `configure_fsdp`.
-    """
+    """Raise LaunchError if the launch uses FSDP options that do not work with this model."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     unsupported = []
@@ -85,12 +81,7 @@ def keeps_weights_gathered(accelerator: Accelerator) -> bool:
 
 
 def reshard(accelerator: Accelerator, wrapped: nn.Module) -> None:
-    """Free the gathered weights after a forward pass without backward pass, so that the next one gathers new weights.
-
-    Args:
-        accelerator: The run's Accelerator; without FSDP, nothing is done.
-        wrapped: The model returned by `Accelerator.prepare`.
-    """
+    """Free the gathered weights after a forward pass without backward pass, so that the next gathers new weights."""
     if not uses_fsdp(accelerator):
         return
     from torch.distributed.fsdp import FSDPModule
@@ -117,9 +108,7 @@ def meta_copy(model: GPT) -> GPT:
 def gather_full_model(template: GPT, wrapped: nn.Module) -> GPT:
     """Return an unwrapped model in eval mode with the full weights of a wrapped or sharded model; collective.
 
-    Args:
-        template: The result of `meta_copy`; it is not changed.
-        wrapped: The model returned by `Accelerator.prepare`.
+    `template` is the result of `meta_copy` and is not changed.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
