@@ -74,12 +74,6 @@ def plan_batch_for_device(
 ) -> BatchPlan:
     """Plan the batch of a config. For `micro_batch_size="auto"`, find the largest micro-batch that fits in memory.
 
-    Args:
-        accelerator: The run's Accelerator.
-        model: Model on its device, not yet compiled or wrapped.
-        config: The run's config.
-        sequence_length: Tokens in a sequence.
-
     Raises:
         ConfigError: The numbers do not divide.
         TrainingError: Not even one sequence fits.
@@ -105,13 +99,6 @@ def fit_micro_batch_size(
 
     Trials use the bare model, so that no rank waits for another that has run out of memory. A compiled or sharded step
     needs less memory than a trial.
-
-    Args:
-        accelerator: The run's Accelerator.
-        model: Model on its device, not yet compiled or wrapped.
-        plan: Plan with a global batch that divides by the number of ranks.
-        sequence_length: Tokens in a sequence.
-        most: Largest micro-batch size to try.
 
     Raises:
         TrainingError: Not even one sequence fits.

@@ -74,12 +74,6 @@ def warm_up_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *
     """Compile before the first step, with passes that change neither weights, gradients nor random states.
 
     Under FSDP nothing is done: its passes are collective, and compile with the first step.
-
-    Args:
-        accelerator: The run's Accelerator.
-        model: Model as `prepare` returned it.
-        batch: A micro-batch of the run's shape.
-        evaluates: Whether to compile the evaluation pass too.
     """
     if uses_fsdp(accelerator):
         return

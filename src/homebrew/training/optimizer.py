@@ -12,10 +12,6 @@ from homebrew.errors import ConfigError
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters: matrices and embeddings decay, biases and layer norms do not.
 
-    Args:
-        model: Model to train. Shared parameters are taken once.
-        weight_decay: Weight decay of the first group.
-
     Returns:
         Up to two parameter groups, the decayed one first, each in the model's order; an empty group is omitted.
     """
@@ -30,14 +26,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def adamw(
     model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """Build GPT-3's optimizer (Brown et al. 2020, appendix B), with PyTorch's fused kernel where available.
-
-    Args:
-        model: Model on the device it trains on.
-        learning_rate: Peak learning rate.
-        betas: Decay of the first and the second moment.
-        weight_decay: Weight decay of matrices and embeddings.
-    """
+    """Build GPT-3's optimizer (Brown et al. 2020, appendix B), with PyTorch's fused kernel where available."""
     groups = decay_groups(model, weight_decay)
     betas = (float(betas[0]), float(betas[1]))  # AdamW requires both to be of the same type
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=_can_fuse(groups))
@@ -45,10 +34,6 @@ def adamw(
 
 def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Check that the model has trainable parameters, and that a custom optimizer holds all of them.
-
-    Args:
-        model: Model to train.
-        optimizer: The user's optimizer, if any.
 
     Raises:
         ConfigError: No parameter is trainable, or the optimizer lacks one, or has one that is not the model's.
@@ -71,13 +56,7 @@ def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], multiplier: float) -> None:
-    """Set the learning rate of each parameter group to its peak times the schedule's multiplier.
-
-    Args:
-        optimizer: The run's optimizer.
-        peaks: Peak learning rate of each parameter group.
-        multiplier: The schedule's value at this step.
-    """
+    """Set the learning rate of each parameter group to its peak times the schedule's multiplier."""
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak * multiplier
 

@@ -73,15 +73,6 @@ def build_parts(
 ) -> TrainerParts:
     """Check the arguments of a Trainer and build its parts. Nothing is trained or written.
 
-    Args:
-        model: Model, or the config of a new one.
-        train_dataset: Dataset to train on.
-        eval_dataset: Dataset to evaluate on, or None.
-        config: The run's config.
-        optimizer: The user's optimizer, or None for AdamW.
-        schedule: Step to learning-rate multiplier.
-        accelerator: The user's Accelerator, or None for a new one.
-
     Raises:
         HomebrewError: A setting, the data or the launch is invalid.
     """
