@@ -34,7 +34,7 @@ class Steps:
         )
         self.generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        self.train_step.start()
+        self.train_step.reset()
         self.results = []
 
     def take(self, count, before_step=lambda: None):
@@ -105,7 +105,7 @@ def test_a_change_that_a_graph_cannot_see_makes_it_capture_again(device, capture
         steps.model.transformer.wpe.weight.requires_grad = False
         take()
         steps.model.transformer.wpe.weight.requires_grad = True
-        steps.train_step.start()
+        steps.train_step.reset()
         steps.model.zero_grad(set_to_none=False)
         take()
         return steps
@@ -176,5 +176,5 @@ def test_start_clears_the_gradients_of_a_step_that_raised():
         steps.take(1)
     hook.remove()
     assert any(parameter.grad is not None for parameter in steps.model.parameters())
-    steps.train_step.start()
+    steps.train_step.reset()
     assert all(parameter.grad is None for parameter in steps.model.parameters())

@@ -12,7 +12,7 @@ from homebrew.errors import ConfigError, ResumeMismatch
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import base_fingerprint, lora_layers
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[int], float]  # as `training.schedule.Schedule`, which this layer cannot import
 """Maps a step to a multiplier of the learning rate."""
 
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)

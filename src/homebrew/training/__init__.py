@@ -2,7 +2,7 @@
 
 trainer.py holds the loop, train_step.py one step, and setup.py assembles the parts. To add
 
-- an optimizer: optimizer.py builds it, `build_parts` in setup.py chooses it, trainer_config.py has its settings;
-- a schedule: schedule.py has the functions, `TrainerConfig.schedule` chooses one;
-- a precision: `mixed_precision` in trainer_config.py, and `build_accelerator` in distributed/accelerator.py.
+- an optimizer: pass it to the Trainer; built-in ones are in optimizer.py and chosen by `build_parts` in setup.py;
+- a schedule: pass a function to the Trainer; the built-in one is in schedule.py;
+- a precision: CONTRIBUTING.md lists the files.
 """

@@ -46,7 +46,7 @@ def plan_batch(
         micro_batch_tokens: Default number of tokens in a micro-batch.
 
     Raises:
-        ConfigError: The numbers do not divide; the message gives the nearest that do.
+        ConfigError: `global_batch_tokens` is not divisible as required; the message gives the nearest valid values.
     """
     if global_batch_tokens is None:
         size = micro_batch_size or max(1, micro_batch_tokens // block_size)
@@ -75,7 +75,7 @@ def plan_batch_for_device(
     """Plan the batch of a config. For `micro_batch_size="auto"`, find the largest micro-batch that fits in memory.
 
     Raises:
-        ConfigError: The numbers do not divide.
+        ConfigError: `global_batch_tokens` is not divisible as required.
         TrainingError: Not even one sequence fits.
     """
     plan = plan_batch(

@@ -22,7 +22,7 @@ EAGER_EVALUATION_FLOPS = 4e12
 it took 6.5 s."""
 
 CompileMode = Literal["none", "kernels", "cuda_graphs"]
-"""Not compiled; compiled; compiled, with forward and backward as CUDA graphs that run without waiting for Python."""
+"""How the model runs: eagerly; compiled; or compiled, with forward and backward passes replayed as CUDA graphs."""
 
 
 def compile_model(

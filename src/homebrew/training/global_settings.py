@@ -3,8 +3,8 @@
 import torch
 
 RECOMPILE_LIMIT = 64
-"""Compiled variants of one function. PyTorch's limit is 8, beyond which the function silently runs uncompiled; all
-models of a process count together, each in training and in evaluation: four model sizes in a notebook reach it."""
+"""Compiled variants of one function. PyTorch's limit is 8, beyond which the function silently runs uncompiled. All
+models of a process share the limit, each in training and in evaluation, so four models in one notebook reach it."""
 
 
 def allow_tf32(device: torch.device) -> None:

@@ -63,7 +63,7 @@ class TrainStep:
         )
         self._is_incomplete = False  # True while gradients of an unfinished step may exist
 
-    def start(self) -> None:
+    def reset(self) -> None:
         """Clear the gradients before a run's first step.
 
         Raises:
@@ -90,7 +90,7 @@ class TrainStep:
         loss = self._accumulate(micro_batches)
         for tensor, group in zip(self._learning_rates, self._optimizer.param_groups, strict=False):
             tensor.fill_(group["lr"])
-        result = self._update(loss)
+        result = self._update(loss)  # `_apply`, possibly replayed as a CUDA graph
         self._guard.optimizer.zero_grad(set_to_none=not self._accumulate_in_place)
         self._is_incomplete = False
         return result
@@ -124,6 +124,7 @@ class TrainStep:
         self._accelerator.unscale_gradients()
         grad_norm = full_tensor(clip_grad_norm_(self._parameters, self._max_grad_norm))
         result = self._guard.check(loss, grad_norm)
+        # A gradient scaler must see every step: it skips non-finite ones itself and adjusts its scale.
         if self._guard.allows_update(result) or self._accelerator.scaler is not None:
             self._optimizer.step()
         return result

@@ -38,7 +38,8 @@ class Trainer:
         train_dataset: A `TokenDataset`, or any map-style dataset of (input_ids, targets), each (T,), int64.
         eval_dataset: A dataset of the same kind to evaluate on.
         config: Training configuration.
-        optimizer: Optimizer over the model's parameters, to use instead of AdamW.
+        optimizer: Optimizer over the model's parameters, to use instead of AdamW. Its `lr` is then the peak, and the
+            config's `learning_rate`, `betas` and `weight_decay` are not used.
         schedule: Function from the step to the multiplier of the learning rate, to use instead of `warmup_cosine`.
         accelerator: Accelerator to use, with its precision and trackers, instead of one with the launcher's settings.
         callbacks: Callbacks that receive training events, after the built-in ones. A `ProgressDisplay` or `RunLogger`
@@ -235,7 +236,7 @@ class Trainer:
 
     def _start(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
         """Restore the checkpoint, or start from step 0."""
-        self._train_step.start()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
+        self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
         self.step = self._checkpoints.restore(resume, accept_changes)
         self.accelerator.step = 0  # Accelerate's count of micro-batches; an interrupted step leaves it in the middle
@@ -287,7 +288,7 @@ class Trainer:
                 exit_for_signal(number)
 
     def _emit(self, event: str, *arguments: object) -> None:
-        """Call a method of every callback, outside of the training time unless a GPU works in parallel."""
+        """Call a method of every callback; its time does not count as training time, unless the GPU works meanwhile."""
         overlaps = event in ("on_step_end", "on_log", "on_step_skipped")
         with nullcontext() if overlaps else self._logger.paused():
             for callback in self.callbacks:

@@ -30,7 +30,7 @@ class TrainerConfig:
     """Sequences in a forward and backward pass of one process. Default: depends on the device. "auto" finds the largest
     number that fits in every process's memory before training; needs `global_batch_tokens`."""
     learning_rate: float = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate of the built-in optimizer."""
     warmup_steps: int | None = None
     """Number of linear warm-up steps. Default: a twentieth of `max_steps`."""
     min_lr_ratio: float = 0.1
@@ -67,8 +67,8 @@ class TrainerConfig:
     log_every: int = 10
     """Steps between log entries. Each is written one step late, so that the host does not wait for the GPU."""
     log_with: str | None = None
-    """Accelerate tracker to log to besides `metrics.jsonl`: "tensorboard", "wandb", …, or "all" that are installed. A
-    custom `Accelerator` brings its own trackers instead."""
+    """Accelerate tracker to log to besides `metrics.jsonl`: "tensorboard", "wandb", …, or "all" for every installed
+    tracker. A custom `Accelerator` brings its own trackers instead."""
     save_every: int | None = 500
     """Steps between checkpoints; None saves only at the end. A checkpoint is always saved at the end."""
     keep_last: int = 2
