@@ -45,7 +45,7 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
         (["sample", "RUN", "--prompt", "a", "--device", "cuda:99"], "cuda:99.*homebrew doctor"),
         (["eval", "RUN"], "--text"),
         (["eval", "RUN", "--text", "missing.txt"], r"missing\.txt"),
-        (["eval", "RUN", "--hellaswag", "TEXT"], "line 1 is not valid JSON"),
+        (["eval", "RUN", "--hellaswag", "TEXT"], "line 1 must be a JSON object"),
         (["eval", "RUN", "--hellaswag", "TEXT", "--limit", "0"], "--limit 0"),
         (["export", "RUN"], "--push-to-hub"),
         (["export", "RUN", "--adapter", "--push-to-hub", "a/b"], "--adapter"),
