@@ -117,9 +117,8 @@ def test_a_run_killed_five_times_ends_as_the_uninterrupted_one(runner, uninterru
 PLACES = ["step", "backward", "data", "evaluation", "save"]
 
 
-@pytest.mark.parametrize(
-    ("where", "number", "code"), [*((where, "SIGTERM", 143) for where in PLACES), ("backward", "SIGINT", 130)]
-)
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("where", PLACES)
 def test_a_stop_signal_saves_and_exits(runner, tmp_path, where, number, code):
     signals = {"where": where, "step": 20 if where in ("save", "evaluation") else 21, "signals": [number]}
     codes, result = runner.run(tmp_path, signals=signals | {"operation": 9}, save_every=20, max_steps=200)

@@ -132,15 +132,7 @@ class Scene:
         return value
 
 
-SCENES = [
-    ("full", 1, False),
-    ("full", 1, True),
-    ("full", 2, False),
-    ("full", 2, True),
-    ("adapter", 1, False),
-    ("sharded", 1, False),
-    ("sharded", 1, True),
-]
+SCENES = [*itertools.product(["full", "adapter"], [1, 2], [False, True]), ("sharded", 1, False), ("sharded", 1, True)]
 
 
 @pytest.fixture(params=SCENES, ids=lambda scene: f"{scene[0]}-{scene[1]}-{'again' if scene[2] else 'next'}")
