@@ -55,6 +55,11 @@ def write_durably(path: Path, *buffers: bytes | memoryview) -> None:
         raise
 
 
+def is_disk_full(error: OSError) -> bool:
+    """Return whether a write failed because of a full disk, a quota, or a limit on the size of files."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def fsync_directory(path: Path) -> None:
     """Sync a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -111,7 +111,7 @@ def test_a_failed_save_leaves_earlier_checkpoints(store, monkeypatch, step):
 def answer_of_rank_1(monkeypatch, **result):
     """Make every collective return this result for rank 1."""
     answers = lambda _accelerator, data: [data, json.dumps(result).encode()]  # noqa: E731
-    monkeypatch.setattr("homebrew.checkpoint.sharded_save.gather_bytes", answers)
+    monkeypatch.setattr("homebrew.distributed.collectives.gather_bytes", answers)
 
 
 def test_an_error_of_another_rank_is_raised(store, monkeypatch):
@@ -123,7 +123,7 @@ def test_an_error_of_another_rank_is_raised(store, monkeypatch):
 
 @pytest.mark.parametrize("is_visible", [True, False])
 def test_a_folder_that_is_not_shared_is_a_config_error(store, monkeypatch, is_visible):
-    answer_of_rank_1(monkeypatch, value=[is_visible, "node-1"])
+    answer_of_rank_1(monkeypatch, result=[is_visible, "node-1"])
     with nullcontext() if is_visible else pytest.raises(ConfigError, match=r"rank 1 on node-1.* gather_limit_bytes"):
         check_shared_folder(Accelerator(cpu=True), store, 1)
     assert list(store.folder.iterdir()) == []

@@ -17,9 +17,9 @@ from homebrew.checkpoint.manifest import (
     state_to_json,
 )
 from homebrew.checkpoint.safetensors_writer import serialize
-from homebrew.checkpoint.tensor_check import find_non_finite
+from homebrew.checkpoint.tensor_check import check_finite
 from homebrew.checkpoint.verified_files import is_regular
-from homebrew.errors import CheckpointError, NonFiniteError
+from homebrew.errors import CheckpointError
 from homebrew.io import fsync_directory, write_durably
 
 TensorFiles = dict[str, dict[str, Tensor]]
@@ -45,8 +45,7 @@ def write_checkpoint(
     """
     entries = dict(shards)
     for name, tensors in files.items():
-        if bad := find_non_finite(name, tensors):
-            raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {name} is not finite.")
+        check_finite(step, name, tensors)
         entries[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", *serialize(tensors))
     state_json = state_to_json(state, step, score)
     entries[STATE] = _write(folder / STATE, state_json)

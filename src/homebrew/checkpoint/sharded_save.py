@@ -4,9 +4,8 @@ Every rank writes its own shards into the temporary folder, on a file system tha
 """
 
 import contextlib
-import json
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from homebrew import errors
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.manifest import Entry
 from homebrew.checkpoint.store import CheckpointStore
-from homebrew.checkpoint.tensor_check import find_non_finite
+from homebrew.checkpoint.tensor_check import check_finite
 from homebrew.checkpoint.verified_files import measure
-from homebrew.distributed.collectives import gather_bytes, run_on_main
-from homebrew.errors import CheckpointError, ConfigError, HomebrewError, NonFiniteError
+from homebrew.distributed.collectives import run_on_all, run_on_main
+from homebrew.errors import CheckpointError, ConfigError, HomebrewError
 
 
 def save_sharded(
@@ -51,12 +49,12 @@ def save_sharded(
         NonFiniteError: On every rank, if a tensor on any rank has values that are not finite.
     """
     folder = store.temporary_path(step)
-    _run_on_all(accelerator, partial(_check_finite, step, shards))
+    run_on_all(accelerator, partial(_check_all_finite, step, shards))
     run_on_main(accelerator, partial(store.begin, step))
     try:
         for name, tensors in shards.items():
             save_shards(folder / name, tensors)
-        measured = _run_on_all(accelerator, lambda: _measure(folder, shards, accelerator.process_index))
+        measured = run_on_all(accelerator, lambda: _measure(folder, shards, accelerator.process_index))
         entries = {name: Entry(**entry) for entries in measured for name, entry in entries.items()}
         run_on_main(accelerator, lambda: str(store.commit(step, files, state, score=score, shards=entries)))
     except HomebrewError:  # on every rank, and no rank is writing any more
@@ -85,7 +83,7 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def check_shared_folder(accelerator: Accelerator, store: CheckpointStore, step: int) -> None:
     """Check before training that all ranks see a folder that rank 0 creates, or raise ConfigError; collective."""
     run_on_main(accelerator, partial(store.begin, step))
-    seen = _run_on_all(accelerator, lambda: [store.temporary_path(step).is_dir(), socket.gethostname()])
+    seen = run_on_all(accelerator, lambda: [store.temporary_path(step).is_dir(), socket.gethostname()])
     run_on_main(accelerator, store.roll_back)
     if missing := [f"{rank} on {host}" for rank, (is_visible, host) in enumerate(seen) if not is_visible]:
         raise ConfigError(
@@ -95,25 +93,9 @@ def check_shared_folder(accelerator: Accelerator, store: CheckpointStore, step: 
         )
 
 
-def _run_on_all(accelerator: Accelerator, work: Callable[[], Any]) -> list[Any]:
-    """Run `work` on every rank and return all results, JSON values; raise on every rank if it failed on one."""
-    result: dict[str, Any] = {}
-    try:
-        result = {"value": work()}
-    except HomebrewError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    results = [json.loads(data) for data in gather_bytes(accelerator, json.dumps(result).encode())]
-    for rank, result in enumerate(results):
-        if "error" in result:
-            kind: type[HomebrewError] = getattr(errors, result["error"], CheckpointError)
-            raise kind(f"Rank {rank}: {result['message']}")
-    return [result["value"] for result in results]
-
-
-def _check_finite(step: int, shards: TensorFiles) -> None:
+def _check_all_finite(step: int, shards: TensorFiles) -> None:
     for name, tensors in shards.items():
-        if bad := find_non_finite(name, tensors):
-            raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {name} is not finite.")
+        check_finite(step, name, tensors)
 
 
 def _measure(folder: Path, names: Collection[str], rank: int) -> dict[str, dict[str, Any]]:

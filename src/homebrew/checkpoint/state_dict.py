@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -26,6 +26,7 @@ from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
 from homebrew.checkpoint.tensor_check import check_tensors
 from homebrew.distributed.collectives import broadcast_bytes, gather_bytes
+from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import CorruptCheckpoint
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
 from homebrew.model.lora import LoRALinear
@@ -104,8 +105,7 @@ def reserve_staging(accelerator: Accelerator, model: nn.Module) -> None:
     Page-locking takes longer than a training step, and PyTorch caches pinned memory after it has been freed. Sharded
     tensors are gathered through memory that PyTorch allocates itself.
     """
-    gathers = accelerator.distributed_type == DistributedType.FSDP
-    if accelerator.device.type == "cuda" and accelerator.is_main_process and not gathers:
+    if accelerator.device.type == "cuda" and accelerator.is_main_process and not uses_fsdp(accelerator):
         trained = [p for p in model.parameters() if p.requires_grad]
         with contextlib.suppress(RuntimeError):  # not enough memory to lock: copies will be slower
             _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in range(3)]
@@ -253,9 +253,10 @@ def _scatter_optimizer(
 
 def _options(accelerator: Accelerator, model: nn.Module, *, full: bool) -> StateDictOptions:
     """Gather sharded tensors one by one onto the CPU; unsharded ones are copied once, by `_copy_to_cpu`."""
-    sharded = accelerator.distributed_type == DistributedType.FSDP
     adapter = _weights_name(model) == "adapter"
-    return StateDictOptions(full_state_dict=full, cpu_offload=full and sharded, ignore_frozen_params=adapter)
+    return StateDictOptions(
+        full_state_dict=full, cpu_offload=full and uses_fsdp(accelerator), ignore_frozen_params=adapter
+    )
 
 
 def _scatter_options(model: nn.Module) -> StateDictOptions:

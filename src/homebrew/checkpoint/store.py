@@ -8,7 +8,6 @@ finds it there.
 """
 
 import contextlib
-import errno
 import math
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Any
 from homebrew.checkpoint.checkpoint_files import TensorFiles, write_checkpoint
 from homebrew.checkpoint.manifest import FOLDER, Checkpoint, Entry, matches_listing, open_checkpoint, read_manifest
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
-from homebrew.io import fsync_directory, make_directory, remove_tree
+from homebrew.io import fsync_directory, is_disk_full, make_directory, remove_tree
 
 _TEMPORARY = re.compile(r"\.(step-\d{8})\.(writing|removing|aside)", re.ASCII)
 
@@ -151,10 +150,13 @@ class CheckpointStore:
             with contextlib.suppress(OSError):  # the first error is the one to raise
                 self.roll_back()
             if isinstance(error, OSError):
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
                 raise CheckpointError(
                     f"{error.filename or self.path(step)} could not be written: {error.strerror}. "
-                    + (f"Free disk space: the checkpoint needs {num_bytes:,} bytes." if full else "Check the folder.")
+                    + (
+                        f"Free disk space: the checkpoint needs {num_bytes:,} bytes."
+                        if is_disk_full(error)
+                        else "Check the folder."
+                    )
                 ) from error
             raise
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from homebrew.errors import CorruptCheckpoint
+from homebrew.errors import CorruptCheckpoint, NonFiniteError
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -31,6 +31,12 @@ def find_non_finite(file: str, tensors: Mapping[str, Tensor]) -> str | None:
     if file.startswith("rng-"):
         return None
     return next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+
+
+def check_finite(step: int, file: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise NonFiniteError if a tensor that is about to be saved has a NaN or an infinity."""
+    if bad := find_non_finite(file, tensors):
+        raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {file} is not finite.")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -7,7 +7,6 @@ The array is memory-mapped, so opening a file does not load it. The mapped pages
 (RssFile), but they are unmodified pages of the page cache, which the kernel drops when memory is short.
 """
 
-import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from torch import Tensor
 from homebrew.data.text_file import check_regular_file, read_error, read_text
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, TokenIds, as_token_ids, check_token_ids
 from homebrew.errors import DataError
-from homebrew.io import atomic_replace
+from homebrew.io import atomic_replace, is_disk_full
 
 FORMAT_VERSION = 1
 _NPY_MAGIC = b"\x93NUMPY"
@@ -216,8 +215,7 @@ def write_tokens(
             metadata = TokenMetadata(vocab_size, num_tokens, num_text_bytes, tokenizer_json, source, sha256)
             new_metadata.write_text(metadata.to_json(), encoding="utf-8")
     except OSError as error:
-        disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "Free some disk space." if disk_full else "Check the directory and its permissions."
+        remedy = "Free some disk space." if is_disk_full(error) else "Check the directory and its permissions."
         raise DataError(
             f"{path} cannot be written: {error.strerror}, after {num_tokens * dtype.itemsize:,} bytes. {remedy}"
         ) from error

@@ -101,14 +101,39 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:  
         try:
             response = {"result": function()}
         except HomebrewError as error:
-            response = {"error": type(error).__name__, "message": str(error)}
-            broadcast_bytes(accelerator, json.dumps(response).encode())
+            broadcast_bytes(accelerator, json.dumps(_describe(error)).encode())
             raise
     response = json.loads(broadcast_bytes(accelerator, json.dumps(response).encode()))
     if "error" in response:
-        error_class: type[HomebrewError] = getattr(errors, response["error"], HomebrewError)
-        raise error_class(response["message"])
+        raise _rebuild(response)
     return response["result"]
+
+
+def run_on_all(accelerator: Accelerator, function: Callable[[], Any]) -> list[Any]:
+    """Call `function` on every rank, and return all JSON values by rank, or raise the first HomebrewError; collective.
+
+    Errors of other classes are raised on their own rank only.
+    """
+    response: dict[str, Any] = {}
+    try:
+        response = {"result": function()}
+    except HomebrewError as error:
+        response = _describe(error)
+    responses = [json.loads(data) for data in gather_bytes(accelerator, json.dumps(response).encode())]
+    for rank, response in enumerate(responses):
+        if "error" in response:
+            raise _rebuild(response, f"Rank {rank}: ")
+    return [response["result"] for response in responses]
+
+
+def _describe(error: HomebrewError) -> dict[str, str]:
+    """Return the JSON from which `_rebuild` makes the error on another rank."""
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def _rebuild(response: dict[str, str], prefix: str = "") -> HomebrewError:
+    error_class: type[HomebrewError] = getattr(errors, response["error"], HomebrewError)
+    return error_class(prefix + response["message"])
 
 
 def _to_bytes(buffer: Tensor) -> bytes:

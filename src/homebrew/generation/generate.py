@@ -72,8 +72,8 @@ def stream_tokens(
     """Continue a batch of prompts, yielding one token of every sequence at a time.
 
     The model is in evaluation mode until the generator ends or is closed. `GPT.generate` documents the arguments and
-    errors. The prompts are B sequences of any lengths. With `overflow="slide"`, the rest of a context is read again
-    after its older half is dropped, since learned position embeddings cannot shift.
+    errors. The prompts are B sequences of any lengths. With `overflow="slide"`, dropping the older half of a context
+    recomputes the cache for the other half, since learned position embeddings cannot shift.
 
     Yields:
         Ids of the new tokens, (B,), int64, with `FINISHED` for sequences that have ended.
