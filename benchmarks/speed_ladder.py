@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from homebrew import GPTConfig
-from homebrew.distributed.accelerator import has_native_bf16
+from homebrew.distributed.precision import has_native_bf16
 from homebrew.model.ops.chunked_loss import linear_cross_entropy
 from homebrew.model.ops.mlp import mlp
 

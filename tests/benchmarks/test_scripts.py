@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from homebrew.distributed.accelerator import has_native_bf16
+from homebrew.distributed.precision import has_native_bf16
 
 ROOT = Path(__file__).parents[2]
 TEXT = "It is the east, and Juliet is the sun.\n" * 60

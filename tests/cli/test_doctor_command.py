@@ -9,7 +9,7 @@ def test_doctor_shows_what_a_run_would_use(invoke, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("COLUMNS", "200")
     output = invoke("doctor", "--output-dir", tmp_path)
-    for expected in (torch.__version__, "bf16, set by the launcher", "cpu", "GPT-2's vocabulary", "available"):
+    for expected in (torch.__version__, "bfloat16 (chosen by the launcher)", "cpu", "GPT-2's vocabulary", "available"):
         assert expected in output
 
 

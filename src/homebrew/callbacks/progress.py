@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from homebrew.callbacks.base import Callback
+from homebrew.distributed.precision import describe_precision
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def _summary(trainer: "Trainer") -> str:
     trainable = f" ({num_trainable:,} trainable)" if has_frozen else ""
     return (
         f"{model.num_parameters():,} parameters{trainable} | {accelerator.device} × {accelerator.num_processes} | "
-        f"precision {accelerator.mixed_precision} | batch {batch.global_batch_size} × {trainer.sequence_length} tokens "
+        f"{describe_precision(accelerator, trainer.config.mixed_precision)} | "
+        f"batch {batch.global_batch_size} × {trainer.sequence_length} tokens "
         f"(micro-batch {batch.micro_batch_size}, accumulation {batch.accumulation_steps}) | "
         f"step {trainer.step}/{trainer.config.max_steps}"
     )

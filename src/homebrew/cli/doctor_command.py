@@ -106,6 +106,8 @@ def _check_run_settings() -> Iterator[Finding]:
 def _check_hardware(accelerator: "Accelerator") -> Finding:
     import torch
 
+    from homebrew.distributed.launch import num_available_cores
+
     device, num_processes, num_gpus = accelerator.device, accelerator.num_processes, torch.cuda.device_count()
     value, fix = device.type, ""
     if device.type == "cuda":
@@ -117,7 +119,7 @@ def _check_hardware(accelerator: "Accelerator") -> Finding:
         fix = "PyTorch was built with CUDA but finds no GPU. Check nvidia-smi and CUDA_VISIBLE_DEVICES."
     elif device.type == "cpu" and shutil.which("nvidia-smi"):
         fix = "There is an NVIDIA driver, but PyTorch was built without CUDA. Install a CUDA build (pytorch.org)."
-    threads = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s) per process"
+    threads = f"{num_available_cores()} CPU cores, {torch.get_num_threads()} thread(s) per process"
     processes = (
         f"{num_processes} process(es), {accelerator.distributed_type.value}" if num_processes > 1 else "1 process"
     )
@@ -125,17 +127,12 @@ def _check_hardware(accelerator: "Accelerator") -> Finding:
 
 
 def _check_precision(accelerator: "Accelerator") -> Finding:
-    from homebrew.distributed.accelerator import has_native_bf16
+    from homebrew.distributed.precision import describe_precision
 
-    precision = accelerator.mixed_precision
-    value = "float32" if precision == "no" else str(precision)
-    value += ", set by the launcher" if os.environ.get("ACCELERATE_MIXED_PRECISION") else ""
     fix = ""
-    if precision == "no" and has_native_bf16():
-        fix = "bfloat16 is faster: accelerate launch --mixed_precision bf16, or start with python."
-    elif precision == "no" and accelerator.device.type == "cuda":
+    if accelerator.mixed_precision == "no" and accelerator.device.type == "cuda":
         fix = "This GPU has no native bfloat16. float16 is faster than float32: --mixed-precision fp16."
-    return Finding("precision", value, fix)
+    return Finding("precision", describe_precision(accelerator, "auto"), fix)
 
 
 def check_compilation(device: "torch.device") -> Finding:

@@ -52,8 +52,8 @@ class TrainerConfig:
     seed: int = 42
     """Random seed for data order and dropout, and for the initial weights of a model that the Trainer creates."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """"auto": the choice of the launcher or of a custom `Accelerator`, else bf16 on hardware with native bfloat16, else
-    "no" (float32)."""
+    """"auto": bf16 or fp16 if the launcher was asked for it, else the precision of a custom `Accelerator`, else bf16 on
+    hardware with native bfloat16, else "no" (float32). The launcher's "no" is its default and does not count."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to compile the model with torch.compile; "auto" compiles on CUDA only."""
     activation_checkpointing: bool = False
