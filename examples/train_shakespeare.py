@@ -1,58 +1,97 @@
 """Train a GPT on Shakespeare, on a GPU or a CPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 
-from homebrew import GPT, GPTConfig, Sampling, TokenDataset, Trainer, TrainerConfig, load_corpus
+from homebrew import EarlyStopping, GPTConfig, Sampling, TokenDataset, Trainer, TrainerConfig, load_corpus
 
 
 @dataclass
 class Options:
-    """Train a GPT on Shakespeare: GPT-2 small on a GPU, a model with 7M parameters on a CPU."""
+    """Train a GPT on Shakespeare and print a sample."""
 
     text: Path | None = None
-    """Text file to train on. Default: Tiny Shakespeare."""
+    """Text to train on: a file or a folder. Default: Tiny Shakespeare."""
+    recipe: Literal["auto", "gpt2", "char", "notebook"] = "auto"
+    """gpt2: GPT-2 small, for a GPU. char: a small model of characters, for a CPU. notebook: GPT-2 small with GPT-3's
+    batch of half a million tokens, which is more than Tiny Shakespeare has. auto: gpt2 on a GPU, char on a CPU."""
     output_dir: Path = Path("runs/shakespeare")
     """Folder for checkpoints, metrics and run.json."""
     max_steps: int | None = None
-    """Number of optimizer steps. Default: 50 on a GPU, 100 on a CPU."""
+    """Number of optimizer steps. Default: the recipe's."""
     resume: bool = False
     """Resume from the newest valid checkpoint in the output folder."""
     seed: int = 42
     """Random seed for weights, train/validation split, data order and dropout."""
 
 
-# The GPU settings use GPT-3's batch size.
-RECIPES: dict[str, tuple[GPTConfig, dict[str, Any]]] = {
-    "gpu": (
-        GPTConfig.preset("gpt2"),
-        {"max_steps": 50, "global_batch_tokens": 524_288, "learning_rate": 3e-4, "log_every": 1},
+@dataclass(frozen=True)
+class Recipe:
+    """A model and how to train it."""
+
+    model: GPTConfig
+    tokenizer: str
+    max_steps: int
+    max_epochs: int | None = None
+    """A short text ends the run earlier: after this many epochs the model learns it by heart."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of `TrainerConfig`."""
+
+
+RECIPES = {
+    "char": Recipe(
+        GPTConfig.preset("char"),
+        tokenizer="char",
+        max_steps=2_500,
+        settings={"global_batch_tokens": 1_536, "learning_rate": 5e-3, "log_every": 50, "eval_batches": 100},
     ),
-    "cpu": (
-        GPTConfig.preset("baby"),
-        {"max_steps": 100, "global_batch_tokens": 2_048, "learning_rate": 3e-3, "log_every": 5, "eval_batches": 16},
+    "gpt2": Recipe(
+        GPTConfig.preset("gpt2", dropout=0.2),
+        tokenizer="gpt2",
+        max_steps=1_400,
+        max_epochs=12,
+        settings={"global_batch_tokens": 8_192, "learning_rate": 5e-4, "log_every": 20},
+    ),
+    "notebook": Recipe(
+        GPTConfig.preset("gpt2"),
+        tokenizer="gpt2",
+        max_steps=50,
+        settings={"global_batch_tokens": 524_288, "learning_rate": 3e-4, "warmup_steps": 10, "log_every": 1},
     ),
 }
 
 
 def main(options: Options) -> None:
-    model_config, recipe = RECIPES["gpu" if torch.cuda.is_available() else "cpu"]
-    max_steps = options.max_steps or recipe["max_steps"]
-    recipe = recipe | {"max_steps": max_steps, "warmup_steps": min(10, max_steps)}
+    name = options.recipe
+    if name == "auto":
+        name = "gpt2" if torch.cuda.is_available() else "char"
+    recipe = RECIPES[name]
     corpus = load_corpus("tinyshakespeare", path=options.text)
-    dataset = TokenDataset.from_text(corpus.text, model_config.block_size, source=corpus.source)
-    train, val = dataset.split(0.8, seed=options.seed)
-    config = TrainerConfig(output_dir=options.output_dir, seed=options.seed, save_every=50, **recipe)
-    trainer = Trainer(GPT(model_config, seed=options.seed), train, eval_dataset=val, config=config)
-    trainer.accelerator.print(f"Text: {corpus.source}; {dataset.num_tokens:,} tokens.")
+    dataset = TokenDataset.from_text(
+        corpus.text, recipe.model.block_size, tokenizer=recipe.tokenizer, source=corpus.source
+    )
+    train, val = dataset.split(0.9, seed=options.seed)
+    max_steps = options.max_steps or recipe.max_steps
+    if recipe.max_epochs is not None and options.max_steps is None:
+        tokens = recipe.max_epochs * len(train) * recipe.model.block_size
+        max_steps = max(1, min(max_steps, tokens // recipe.settings["global_batch_tokens"]))
+    config = TrainerConfig(
+        output_dir=options.output_dir,
+        max_steps=max_steps,
+        eval_every=-(-max_steps // 5),
+        seed=options.seed,
+        **recipe.settings,
+    )
+    model = replace(recipe.model, vocab_size=dataset.vocab_size)
+    trainer = Trainer(model, train, val, config=config, callbacks=[EarlyStopping(patience=2)])
+    trainer.accelerator.print(f"Recipe: {name}. Text: {corpus.source}; {dataset.num_tokens:,} tokens.")
     trainer.train(resume=options.resume)
-    sample = trainer.sample("ROMEO:", max_new_tokens=100, sampling=Sampling(top_k=50), seed=options.seed)
+    sample = trainer.sample("ROMEO:", max_new_tokens=200, sampling=Sampling(top_k=50), seed=options.seed)
     trainer.accelerator.print(f"\n{sample}\n\nCheckpoints, metrics.jsonl and run.json are in {options.output_dir}.")
-    trainer.accelerator.print("Use --resume to resume a run that was stopped before its last step.")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ LM_HEAD = "lm_head.weight"
 """State dict key of the output head, which shares the token embedding's weight."""
 
 _PRESETS: dict[str, dict[str, int]] = {
+    "char": {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64},
     "baby": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
@@ -67,8 +68,8 @@ class GPTConfig:
         """Return a named configuration.
 
         Args:
-            name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", or "baby", a model with about 7 million
-                parameters that trains on a CPU.
+            name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; or, to train on a CPU, "char", for characters, or
+                "baby", with about 7 million parameters for GPT-2's tokens.
             changes: Fields to override.
 
         Raises:
