@@ -228,6 +228,7 @@ def build(task, rank):
         config=TrainerConfig(
             output_dir=task["output_dir"] + (" elsewhere" if broken == "disk" else ""),
             max_steps=task.get("max_steps", 20),
+            mixed_precision="no",
             global_batch_tokens=8 * 16,
             micro_batch_size=task.get("micro_batch_size", 2),
             learning_rate=1e-2,
