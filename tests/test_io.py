@@ -1,12 +1,13 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from homebrew.io import atomic_replace, fsync_directory, make_directory, remove_tree, write_durably
+from homebrew.io import atomic_replace, fsync_directory, make_directory, open_regular, remove_tree, write_durably
 
 
 @pytest.fixture
@@ -94,6 +95,55 @@ def test_a_file_system_that_cannot_sync_directories_is_not_an_error(tmp_path, mo
             fsync_directory(tmp_path)
     else:
         fsync_directory(tmp_path)
+
+
+def num_open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def link_to(target):
+    return lambda path: path.symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (link_to("target"), "Is a symbolic link"),
+        (link_to("/dev/zero"), "Is a symbolic link"),
+        (link_to("missing"), "Is a symbolic link"),
+        (os.mkfifo, "Not a regular file|No such device"),
+        (os.mkdir, "Not a regular file|Is a directory"),
+    ],
+    ids=["link", "link to a device", "dangling link", "pipe", "directory"],
+)
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR | os.O_APPEND | os.O_CREAT, os.O_WRONLY | os.O_CREAT])
+def test_only_regular_files_are_opened(tmp_path, make, reason, flags):
+    (tmp_path / "target").write_bytes(b"kept")
+    make(path := tmp_path / "file")
+    before = num_open_files()
+    with pytest.raises(OSError, match=reason) as caught:
+        open_regular(path, flags)
+    assert caught.value.filename in (path, str(path))
+    assert num_open_files() == before
+    assert (tmp_path / "target").read_bytes() == b"kept"
+    assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev/null", "a\0b", "missing", "a" * 300])
+def test_devices_and_impossible_names_are_os_errors(path):
+    with pytest.raises(OSError, match=r"\w") as caught:
+        open_regular(path)
+    assert caught.value.strerror
+
+
+def test_a_regular_file_is_opened_with_the_flags(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    path = tmp_path / "link" / "file"  # a linked folder is not the file's link
+    for expected in (b"line", b"lineline"):
+        descriptor = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, b"line")
+        os.close(descriptor)
+        assert path.read_bytes() == expected
 
 
 def test_remove_tree_does_not_follow_links(tmp_path):

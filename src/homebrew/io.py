@@ -1,4 +1,4 @@
-"""Durable file operations: writes, renames and removals that survive a crash or a power failure."""
+"""File operations: opening of regular files only, and writes, renames and removals that survive a power failure."""
 
 import contextlib
 import errno
@@ -10,6 +10,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 24
+
+
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file and return its descriptor. A link is not followed, and a pipe or a device does not block.
+
+    Links in the directory part of the path are followed.
+
+    Args:
+        path: Path of the file.
+        flags: Flags of `os.open`, such as `os.O_RDWR | os.O_APPEND | os.O_CREAT`.
+
+    Raises:
+        OSError: The file cannot be opened, or is a symbolic link, a directory, a pipe or a device. `strerror` says
+            which, and `filename` is set.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and Path(path).is_symlink():
+            error.strerror = "Is a symbolic link"  # the system's text would be "Too many levels of symbolic links"
+        raise
+    except ValueError as error:  # a null byte in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return descriptor
 
 
 @contextlib.contextmanager
