@@ -34,6 +34,22 @@ def test_resume_must_be_requested_and_changes_accepted(text, tmp_path, invoke, i
     invoke(*train, "--resume", "--seed", 7, *accept)
 
 
+def test_a_folder_with_a_run_is_refused_before_the_text_is_read(text, tmp_path, invoke, invoke_error, tiny):
+    train = ["train", text, "--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 1, *tiny]
+    invoke(*train)
+    text.write_bytes(b"\xff")  # is not UTF-8
+    error = invoke_error(*train)
+    assert all(option in error for option in ("--resume", "--overwrite", "--output-dir"))
+    assert "Remove one of them" in invoke_error(*train, "--resume", "--overwrite")
+
+
+def test_overwrite_keeps_the_earlier_run(text, tmp_path, invoke, tiny):
+    train = ["train", text, "--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 1, *tiny]
+    for _ in range(2):
+        assert "step 1/1" in invoke(*train, "--overwrite")
+    load_model(tmp_path / "run" / "old-1")
+
+
 def test_an_eval_fraction_that_leaves_no_training_data_is_an_error(text, tmp_path, invoke_error, tiny):
     options = ["--output-dir", tmp_path / "run", "--max-steps", 1, "--tokenizer", "bytes", *tiny]
     assert "leaves one of the two datasets empty" in invoke_error("train", text, *options, "--eval-fraction", 0.9999)

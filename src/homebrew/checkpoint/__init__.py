@@ -13,5 +13,6 @@ Checkpoints larger than `gather_limit_bytes` have folders `model/` and `optimize
 
 `CheckpointManager._load` runs all checks in order: `manifest` validates the files, `compatibility` that they belong to
 the run, `tensor_check` that values are finite, and `state_dict.check_files` names, shapes and random states.
-`manager.CheckpointManager` is what the Trainer uses; `store.CheckpointStore` lists, opens and prunes checkpoints.
+`manager.CheckpointManager` is what the Trainer uses; `store.CheckpointStore` lists, opens and prunes checkpoints;
+`run_folder` locks the folder of a run, and moves an earlier run in it aside.
 """

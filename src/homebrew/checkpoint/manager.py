@@ -1,7 +1,8 @@
 """Saves and restores a run: what the Trainer uses of this package."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import check_identity
 from homebrew.checkpoint.manifest import STATE, Checkpoint, open_checkpoint
+from homebrew.checkpoint.run_folder import RunLock, move_run_aside
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
 from homebrew.checkpoint.state_dict import (
     Stateful,
@@ -92,6 +94,8 @@ class CheckpointManager:
         self._identity = identity
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
         self._store = CheckpointStore(output_dir, keep_last=keep_last, keep_every=keep_every)
+        self._lock = RunLock(output_dir)
+        self._is_locked = False  # equal on all ranks, while only rank 0 holds the lock
         self._writer = AsyncWriter()
         multi_rank_fsdp = uses_fsdp(accelerator) and accelerator.num_processes > 1
         self._sharded = multi_rank_fsdp and checkpoint_bytes(model) > gather_limit_bytes
@@ -99,23 +103,46 @@ class CheckpointManager:
         self._restored = False  # whether `restore` has been called
         self._warned = False
 
-    def restore(self, resume: bool | str | Path, accept_changes: Collection[str]) -> int:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let only this run write to its folder during the block; collective. Blocks may be nested.
+
+        Raises:
+            ConfigError: On every rank, if another run uses the folder, or it cannot be written to.
+        """
+        if self._is_locked:
+            yield
+            return
+        run_on_main(self._accelerator, self._lock.acquire)
+        self._is_locked = True
+        try:
+            yield
+        finally:
+            self._is_locked = False
+            self._lock.release()
+
+    def restore(
+        self, resume: bool | str | Path, accept_changes: Collection[str] = (), *, overwrite: bool = False
+    ) -> int:
         """Restore weights, optimizer and random states from a checkpoint, or seed the random states at step 0.
 
         Args:
             resume: True for the newest valid checkpoint, if there is one; or the path of a checkpoint.
             accept_changes: Aspects in which the checkpoint's run may differ from this one.
+            overwrite: Whether to move an earlier run aside, instead of raising an error.
 
         Returns:
             Number of optimizer steps already taken.
 
         Raises:
-            ConfigError: The folder cannot be written to; it holds a run and `resume` is False; or it holds a newer
-                checkpoint than the one named.
+            ConfigError: The folder cannot be written to; it holds a run, and neither `resume` nor `overwrite` is
+                given; or it holds a newer checkpoint than the one named.
             CheckpointError: A checkpoint is corrupt, or belongs to another run.
         """
         accelerator = self._accelerator
         files: TensorFiles = {}  # stays empty on other ranks
+        if overwrite:
+            run_on_main(accelerator, partial(move_run_aside, self._output_dir))
         start = run_on_main(accelerator, lambda: self._load(resume, accept_changes, files))
         set_seed(self._seed, device_specific=True)
         if self._restored and start is None and accelerator.is_main_process:
@@ -145,11 +172,8 @@ class CheckpointManager:
             What all ranks need to know of it, or None without a checkpoint.
         """
         self._store.prepare()
-        if not resume and self._store.steps():
-            raise ConfigError(
-                f"output_dir={str(self._output_dir)!r} already holds a run. Resume it with train(resume=True) "
-                f"(--resume on the command line), or choose another folder."
-            )
+        if not resume:
+            self._store.check_is_empty()
         checkpoint = self._find(resume)
         if checkpoint is None:
             if resume and not self._restored and Path(self._output_dir, "metrics.jsonl").exists():

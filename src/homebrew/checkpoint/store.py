@@ -56,6 +56,15 @@ class CheckpointStore:
                 f"output_dir={str(self.folder.parent)!r} cannot be written to: {reason}. Choose another folder."
             )
 
+    def check_is_empty(self) -> None:
+        """Raise ConfigError if there are checkpoints: a new run must not be mixed with an earlier one."""
+        if self.steps():
+            raise ConfigError(
+                f"output_dir={str(self.folder.parent)!r} already holds a run. Resume it with train(resume=True), move "
+                f"it aside and start over with train(overwrite=True), or choose another output_dir; on the command "
+                f"line: --resume, --overwrite, --output-dir."
+            )
+
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint, whether or not it exists."""
         return self.folder / f"step-{step:08}"

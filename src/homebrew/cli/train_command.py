@@ -113,6 +113,8 @@ class Train:
 
     resume: bool = False
     """Resume from the newest valid checkpoint in --output-dir, or start from step 0 if there is none."""
+    overwrite: bool = False
+    """Start a new run in an --output-dir that already holds one; the earlier run is moved to its subfolder old-1."""
     accept_changes: UseAppendAction[tuple[Aspect, ...]] = ()
     """With --resume, a property that may differ from the checkpoint's run."""
     trainer: Annotated[TrainerOptions, arg(name="")]
@@ -133,14 +135,20 @@ class Train:
             lora = LoRAConfig(rank, self.model.lora_alpha, self.model.lora_dropout, self.model.lora_targets)
             add_lora(model, lora, seed=seed)
         trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=self.trainer)
-        trainer.train(resume=self.resume, accept_changes=self.accept_changes)
+        trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
         if trainer.is_main_process:
             output_dir = self.trainer.output_dir
             print(f"The model is saved in {output_dir}. Try it: homebrew sample {output_dir}")
 
     def _check_options(self) -> None:
         """Check combinations of options before anything is loaded."""
+        from homebrew.checkpoint.store import CheckpointStore
+
         model, data = self.model, self.data
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume continues a run, and --overwrite starts a new one. Remove one of them.")
+        if not (self.resume or self.overwrite):
+            CheckpointStore(self.trainer.output_dir).check_is_empty()
         if self.accept_changes and not self.resume:
             raise ConfigError("--accept-changes applies to resuming a run. Add --resume, or remove --accept-changes.")
         if not 0 <= data.eval_fraction < 1:

@@ -100,7 +100,9 @@ class Trainer:
         self._stop_agreed = False  # whether all processes know that the run must end
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
 
-    def train(self, resume: bool | str | Path = False, *, accept_changes: Collection[str] = ()) -> None:
+    def train(
+        self, resume: bool | str | Path = False, *, accept_changes: Collection[str] = (), overwrite: bool = False
+    ) -> None:
         """Train to `max_steps`, evaluating and saving as configured and at the end.
 
         Args:
@@ -108,13 +110,25 @@ class Trainer:
                 from that checkpoint.
             accept_changes: What may differ from the run that saved the checkpoint: "dataset", "model", "adapter",
                 "optimizer", "schedule", "global_batch_size", "seed".
+            overwrite: Whether to start a new run in an `output_dir` that already holds one. The earlier run is kept:
+                its files are moved to `old-1`, `old-2`, … in `output_dir`.
 
         Raises:
-            ConfigError: `output_dir` is not writable, or holds a run and `resume` is False or an older checkpoint.
+            ConfigError: `output_dir` is not writable, is used by another run, or holds a run and neither `resume` nor
+                `overwrite` is given, or `resume` is older.
             CheckpointError: The checkpoint is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
         """
-        self._start(resume, accept_changes)
+        if overwrite and resume:
+            raise ConfigError(
+                f"overwrite=True starts a new run, and resume={str(resume)!r} continues one. Use one of them."
+            )
+        with self._checkpoints.locked():
+            self._start(resume, accept_changes, overwrite=overwrite)
+            self._run()
+
+    def _run(self) -> None:
+        """Train from the current step."""
         try:
             self._emit("on_train_begin")
             self._is_running = True
@@ -185,18 +199,20 @@ class Trainer:
             The checkpoint's folder, which exists once the checkpoint is complete.
 
         Raises:
+            ConfigError: Another run uses `output_dir`.
             CheckpointError: An earlier checkpoint could not be written.
             NonFiniteError: A step was not finite; nothing is saved.
         """
         path = self._checkpoints.path(self.step)
-        self._logger.flush(self._emit)  # first, because its callbacks may save too
-        if not self._checkpoints.is_saved(self.step):
-            evaluated_step, loss = self._last_evaluation or (None, None)
-            with self._logger.paused():
-                self._checkpoints.save(self.step, eval_loss=loss if evaluated_step == self.step else None)
-            self._emit("on_save", path)
-        if not self._is_running:
-            self._checkpoints.finish()
+        with self._checkpoints.locked():
+            self._logger.flush(self._emit)  # first, because its callbacks may save too
+            if not self._checkpoints.is_saved(self.step):
+                evaluated_step, loss = self._last_evaluation or (None, None)
+                with self._logger.paused():
+                    self._checkpoints.save(self.step, eval_loss=loss if evaluated_step == self.step else None)
+                self._emit("on_save", path)
+            if not self._is_running:
+                self._checkpoints.finish()
         return path
 
     def full_model(self) -> GPT:
@@ -234,11 +250,11 @@ class Trainer:
         """Whether this process writes files and prints."""
         return bool(self.accelerator.is_main_process)
 
-    def _start(self, resume: bool | str | Path, accept_changes: Collection[str]) -> None:
+    def _start(self, resume: bool | str | Path, accept_changes: Collection[str], *, overwrite: bool) -> None:
         """Restore the checkpoint, or start from step 0."""
         self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
-        self.step = self._checkpoints.restore(resume, accept_changes)
+        self.step = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
         self.accelerator.step = 0  # Accelerate's count of micro-batches; an interrupted step leaves it in the middle
         self._wrapped.train()
         self.should_stop = self._stop_agreed = False
