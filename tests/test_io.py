@@ -7,7 +7,15 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from homebrew.io import atomic_replace, fsync_directory, make_directory, open_regular, remove_tree, write_durably
+from homebrew.io import (
+    atomic_replace,
+    fsync_directory,
+    make_directory,
+    open_regular,
+    remove_leftovers,
+    remove_tree,
+    write_durably,
+)
 
 
 @pytest.fixture
@@ -26,6 +34,36 @@ def test_atomic_replace_sets_the_mode_from_the_umask(tmp_path, umask):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert path.read_bytes() != b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), KeyboardInterrupt()])
+def test_atomic_replace_raises_the_first_error_on_a_file_system_that_became_read_only(tmp_path, monkeypatch, error):
+    def unlink(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(type(error)) as caught, atomic_replace(tmp_path / "book"):
+        raise error
+    assert caught.value is error
+
+
+def test_atomic_replace_names_the_file_it_could_not_sync(tmp_path, monkeypatch):
+    def fsync(_descriptor):
+        raise OSError(errno.EDQUOT, "Quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=r"Quota exceeded: '.*book"), atomic_replace(tmp_path / "book"):
+        pass
+
+
+def test_leftovers_of_killed_replacements_are_removed_and_nothing_else(tmp_path):
+    kept = [".run.json.mine", ".run.json.12345678.txt", ".run_json.12345678", ".other.json.12345678", "run.json"]
+    for name in [*kept, ".run.json.0123abcd", ".run.json.ffffffff"]:
+        (tmp_path / name).touch()
+    (tmp_path / ".run.json.00000000").mkdir()  # cannot be one
+    remove_leftovers(tmp_path / "run.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, ".run.json.00000000"])
+    remove_leftovers(tmp_path / "missing" / "run.json")
 
 
 def write_half(path):
@@ -91,7 +129,7 @@ def test_a_file_system_that_cannot_sync_directories_is_not_an_error(tmp_path, mo
 
     monkeypatch.setattr(os, "fsync", fsync)
     if is_error:
-        with pytest.raises(OSError, match=os.strerror(number)):
+        with pytest.raises(OSError, match=f"{os.strerror(number)}: '{tmp_path}"):
             fsync_directory(tmp_path)
     else:
         fsync_directory(tmp_path)

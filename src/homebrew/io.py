@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -52,12 +53,22 @@ def atomic_replace(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors creates its files with mode 0600
-        with temporary.open("rb+") as file:
+        with _named_in_errors(path), temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         fsync_directory(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has been renamed; or the first error is the one to raise
+            temporary.unlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of killed `atomic_replace(path)` blocks. No such block may be running."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}")
+    with contextlib.suppress(OSError):  # files that cannot be removed do no harm
+        for file in path.parent.iterdir():
+            if name.fullmatch(file.name) and not file.is_dir():
+                file.unlink()
 
 
 def write_durably(path: Path, *buffers: bytes | memoryview) -> None:
@@ -67,7 +78,7 @@ def write_durably(path: Path, *buffers: bytes | memoryview) -> None:
         FileExistsError: The file exists.
         OSError: The file could not be written completely, for example on a full disk. Its `filename` is `path`.
     """
-    try:
+    with _named_in_errors(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             for buffer in buffers:
@@ -76,10 +87,7 @@ def write_durably(path: Path, *buffers: bytes | memoryview) -> None:
                     written += os.write(descriptor, view[written : written + _CHUNK_BYTES])
             os.fsync(descriptor)
         finally:
-            os.close(descriptor)
-    except OSError as error:
-        error.filename = str(path)  # not set by errors of write and fsync
-        raise
+            _close(descriptor)
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -91,12 +99,13 @@ def fsync_directory(path: Path) -> None:
     """Sync a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with _named_in_errors(path):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync directories
             raise
     finally:
-        os.close(descriptor)
+        _close(descriptor)
 
 
 def make_directory(path: Path) -> None:
@@ -114,3 +123,19 @@ def remove_tree(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _close(descriptor: int) -> None:
+    """Close a synced file, or one whose write has failed with the error to raise: an error of its own adds nothing."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    """Set the `filename` of an OSError, which calls on a descriptor leave out."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise

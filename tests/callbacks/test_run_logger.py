@@ -60,6 +60,19 @@ def test_each_run_on_an_accelerator_starts_and_finishes_its_trackers_once(tmp_pa
         tracker.calls.clear()
 
 
+def test_all_trackers_are_finished_even_if_one_raises(tmp_path):
+    class FailsToFinish(RecordingTracker):
+        def finish(self):
+            super().finish()
+            raise OSError("no network")
+
+    trackers = [FailsToFinish(), RecordingTracker()]
+    accelerator = Accelerator(cpu=True, log_with=trackers)
+    with pytest.raises(OSError, match="no network"):
+        make_trainer(tmp_path, accelerator=accelerator).train()
+    assert [tracker.calls for tracker in trackers] == [["start", 1, "finish"]] * 2
+
+
 def test_trackers_started_by_the_caller_receive_metrics_and_stay_open(tmp_path):
     tracker = RecordingTracker()
     accelerator = Accelerator(cpu=True, log_with=tracker)
@@ -131,6 +144,25 @@ def test_an_unwritable_output_dir_is_an_error_before_the_first_step(tmp_path, na
     with pytest.raises(ConfigError, match=rf"Cannot write .* to output_dir=.*Is a directory.*{name}"):
         trainer.train()
     assert trainer.step == 0
+
+
+def test_resume_does_not_follow_links_in_the_run_folder(tmp_path):
+    make_trainer(tmp_path / "run").train()
+    targets = {name: tmp_path / f"precious-{name}" for name in ("run.json", "metrics.jsonl")}
+    for name, target in targets.items():
+        target.write_text("a line\nand a half")
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).symlink_to(target)
+    with pytest.raises(ConfigError, match=r"symbolic link: .*metrics\.jsonl"):
+        make_trainer(tmp_path / "run").train(resume=True)
+    assert {target.read_text() for target in targets.values()} == {"a line\nand a half"}
+    assert not (tmp_path / "run" / "run.json").is_symlink()  # it has been replaced
+
+
+def test_leftovers_of_a_killed_start_are_removed(tmp_path):
+    (tmp_path / ".run.json.0123abcd").touch()
+    make_trainer(tmp_path).train()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_failed_write_keeps_the_previous_run_json(tmp_path):

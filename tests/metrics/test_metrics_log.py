@@ -1,6 +1,12 @@
+import errno
 import json
 import math
+import os
+import socket
 
+import pytest
+
+from homebrew.metrics import metrics_log
 from homebrew.metrics.metrics_log import MetricsLog, past_eval_losses
 
 
@@ -25,3 +31,91 @@ def test_an_incomplete_last_line_is_removed(tmp_path):
     log.write("step", step=1)
     log.close()
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["begin", "step"]
+
+
+# --- files that are not a metrics log
+
+
+@pytest.mark.parametrize("content", ["one line without an end", "a line\nand a half"])
+@pytest.mark.parametrize("use", [MetricsLog, lambda path: past_eval_losses(path, 9)], ids=["write", "read"])
+def test_a_link_is_not_followed(tmp_path, use, content):
+    target = tmp_path / "precious"
+    target.write_text(content)
+    (tmp_path / "metrics.jsonl").symlink_to(target)
+    with pytest.raises(OSError, match=r"symbolic link.*metrics\.jsonl"):
+        use(tmp_path / "metrics.jsonl")
+    assert target.read_text() == content
+
+
+@pytest.mark.parametrize("kind", ["link to a device", "dangling link", "pipe", "socket", "folder"])
+@pytest.mark.parametrize("use", [MetricsLog, lambda path: past_eval_losses(path, 9)], ids=["write", "read"])
+def test_only_a_regular_file_is_opened(tmp_path, monkeypatch, use, kind):
+    monkeypatch.chdir(tmp_path)  # the path of a socket is limited to 108 bytes
+    path = tmp_path / "metrics.jsonl"
+    with socket.socket(socket.AF_UNIX) as unix:
+        {
+            "link to a device": lambda: path.symlink_to("/dev/zero"),
+            "dangling link": lambda: path.symlink_to(tmp_path / "new"),
+            "pipe": lambda: os.mkfifo(path),
+            "socket": lambda: unix.bind(path.name),
+            "folder": path.mkdir,
+        }[kind]()
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            use(path)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("start", [b"", b'{"event": "begin", "step": 0}\n'])
+def test_a_last_line_that_is_too_long_for_an_event_is_not_removed(tmp_path, start):
+    path = tmp_path / "metrics.jsonl"
+    content = start + b"x" * 100_000
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"not a metrics log.*metrics\.jsonl"):
+        MetricsLog(path)
+    assert path.read_bytes() == content
+
+
+def test_a_log_is_read_in_bounded_memory(tmp_path, bounded_memory):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write("evaluate", step=1, loss=2.0)
+    os.truncate(path, 300 * 2**20)  # a sparse line of zeros
+    with path.open("ab") as file:
+        file.write(b'\n{"event": "evaluate", "step": 2, "loss": 1.0}\n')
+    log.close()
+    with bounded_memory():
+        assert past_eval_losses(path, 9) == [2.0, 1.0]
+        MetricsLog(path).close()
+
+
+def test_a_log_that_is_too_large_to_read_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    os.truncate(path, metrics_log.MAX_BYTES + 1)
+    with pytest.raises(OSError, match=r"bytes are too many.*metrics\.jsonl"):
+        MetricsLog(path)
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 60_000, b"1" * 60_000, b"null", b'{"event": "evaluate", "step": "x"}', b"\xff"]
+)
+def test_lines_that_are_not_events_are_ignored(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + b'\n{"event": "evaluate", "step": 2, "loss": 1.0}\n')
+    assert past_eval_losses(path, 9) == [1.0]
+
+
+# --- a file system that fails
+
+
+@pytest.mark.parametrize("failing", [["write"], ["write", "ftruncate"], ["write", "ftruncate", "fstat", "close"]])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO])
+def test_a_file_system_that_fails_is_one_warning_with_the_path(tmp_path, monkeypatch, failing, number):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with monkeypatch.context() as patch:
+        for name in failing:
+            patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+        with pytest.warns(UserWarning, match=rf"metrics\.jsonl could not be written: {os.strerror(number)}"):
+            log.write("step", step=1)
+        log.write("step", step=2)  # warned of once
+        log.close()

@@ -1,5 +1,6 @@
 """`RunLogger`: writes `run.json` and `metrics.jsonl`, and feeds Accelerate's trackers."""
 
+import contextlib
 import json
 import platform
 from collections.abc import Sequence, Sized
@@ -17,7 +18,7 @@ from homebrew.callbacks.base import Callback
 from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.errors import ConfigError
-from homebrew.io import atomic_replace
+from homebrew.io import atomic_replace, remove_leftovers
 from homebrew.metrics.metrics_log import MetricsLog
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
 
@@ -81,11 +82,13 @@ class RunLogger(Callback):
             self._log = None
         started, self._started_trackers = self._started_trackers, []
         trainer.accelerator.trackers = [tracker for tracker in trainer.accelerator.trackers if tracker not in started]
-        for tracker in started:
-            tracker.finish()
+        with contextlib.ExitStack() as stack:  # finishes all, even if one raises
+            for tracker in started:
+                stack.callback(tracker.finish)
 
     def _open_files(self, folder: Path, description: dict[str, Any]) -> None:
         try:
+            remove_leftovers(folder / "run.json")
             with atomic_replace(folder / "run.json") as path:
                 path.write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
             self._log = MetricsLog(folder / "metrics.jsonl")

@@ -1,11 +1,20 @@
 """The file `metrics.jsonl`: its writer, and a reader of past evaluation losses."""
 
+import contextlib
+import errno
 import json
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from homebrew.io import open_regular
+
+MAX_BYTES = 1 << 30
+"""Size of the largest log that a run appends to, about four million events."""
+_MAX_LINE_BYTES = 1 << 16
 
 
 class MetricsLog:
@@ -18,14 +27,18 @@ class MetricsLog:
         path: File to append to. An incomplete last line, left by a killed run, is removed.
 
     Raises:
-        OSError: The file cannot be opened for writing.
+        OSError: The file cannot be opened for writing, is not a regular file, or is not a metrics log.
     """
 
     def __init__(self, path: Path) -> None:
-        _remove_incomplete_line(path)
         self._path = path
         self._has_warned = False
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._file = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        try:
+            self._remove_incomplete_line()
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, event: str, **values: Any) -> None:  # noqa: ANN401 - any JSON value
         """Append one event.
@@ -35,13 +48,9 @@ class MetricsLog:
             values: Fields of the event. Non-finite numbers are written as null, because JSON has no NaN or infinity.
         """
         fields = {"event": event} | {name: _to_json(value) for name, value in values.items()}
-        line = json.dumps(fields).encode() + b"\n"
-        end = os.fstat(self._file).st_size
         try:
-            while line:
-                line = line[os.write(self._file, line) :]
+            self._append(json.dumps(fields).encode() + b"\n")
         except OSError as error:
-            os.ftruncate(self._file, end)  # a partial line would corrupt the next one
             if not self._has_warned:
                 problem = f"{self._path} could not be written: {error.strerror}."
                 warnings.warn(f"{problem} Training continues without logging metrics. Free some space.", stacklevel=5)
@@ -51,7 +60,28 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        with contextlib.suppress(OSError):  # events that were not written have been warned of
+            os.close(self._file)
+
+    def _append(self, line: bytes) -> None:
+        end = os.fstat(self._file).st_size
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                os.ftruncate(self._file, end)  # a partial line would corrupt the next one
+            raise
+
+    def _remove_incomplete_line(self) -> None:
+        size = os.fstat(self._file).st_size
+        if size > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"{size:,} bytes are too many for a metrics log", str(self._path))
+        start = max(0, size - _MAX_LINE_BYTES)
+        end = os.pread(self._file, _MAX_LINE_BYTES, start)
+        if b"\n" not in end and len(end) == _MAX_LINE_BYTES:
+            raise OSError(errno.EINVAL, "Its last line is too long: not a metrics log", str(self._path))
+        os.ftruncate(self._file, start + end.rfind(b"\n") + 1)
 
 
 def past_eval_losses(path: Path, step: int) -> list[float]:
@@ -61,11 +91,7 @@ def past_eval_losses(path: Path, step: int) -> list[float]:
     does not exist has no losses.
     """
     losses: dict[int, float] = {}
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:  # a power failure can leave arbitrary bytes
-            continue
+    for event in _read_events(path):
         match event:
             case {"event": "begin" | "resume", "step": int(start)}:
                 losses = {eval_step: loss for eval_step, loss in losses.items() if eval_step <= start}
@@ -74,13 +100,18 @@ def past_eval_losses(path: Path, step: int) -> list[float]:
     return [loss for eval_step, loss in losses.items() if eval_step <= step]
 
 
+def _read_events(path: Path) -> Iterator[object]:
+    """Yield the JSON value of each line."""
+    try:
+        descriptor = open_regular(path)
+    except FileNotFoundError:
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        while line := file.readline(_MAX_LINE_BYTES):
+            if line.startswith(b"{"):  # a power failure can leave arbitrary bytes
+                with contextlib.suppress(ValueError, RecursionError):
+                    yield json.loads(line)
+
+
 def _to_json(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _remove_incomplete_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
