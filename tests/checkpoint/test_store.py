@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import stat
@@ -131,6 +132,60 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning_and_is_retried(tmp_pat
             save_all(store, tiny, {2: None})
     save_all(store, tiny, {3: None})
     assert names(store) == folders(3)
+
+
+def test_leftovers_of_a_kill_are_removed_by_the_next_start(tmp_path, tiny):
+    store = CheckpointStore(tmp_path, keep_last=3)
+    save_all(store, tiny, {1: None, 2: None, 3: None})  # 1 and 2 are what a kill before pruning leaves
+    store.path(3).rename(store.folder / ".step-00000003.aside")
+    for name in (".step-00000004.writing", ".step-00000000.removing"):
+        (store.folder / name).mkdir()
+        (store.folder / name / "model.safetensors").touch()
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.prepare()
+    assert names(store) == folders(1, 2, 3)
+    store.prune(3)
+    assert names(store) == folders(3)
+
+
+def test_pruning_reads_no_checkpoint_if_all_are_kept(tmp_path, tiny, monkeypatch):
+    save_all(CheckpointStore(tmp_path), tiny, {1: None, 2: None})
+    monkeypatch.setattr("homebrew.checkpoint.store.open_checkpoint", lambda path: pytest.fail("was read"))
+    CheckpointStore(tmp_path).prune(2)
+
+
+# --- another process prunes meanwhile
+
+
+def test_a_checkpoint_removed_after_the_folder_was_listed_is_looked_for_again(tmp_path, tiny, monkeypatch):
+    """With keep_last=1, the only listed checkpoint may be gone before it is opened, several times in a row."""
+    other = CheckpointStore(tmp_path, keep_last=1)
+    save_all(other, tiny, {1: None})
+    steps = iter([2, 3])
+
+    def open_late(path):
+        for step in itertools.islice(steps, 1):
+            save_all(other, tiny, {step: None})
+        return open_checkpoint(path)
+
+    monkeypatch.setattr("homebrew.checkpoint.store.open_checkpoint", open_late)
+    checkpoint, reasons = CheckpointStore(tmp_path).latest()
+    assert (checkpoint.step, reasons) == (3, [])
+
+
+def test_an_older_checkpoint_is_not_taken_for_the_newest_because_another_was_removed(tmp_path, tiny, monkeypatch):
+    other = CheckpointStore(tmp_path, keep_last=1)
+    save_all(other, tiny, {1: 0.5, 2: 0.9})  # 1 is kept as the best
+    steps = iter([3])
+
+    def open_late(path):
+        for step in steps:
+            save_all(other, tiny, {step: 0.9})
+        return open_checkpoint(path)
+
+    monkeypatch.setattr("homebrew.checkpoint.store.open_checkpoint", open_late)
+    checkpoint, reasons = CheckpointStore(tmp_path).latest()
+    assert (checkpoint.step, reasons) == (3, [])
 
 
 # --- saving a step again

@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 from dataclasses import asdict, replace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
-from homebrew.checkpoint.manifest import open_checkpoint
+from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.errors import CheckpointError, CorruptCheckpoint, ModelError
 from homebrew.hub.load import load_checkpoint, load_model
@@ -50,6 +51,20 @@ def save_checkpoint(folder, edit=lambda tensors: None, state=None, file="model")
     store = CheckpointStore(folder)
     store.prepare()
     return store.save(1, {file: tensors}, {"identity": {"model": CONFIG}, "tokenizer": None} | (state or {}))
+
+
+def test_a_run_in_progress_is_loaded_although_it_removes_the_opened_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path)
+    store, steps = CheckpointStore(tmp_path, keep_last=1), iter([2, 3])
+
+    def tensors_late(checkpoint, name, tensors=Checkpoint.tensors):
+        for step in itertools.islice(steps, 1):
+            store.save(step, store.latest()[0].files(), checkpoint.state)
+        return tensors(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "tensors", tensors_late)
+    assert load_model(tmp_path)[0].config == GPTConfig(**CONFIG)
+    assert store.steps() == [3]
 
 
 def test_a_checkpoint_without_a_tokenizer_is_loaded(tmp_path):

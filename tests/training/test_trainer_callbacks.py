@@ -4,12 +4,14 @@ import errno
 import io
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from tiny_runs import RaiseAt, Recorder, StopAt, make_trainer, saved_steps, token_dataset
 
 from homebrew import GPT
 from homebrew.callbacks.base import Callback
+from homebrew.errors import CheckpointError
 
 
 def test_a_step_is_logged_after_the_next_step_is_launched(tmp_path):
@@ -77,6 +79,57 @@ def test_training_continues_after_standard_output_is_closed(tmp_path, monkeypatc
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.train()
     assert trainer.step == 2
+
+
+class FailsAtEnd(Callback):
+    """Raises an error in `on_train_end`."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_train_end(self, trainer):
+        raise self.error
+
+
+class RecordsEnd(Callback):
+    ended = False
+
+    def on_train_end(self, trainer):
+        self.ended = True
+
+
+@pytest.mark.parametrize("first", [None, CheckpointError("disk full"), ValueError("custom"), KeyboardInterrupt()])
+def test_an_error_at_the_end_hides_neither_the_first_error_nor_other_callbacks(tmp_path, first):
+    second, third = OSError(errno.EROFS, "Read-only file system"), RuntimeError("no network")
+    last = RecordsEnd()
+    callbacks = [*([RaiseAt(2, first)] if first else []), FailsAtEnd(second), FailsAtEnd(third), last]
+    trainer = make_trainer(tmp_path, callbacks=callbacks)
+    with pytest.warns(UserWarning, match="on_train_end") as warned, pytest.raises(type(first or second)) as caught:
+        trainer.train()
+    assert caught.value is (first or second)
+    others = [second, third] if first else [third]
+    assert all(repr(other) in str(warning.message) for other, warning in zip(others, warned, strict=True))
+    assert last.ended
+
+
+def test_an_error_at_the_end_is_raised_also_while_another_is_handled(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[FailsAtEnd(OSError("at the end"))])
+    try:
+        raise ValueError("handled by the caller")
+    except ValueError:
+        with pytest.raises(OSError, match="at the end"):
+            trainer.train()
+
+
+def test_a_save_that_fails_after_a_failed_evaluation_is_a_warning(tmp_path, monkeypatch):
+    class FailsToEvaluate(Callback):
+        def on_evaluate(self, trainer, metrics):
+            monkeypatch.setattr(trainer._checkpoints, "save", Mock(side_effect=CheckpointError("disk full")))
+            raise ValueError("from a callback")
+
+    trainer = make_trainer(tmp_path, max_steps=1, eval_dataset=token_dataset(200), callbacks=[FailsToEvaluate()])
+    with pytest.warns(UserWarning, match="disk full"), pytest.raises(ValueError, match="from a callback"):
+        trainer.train()
 
 
 @pytest.fixture

@@ -80,6 +80,15 @@ def test_overwrite_and_resume_contradict_each_other(tmp_path, resume):
     assert saved_steps(tmp_path) == [1]
 
 
+def test_a_finished_run_that_is_started_again_removes_what_a_kill_has_left(tmp_path):
+    make_trainer(tmp_path, save_every=1, keep_last=3).train()
+    (tmp_path / "checkpoints" / ".step-00000003.removing").mkdir()
+    (tmp_path / ".run.json.0123abcd").touch()
+    make_trainer(tmp_path, keep_last=1).train(resume=True)
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+    assert saved_steps(tmp_path) == [6]
+
+
 # --- at the same time
 
 

@@ -190,6 +190,8 @@ class CheckpointManager:
         check_files(checkpoint.path, files, self._model, self._optimizer)
         check_plain_optimizer_state(checkpoint.path / STATE, plain_state, self._model, self._optimizer)
         in_store = checkpoint.path.resolve() == self._store.path(checkpoint.step).resolve()
+        if in_store:
+            self._store.prune(checkpoint.step)  # the saved run may have been killed before it did
         return {"in_store": in_store, "step": checkpoint.step, "optimizer": plain_state}
 
     def _find(self, resume: bool | str | Path) -> Checkpoint | None:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,13 @@ class CheckpointStore:
         self._valid: dict[int, bool] = {}
 
     def prepare(self) -> None:
-        """Create the folder; raise ConfigError if it cannot be created or written to."""
+        """Create the folder, and clean it with `roll_back`; raise ConfigError if it cannot be written to."""
         reason = "permission denied"
         try:
             make_directory(self.folder)
             writable = os.access(self.folder, os.W_OK | os.X_OK)
+            if writable:
+                self.roll_back()
         except OSError as error:
             writable, reason = False, str(error.strerror)
         if not writable:
@@ -80,7 +82,11 @@ class CheckpointStore:
     def _folders(self) -> dict[int, list[Path]]:
         """Return the checkpoint folders of each step, the newer of two first."""
         folders: dict[int, list[Path]] = {}
-        for path in sorted(self.folder.iterdir(), reverse=True) if self.folder.is_dir() else ():
+        try:
+            paths = sorted(self.folder.iterdir(), reverse=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return folders
+        for path in paths:
             temporary = _TEMPORARY.fullmatch(path.name)
             if match := FOLDER.fullmatch(temporary[1] if temporary and temporary[2] == "aside" else path.name):
                 folders.setdefault(int(match[1]), []).append(path)
@@ -135,7 +141,7 @@ class CheckpointStore:
             fsync_directory(self.folder)
         self._valid[step] = True
         _remove(aside)
-        self._prune(step)
+        self.prune(step)
         return path
 
     def roll_back(self) -> None:
@@ -170,9 +176,21 @@ class CheckpointStore:
             raise
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Return the newest valid checkpoint, or None, and the reason for each newer, invalid one."""
+        """Return the newest valid checkpoint, or None, and the reason for each newer, invalid one.
+
+        The run may be in progress: a checkpoint that it removes after the folder was listed is not invalid, but the
+        folder is listed again.
+        """
+        folders = self._folders()
+        while True:
+            checkpoint, reasons = self._newest_valid(folders)
+            if not reasons or (current := self._folders()) == folders:
+                return checkpoint, reasons
+            folders = current
+
+    def _newest_valid(self, folders: Mapping[int, Sequence[Path]]) -> tuple[Checkpoint | None, list[str]]:
         reasons: list[str] = []
-        for step, paths in sorted(self._folders().items(), reverse=True):
+        for step, paths in sorted(folders.items(), reverse=True):
             for path in paths:
                 try:
                     if path.is_symlink():
@@ -185,7 +203,7 @@ class CheckpointStore:
                     return checkpoint, reasons
         return None, reasons
 
-    def _prune(self, newest: int) -> None:
+    def prune(self, newest: int) -> None:
         """Remove valid checkpoints up to `newest` that are neither recent, nor at a kept step, nor the best."""
         scores: dict[int, float | None] = {}
         for step in self.steps():
@@ -193,6 +211,8 @@ class CheckpointStore:
             with contextlib.suppress(CorruptCheckpoint, OSError):  # invalid checkpoints are left alone
                 if step <= newest and not path.is_symlink() and matches_listing(path, manifest := read_manifest(path)):
                     scores[step] = manifest.score
+        if len(scores) <= self._keep_last:
+            return  # without verifying them, which takes time
         kept = {step for step in scores if self._keep_every and step % self._keep_every == 0}
         kept |= self._first_valid(sorted(scores, reverse=True), self._keep_last)
         scored = [(score, step) for step, score in scores.items() if score is not None]

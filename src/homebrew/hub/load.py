@@ -52,7 +52,14 @@ def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[G
     """
     checkpoint = _find_checkpoint(Path(source))
     if checkpoint is not None:
-        model, tokenizer = load_checkpoint(checkpoint, base=base)
+        try:
+            model, tokenizer = load_checkpoint(checkpoint, base=base)
+        except CorruptCheckpoint:
+            if checkpoint.path.exists():
+                raise
+            return load_model(
+                source, base=base
+            )  # the run is in progress: it has removed this checkpoint, and has a newer
     elif _is_adapter(source):
         model, tokenizer = _load_peft_adapter(Path(source), base)
     else:

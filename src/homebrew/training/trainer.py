@@ -1,5 +1,6 @@
 """The Trainer: public methods and the training loop."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from homebrew.data.validation import check_dataset
 from homebrew.distributed.collectives import FlagExchange
 from homebrew.distributed.fsdp import gather_full_model
 from homebrew.distributed.signals import HANDLED_SIGNALS, SignalHandler, ends_run, exit_for_signal
-from homebrew.errors import ConfigError
+from homebrew.errors import ConfigError, HomebrewError
 from homebrew.evaluation.mean_loss import mean_loss
 from homebrew.generation.sampling import Sampling
 from homebrew.metrics.step_metrics import EvalMetrics
@@ -155,11 +156,10 @@ class Trainer:
                 self._handle_requests(signals, flags)  # for requests made during the last step
                 self.save()
                 self._checkpoints.wait()
-        finally:
-            self._is_running = False
-            self._logger.cancel()
-            set_learning_rates(self._optimizer, self._peak_learning_rates, 1.0)  # restore the peaks
-            self._emit("on_train_end")
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._end(None)
 
     def evaluate(self, dataset: Dataset[Any] | None = None) -> EvalMetrics:
         """Compute the mean loss over a dataset, each target counted once on any number of processes.
@@ -261,6 +261,22 @@ class Trainer:
         self._last_evaluation = None
         self._logger.start(self.step)
 
+    def _end(self, error: BaseException | None) -> None:
+        """Call every `on_train_end`, even if one raises. Raise the first error, unless `error` has ended the run."""
+        self._is_running = False
+        self._logger.cancel()
+        set_learning_rates(self._optimizer, self._peak_learning_rates, 1.0)  # restore the peaks
+        first = error
+        for callback in self.callbacks:
+            try:
+                callback.on_train_end(self)
+            except Exception as raised:
+                if first is not None:
+                    warnings.warn(f"{type(callback).__name__}.on_train_end failed too: {raised!r}", stacklevel=4)
+                first = first or raised
+        if first is not None and first is not error:
+            raise first
+
     def _warm_up(self, micro_batch: Batch) -> None:
         """Compile before the first step, so that compiling does not count as a step's time."""
         if self._needs_warm_up:
@@ -284,7 +300,10 @@ class Trainer:
             except Exception:
                 # Only with one process: the save is collective, and other processes may not have failed.
                 if save_is_due and self.accelerator.num_processes == 1:
-                    self.save()
+                    try:
+                        self.save()
+                    except HomebrewError as error:
+                        warnings.warn(f"This step could not be saved either: {error}", stacklevel=4)
                 raise
         if save_is_due:
             self.save()
