@@ -1,4 +1,4 @@
-"""File operations: opening of regular files only, and writes, renames and removals that survive a power failure."""
+"""File operations: paths, opening of regular files only, and writes and removals that survive a power failure."""
 
 import contextlib
 import errno
@@ -11,6 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 24
+
+
+def absolute_path(path: str | Path) -> Path:
+    """Return a path with the home directory for `~`, and independent of later changes of the working directory.
+
+    Links are kept. Public functions call this, or `local_path_or_name`, once for each path that they are given.
+    """
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - unlike Path.expanduser, no error for ~nobody
+
+
+def local_path_or_name(source: str | Path) -> str | Path:
+    """Return the absolute path of an existing file or folder; keep a string that is none, such as a Hub repository."""
+    path = absolute_path(source)
+    # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
+    return path if isinstance(source, Path) or os.path.exists(path) else source  # noqa: PTH110
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:

@@ -91,7 +91,7 @@ def test_an_adapter_is_trained_and_exported(run, invoke, invoke_error, text, tmp
 
 
 NON_DEFAULT_OPTIONS = {
-    "output_dir": Path("runs/own"),
+    "output_dir": Path("/runs/own"),
     "max_steps": 7,
     "global_batch_tokens": 64,
     "micro_batch_size": "auto",

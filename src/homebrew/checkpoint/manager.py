@@ -38,6 +38,7 @@ from homebrew.data.tokenizer import Tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, HomebrewError
+from homebrew.io import absolute_path
 from homebrew.model.gpt import GPT
 
 _POLL_SECONDS = 1.0
@@ -208,9 +209,10 @@ class CheckpointManager:
             for reason in reasons:
                 warnings.warn(f"Ignored an invalid checkpoint: {reason}", stacklevel=7)
             return newest
+        resume = absolute_path(resume)
         if Path(resume, "checkpoints").is_dir():
             raise ConfigError(f"resume={str(resume)!r} is a run's folder. Use resume=True, or one of its checkpoints.")
-        checkpoint = open_checkpoint(Path(resume))
+        checkpoint = open_checkpoint(resume)
         if max(self._store.steps(), default=0) > checkpoint.step:
             newest, _ = self._store.latest()
             if newest is not None and newest.step > checkpoint.step:

@@ -8,7 +8,7 @@ import os
 import urllib.request
 from pathlib import Path
 
-from homebrew.io import atomic_replace
+from homebrew.io import absolute_path, atomic_replace
 
 TIMEOUT_SECONDS = 5.0
 """Maximum time without a response from the network."""
@@ -19,7 +19,7 @@ MAX_DOWNLOAD_BYTES = 16 * 1024**2
 def cache_dir() -> Path:
     """Return the download cache: `$HOMEBREW_GPT_CACHE`, or `homebrew-gpt` in the user's cache directory."""
     if configured := os.environ.get("HOMEBREW_GPT_CACHE"):
-        return Path(configured)
+        return absolute_path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "homebrew-gpt"
 
 

@@ -11,6 +11,7 @@ from homebrew.data.text_file import read_error
 from homebrew.data.token_file import TokenMetadata, check_output_path, is_token_file, write_tokens
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer
 from homebrew.errors import DataError
+from homebrew.io import absolute_path
 
 CHUNK_CHARACTERS = 2**22
 """Characters read and encoded at a time. tiktoken needs some hundred MB for them."""
@@ -43,7 +44,8 @@ def prepare(
     Raises:
         DataError: If a file cannot be read as UTF-8 text, all files are empty, or `output` cannot be written.
     """
-    check_output_path(Path(output))
+    output = absolute_path(output)
+    check_output_path(output)
     num_bytes, alphabet = 0, set[str]()
     for path in paths:
         if is_token_file(path):  # also raises for pipes: the text is read twice
@@ -75,7 +77,7 @@ def text_chunks(path: str | Path, chunk_characters: int = CHUNK_CHARACTERS) -> I
     """
     buffer = ""
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with absolute_path(path).open(encoding="utf-8") as file:
             while new := file.read(chunk_characters):
                 search_start = max(len(buffer) - 1, 0)
                 buffer += new

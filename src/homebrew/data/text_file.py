@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from homebrew.errors import DataError
+from homebrew.io import absolute_path
 
 
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return absolute_path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise read_error(path, error) from error
 
@@ -16,10 +17,10 @@ def read_text(path: str | Path) -> str:
 def check_regular_file(path: str | Path) -> None:
     """Raise an error for a missing file, a directory or a pipe. Opening a pipe could block."""
     try:
-        Path(path).stat()
+        absolute_path(path).stat()
     except (OSError, ValueError) as error:
         raise read_error(path, error) from error
-    if not Path(path).is_file():
+    if not absolute_path(path).is_file():
         raise DataError(f"{str(path)!r} is not a regular file. If it is a pipe, write its content to a file first.")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from homebrew.data.text_file import check_regular_file, read_error, read_text
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, TokenIds, as_token_ids, check_token_ids
 from homebrew.errors import DataError
-from homebrew.io import atomic_replace, is_disk_full
+from homebrew.io import absolute_path, atomic_replace, is_disk_full
 
 FORMAT_VERSION = 1
 _NPY_MAGIC = b"\x93NUMPY"
@@ -102,7 +102,7 @@ class TokenFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = absolute_path(path)
         if not is_token_file(self.path):
             raise DataError(
                 f"{self.path} is not a token file: it is not in NumPy's .npy format. Run `homebrew prepare` to make a "
@@ -192,7 +192,7 @@ def write_tokens(
     Raises:
         DataError: If an id is outside the vocabulary, there are no ids, or the files cannot be written.
     """
-    path = Path(path)
+    path = absolute_path(path)
     check_output_path(path)
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise DataError(f"vocab_size={vocab_size} is not supported. It must be between 1 and {MAX_VOCAB_SIZE:,}.")
@@ -226,7 +226,7 @@ def is_token_file(path: str | Path) -> bool:
     """Return whether a file is in NumPy's `.npy` format. `TokenFile` validates its content."""
     check_regular_file(path)
     try:
-        with Path(path).open("rb") as file:
+        with absolute_path(path).open("rb") as file:
             return file.read(len(_NPY_MAGIC)) == _NPY_MAGIC
     except OSError as error:
         raise read_error(path, error) from error

@@ -19,6 +19,7 @@ from homebrew.data.download import cache_dir, download, read_file, read_if_verif
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError
 from homebrew.evaluation.perplexity import ProgressFn
+from homebrew.io import absolute_path
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 
@@ -62,7 +63,7 @@ def load_hellaswag(path: str | Path | None = None) -> list[Question]:
         DataError: The file cannot be read or downloaded, or a line is malformed.
     """
     if path is not None:
-        if (data := read_file(Path(path))) is None:
+        if (data := read_file(absolute_path(path))) is None:
             raise DataError(f"{str(path)!r} cannot be read. Download HellaSwag's validation file from {URL}.")
         return _parse(data, str(path))
     cached = cache_dir() / "hellaswag_val.jsonl"

@@ -21,7 +21,7 @@ from homebrew.hub.from_pretrained import (
 from homebrew.hub.model_folder import output_folder
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE
 from homebrew.hub.tokenizer_files import TOKENIZER_FILES, to_json, tokenizer_files
-from homebrew.io import atomic_replace
+from homebrew.io import absolute_path, atomic_replace
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
 from homebrew.model.lora import merged_state_dict
@@ -51,7 +51,7 @@ def export_model(
         ModelError: A weight is not finite, the tokenizer does not match the model, or the folder is not writable or
             contains a checkpoint or an adapter.
     """
-    folder = Path(folder)
+    folder = absolute_path(folder)
     vocab_size = config["vocab_size"]
     weights = {name: _to_hf_layout(name, t, vocab_size) for name, t in state_dict.items() if name != LM_HEAD}
     hf_config = _to_hf_config(config, next(iter(weights.values())).dtype)

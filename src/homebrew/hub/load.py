@@ -16,6 +16,7 @@ from homebrew.hub.from_pretrained import local_model_folder
 from homebrew.hub.model_folder import find_file, read_json
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE, load_adapter
 from homebrew.hub.read_tokenizer import read_tokenizer
+from homebrew.io import local_path_or_name
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, GPTConfig
 from homebrew.model.lora import (
@@ -50,6 +51,7 @@ def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[G
         CorruptCheckpoint: The checkpoint's files are invalid or contradict each other.
         ModelError: The source does not exist, or is not a GPT-2.
     """
+    source = local_path_or_name(source)
     checkpoint = _find_checkpoint(Path(source))
     if checkpoint is not None:
         try:
@@ -116,6 +118,7 @@ def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Toke
             f"The adapter in {folder} does not record its base model. Pass base=, the folder, run or repository of the "
             f"base model."
         )
+    source = local_path_or_name(source)
     if _is_adapter(source):  # an error rather than recursion, which might not end
         raise CheckpointError(f"{source} contains only an adapter. Pass base=, a model without an adapter.")
     model, tokenizer = load_model(source)
@@ -162,6 +165,7 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
             f"run or repository of the base model."
         )
     config, fingerprint = _adapter_config(checkpoint)
+    source = local_path_or_name(source)
     model = _base_model(source)
     model.source = str(source)
     if (actual := base_fingerprint(model)) != fingerprint:

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from homebrew.errors import ModelError
+from homebrew.io import local_path_or_name
 
 MAX_TEXT_BYTES = 16 * 2**20
 """Maximum size of a JSON or text file. The largest known index, GPT-2 XL's, has 0.05 MB."""
@@ -26,7 +27,7 @@ def local_folder(
 
     `filenames` are names or glob patterns. Files that the repository does not have are ignored.
     """
-    name = str(name_or_folder)
+    name = str(local_path_or_name(name_or_folder))
     # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
     if os.path.isdir(name):  # noqa: PTH112
         if revision is not None:

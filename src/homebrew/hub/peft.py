@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, output_folder, read_json
-from homebrew.io import atomic_replace
+from homebrew.io import absolute_path, atomic_replace, local_path_or_name
 from homebrew.model.lora import (
     LoRAConfig,
     adapter_state_dict,
@@ -74,7 +74,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": None if base_model is None else str(local_path_or_name(base_model)),
         "r": config.rank,
         "lora_alpha": config.scale * config.rank,
         "lora_dropout": config.dropout,
@@ -87,7 +87,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
         f"{_PREFIX}{name}.weight": tensor.detach().cpu().contiguous()
         for name, tensor in adapter_state_dict(model).items()
     }
-    folder = Path(folder)
+    folder = absolute_path(folder)
     with output_folder(folder, forbidden_files={"manifest.json": "a checkpoint", "config.json": "a model"}):
         with atomic_replace(folder / ADAPTER_WEIGHTS_FILE) as path:
             save_file(tensors, path, metadata={"format": "pt"})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from homebrew.errors import ModelError
+from homebrew.io import local_path_or_name
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.ops.chunked_loss import linear_cross_entropy
@@ -120,7 +121,7 @@ class GPT(nn.Module):
             model = cls(GPTConfig(**pretrained.config))
         model.load_state_dict(pretrained.read(model.state_dict(), dtype), assign=True)
         model.lm_head.weight = model.transformer.wte.weight
-        model.source = str(name_or_folder)
+        model.source = str(local_path_or_name(name_or_folder))
         if lora is not None:
             add_lora(model, lora)
         return model.eval()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from homebrew.errors import ConfigError
+from homebrew.io import absolute_path
 from homebrew.training.schedule import Schedule, warmup_cosine
 
 NonFinitePolicy = Literal["raise", "skip"]
@@ -21,7 +22,8 @@ class TrainerConfig:
     """
 
     output_dir: str | Path
-    """Folder for checkpoints, `metrics.jsonl` and `run.json`; created if it does not exist."""
+    """Folder for checkpoints, `metrics.jsonl` and `run.json`; created if it does not exist. Stored as an absolute path,
+    with the home directory for `~`."""
     max_steps: int
     """Number of optimizer steps in the run."""
     global_batch_tokens: int | None = None
@@ -100,6 +102,7 @@ class TrainerConfig:
             problems.append("micro_batch_size='auto': needs global_batch_tokens.")
         if problems:
             raise ConfigError("Invalid settings:\n  " + "\n  ".join(problems))
+        object.__setattr__(self, "output_dir", absolute_path(self.output_dir))
 
 
 def _is_count(value: object, *, minimum: int) -> bool:
