@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 
 from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
 from homebrew.callbacks.base import Callback
+from homebrew.checkpoint.run_folder import RunLock
 from homebrew.errors import TrainingError
 from homebrew.model.lora import LoRAConfig, add_lora
 
@@ -211,6 +212,8 @@ def build(task, rank):
         kill_in_save(step)
     if task.get("break") == "record":
         (Path(task["output_dir"]) / "run.json").mkdir(parents=True, exist_ok=True)
+    if task.get("break") == "lock" and rank == 0:
+        RunLock(Path(task["output_dir"])).acquire()
     shape = GPTConfig(
         block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
     )

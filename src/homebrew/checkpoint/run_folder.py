@@ -73,7 +73,8 @@ class RunLock:
         """Close the lock file: in the process that took the lock, this releases it."""
         if self._descriptor is not None:
             _HELD.discard(self)
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):  # a run that failed ends with its own error
+                os.close(self._descriptor)
             self._descriptor = None
 
     def _lock(self, descriptor: int) -> None:
