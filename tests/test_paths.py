@@ -22,7 +22,7 @@ from homebrew import (
 from homebrew.data.download import cache_dir
 from homebrew.data.prepare import prepare
 from homebrew.data.token_file import TokenFile, is_token_file, write_tokens
-from homebrew.errors import HomebrewError
+from homebrew.errors import ConfigError
 from homebrew.io import absolute_path, local_path_or_name
 
 TEXT = "Now is the winter of our discontent. " * 20
@@ -156,6 +156,7 @@ def test_the_base_of_an_adapter_is_found(home, monkeypatch):
             load_model(home.parent / "work" / "adapter")
 
 
-def test_an_invalid_output_dir_is_reported_by_its_rule():
-    with pytest.raises(HomebrewError, match=r"output_dir=7: must be a path"):
-        TrainerConfig(output_dir=7, max_steps=1)
+@pytest.mark.parametrize("value", [7, None, "", b"run", "a\0b", Path("a\0b")])
+def test_an_invalid_output_dir_is_an_error(value):
+    with pytest.raises(ConfigError, match=r"output_dir=.*: must be a path"):
+        TrainerConfig(output_dir=value, max_steps=1)

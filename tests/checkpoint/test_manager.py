@@ -13,7 +13,7 @@ from homebrew.checkpoint.compatibility import ASPECTS
 from homebrew.checkpoint.manager import CheckpointManager
 from homebrew.checkpoint.manifest import open_checkpoint
 from homebrew.checkpoint.store import CheckpointStore
-from homebrew.errors import CheckpointError
+from homebrew.errors import CheckpointError, ConfigError
 from homebrew.training.nan_guard import NanGuard
 
 
@@ -85,6 +85,28 @@ def test_any_write_error_is_a_checkpoint_error(build, monkeypatch, error):
         manager.wait()
     assert raised.value.__cause__ is error
     assert not manager.is_saved(3)
+
+
+def test_the_folder_stays_locked_while_a_write_runs_whose_waits_were_interrupted(build, monkeypatch, tmp_path):
+    first, second, proceed = build(), build(), threading.Event()
+    monkeypatch.setattr(CheckpointStore, "save", lambda *_args, **_kwargs: proceed.wait(10))
+
+    def run():
+        with first.locked():
+            first.restore(False)
+            first.save(3)
+            monkeypatch.setattr(first._writer, "close", Mock(side_effect=KeyboardInterrupt))
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with pytest.raises(ConfigError, match="is in use"), second.locked():
+        pass
+    monkeypatch.undo()
+    proceed.set()
+    with first.locked():  # as in the next call of train() or save()
+        assert not first._writer.is_writing(0)
+    with second.locked():
+        pass
 
 
 def test_ranks_poll_while_a_checkpoint_is_written(build, monkeypatch):

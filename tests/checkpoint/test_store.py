@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import os
@@ -59,6 +60,16 @@ def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written to: File exists"):
         CheckpointStore(tmp_path / "file").prepare()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_folder_that_cannot_be_listed_is_an_error_with_its_path(store, monkeypatch, number):
+    def listdir(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(CheckpointError, match=f"{store.folder} cannot be listed: {os.strerror(number)}"):
+        store.latest()
 
 
 def test_a_deleted_folder_is_created_again(store, tiny):

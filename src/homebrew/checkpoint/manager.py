@@ -114,12 +114,14 @@ class CheckpointManager:
         if self._is_locked:
             yield
             return
-        run_on_main(self._accelerator, self._lock.acquire)
-        self._is_locked = True
         try:
+            self._writer.close()  # a write whose wait was interrupted
+            run_on_main(self._accelerator, self._lock.acquire)
+            self._is_locked = True
             yield
         finally:
             self._is_locked = False
+            self._writer.close()  # if this is interrupted too, the lock stays until the next block
             self._lock.release()
 
     def restore(

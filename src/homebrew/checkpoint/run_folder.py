@@ -37,12 +37,14 @@ class RunLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Create the folder and take the lock, or warn if the file system has no locks.
+        """Create the folder and take the lock, or warn if the file system has no locks. Without effect if it is held.
 
         Raises:
             ConfigError: The lock is held, by another process or by another `RunLock` of this one; or the folder cannot
                 be written to.
         """
+        if self._descriptor is not None:
+            return
         try:
             make_directory(self._folder)
             descriptor = open_regular(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)

@@ -86,6 +86,10 @@ class CheckpointStore:
             paths = sorted(self.folder.iterdir(), reverse=True)
         except (FileNotFoundError, NotADirectoryError):
             return folders
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be listed: {error.strerror}. Check the folder and its permissions."
+            ) from error
         for path in paths:
             temporary = _TEMPORARY.fullmatch(path.name)
             if match := FOLDER.fullmatch(temporary[1] if temporary and temporary[2] == "aside" else path.name):

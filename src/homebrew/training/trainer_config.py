@@ -123,7 +123,11 @@ _MAX_SEED = 4_000_000_000
 """NumPy's seeds are below 2**32, and the rank and the step are added to the seed."""
 
 _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("output_dir", "a path", lambda value: isinstance(value, str | Path)),
+    (
+        "output_dir",
+        "a path, which is not empty",
+        lambda value: isinstance(value, str | Path) and value != "" and "\0" not in str(value),
+    ),
     ("max_steps log_every keep_last", "an integer of at least 1", lambda value: _is_count(value, minimum=1)),
     (
         "global_batch_tokens eval_every eval_batches save_every keep_every",
