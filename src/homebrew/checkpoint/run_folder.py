@@ -80,11 +80,12 @@ class RunLock:
             self._descriptor = None
 
     def _lock(self, descriptor: int) -> None:
+        """Take the lock, warn, or raise ConfigError."""
         holder = b""
         for _ in range(_MAX_POLLS):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except (BlockingIOError, PermissionError):  # the latter from some network file systems
                 if holder := os.pread(descriptor, 300, 0):
                     break
                 time.sleep(_POLL_SECONDS)  # the holder is about to write its name, or to end

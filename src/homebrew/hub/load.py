@@ -59,9 +59,7 @@ def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[G
         except CorruptCheckpoint:
             if checkpoint.path.exists():
                 raise
-            return load_model(
-                source, base=base
-            )  # the run is in progress: it has removed this checkpoint, and has a newer
+            return load_model(source, base=base)  # a run in progress has removed this checkpoint, and has a newer one
     elif _is_adapter(source):
         model, tokenizer = _load_peft_adapter(Path(source), base)
     else:

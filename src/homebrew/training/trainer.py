@@ -271,9 +271,10 @@ class Trainer:
             try:
                 callback.on_train_end(self)
             except Exception as raised:
-                if first is not None:
+                if first is None:
+                    first = raised
+                else:
                     warnings.warn(f"{type(callback).__name__}.on_train_end failed too: {raised!r}", stacklevel=4)
-                first = first or raised
         if first is not None and first is not error:
             raise first
 
