@@ -1,10 +1,12 @@
 """Saving: when checkpoints are written, failed writes, signals, and the run's other files."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +70,26 @@ def test_a_failed_save_raises_and_can_be_retried(tmp_path):
         trainer.train()
     (tmp_path / "checkpoints").unlink()
     assert (trainer.save() / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EIO])
+def test_a_file_system_that_fails_during_the_run_is_a_checkpoint_error_with_a_path(tmp_path, monkeypatch, number):
+    class BreakFileSystem(Callback):
+        def on_step_end(self, trainer):
+            for name in ("write", "ftruncate", "fsync", "mkdir", "rename", "unlink", "rmdir"):
+                patch.setattr(os, name, self.fail)
+
+        def fail(self, path, *_, **__):
+            raise OSError(number, os.strerror(number), *([str(path)] if isinstance(path, str | Path) else []))
+
+    trainer = make_trainer(tmp_path, progress=False, callbacks=[BreakFileSystem()])
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(UserWarning, match=r"metrics\.jsonl could not be written"),
+        pytest.raises(CheckpointError, match=f"step-00000006.*{os.strerror(number)}"),
+    ):
+        trainer.train()
+    assert trainer.save().is_dir()
 
 
 def test_a_failed_save_is_a_warning_beside_the_error_that_ends_the_run(tmp_path):
