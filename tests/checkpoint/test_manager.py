@@ -27,7 +27,6 @@ def build(tmp_path):
         return CheckpointManager(
             Accelerator(cpu=True),
             model,
-            model,
             optimizer,
             NanGuard(optimizer, "raise", 10, torch.device("cpu")),
             output_dir=tmp_path,

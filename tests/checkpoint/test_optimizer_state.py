@@ -1,18 +1,20 @@
-"""State of optimizers that is not tensors."""
+"""The state of optimizers: tensors, plain numbers, and what is checked before a state is loaded."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
-from homebrew.checkpoint.state_dict import (
-    check_plain_optimizer_state,
+from homebrew.checkpoint.optimizer_state import (
+    check_optimizer_state,
     group_settings,
-    plain_optimizer_state,
-    restore_plain_optimizer_state,
+    load_optimizer_state,
+    optimizer_json,
+    state_tensors,
 )
-from homebrew.errors import CorruptCheckpoint
+from homebrew.errors import CorruptCheckpoint, ResumeMismatch
 
 
 def make(**group):
@@ -21,41 +23,65 @@ def make(**group):
     return model, optimizer, group_settings(optimizer)
 
 
+def load(state, tensors, model, optimizer):
+    check_optimizer_state(Path("step"), state, tensors, model, optimizer)
+    load_optimizer_state(Accelerator(cpu=True), model, optimizer, tensors, state)
+
+
 def test_numbers_are_restored_and_settings_are_the_runs():
     model, optimizer, initial = make()
-    optimizer.state[model.weight] |= {"step": 3, "odd": True, "moment": torch.zeros(1), "none": None}
+    optimizer.state[model.weight] |= {"step": 3, "odd": True, "none": None}
     optimizer.param_groups[0] |= {"lr": 0.7, "distance": 0.1, "momentum": 0.8}
-    state, unsupported = plain_optimizer_state(model, optimizer, initial)
+    state, unsaved = optimizer_json(model, optimizer, initial)
     assert state == {
-        "parameters": {"weight": {"step": 3, "odd": True}},
+        "tensors": {},
+        "parameters": {"weight": {"step": 3, "odd": True, "none": None}},
         "groups": [{"distance": 0.1, "momentum": 0.8}],
     }
-    assert unsupported == []
+    assert unsaved == []
     model, optimizer, _ = make(weight_decay=0.5)
-    check_plain_optimizer_state(Path("state.json"), state, model, optimizer)
-    restore_plain_optimizer_state(model, optimizer, state)
-    assert optimizer.state[model.weight] == {"step": 3, "odd": True}
+    load(state, {}, model, optimizer)
+    assert optimizer.state == {model.weight: {"step": 3, "odd": True, "none": None}}
     group = optimizer.param_groups[0]
     assert [group[key] for key in ("lr", "distance", "momentum", "weight_decay")] == [0.1, 0.1, 0.8, 0.5]
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.arange(4.0).view(2, 2), torch.arange(3), torch.tensor(2), torch.ones(2, 1).bfloat16(), torch.ones(5).bool()],
+    ids=str,
+)
+def test_tensors_are_restored_with_their_dtype_and_shape_and_replace_all_state(tensor):
+    model, optimizer, initial = make()
+    optimizer.state[model.bias]["any"] = tensor
+    (state, _), tensors = optimizer_json(model, optimizer, initial), state_tensors(model, optimizer)
+    assert list(tensors) == ["bias//any"]
+    model, optimizer, _ = make()
+    optimizer.state[model.weight]["old"] = torch.ones(2)
+    optimizer.state["global"] = 3
+    load(state, {name: value.clone() for name, value in tensors.items()}, model, optimizer)
+    assert optimizer.state.keys() == {model.bias, "global"}
+    torch.testing.assert_close(optimizer.state[model.bias]["any"], tensor, rtol=0, atol=0)
+
+
 def test_other_state_is_named_if_it_has_changed():
     model, optimizer, initial = make(betas=(0.9, 0.99), log=[1], array=np.ones(3), kind="a", none=None)
-    assert plain_optimizer_state(model, optimizer, initial) == ({"parameters": {}, "groups": [{}]}, [])
+    assert optimizer_json(model, optimizer, initial) == ({"tensors": {}, "parameters": {}, "groups": [{}]}, [])
     optimizer.param_groups[0] |= {"betas": (0.9, 0.98), "new": "word", "momentum": None}
     optimizer.param_groups[0]["log"].append(2)
     optimizer.param_groups[0]["array"] += 1
     optimizer.state[model.weight]["history"] = [1.0]
-    state, unsupported = plain_optimizer_state(model, optimizer, initial)
+    optimizer.state["global"] = 3
+    state, unsaved = optimizer_json(model, optimizer, initial)
     assert state["groups"] == [{}]
-    assert unsupported == ["array", "betas", "history", "log", "momentum", "new"]
+    assert unsaved == ["array", "betas", "global", "history", "log", "momentum", "new"]
 
 
 def test_a_tensor_in_a_group_is_named():
-    assert plain_optimizer_state(*make(scale=torch.ones(2)))[1] == ["scale"]  # it may be changed in place
+    assert optimizer_json(*make(scale=torch.ones(2)))[1] == ["scale"]  # it may be changed in place
 
 
-VALID = {"parameters": {}, "groups": [{}]}
+VALID = {"tensors": {}, "parameters": {}, "groups": [{}]}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +90,8 @@ VALID = {"parameters": {}, "groups": [{}]}
         None,
         3,
         {},
+        {"parameters": {}, "groups": [{}]},
+        VALID | {"tensors": []},
         VALID | {"groups": []},
         VALID | {"groups": {}},
         VALID | {"groups": [3]},
@@ -73,11 +101,45 @@ VALID = {"parameters": {}, "groups": [{}]}
         VALID | {"parameters": [1]},
         VALID | {"parameters": {"weight": 1}},
         VALID | {"parameters": {"weight": {"step": "3"}}},
-        VALID | {"parameters": {"other": {"step": 3}}},
     ],
 )
 def test_an_invalid_state_is_refused(state):
     model, optimizer, _ = make()
     with pytest.raises(CorruptCheckpoint, match=r"state\.json"):
-        check_plain_optimizer_state(Path("state.json"), state, model, optimizer)
-    check_plain_optimizer_state(Path("state.json"), VALID, model, optimizer)
+        check_optimizer_state(Path("step"), state, {}, model, optimizer)
+    check_optimizer_state(Path("step"), VALID, {}, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [{}, {"weight//a": torch.ones(3)}, {"weight//a": torch.ones(2), "weight//b": torch.ones(1)}],
+    ids=["missing", "other shape", "additional"],
+)
+def test_tensors_that_were_not_saved_are_refused(tensors):
+    model, optimizer, _ = make()
+    with pytest.raises(CorruptCheckpoint, match=r"weight//"):
+        check_optimizer_state(Path("step"), VALID | {"tensors": {"weight//a": [2]}}, tensors, model, optimizer)
+
+
+@pytest.mark.parametrize("state", [{"tensors": {"bias//a": [1]}}, {"parameters": {"bias": {"step": 3}}}])
+def test_state_of_parameters_that_the_optimizer_does_not_hold_is_refused(state):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([model.weight], lr=0.1)
+    tensors = {name: torch.ones(shape) for name, shape in state.get("tensors", {}).items()}
+    with pytest.raises(ResumeMismatch, match="bias"):
+        check_optimizer_state(Path("step"), VALID | state, tensors, model, optimizer)
+
+
+def test_fused_kernels_get_no_tensor_of_another_shape_or_dtype():
+    """They do not check: with another shape they corrupt memory."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tensors = {"weight//step": torch.tensor(1.0), "weight//exp_avg": torch.ones(2, 2).bfloat16()}
+    tensors["weight//exp_avg_sq"] = torch.ones(2, 3)
+    state = VALID | {"tensors": {name: list(tensor.shape) for name, tensor in tensors.items()}}
+    with pytest.raises(CorruptCheckpoint, match="weight//exp_avg_sq"):
+        check_optimizer_state(Path("step"), state, tensors, model, optimizer)
+    tensors["weight//exp_avg_sq"] = torch.ones(2, 2)
+    state["tensors"]["weight//exp_avg_sq"] = [2, 2]
+    load(state, tensors, model, optimizer)
+    assert {t.dtype for t in optimizer.state[model.weight].values()} == {torch.float32}

@@ -268,6 +268,25 @@ def test_replicated_optimizer_state_resumes_bitwise_from_a_sharded_save(run, tmp
     assert_same_checkpoint(checkpoint_path(tmp_path / "resumed", 8), checkpoint_path(tmp_path / "full", 8))
 
 
+@pytest.mark.parametrize(
+    ("layout", "save"),
+    [("ddp2", {}), ("fsdp2", SHARDED_SAVE), pytest.param("fsdp2", {}, marks=pytest.mark.slow)],
+    ids=["ddp2", "fsdp2 sharded", "fsdp2 gathered"],
+)
+def test_a_run_resumes_bitwise_from_its_state_before_the_first_step(run, tmp_path, layout, save):
+    """The model has an untied head and a buffer, which are saved too; the optimizer has no state yet."""
+    plain = {"untied": True, "max_steps": 6, "save_every": 3} | save
+    saved = plain | {"save_before_training": True}
+    resumed = plain | {"resume": str(checkpoint_path(tmp_path / "saved", 0))}
+    again = plain | {"resume": str(checkpoint_path(tmp_path / "saved", 3))}
+    results = run(tmp_path, layout, plain=plain, saved=saved, resumed=resumed, again=again)
+    losses = results["plain"]["losses"]
+    assert results["saved"]["losses"] == results["resumed"]["losses"] == losses
+    assert results["again"]["losses"] == losses[3:]
+    for name in ("saved", "resumed", "again"):
+        assert_same_checkpoint(checkpoint_path(tmp_path / name, 6), checkpoint_path(tmp_path / "plain", 6))
+
+
 KILLS = {
     "ddp2": ("ddp2", {"signal": "SIGKILL"}),
     "fsdp2": ("fsdp2", {"signal": "SIGKILL"}),

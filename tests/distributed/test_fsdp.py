@@ -81,3 +81,11 @@ def test_meta_copy_and_gather_full_model(lora):
     assert full(ids).equal(model.eval()(ids))
     assert full.lm_head.weight is full.transformer.wte.weight
     assert len(list(full.parameters())) == len(list(model.parameters()))
+
+
+def test_gather_full_model_keeps_an_untied_head():
+    model = GPT(SHAPE)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    full = gather_full_model(meta_copy(model), model)
+    ids = torch.arange(10)[None]
+    assert full(ids).equal(model.eval()(ids))

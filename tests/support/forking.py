@@ -14,8 +14,6 @@ import traceback
 import torch._dynamo  # noqa: F401 - imported by the first optimizer of a process
 from worlds import free_port
 
-import homebrew.checkpoint.manager  # noqa: F401 - imported by the first Trainer of a process
-
 
 def serve(work):
     """Run `work(job)` in the processes of each request, until standard input is closed."""

@@ -66,6 +66,8 @@ class Recorder(Callback):
         self.losses, self.evaluations = [], []
 
     def on_train_begin(self, trainer):
+        if self.task.get("save_before_training"):
+            trainer.save()
         if self.task.get("break") == "step" and trainer.accelerator.process_index == 1:
             weight = trainer.model.transformer.ln_f.bias
 
@@ -136,6 +138,19 @@ class CollectiveCounter(TorchDispatchMode):
         if name.startswith("c10d::"):
             self.counts[name] += 1
         return function(*args, **kwargs or {})
+
+
+class Untied(GPT):
+    """A GPT with a separate weight for the head, and a buffer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach().clone())
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, input_ids, targets=None):
+        self.num_calls += 1
+        return super().forward(input_ids, targets)
 
 
 class RowRMS(torch.optim.Optimizer):
@@ -217,7 +232,7 @@ def build(task, rank):
     shape = GPTConfig(
         block_size=16, vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, dropout=task.get("dropout", 0.0)
     )
-    model = GPT(shape)
+    model = Untied(shape) if task.get("untied") else GPT(shape)
     if task.get("compile"):  # AOTAutograd without Inductor, whose C++ compiler takes minutes
         nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     if task.get("lora"):

@@ -23,6 +23,7 @@ from tiny_runs import (
 )
 
 from homebrew import GPT, GPTConfig
+from homebrew.callbacks.base import Callback
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.errors import ConfigError, CorruptCheckpoint, ResumeMismatch
 
@@ -71,24 +72,82 @@ class PlainNumberState(torch.optim.Optimizer):
                 parameter.sub_(state["moment"], alpha=scale)
 
 
-@pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize(
-    "optimizer",
-    [PlainNumberState, lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), torch.optim.Adafactor],
-    ids=["plain numbers", "SGD", "Adafactor"],
-)
-def test_resume_with_a_custom_optimizer_is_bitwise_identical(tmp_path, optimizer):
-    def run(name, *callbacks):
-        model = GPT(CONFIG)
-        trainer = make_trainer(
-            tmp_path / name, model=model, optimizer=optimizer(model.parameters()), callbacks=callbacks
-        )
-        trainer.train(resume=True)
-        return weights(trainer)
+class OwnDtypes(torch.optim.Optimizer):
+    """Keeps a bfloat16 moment and a count per element, and state of matrices only."""
 
-    uninterrupted = run("uninterrupted")
-    run("stopped", StopAt(3))
-    assert equal(run("stopped"), uninterrupted)
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            update = parameter.grad
+            if parameter.dim() == 2:
+                state = self.state[parameter]
+                if not state:
+                    state["moment"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+                    state["count"] = torch.zeros(len(parameter), 1, dtype=torch.int64, device=parameter.device)
+                state["moment"].lerp_(parameter.grad.bfloat16(), 0.1)
+                state["count"] += parameter.grad.abs().amax(1, keepdim=True) > 1e-3
+                update = state["moment"].float() / (1 + state["count"])
+            parameter.sub_(update, alpha=self.param_groups[0]["lr"])
+
+
+OPTIMIZERS = {
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
+    "AMSGrad": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, amsgrad=True, foreach=False),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),  # has state before its first step
+    "NAdam": lambda parameters: torch.optim.NAdam(parameters, lr=1e-2),
+    "ASGD": lambda parameters: torch.optim.ASGD(parameters, lr=1e-1),
+    "Adafactor": torch.optim.Adafactor,
+    "plain numbers": PlainNumberState,
+    "own dtypes": OwnDtypes,
+}
+
+
+def train_with(output_dir, optimizer, *callbacks, resume=True):
+    model = GPT(ONE_LAYER)
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    trainer = make_trainer(output_dir, model=model, optimizer=optimizer, callbacks=callbacks, keep_every=100)
+    trainer.train(resume=resume)
+    return weights(trainer)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resume_with_a_custom_optimizer_is_bitwise_identical(tmp_path, optimizer):
+    uninterrupted = train_with(tmp_path / "uninterrupted", optimizer)
+    train_with(tmp_path / "stopped", optimizer, StopAt(3))
+    assert equal(train_with(tmp_path / "stopped", optimizer), uninterrupted)
+
+
+class ReadEverything(Callback):
+    """Saves, samples, evaluates and gathers the model, before the first step and after some."""
+
+    def on_train_begin(self, trainer):
+        trainer.save()
+        trainer.evaluate(trainer.train_dataset)
+        trainer.full_model().generate([[1, 2]], 2, seed=1)
+
+    def on_step_end(self, trainer):
+        if trainer.step % 2:
+            self.on_train_begin(trainer)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_reading_the_state_does_not_change_it(tmp_path, optimizer):
+    expected = train_with(tmp_path / "not read", optimizer)
+    assert equal(train_with(tmp_path / "read", optimizer, ReadEverything()), expected)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_checkpoint_of_step_0_is_the_state_before_training(tmp_path, optimizer):
+    expected = train_with(tmp_path / "run", optimizer, ReadEverything())
+    assert equal(train_with(tmp_path / "resumed", optimizer, resume=checkpoint_path(tmp_path / "run", 0)), expected)
 
 
 def test_frozen_weights_are_restored(tmp_path):

@@ -11,25 +11,22 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 
 from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import check_identity
-from homebrew.checkpoint.manifest import STATE, Checkpoint, open_checkpoint
+from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
+from homebrew.checkpoint.optimizer_state import group_settings, optimizer_json
 from homebrew.checkpoint.run_folder import RunLock, move_run_aside
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
 from homebrew.checkpoint.state_dict import (
     Stateful,
     check_files,
-    check_plain_optimizer_state,
+    check_savable,
     checkpoint_bytes,
     gather_run,
     gather_small_state,
-    group_settings,
-    plain_optimizer_state,
     reserve_staging,
-    restore_plain_optimizer_state,
     scatter_run,
     sharded_tensors,
 )
@@ -56,7 +53,6 @@ class CheckpointManager:
     Args:
         accelerator: The run's accelerator.
         model: Model without wrappers.
-        wrapped: Model as returned by `Accelerator.prepare`.
         optimizer: Optimizer without Accelerate's wrapper, before its first step.
         guard: The run's update guard.
         output_dir: The run's folder.
@@ -72,7 +68,6 @@ class CheckpointManager:
         self,
         accelerator: Accelerator,
         model: GPT,
-        wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
         guard: Stateful,
         *,
@@ -84,9 +79,9 @@ class CheckpointManager:
         identity: dict[str, Any],
         tokenizer: Tokenizer | None,
     ) -> None:
+        check_savable(model)
         self._accelerator = accelerator
         self._model = model
-        self._wrapped = wrapped
         self._optimizer = optimizer
         self._initial_settings = group_settings(optimizer)
         self._guard = guard
@@ -158,12 +153,12 @@ class CheckpointManager:
         step: int = start["step"] if start else 0
         self._saved_step = step if start and start["in_store"] else None
         if start:
-            scatter_run(accelerator, self._wrapped, self._optimizer, self._guard, files, seed=self._seed + step)
-            restore_plain_optimizer_state(self._model, self._optimizer, start["optimizer"])
+            state = start["optimizer"]
+            scatter_run(accelerator, self._model, self._optimizer, self._guard, files, state, seed=self._seed + step)
         if self._sharded:
             check_shared_folder(accelerator, self._store, step)
         else:
-            reserve_staging(accelerator, self._wrapped)
+            reserve_staging(accelerator, self._model)
         return step
 
     def _load(
@@ -189,13 +184,12 @@ class CheckpointManager:
         check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
         self._warn_if_not_bitwise(checkpoint)
         files.update(checkpoint.files())
-        plain_state = checkpoint.state.get("optimizer")
-        check_files(checkpoint.path, files, self._model, self._optimizer)
-        check_plain_optimizer_state(checkpoint.path / STATE, plain_state, self._model, self._optimizer)
+        optimizer_state = checkpoint.state.get("optimizer")
+        check_files(checkpoint.path, files, optimizer_state, self._model, self._optimizer)
         in_store = checkpoint.path.resolve() == self._store.path(checkpoint.step).resolve()
         if in_store:
             self._store.prune(checkpoint.step)  # the saved run may have been killed before it did
-        return {"in_store": in_store, "step": checkpoint.step, "optimizer": plain_state}
+        return {"in_store": in_store, "step": checkpoint.step, "optimizer": optimizer_state}
 
     def _find(self, resume: bool | str | Path) -> Checkpoint | None:
         """Open the checkpoint to resume from, or return None to start at step 0."""
@@ -261,10 +255,10 @@ class CheckpointManager:
         state = self._state() if accelerator.is_main_process else {}
         if self._sharded:
             files = gather_small_state(accelerator, self._guard)
-            shards = sharded_tensors(accelerator, self._wrapped, self._optimizer)
+            shards = sharded_tensors(self._model, self._optimizer)
             save_sharded(accelerator, store, step, shards, files, state, score=eval_loss)
         else:
-            files = gather_run(accelerator, self._wrapped, self._optimizer, self._guard)
+            files = gather_run(accelerator, self._model, self._optimizer, self._guard)
             if accelerator.is_main_process:
                 write = partial(store.save, step, files, state, score=eval_loss)
                 self._writer.start(write, name=f"checkpoint-{step}")
@@ -272,7 +266,7 @@ class CheckpointManager:
 
     def _state(self) -> dict[str, Any]:
         """Return the contents of `state.json`: everything but tensors that is not a function of the step."""
-        numbers, unsupported = plain_optimizer_state(self._model, self._optimizer, self._initial_settings)
+        numbers, unsupported = optimizer_json(self._model, self._optimizer, self._initial_settings)
         if unsupported and not self._warned:
             self._warned = True
             warnings.warn(

@@ -17,7 +17,7 @@ from homebrew.checkpoint.tensor_check import find_non_finite
 from homebrew.checkpoint.verified_files import is_regular, read_bounded, read_verified, verify
 from homebrew.errors import CorruptCheckpoint
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MAX_MANIFEST_BYTES = 1 << 20

@@ -1,7 +1,7 @@
 """The state of a run as named CPU tensors: weights, optimizer, update guard and random states.
 
-Names are those of the model without wrappers, whether it runs on one process or many, sharded or compiled;
-`torch.distributed.checkpoint.state_dict` maps them. Functions that take an accelerator are collective.
+Names are those of the model without wrappers, whether it runs on one process or many, sharded or compiled. Functions
+that take an accelerator are collective.
 """
 
 import contextlib
@@ -14,26 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from homebrew.checkpoint.checkpoint_files import TensorFiles
+from homebrew.checkpoint.optimizer_state import check_optimizer_state, load_optimizer_state, state_tensors
 from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
 from homebrew.checkpoint.tensor_check import check_tensors
-from homebrew.distributed.collectives import broadcast_bytes, gather_bytes
-from homebrew.distributed.fsdp import uses_fsdp
-from homebrew.errors import CorruptCheckpoint
-from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
-from homebrew.model.lora import LoRALinear
-
-_SEPARATOR = "//"
-_NOT_SAVED = ("params", "lr")
-"""Keys of a parameter group that are not state: the schedule sets the learning rate at every step."""
+from homebrew.distributed.collectives import broadcast_bytes, broadcast_tensors, gather_bytes
+from homebrew.distributed.fsdp import full_tensor, shard_like, uses_fsdp
+from homebrew.errors import CorruptCheckpoint, ModelError
+from homebrew.model.lora import LoRALinear, adapter_state_dict
 
 
 class Stateful(Protocol):
@@ -52,13 +41,34 @@ def checkpoint_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() * (3 if p.requires_grad else saved) for p in model.parameters())
 
 
+def check_savable(model: nn.Module) -> None:
+    """Raise ModelError unless a model's state dict is its parameters and buffers, which is what a checkpoint holds."""
+    state = model.state_dict(keep_vars=True)
+    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    saved = {id(value) for value in state.values()}
+    added = [name for name, value in state.items() if id(value) not in known]
+    dropped = [name for name, parameter in model.named_parameters() if id(parameter) not in saved]
+    if added or dropped:
+        problem = f"{added[0]} is not a parameter or buffer" if added else f"{dropped[0]} is missing"
+        raise ModelError(
+            f"{problem} in the model's state dict, so a checkpoint could not restore it. Use only parameters and "
+            f"buffers, without extra state and state dict hooks."
+        )
+
+
+@torch.no_grad()
 def gather_run(
-    accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, guard: Stateful
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Stateful
 ) -> TensorFiles:
     """Copy the full state of a run to the CPU of rank 0; empty on other ranks."""
     files = gather_small_state(accelerator, guard)
-    tensors = _tensors(accelerator, wrapped, optimizer, full=True)
-    return files | _copy_to_cpu(tensors) if accelerator.is_main_process else {}
+    sharded = sharded_tensors(model, optimizer)
+    if uses_fsdp(accelerator):  # one by one, so that full tensors do not exist on the device at the same time
+        for tensors in sharded.values():
+            for name, tensor in tensors.items():
+                full = full_tensor(tensor)
+                tensors[name] = full.to("cpu") if accelerator.is_main_process else torch.empty(0)
+    return files | _copy_to_cpu(sharded) if accelerator.is_main_process else {}
 
 
 def gather_small_state(accelerator: Accelerator, guard: Stateful) -> TensorFiles:
@@ -69,17 +79,21 @@ def gather_small_state(accelerator: Accelerator, guard: Stateful) -> TensorFiles
     return _copy_to_cpu({"guard": guard.state_dict()}) | {f"rng-{i}": load(state) for i, state in enumerate(states)}
 
 
-def sharded_tensors(accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> TensorFiles:
-    """Return weights and optimizer state as they are sharded: DTensors on the device, not copied."""
-    return _tensors(accelerator, wrapped, optimizer, full=False)
+@torch.no_grad()
+def sharded_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> TensorFiles:
+    """Return weights and optimizer state as they are: not copied, and under FSDP sharded."""
+    weights = {name: tensor.detach() for name, tensor in _saved_weights(model).items()}
+    return {_weights_name(model): weights, "optimizer": state_tensors(model, optimizer)}
 
 
+@torch.no_grad()
 def scatter_run(
     accelerator: Accelerator,
-    wrapped: nn.Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     guard: Stateful,
     files: TensorFiles,
+    optimizer_state: Mapping[str, Any],
     *,
     seed: int,
 ) -> None:
@@ -87,8 +101,10 @@ def scatter_run(
 
     Ranks without a saved random state are seeded with `seed`.
     """
-    _scatter_weights(wrapped, files.get(_weights_name(wrapped), {}))
-    _scatter_optimizer(accelerator, wrapped, optimizer, files.get("optimizer", {}))
+    weights = _saved_weights(model)
+    for name, tensor in broadcast_tensors(accelerator, files.get(_weights_name(model), {})):
+        weights[name].copy_(shard_like(tensor, weights[name]))
+    load_optimizer_state(accelerator, model, optimizer, files.get("optimizer", {}), optimizer_state)
     guard.load_state_dict(load(broadcast_bytes(accelerator, save(files.get("guard", {})))))
     for rank in range(accelerator.num_processes):
         state = broadcast_bytes(accelerator, save(files.get(f"rng-{rank}", {})))
@@ -111,27 +127,29 @@ def reserve_staging(accelerator: Accelerator, model: nn.Module) -> None:
             _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in range(3)]
 
 
-def check_files(path: Path, files: TensorFiles, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def check_files(
+    path: Path, files: TensorFiles, optimizer_state: object, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Check that a checkpoint has the tensors that the run needs, before any state is changed.
+
+    Args:
+        path: Folder of the checkpoint.
+        files: Its tensors.
+        optimizer_state: Its description of the optimizer's state, any JSON value.
+        model: Model without wrappers.
+        optimizer: Optimizer without Accelerate's wrapper.
 
     Raises:
         CorruptCheckpoint: A file or tensor is missing, unknown, or of another shape or kind.
+        ResumeMismatch: The optimizer does not hold a parameter whose state was saved.
     """
     weights = _weights_name(model)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name in (weights, "optimizer", "guard", "rng-0"):
+    for name in (weights, "guard", "rng-0"):
         if name not in files:
             raise CorruptCheckpoint(f"{path} has no {name}.safetensors, which this run needs.")
-    saved = trained if weights == "adapter" else dict(model.named_parameters())
-    check_tensors(path / f"{weights}.safetensors", files[weights], {name: tuple(p.shape) for name, p in saved.items()})
-    states = files["optimizer"]
-    if unknown := sorted({name.rpartition(_SEPARATOR)[0] for name in states} - trained.keys()):
-        raise CorruptCheckpoint(f"{path / 'optimizer.safetensors'} has an unknown tensor's state: {unknown[0]}.")
-    if isinstance(optimizer, torch.optim.AdamW):  # the state of other optimizers is not known here
-        moments = {name: tensor for name, tensor in states.items() if tensor.dim()}
-        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if optimizer.defaults["amsgrad"] else 2]
-        expected = {f"{name}{_SEPARATOR}{key}": tuple(p.shape) for name, p in trained.items() for key in keys}
-        check_tensors(path / "optimizer.safetensors", moments, expected)
+    _check_weights(path / f"{weights}.safetensors", files[weights], _saved_weights(model))
+    # Without state there is no file of shards.
+    check_optimizer_state(path, optimizer_state, files.get("optimizer", {}), model, optimizer)
     guard = dict(files["guard"])
     num_consecutive = guard.pop("num_consecutive", None)
     if num_consecutive is None or num_consecutive.shape != () or num_consecutive.dtype != torch.int64:
@@ -142,68 +160,15 @@ def check_files(path: Path, files: TensorFiles, model: nn.Module, optimizer: tor
             check_rng(files[name])
 
 
-def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
-    """Return the settings of each parameter group in a form that shows whether the optimizer has changed them.
-
-    Tensors are not settings: an optimizer may change them in place, and they may be large.
-    """
-    return [
-        {
-            key: repr(list(value) if isinstance(value, tuple) else value)  # loading turns tuples into lists
-            for key, value in group.items()
-            if key not in _NOT_SAVED and not isinstance(value, Tensor)
-        }
-        for group in optimizer.param_groups
-    ]
-
-
-def plain_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, initial: list[dict[str, str]]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the part of an optimizer's state that is plain numbers, such as step counts or an estimated step size.
-
-    Of the groups' settings, only those that differ from `initial`, `group_settings` before the first step, are state.
-
-    Returns:
-        The numbers as JSON, and the keys of all state that is neither a number, a per-parameter tensor nor None.
-    """
-    parameters: dict[str, dict[str, int | float]] = {}
-    groups: list[dict[str, int | float]] = []
-    unsupported: set[str] = set()
-    for name, parameter in model.named_parameters():
-        values = optimizer.state.get(parameter, {})
-        if numbers := {key: value for key, value in values.items() if isinstance(value, int | float)}:
-            parameters[name] = numbers
-        unsupported |= {k for k, value in values.items() if not isinstance(value, int | float | Tensor | None)}
-    for group, before, now in zip(optimizer.param_groups, initial, group_settings(optimizer), strict=True):
-        changed = {key: group[key] for key in now if now[key] != before.get(key)}
-        groups.append({key: value for key, value in changed.items() if isinstance(value, int | float)})
-        unsupported |= changed.keys() - groups[-1].keys()
-        unsupported |= {key for key, value in group.items() if isinstance(value, Tensor) and key not in _NOT_SAVED}
-    return {"parameters": parameters, "groups": groups}, sorted(unsupported)
-
-
-def check_plain_optimizer_state(path: Path, state: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise CorruptCheckpoint unless a JSON value is a `plain_optimizer_state` of this model and optimizer."""
-    names = {name for name, _ in model.named_parameters()}
-    try:
-        groups, parameters = state["groups"], state["parameters"]  # type: ignore[index]  # any JSON value
-        values = [number for numbers in (*groups, *parameters.values()) for number in numbers.values()]
-        valid = parameters.keys() <= names and len(groups) == len(optimizer.param_groups)
-        valid = valid and not any(key in numbers for numbers in groups for key in _NOT_SAVED)
-    except (AttributeError, KeyError, TypeError):
-        valid, values = False, []
-    if not (valid and all(isinstance(value, int | float) for value in values)):
-        raise CorruptCheckpoint(f"{path} does not hold the state of this run's optimizer.")
-
-
-def restore_plain_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Restore a state that `check_plain_optimizer_state` has accepted."""
-    named = dict(model.named_parameters())
-    for name, numbers in state["parameters"].items():
-        optimizer.state[named[name]].update(numbers)
-    for group, numbers in zip(optimizer.param_groups, state["groups"], strict=True):
-        group.update(numbers)
+def _check_weights(path: Path, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Check weights of floating dtypes, which may differ, and buffers of other dtypes, which may not."""
+    buffers = {name: tensor for name, tensor in weights.items() if not tensor.is_floating_point()}
+    for name, tensor in buffers.items():
+        if name in saved and (saved[name].dtype, saved[name].shape) != (tensor.dtype, tensor.shape):
+            raise CorruptCheckpoint(f"{path}: {name} is not {tensor.dtype} of shape {tuple(tensor.shape)}.")
+    floating = {name: tensor for name, tensor in saved.items() if name not in buffers}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    check_tensors(path, floating, {name: shape for name, shape in shapes.items() if name not in buffers.keys() & saved})
 
 
 def _weights_name(model: nn.Module) -> str:
@@ -211,60 +176,18 @@ def _weights_name(model: nn.Module) -> str:
     return "adapter" if any(isinstance(module, LoRALinear) for module in model.modules()) else "model"
 
 
-def _tensors(
-    accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, *, full: bool
-) -> TensorFiles:
-    """Return weights and optimizer state: full on rank 0 and possibly empty elsewhere, or as they are sharded."""
-    options = _options(accelerator, wrapped, full=full)
-    weights: dict[str, Any] = get_model_state_dict(wrapped, options=options)
-    weights.pop(LM_HEAD, None)  # tied to the embedding, which is stored
-    states: dict[str, Any] = get_optimizer_state_dict(wrapped, optimizer, options=options)
-    moments = {
-        f"{parameter}{_SEPARATOR}{key}": value
-        for parameter, values in states.get("state", {}).items()
-        for key, value in values.items()
-        if isinstance(value, Tensor)
+def _saved_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers that a checkpoint holds, by name.
+
+    Of tied weights, the first name is saved; of a model with LoRA, the adapter and everything else that is trained.
+    """
+    adapter = adapter_state_dict(model).keys()
+    first: dict[int, str] = {}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if first.setdefault(id(tensor), name) == name and (not adapter or name in adapter or tensor.requires_grad)
     }
-    return {_weights_name(wrapped): weights, "optimizer": moments}
-
-
-def _scatter_weights(wrapped: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    named: dict[str, Any] = dict(tensors)
-    if EMBEDDING in named:
-        named[LM_HEAD] = named[EMBEDDING]
-    set_model_state_dict(wrapped, named, options=_scatter_options(wrapped))
-
-
-def _scatter_optimizer(
-    accelerator: Accelerator, wrapped: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    if broadcast_bytes(accelerator, b"1" if tensors else b"0") == b"0":
-        return  # the optimizer has no state, for example SGD without momentum
-    # Only the groups of the current state are needed, so it is not gathered.
-    options = _options(accelerator, wrapped, full=False)
-    state_dict: dict[str, Any] = get_optimizer_state_dict(wrapped, optimizer, options=options)
-    state: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition(_SEPARATOR)
-        state.setdefault(parameter, {})[key] = tensor
-    state_dict["state"] = state
-    set_optimizer_state_dict(wrapped, optimizer, state_dict, options=_scatter_options(wrapped))
-
-
-def _options(accelerator: Accelerator, model: nn.Module, *, full: bool) -> StateDictOptions:
-    """Gather sharded tensors one by one onto the CPU; unsharded ones are copied once, by `_copy_to_cpu`."""
-    adapter = _weights_name(model) == "adapter"
-    return StateDictOptions(
-        full_state_dict=full, cpu_offload=full and uses_fsdp(accelerator), ignore_frozen_params=adapter
-    )
-
-
-def _scatter_options(model: nn.Module) -> StateDictOptions:
-    return StateDictOptions(
-        full_state_dict=True,
-        broadcast_from_rank0=torch.distributed.is_initialized(),
-        strict=_weights_name(model) == "model",
-    )
 
 
 def _copy_to_cpu(files: TensorFiles) -> TensorFiles:

@@ -1,7 +1,7 @@
 """Collective operations besides the gradients' all-reduce: loss weights, flags, bytes and JSON, never pickles."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,23 @@ def broadcast_bytes(accelerator: Accelerator, data: bytes) -> bytes:
     if accelerator.is_main_process:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(accelerator.device)
     return _to_bytes(broadcast(buffer))
+
+
+def broadcast_tensors(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield rank 0's tensors by name, one at a time, on every rank; the other ranks' are ignored; collective.
+
+    With several ranks they are copies on the device; with one, the tensors themselves.
+    """
+    if accelerator.num_processes == 1:
+        yield from tensors.items()
+        return
+    layout = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    for name, (shape, dtype) in json.loads(broadcast_bytes(accelerator, json.dumps(layout).encode())).items():
+        buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=accelerator.device)
+        if accelerator.is_main_process:
+            buffer.copy_(tensors[name])
+        broadcast(buffer.view(-1).view(torch.uint8))  # in place; as bytes, because not every backend has every dtype
+        yield name, buffer
 
 
 def gather_bytes(accelerator: Accelerator, data: bytes) -> list[bytes]:

@@ -96,6 +96,22 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Shard a full tensor as a parameter is sharded; not collective, because every rank has the full tensor.
+
+    A tensor of another shape than the parameter is replicated. Scalars and tensors of unsharded parameters are
+    returned unchanged.
+    """
+    if not hasattr(parameter, "device_mesh") or not tensor.dim():
+        return tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = parameter.device_mesh
+    placements = parameter.placements if tensor.shape == parameter.shape else [Replicate()] * mesh.ndim
+    # A clone, because the shard would otherwise keep the full tensor in memory.
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None).clone()
+
+
 def meta_copy(model: GPT) -> GPT:
     """Return a copy of the model, with its adapters and tied weights, whose parameters are on the meta device."""
     parameters = {
@@ -115,5 +131,6 @@ def gather_full_model(template: GPT, wrapped: nn.Module) -> GPT:
     model = copy.deepcopy(template)
     tensors: dict[str, Any] = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
     model.load_state_dict(tensors, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight
+    if template.lm_head.weight is template.transformer.wte.weight:
+        model.lm_head.weight = model.transformer.wte.weight
     return model.eval()

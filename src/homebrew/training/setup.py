@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from homebrew.callbacks.base import Callback
 from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.checkpoint.compatibility import run_identity
+from homebrew.checkpoint.manager import CheckpointManager
 from homebrew.data.loader import StepLoader
 from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.data.validation import check_dataset
@@ -31,9 +32,6 @@ from homebrew.training.schedule import Schedule
 from homebrew.training.step_logger import StepLogger
 from homebrew.training.train_step import TrainStep
 from homebrew.training.trainer_config import TrainerConfig
-
-if TYPE_CHECKING:
-    from homebrew.checkpoint.manager import CheckpointManager
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class TrainerParts:
     train_step: TrainStep
     loader: StepLoader
     logger: StepLogger
-    checkpoints: "CheckpointManager"
+    checkpoints: CheckpointManager
 
 
 def build_parts(
@@ -138,9 +136,7 @@ def build_parts(
         train_step=train_step,
         loader=build_loader(config, train_dataset, batch, accelerator, vocab_size=bare.config.vocab_size),
         logger=build_logger(config, bare, batch, accelerator, guard, sequence_length=sequence_length),
-        checkpoints=build_checkpoint_manager(
-            config, accelerator, bare, wrapped, bare_optimizer, guard, identity, train_dataset
-        ),
+        checkpoints=build_checkpoint_manager(config, accelerator, bare, bare_optimizer, guard, identity, train_dataset),
     )
 
 
@@ -219,19 +215,15 @@ def build_checkpoint_manager(
     config: TrainerConfig,
     accelerator: Accelerator,
     model: GPT,
-    wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     guard: NanGuard,
     identity: dict[str, Any],
     dataset: Dataset[Any],
-) -> "CheckpointManager":
+) -> CheckpointManager:
     """Build the manager of the run's checkpoints."""
-    from homebrew.checkpoint.manager import CheckpointManager  # slow to import
-
     return CheckpointManager(
         accelerator,
         model,
-        wrapped,
         optimizer,
         guard,
         output_dir=Path(config.output_dir),

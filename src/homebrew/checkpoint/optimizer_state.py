@@ -1,0 +1,168 @@
+"""The state of an optimizer: tensors named after parameters, and plain numbers as JSON.
+
+PyTorch's `get_optimizer_state_dict` and `set_optimizer_state_dict` are not used. For an optimizer without state they
+take a step to create it, which changes the numbers of some optimizers and the weights of others; and they expect state
+for exactly the trainable parameters.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from homebrew.distributed.collectives import broadcast_tensors
+from homebrew.distributed.fsdp import shard_like
+from homebrew.errors import CorruptCheckpoint, ResumeMismatch
+
+_SEPARATOR = "//"
+_NOT_SAVED = ("params", "lr")
+"""Keys of a parameter group that are not state: the schedule sets the learning rate at every step."""
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the tensors of every parameter's state, named `<parameter>//<key>`: not copied, and sharded under FSDP."""
+    return {
+        f"{name}{_SEPARATOR}{key}": value
+        for name, values in _named_states(model, optimizer).items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
+    """Return the settings of each parameter group in a form that shows whether the optimizer has changed them.
+
+    Tensors are not settings: an optimizer may change them in place, and they may be large.
+    """
+    return [
+        {key: repr(value) for key, value in group.items() if key not in _NOT_SAVED and not isinstance(value, Tensor)}
+        for group in optimizer.param_groups
+    ]
+
+
+def optimizer_json(
+    model: nn.Module, optimizer: torch.optim.Optimizer, initial: list[dict[str, str]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Describe an optimizer's state: the shapes of its tensors, and all plain numbers, such as step counts.
+
+    Of the groups' settings, only those that differ from `initial`, `group_settings` before the first step, are state.
+
+    Returns:
+        The state as JSON, and the keys of everything that is neither in it nor in `state_tensors`.
+    """
+    parameters: dict[str, dict[str, int | float | None]] = {}
+    groups: list[dict[str, int | float]] = []
+    unsaved = {str(key) for key in optimizer.state if not isinstance(key, Tensor)}
+    for name, values in _named_states(model, optimizer).items():
+        if numbers := {key: value for key, value in values.items() if isinstance(value, int | float | None)}:
+            parameters[name] = numbers
+        unsaved |= {key for key, value in values.items() if not isinstance(value, int | float | Tensor | None)}
+    for group, before, now in zip(optimizer.param_groups, initial, group_settings(optimizer), strict=True):
+        changed = {key: group[key] for key in now if now[key] != before.get(key)}
+        groups.append({key: value for key, value in changed.items() if isinstance(value, int | float)})
+        unsaved |= changed.keys() - groups[-1].keys()
+        unsaved |= {key for key, value in group.items() if isinstance(value, Tensor) and key not in _NOT_SAVED}
+    tensors = {name: list(tensor.shape) for name, tensor in state_tensors(model, optimizer).items()}
+    return {"tensors": dict(sorted(tensors.items())), "parameters": parameters, "groups": groups}, sorted(unsaved)
+
+
+def check_optimizer_state(
+    path: Path, state: object, tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Check that a checkpoint has the optimizer state that was saved, and that this run's optimizer can load it.
+
+    Args:
+        path: Folder of the checkpoint.
+        state: Any JSON value; valid if it is the result of `optimizer_json`.
+        tensors: Contents of the optimizer's file.
+        model: Model without wrappers.
+        optimizer: Optimizer that will load the state.
+
+    Raises:
+        CorruptCheckpoint: The state is malformed, or is not the one that was saved.
+        ResumeMismatch: The state belongs to parameters that the optimizer does not hold.
+    """
+    if not _is_optimizer_json(state, num_groups=len(optimizer.param_groups)):
+        raise CorruptCheckpoint(f"{path / 'state.json'} does not hold the state of this run's optimizer.")
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    saved: dict[str, Any] = state["tensors"]  # type: ignore[index]  # it is a dictionary
+    for name in sorted(saved.keys() | shapes.keys()):
+        if saved.get(name) != shapes.get(name):
+            raise CorruptCheckpoint(
+                f"{path / 'optimizer.safetensors'}: {name} has shape {shapes.get(name)}, but {saved.get(name)} was "
+                f"saved. Resume from another checkpoint."
+            )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = {name: p for name, p in model.named_parameters() if id(p) in held}
+    owners = {name.rpartition(_SEPARATOR)[0] for name in saved} | state["parameters"].keys()  # type: ignore[index]
+    if unknown := sorted(owners - parameters.keys()):
+        raise ResumeMismatch(
+            f"{path} has optimizer state of {unknown[0]}, which this run's optimizer does not hold. Build the same "
+            f"model and optimizer, and freeze the same parameters, as in the run that saved it."
+        )
+    if _is_fused(optimizer):  # PyTorch's kernels do not check shapes: a wrong one corrupts memory
+        for name, shape in shapes.items():
+            if shape and shape != list(parameters[name.rpartition(_SEPARATOR)[0]].shape):
+                raise CorruptCheckpoint(
+                    f"{path / 'optimizer.safetensors'}: {name} does not have its parameter's shape."
+                )
+
+
+def load_optimizer_state(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Replace an optimizer's state by one that `check_optimizer_state` has accepted; collective.
+
+    Args:
+        accelerator: The run's accelerator.
+        model: Model without wrappers.
+        optimizer: Optimizer without Accelerate's wrapper.
+        tensors: Full tensors; used on rank 0 only.
+        state: Result of `optimizer_json`, on every rank.
+    """
+    named = dict(model.named_parameters())
+    indices = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    states = {name: dict(numbers) for name, numbers in state["parameters"].items()}
+    for name, tensor in broadcast_tensors(accelerator, tensors):
+        parameter, _, key = name.rpartition(_SEPARATOR)
+        states.setdefault(parameter, {})[key] = shard_like(tensor, named[parameter])
+    state_dict = optimizer.state_dict()
+    others = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    state_dict["state"] = others | {indices[id(named[name])]: values for name, values in states.items()}
+    optimizer.load_state_dict(state_dict)  # moves tensors to the right device, but casts them to the weights' dtype
+    if not _is_fused(optimizer):  # PyTorch's kernels need the weights' dtype
+        for name, values in states.items():
+            loaded = optimizer.state[named[name]]
+            loaded |= {k: v.to(loaded[k].device) for k, v in values.items() if isinstance(v, Tensor)}
+    for group, numbers in zip(optimizer.param_groups, state["groups"], strict=True):
+        group.update(numbers)
+
+
+def _named_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Return the state of each parameter that has one, by the parameter's name."""
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return any(group.get("fused") for group in optimizer.param_groups)
+
+
+def _is_optimizer_json(state: object, *, num_groups: int) -> bool:
+    try:
+        tensors, parameters, groups = (state[key] for key in ("tensors", "parameters", "groups"))  # type: ignore[index]
+        numbers = [number for values in (*groups, *parameters.values()) for number in values.values()]
+        return (
+            isinstance(tensors, dict)
+            and len(groups) == num_groups
+            and not any(key in values for values in groups for key in _NOT_SAVED)
+            and all(isinstance(number, int | float | None) for number in numbers)
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
