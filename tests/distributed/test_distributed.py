@@ -398,6 +398,20 @@ def test_error_on_one_rank_ends_all_ranks_and_is_shown_first(fork, forks, tmp_pa
         assert sum(expected in error for error in errors) >= 2, text  # on both ranks
 
 
+@pytest.mark.parametrize("layout", ["ddp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "task",
+    [{"trainable": [0, False]}, {"trainable": [2, False]}, {"frozen": True, "trainable": [2, True]}],
+    ids=["frozen before the first step", "frozen", "unfrozen"],
+)
+def test_the_trainable_parameters_cannot_change_on_several_processes(fork, forks, tmp_path, layout, task):
+    assert fork(tmp_path, layout, run=task | {"max_steps": 4}) == [1, 1]
+    errors = error_lines(forks.log.read_text())
+    expected = "homebrew.errors.TrainingError: requires_grad of transformer.wpe.weight has changed"
+    assert len(errors) == 2
+    assert all(error.startswith(expected) for error in errors), errors
+
+
 def processes_of(folder):
     """Return the ids of processes with this folder on their command line."""
     pids = []

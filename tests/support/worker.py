@@ -66,6 +66,7 @@ class Recorder(Callback):
         self.losses, self.evaluations = [], []
 
     def on_train_begin(self, trainer):
+        self.set_trainable(trainer)
         if self.task.get("save_before_training"):
             trainer.save()
         if self.task.get("break") == "step" and trainer.accelerator.process_index == 1:
@@ -80,7 +81,14 @@ class Recorder(Callback):
     def on_log(self, trainer, metrics):
         self.losses.append(metrics.loss)
 
+    def set_trainable(self, trainer):
+        """Freeze or unfreeze the position embedding, as the task's step and value say."""
+        step, value = self.task.get("trainable", (None, None))
+        if trainer.step == step:
+            trainer.model.transformer.wpe.weight.requires_grad_(value)
+
     def on_step_end(self, trainer):
+        self.set_trainable(trainer)
         trainer.should_stop = trainer.step == self.task.get("stop")
         rank_with_full_disk = {"save": 0, "part": 1}.get(self.task.get("break"))
         if trainer.step == 3 and trainer.accelerator.process_index == rank_with_full_disk:
@@ -235,6 +243,7 @@ def build(task, rank):
     model = Untied(shape) if task.get("untied") else GPT(shape)
     if task.get("compile"):  # AOTAutograd without Inductor, whose C++ compiler takes minutes
         nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
+    model.transformer.wpe.weight.requires_grad_(not task.get("frozen"))
     if task.get("lora"):
         add_lora(model, LoRAConfig(rank=3))
     if "memory" in task:

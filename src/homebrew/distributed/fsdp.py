@@ -102,12 +102,13 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     A tensor of another shape than the parameter is replicated. Scalars and tensors of unsharded parameters are
     returned unchanged.
     """
-    if not hasattr(parameter, "device_mesh") or not tensor.dim():
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or not tensor.dim():
         return tensor
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    mesh = parameter.device_mesh
-    placements = parameter.placements if tensor.shape == parameter.shape else [Replicate()] * mesh.ndim
+    is_alike = tensor.shape == parameter.shape
+    placements = parameter.placements if is_alike else [Replicate()] * mesh.ndim  # type: ignore[attr-defined]
     # A clone, because the shard would otherwise keep the full tensor in memory.
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None).clone()
 

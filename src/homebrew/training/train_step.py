@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -12,8 +13,10 @@ from homebrew.data.loader import Batch
 from homebrew.distributed.collectives import micro_batch_weights
 from homebrew.distributed.fsdp import full_tensor, keeps_weights_gathered, uses_fsdp
 from homebrew.errors import TrainingError
+from homebrew.model.lora import lora_layers
 from homebrew.training.cuda_graph import CudaGraph
 from homebrew.training.nan_guard import NanGuard
+from homebrew.training.optimizer import check_trainable
 
 
 class TrainStep:
@@ -45,8 +48,8 @@ class TrainStep:
         capture_update: bool = False,
     ) -> None:
         self._model = model
-        self._all_parameters = list(model.parameters())
-        self._parameters = [parameter for parameter in self._all_parameters if parameter.requires_grad]
+        self._names, self._parameters = zip(*model.named_parameters(), strict=True)
+        self._trainable = [parameter.requires_grad for parameter in self._parameters]
         self._optimizer = optimizer
         self._guard = guard
         self._accelerator = accelerator
@@ -83,7 +86,12 @@ class TrainStep:
         Returns:
             The step's result (see `NanGuard.check`), on the device. Its loss is the mean over the step's scored targets
             on all ranks; its gradient norm is the one before clipping.
+
+        Raises:
+            TrainingError: A parameter has been frozen or unfrozen, and that is not supported here.
+            ConfigError: A parameter has been unfrozen that the optimizer does not hold.
         """
+        self._check_trainable()
         self._is_incomplete = True
         if self._accumulate_in_place:
             self._allocate_gradients()
@@ -94,6 +102,21 @@ class TrainStep:
         self._guard.optimizer.zero_grad(set_to_none=not self._accumulate_in_place)
         self._is_incomplete = False
         return result
+
+    def _check_trainable(self) -> None:
+        """Check parameters that have been frozen or unfrozen since the last step, for example by a callback."""
+        trainable = [parameter.requires_grad for parameter in self._parameters]
+        if trainable == self._trainable:
+            return
+        if self._accelerator.distributed_type != DistributedType.NO or lora_layers(self._model):
+            before_and_now = zip(self._names, self._trainable, trainable, strict=True)
+            changed = next(name for name, before, now in before_and_now if before != now)
+            raise TrainingError(
+                f"requires_grad of {changed.removeprefix('module.')} has changed since the Trainer was built. With "
+                f"DDP, FSDP or LoRA, set it before, and build a new Trainer to change it."
+            )
+        check_trainable(self._model, self._optimizer)
+        self._trainable = trainable
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Run forward and backward passes, synchronizing gradients in the last; return the step's loss."""
@@ -113,7 +136,7 @@ class TrainStep:
         return total
 
     def _allocate_gradients(self) -> None:
-        for parameter in self._all_parameters:
+        for parameter in self._parameters:
             if not parameter.requires_grad:
                 parameter.grad = None  # a callback has frozen it, so the optimizer must skip it
             elif parameter.grad is None:
