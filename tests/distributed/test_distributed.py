@@ -261,11 +261,25 @@ def test_every_rank_writes_its_shards_of_an_adapter(runs):
 
 @pytest.mark.slow
 def test_replicated_optimizer_state_resumes_bitwise_from_a_sharded_save(run, tmp_path):
-    task = {"row_rms": True, "max_steps": 8, "save_every": 4} | SHARDED_SAVE
+    task = {"optimizer": "row_rms", "max_steps": 8, "save_every": 4} | SHARDED_SAVE
     resumed = task | {"resume": str(checkpoint_path(tmp_path / "full", 4))}
     results = run(tmp_path, "fsdp2", full=task, resumed=resumed)
     assert results["resumed"]["losses"] == results["full"]["losses"][4:]
     assert_same_checkpoint(checkpoint_path(tmp_path / "resumed", 8), checkpoint_path(tmp_path / "full", 8))
+
+
+@pytest.mark.parametrize("layout", ["ddp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_schedule_free_run_resumes_bitwise_on_several_processes(run, tmp_path, layout):
+    task = {"optimizer": "schedule_free", "max_steps": 8}
+    resumed = task | {"resume": str(checkpoint_path(tmp_path / "saved", 4))}
+    saved = task | {"save_every": 4, "eval_every": 2}
+    results = run(tmp_path, layout, full=task, saved=saved, resumed=resumed)
+    assert results["saved"]["losses"] == results["full"]["losses"]
+    assert results["resumed"]["losses"] == results["full"]["losses"][4:]
+    one = run(tmp_path / "one", "one", saved=saved)
+    assert_close(results["saved"], one["saved"], tmp_path / "saved", tmp_path / "one" / "saved")
+    for (loss, _), (expected, _) in zip(results["saved"]["evaluations"], one["saved"]["evaluations"], strict=True):
+        assert loss == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

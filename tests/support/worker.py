@@ -22,6 +22,7 @@ import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp  # imported by a run with FSDP
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from custom_optimizers import ScheduleFreeAdamW
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -182,6 +183,9 @@ class RowRMS(torch.optim.Optimizer):
                 parameter.sub_(group["lr"] * parameter.grad / (state["rows"].sqrt() + 1e-8))
 
 
+OPTIMIZERS = {"row_rms": RowRMS, "schedule_free": ScheduleFreeAdamW}
+
+
 def no_space(*_):
     """Fail as `os.rename` does on a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -248,6 +252,7 @@ def build(task, rank):
         add_lora(model, LoRAConfig(rank=3))
     if "memory" in task:
         limit_memory(model, task["memory"][rank])
+    optimizer = task.get("optimizer")
     trainer = Trainer(
         model,
         train,
@@ -269,7 +274,7 @@ def build(task, rank):
             collective_timeout_seconds=task.get("timeout", 120),
         ),
         callbacks=[recorder, poison],
-        optimizer=RowRMS(model.parameters()) if task.get("row_rms") else None,
+        optimizer=optimizer and OPTIMIZERS[optimizer](model.parameters()),
     )
     return trainer, train, recorder, poison
 

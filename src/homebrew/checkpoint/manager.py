@@ -16,7 +16,7 @@ from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import check_identity
 from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
-from homebrew.checkpoint.optimizer_state import group_settings, optimizer_json
+from homebrew.checkpoint.optimizer_state import check_state, group_settings, optimizer_json
 from homebrew.checkpoint.run_folder import RunLock, move_run_aside
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
 from homebrew.checkpoint.state_dict import (
@@ -247,10 +247,12 @@ class CheckpointManager:
             eval_loss: Evaluation loss at this step; the checkpoint with the lowest is kept.
 
         Raises:
+            ConfigError: The optimizer has state that a checkpoint cannot hold.
             CheckpointError: An earlier checkpoint, or this sharded one, could not be written.
             NonFiniteError: A weight or an optimizer state is not finite.
         """
         self.wait()
+        check_state(self._optimizer)
         accelerator, store = self._accelerator, self._store
         state = self._state() if accelerator.is_main_process else {}
         if self._sharded:

@@ -12,14 +12,37 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from homebrew.distributed.collectives import broadcast_tensors
 from homebrew.distributed.fsdp import shard_like
-from homebrew.errors import CorruptCheckpoint, ResumeMismatch
+from homebrew.errors import ConfigError, CorruptCheckpoint, ResumeMismatch
 
 _SEPARATOR = "//"
 _NOT_SAVED = ("params", "lr")
 """Keys of a parameter group that are not state: the schedule sets the learning rate at every step."""
+
+
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError if an optimizer has tensors in its state that a checkpoint cannot hold.
+
+    These are tensor subclasses, such as quantized moments; tensors in containers; and the state of an inner optimizer.
+    """
+    name = type(optimizer).__name__
+    for values in optimizer.state.values():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if _holds_other_tensors(value):
+                raise ConfigError(
+                    f"{name} keeps its state {key!r} in a {type(value).__name__}, which a checkpoint cannot hold. Use "
+                    f"an optimizer whose state is plain tensors and numbers."
+                )
+    for key, value in vars(optimizer).items():
+        inner = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.optim.Optimizer)]
+        if any(other.state is not optimizer.state for other in inner):
+            raise ConfigError(
+                f"{name} keeps state in another optimizer, its attribute {key!r}, which a checkpoint does not hold. "
+                f"Use an optimizer that keeps all state itself."
+            )
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -148,6 +171,13 @@ def load_optimizer_state(
 def _named_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """Return the state of each parameter that has one, by the parameter's name."""
     return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def _holds_other_tensors(value: object) -> bool:
+    """Return whether a value contains tensors but is not a plain tensor, or a sharded one."""
+    if type(value) in (Tensor, nn.Parameter) or hasattr(value, "device_mesh"):
+        return False
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 def _is_fused(optimizer: torch.optim.Optimizer) -> bool:

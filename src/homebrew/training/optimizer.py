@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from homebrew.errors import ConfigError
 
@@ -56,9 +56,15 @@ def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, peaks: Sequence[float], multiplier: float) -> None:
-    """Set the learning rate of each parameter group to its peak times the schedule's multiplier."""
+    """Set the learning rate of each parameter group to its peak times the schedule's multiplier.
+
+    A learning rate that is a tensor stays the same tensor: some optimizers require one, and compiled ones refer to it.
+    """
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-        group["lr"] = peak * multiplier
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(peak * multiplier)
+        else:
+            group["lr"] = peak * multiplier
 
 
 def _can_fuse(groups: Iterable[dict[str, Any]]) -> bool:

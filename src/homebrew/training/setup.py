@@ -28,6 +28,7 @@ from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compi
 from homebrew.training.global_settings import allow_tf32
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw, check_trainable
+from homebrew.training.optimizer_probe import check_future_state
 from homebrew.training.schedule import Schedule
 from homebrew.training.step_logger import StepLogger
 from homebrew.training.train_step import TrainStep
@@ -89,6 +90,8 @@ def build_parts(
     use_graphs = compile_mode == "cuda_graphs"
 
     check_trainable(bare, optimizer)
+    if optimizer is not None:
+        check_future_state(optimizer)
     bare_optimizer = optimizer or adamw(
         bare, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )

@@ -1,8 +1,8 @@
 """The Trainer: public methods and the training loop."""
 
 import warnings
-from collections.abc import Collection, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from homebrew.model.gpt_config import GPTConfig
 from homebrew.training.batch_size import explain_out_of_memory
 from homebrew.training.compile import warm_up_compiled
 from homebrew.training.optimizer import set_learning_rates
+from homebrew.training.optimizer_modes import OptimizerModes
 from homebrew.training.schedule import Schedule
 from homebrew.training.setup import build_callbacks, build_parts
 from homebrew.training.trainer_config import TrainerConfig
@@ -89,6 +90,7 @@ class Trainer:
         self._wrapped = parts.wrapped
         self._meta_copy = parts.meta_copy
         self._optimizer = parts.optimizer
+        self._modes = OptimizerModes(parts.optimizer)
         self._peak_learning_rates = [float(group["lr"]) for group in parts.optimizer.param_groups]
         self._guard = parts.guard
         self._train_step = parts.train_step
@@ -132,6 +134,7 @@ class Trainer:
         """Train from the current step."""
         try:
             self._emit("on_train_begin")
+            self._modes.train()
             self._is_running = True
             with (
                 self._checkpoints,
@@ -179,7 +182,7 @@ class Trainer:
             raise ConfigError("There is no evaluation dataset. Pass eval_dataset to Trainer, or dataset to evaluate().")
         if self._is_running:
             self._logger.flush(self._emit)  # finish the steps first, so that their time does not count as evaluation
-        with self._logger.paused():
+        with self._paused():
             loss, num_tokens = mean_loss(
                 self.accelerator,
                 self._wrapped,
@@ -208,7 +211,7 @@ class Trainer:
             self._logger.flush(self._emit)  # first, because its callbacks may save too
             if not self._checkpoints.is_saved(self.step):
                 evaluated_step, loss = self._last_evaluation or (None, None)
-                with self._logger.paused():
+                with self._paused():
                     self._checkpoints.save(self.step, eval_loss=loss if evaluated_step == self.step else None)
                 self._emit("on_save", path)
             if not self._is_running:
@@ -218,7 +221,8 @@ class Trainer:
     def full_model(self) -> GPT:
         """Return the model with full (unsharded) weights. Every process calls this.
 
-        Without FSDP this is the model itself; under FSDP it is a copy, in evaluation mode.
+        Without FSDP this is the model itself; under FSDP it is a copy, in evaluation mode. With a schedule-free
+        optimizer it has the weights to train in `on_step_end`, and else those to evaluate.
         """
         return self.model if self._meta_copy is None else gather_full_model(self._meta_copy, self._wrapped)
 
@@ -242,7 +246,8 @@ class Trainer:
             raise ConfigError("sample() needs a Tokenizer, but train_dataset has none. Use model.generate on ids.")
         end = tokenizer.end_of_text_id
         ids = list(tokenizer.encode(text or default_prompt(tokenizer))) if text or end is None else [end]
-        generated = self.full_model().generate([ids], max_new_tokens, sampling=sampling, seed=seed)[0]
+        with self._modes.evaluating():
+            generated = self.full_model().generate([ids], max_new_tokens, sampling=sampling, seed=seed)[0]
         return str(tokenizer.decode(generated if text else generated[1:]))
 
     @property
@@ -264,6 +269,7 @@ class Trainer:
     def _end(self, error: BaseException | None) -> None:
         """Call every `on_train_end`, even if one raises. Raise the first error, unless `error` has ended the run."""
         self._is_running = False
+        self._modes.eval()
         self._logger.cancel()
         set_learning_rates(self._optimizer, self._peak_learning_rates, 1.0)  # restore the peaks
         first = error
@@ -277,6 +283,12 @@ class Trainer:
                     warnings.warn(f"{type(callback).__name__}.on_train_end failed too: {raised!r}", stacklevel=4)
         if first is not None and first is not error:
             raise first
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Do not count the time of this block as training time, and use the weights to evaluate and save."""
+        with self._logger.paused(), self._modes.evaluating():
+            yield
 
     def _warm_up(self, micro_batch: Batch) -> None:
         """Compile before the first step, so that compiling does not count as a step's time."""
@@ -324,8 +336,8 @@ class Trainer:
                 exit_for_signal(number)
 
     def _emit(self, event: str, *arguments: object) -> None:
-        """Call a method of every callback; its time does not count as training time, unless the GPU works meanwhile."""
+        """Call a method of every callback; training is paused, except in the events that happen while the GPU works."""
         overlaps = event in ("on_step_end", "on_log", "on_step_skipped")
-        with nullcontext() if overlaps else self._logger.paused():
+        with nullcontext() if overlaps else self._paused():
             for callback in self.callbacks:
                 getattr(callback, event)(self, *arguments)

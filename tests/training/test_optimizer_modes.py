@@ -1,0 +1,231 @@
+"""Optimizers with modes, learning rates in tensors, and state that a checkpoint cannot hold."""
+
+import pytest
+import torch
+from custom_optimizers import AdamW8bit, ScheduleFreeAdamW
+from tiny_runs import ONE_LAYER, RaiseAt, Recorder, StopAt, checkpoint_path, equal, make_trainer, token_dataset, weights
+
+from homebrew import GPT, load_model
+from homebrew.callbacks.base import Callback
+from homebrew.errors import ConfigError
+from homebrew.training.optimizer_modes import OptimizerModes
+from homebrew.training.optimizer_probe import check_future_state
+
+
+def make(output_dir, *callbacks, optimizer=ScheduleFreeAdamW, **config):
+    model = GPT(ONE_LAYER)
+    optimizer = optimizer(model.parameters())
+    return make_trainer(output_dir, model=model, optimizer=optimizer, callbacks=callbacks, **config)
+
+
+class Evaluate(Callback):
+    """Evaluates, saves and samples wherever a callback can, and records the weights that the events see."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, trainer):
+        trainer.evaluate(trainer.train_dataset)
+        trainer.save()
+
+    def on_step_end(self, trainer):
+        self.on_train_begin(trainer)
+
+    def on_save(self, trainer, path):
+        trainer.evaluate(trainer.train_dataset)
+        self.seen.append(weights(trainer))
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_schedule_free_run_resumes_bitwise_and_reading_does_not_change_it(tmp_path):
+    uninterrupted = make(tmp_path / "uninterrupted")
+    uninterrupted.train()
+    expected = weights(uninterrupted)
+    make(tmp_path / "stopped", StopAt(3)).train()
+    resumed = make(tmp_path / "stopped")
+    resumed.train(resume=True)
+    assert equal(weights(resumed), expected)
+    read = make(tmp_path / "read", Evaluate())
+    read.train()
+    assert equal(weights(read), expected)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_an_interrupted_schedule_free_run_can_be_resumed_by_the_same_trainer(tmp_path):
+    uninterrupted = make(tmp_path / "uninterrupted")
+    uninterrupted.train()
+    raised = RaiseAt(5, ZeroDivisionError())
+    trainer = make(tmp_path / "interrupted", raised, save_every=2)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.callbacks.remove(raised)
+    trainer.train(resume=True)
+    assert equal(weights(trainer), weights(uninterrupted))
+
+
+def test_evaluation_checkpoints_samples_and_events_use_the_weights_of_evaluation_mode(tmp_path):
+    recorder, evaluate = Recorder(), Evaluate()
+    dataset = token_dataset(200, seed=5)
+    trainer = make(tmp_path, recorder, evaluate, eval_dataset=dataset, eval_every=3, keep_every=1)
+    trainer.train()
+    for step in range(7):
+        path = checkpoint_path(tmp_path, step)
+        assert equal(load_model(path)[0].state_dict(), evaluate.seen[step])
+    manual = GPT(ONE_LAYER)
+    optimizer = ScheduleFreeAdamW(manual.parameters())
+    for step, loss in recorder.evaluations.items():
+        manual.load_state_dict(evaluate.seen[step])
+        other = make_trainer(tmp_path / f"other-{step}", model=manual, optimizer=optimizer)
+        assert other.evaluate(dataset).loss == pytest.approx(loss.loss, abs=1e-6)
+    assert equal(weights(trainer), evaluate.seen[6])
+    assert not trainer._optimizer.param_groups[0]["train_mode"]
+
+
+def test_the_modes_differ_and_return_to_the_same_bits():
+    parameter = torch.nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(1)))
+    optimizer = ScheduleFreeAdamW([parameter])
+    modes = OptimizerModes(optimizer)
+    modes.train()
+    for _ in range(3):
+        parameter.grad = parameter.detach().square()
+        optimizer.step()
+    before = parameter.detach().clone()
+    with modes.evaluating(), modes.evaluating():
+        assert not parameter.equal(before)
+    assert parameter.equal(before)
+    assert optimizer.state[parameter].keys() == {"z", "exp_avg_sq"}
+    modes.eval()
+    OptimizerModes(optimizer).train()  # a later Trainer
+    assert parameter.equal(before)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda parameters: AdamW8bit(parameters, min_elements=10**9),
+        lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(1e-2), foreach=False),
+        lambda parameters: torch.optim.SGD([{"params": list(parameters), "lr": torch.tensor(0.5)}], foreach=False),
+    ],
+    ids=["AdamW8bit", "AdamW", "group"],
+)
+def test_a_learning_rate_in_a_tensor_stays_the_same_tensor(tmp_path, optimizer):
+    class Record(Callback):
+        def on_step_end(self, trainer):
+            group = trainer._optimizer.param_groups[0]
+            assert group["lr"] is learning_rate
+            used.append(float(group["lr"]))
+
+    used = []
+    trainer = make(tmp_path / "a", Record(), optimizer=optimizer, schedule=lambda step: 1 / (1 + step), max_steps=3)
+    learning_rate = trainer._optimizer.param_groups[0]["lr"]
+    peak = float(learning_rate)
+    trainer.train()
+    assert used == pytest.approx([peak, peak / 2, peak / 3])
+    assert float(learning_rate) == pytest.approx(peak)
+    make(tmp_path / "b", StopAt(2), optimizer=optimizer).train()
+    resumed = make(tmp_path / "b", optimizer=optimizer)
+    resumed.train(resume=True)
+    assert isinstance(resumed._optimizer.param_groups[0]["lr"], torch.Tensor)
+
+
+class ListState(torch.optim.SGD):
+    """Keeps its moments in a list, and only of matrices."""
+
+    def step(self, closure=None):
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.dim() == 2:
+                self.state[parameter]["moments"] = [torch.zeros(1)]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Changes the updates of an inner optimizer, whose state is not its own."""
+
+    def __init__(self, parameters):
+        parameters = list(parameters)
+        super().__init__(parameters, {"lr": 0.1})
+        self.inner = torch.optim.AdamW(parameters)
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+class Offloaded(Wrapper):
+    """Has one inner optimizer for each parameter."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        del self.inner
+        self.optimizers = {p: torch.optim.AdamW([p]) for p in self.param_groups[0]["params"]}
+
+    def step(self, closure=None):
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+
+class InitialState(torch.optim.SGD):
+    """Creates its state when it is built."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["factors"] = {"rows": torch.zeros(1)}
+
+
+REFUSED = [
+    (AdamW8bit, "exp_avg.*Quantized"),
+    (ListState, "moments.*list"),
+    (Wrapper, "inner"),
+    (InitialState, "factors"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "message"), REFUSED, ids=[optimizer.__name__ for optimizer, _ in REFUSED])
+def test_state_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path, optimizer, message):
+    model = GPT(ONE_LAYER)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    random = torch.get_rng_state()
+    with pytest.raises(ConfigError, match=rf"{optimizer.__name__}.*{message}"):
+        make_trainer(tmp_path, model=model, optimizer=optimizer(model.parameters()))
+    assert equal(model.state_dict(), before)
+    assert torch.get_rng_state().equal(random)
+
+
+class Unusual(torch.optim.SGD):
+    """Cannot be copied, draws random numbers, counts its steps, and has a hook."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.num_steps, self.calls = 0, []
+        self.register_step_post_hook(lambda *_: self.calls.append("hook"))
+
+    def step(self, closure=None):
+        torch.rand(1)
+        self.num_steps += 1
+        self.calls.append("step")
+        self.param_groups[0].setdefault("log", []).append(1)
+
+
+@pytest.mark.parametrize("attribute", [None, (i for i in ())], ids=["copied", "not copied"])
+def test_the_check_does_not_change_the_optimizer(attribute):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = Unusual([parameter])
+    optimizer.attribute = attribute
+    torch.manual_seed(1)
+    random = torch.get_rng_state()
+    check_future_state(optimizer)
+    assert (optimizer.num_steps, optimizer.calls, parameter.grad) == (0, [], None)
+    assert "log" not in optimizer.param_groups[0]
+    assert torch.get_rng_state().equal(random)
+
+
+def test_state_that_the_check_has_not_foreseen_is_refused_when_it_is_saved(tmp_path):
+    class Late(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            if self.param_groups[0]["params"][0].grad.any():
+                self.state[self.param_groups[0]["params"][0]]["moments"] = [torch.zeros(1)]
+
+    with pytest.raises(ConfigError, match=r"Late.*moments"):
+        make(tmp_path, optimizer=Late).train()
