@@ -81,6 +81,18 @@ def test_a_tensor_in_a_group_is_named():
     assert optimizer_json(*make(scale=torch.ones(2)))[1] == ["scale"]  # it may be changed in place
 
 
+def test_initial_state_is_kept_and_that_of_a_used_optimizer_is_not():
+    """Adagrad creates its state when it is built, and fails without it."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adagrad(model.parameters())
+    load({"tensors": {}, "parameters": {}, "groups": [{}]}, {}, model, optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    load({"tensors": {}, "parameters": {}, "groups": [{}]}, {}, model, optimizer)
+    assert not optimizer.state
+
+
 VALID = {"tensors": {}, "parameters": {}, "groups": [{}]}
 
 

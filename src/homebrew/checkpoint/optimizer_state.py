@@ -143,6 +143,9 @@ def load_optimizer_state(
 ) -> None:
     """Replace an optimizer's state by one that `check_optimizer_state` has accepted; collective.
 
+    Of its own state it keeps what is not a parameter's, and that of parameters at step 0, which some optimizers, like
+    Adagrad, create when they are built.
+
     Args:
         accelerator: The run's accelerator.
         model: Model without wrappers.
@@ -157,8 +160,12 @@ def load_optimizer_state(
         parameter, _, key = name.rpartition(_SEPARATOR)
         states.setdefault(parameter, {})[key] = shard_like(tensor, named[parameter])
     state_dict = optimizer.state_dict()
-    others = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
-    state_dict["state"] = others | {indices[id(named[name])]: values for name, values in states.items()}
+    kept = {
+        key: values
+        for key, values in state_dict["state"].items()
+        if not isinstance(key, int) or ("step" in values and not values["step"])
+    }
+    state_dict["state"] = kept | {indices[id(named[name])]: values for name, values in states.items()}
     optimizer.load_state_dict(state_dict)  # moves tensors to the right device, but casts them to the weights' dtype
     if not _is_fused(optimizer):  # PyTorch's kernels need the weights' dtype
         for name, values in states.items():
