@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from homebrew import GPT, GPTConfig
-from homebrew.checkpoint.compatibility import check_identity, run_identity
+from homebrew.checkpoint.compatibility import ASPECTS, check_identity, run_identity
 from homebrew.errors import ConfigError, ResumeMismatch
 from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training.schedule import warmup_cosine
@@ -21,6 +21,13 @@ def gpt(*, lora=None, seed=42, **shape):
     return model
 
 
+MODEL = gpt()
+
+
+def constant(step):
+    return 1.0
+
+
 def make(*, seed=42, lr=0.1, momentum=0.0, **changes):
     arguments = {
         "dataset": Samples(range(10)),
@@ -37,12 +44,12 @@ def make(*, seed=42, lr=0.1, momentum=0.0, **changes):
 
 CHANGES = {
     "dataset": ({"dataset": Samples(range(11))}, "'10 samples'"),
-    "model": ({"model": gpt(n_layer=3)}, "n_layer was 3, is 1"),
-    "adapter": ({"model": gpt(lora=LoRAConfig(rank=2))}, "adapter: was {'rank': 2"),
+    "model": ({"model": gpt(dropout=0.5)}, "dropout was 0.5, is 0.0"),
+    "adapter": ({"model": gpt(lora=LoRAConfig(alpha=3.0))}, "adapter: alpha was 3.0, is 2.0"),
     "optimizer": ({"momentum": 0.9}, "momentum was '0.9', is '0.0'"),
     "schedule": (
         {"schedule": warmup_cosine(warmup_steps=9, max_steps=100)},
-        "learning rates first differ at step 0: was 0.0111111, is 0.02",
+        "schedule: learning rate at step 0 was 0.0111111, is 0.02.",
     ),
     "global_batch_size": ({"global_batch_size": 16}, "was 16, is 8"),
     "seed": ({"seed": 1}, "was 1, is 42"),
@@ -56,17 +63,87 @@ def test_the_same_run_resumes():
 @pytest.mark.parametrize("aspect", CHANGES)
 def test_a_difference_is_named_and_can_be_accepted(aspect):
     changes, message = CHANGES[aspect]
-    ours, saved = (make(**changes), make()) if aspect == "dataset" else (make(), make(**changes))
+    original = {"model": gpt(lora=LoRAConfig(alpha=2.0))} if aspect == "adapter" else {}
+    ours, saved = (make(**changes), make()) if aspect == "dataset" else (make(**original), make(**changes))
     with pytest.raises(ResumeMismatch, match=aspect) as caught:
         check_identity(saved, ours, ())
     assert message in str(caught.value)
     assert f"accept_changes=('{aspect}',)" in str(caught.value)
-    check_identity(saved, ours, (aspect,))
+    keeps_all_state = aspect in ("model", "adapter")
+    assert check_identity(saved, ours, (aspect,)) == (set() if keeps_all_state else {aspect})
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (gpt(n_layer=3), "model: n_layer was 3, is 1"),
+        (gpt(vocab_size=300), "model: vocab_size was 300, is 50"),
+        (gpt(lora=LoRAConfig(rank=2)), "adapter: was {'rank': 2"),
+    ],
+)
+def test_weights_that_do_not_fit_cannot_be_accepted(saved, message):
+    for accepted in ((), ASPECTS):
+        with pytest.raises(ResumeMismatch, match=f"{message}(?s:.*)do not fit") as caught:
+            check_identity(make(model=saved), make(), accepted)
+        assert "accept" not in str(caught.value)
 
 
 def test_the_peak_learning_rate_is_the_optimizers():
-    with pytest.raises(ResumeMismatch, match="schedule: learning rates first differ at step 0"):
+    with pytest.raises(ResumeMismatch, match=r"schedule: learning rate at step 0 was 0\.02, is 0\.2\.\n"):
         check_identity(make(lr=0.1), make(lr=1.0), ())
+
+
+def test_another_number_of_steps_is_one_difference():
+    with pytest.raises(ResumeMismatch, match=r"schedule: max_steps was 100, is 200\.\n"):
+        check_identity(make(schedule=constant), make(schedule=constant, max_steps=200), ())
+
+
+def sgd(*groups, model=MODEL, **defaults):
+    """Return the model and an optimizer with groups of (indices of the parameters, settings)."""
+    parameters = list(model.parameters())
+    groups = [{"params": [parameters[i] for i in indices], **settings} for indices, settings in groups]
+    return {"model": model, "optimizer": torch.optim.SGD(groups, **{"lr": 0.1} | defaults)}
+
+
+@pytest.mark.parametrize(
+    ("saved", "ours", "aspect"),
+    [
+        ((([0, 1], {"lr": 0.1}), ([2], {"lr": 0.2})), (([0, 1], {"lr": 0.2}), ([2], {"lr": 0.1})), "schedule"),
+        ((([0], {}), ([1], {}), ([2], {"lr": 1.0})), (([0], {}), ([1], {"lr": 1.0}), ([2], {})), "schedule"),
+        ((([0, 1], {}), ([2], {})), (([0], {}), ([1, 2], {})), "optimizer"),
+        ((([0], {}), ([1], {})), (([1], {}), ([0], {})), "optimizer"),
+        ((([0, 1, 2], {}),), (([0, 1], {}), ([2], {})), "optimizer"),
+        ((([0, 1], {}),), (([0], {}),), "optimizer"),  # the other parameter is frozen
+        ((([0], {"momentum": 0.9}), ([1], {})), (([0], {}), ([1], {"momentum": 0.9})), "optimizer"),
+    ],
+    ids=["rates exchanged", "rate moved", "moved", "exchanged", "split", "removed", "setting exchanged"],
+)
+def test_each_parameter_must_have_the_same_settings(saved, ours, aspect):
+    with pytest.raises(ResumeMismatch, match=f"{aspect}: ") as caught:
+        check_identity(make(**sgd(*saved)), make(**sgd(*ours)), ())
+    assert f"accept_changes=('{aspect}',)" in str(caught.value)
+
+
+def test_the_order_within_a_group_does_not_matter():
+    check_identity(make(**sgd(([0, 1, 2], {}))), make(**sgd(([2, 0, 1], {}))), ())
+
+
+@pytest.mark.parametrize(
+    ("change", "keeps_state"),
+    [
+        ({"weight_decay": 0.5}, True),
+        ({"betas": (0.8, 0.9), "eps": 1e-6}, True),
+        ({"betas": (torch.tensor(0.8), torch.tensor(0.9)), "foreach": False, "capturable": True}, True),
+        ({"amsgrad": True}, False),
+        ({"weight_decay": 0.5, "maximize": True}, False),
+    ],
+)
+def test_an_optimizers_state_is_valid_only_with_its_own_settings(change, keeps_state):
+    saved, ours = (torch.optim.AdamW([torch.zeros(1)], **{"lr": 0.1} | options) for options in ({}, change))
+    with pytest.raises(ResumeMismatch, match="optimizer: "):
+        check_identity(make(optimizer=saved), make(optimizer=ours), ())
+    changed = check_identity(make(optimizer=saved), make(optimizer=ours, max_grad_norm=9.0), ["optimizer"])
+    assert changed == (set() if keeps_state else {"optimizer"})
 
 
 def test_implementation_options_of_an_optimizer_are_ignored():
@@ -81,9 +158,10 @@ def test_equal_settings_of_other_types_are_equal():
     check_identity(make(optimizer=integer), make(optimizer=real), ())
 
 
-def test_an_unknown_aspect_is_refused():
-    with pytest.raises(ConfigError, match="'weather'"):
-        check_identity(make(), make(), ("weather",))
+@pytest.mark.parametrize("accepted", [("weather",), "optimizer", "seed", None, [["seed"]], 3, {"seed": 1, 2: 3}])
+def test_an_unknown_aspect_is_refused(accepted):
+    with pytest.raises(ConfigError, match=r"accept_changes=.* names among"):
+        check_identity(make(), make(), accepted)
 
 
 def test_an_adapter_with_another_base_is_another_run():

@@ -43,14 +43,14 @@ def build(tmp_path):
 
 def test_saves_and_restores_a_step(build):
     manager = build()
-    assert manager.restore(False, ()) == 0
+    assert manager.restore(False, ()) == (0, 0)
     with manager:
-        manager.save(3, eval_loss=1.5)
+        manager.save(3, 24, eval_loss=1.5)
         manager.wait()
     assert open_checkpoint(manager.path(3)).manifest.score == 1.5
     assert not manager.is_saved(4)
     other = build()
-    assert other.restore(True, ()) == 3
+    assert other.restore(True, ()) == (3, 24)
     assert other.is_saved(3)
 
 
@@ -63,12 +63,12 @@ def test_a_write_error_is_raised_once_and_the_step_is_not_saved(build, monkeypat
     manager.restore(False, ())
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "save", fail)
-        manager.save(3)
+        manager.save(3, 24)
         with pytest.raises(CheckpointError, match="no space"):
             getattr(manager, wait)()
     assert not manager.failed
     assert not manager.is_saved(3)
-    manager.save(3)
+    manager.save(3, 24)
     manager.finish()
     assert open_checkpoint(manager.path(3)).step == 3
 
@@ -79,7 +79,7 @@ def test_any_write_error_is_a_checkpoint_error(build, monkeypatch, error):
     manager = build()
     manager.restore(False, ())
     monkeypatch.setattr(CheckpointStore, "save", Mock(side_effect=error))
-    manager.save(3)
+    manager.save(3, 24)
     with pytest.raises(CheckpointError, match="could not be written") as raised:
         manager.wait()
     assert raised.value.__cause__ is error
@@ -120,7 +120,7 @@ def test_ranks_poll_while_a_checkpoint_is_written(build, monkeypatch):
     manager = build()
     manager.restore(False, ())
     monkeypatch.setattr(CheckpointStore, "save", lambda *_args, **_kwargs: proceed.wait(10))
-    manager.save(3)
+    manager.save(3, 24)
     monkeypatch.setattr(manager_module, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(manager_module, "run_on_main", run_on_main)
     manager.wait()

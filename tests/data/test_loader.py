@@ -49,13 +49,18 @@ def loader(dataset=TOKENS, rank=0, num_ranks=1, micro_batch_size=2, **options):
     )
 
 
+def sample_ids(step, seed=3):
+    """The dataset indices of a step, (8,)."""
+    return sample_indices(np.arange(8 * step, 8 * step + 8), 50, seed)
+
+
 def ids(batches):
     """The input ids of a step, (global batch, T)."""
     return torch.cat([input_ids for input_ids, _ in batches])
 
 
 def steps(number, first=0, **options):
-    return [ids(step) for step in islice(loader(**options).steps(first), number)]
+    return [ids(step) for step in islice(loader(**options).steps(8 * first), number)]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -64,15 +69,13 @@ def test_a_step_has_the_same_samples_for_any_number_of_ranks(num_ranks):
     for step, shares in enumerate(zip(*parts, strict=True)):
         assert {len(share) for share in shares} == {8 // num_ranks}
         windows = sorted(int(row[0]) // 8 for share in shares for row in share)
-        positions = np.arange(8 * step, 8 * step + 8)
-        assert windows == sorted(sample_indices(positions, 50, seed=3).tolist())
-        assert windows == sorted(loader().sample_ids(step).tolist())
+        assert windows == sorted(sample_ids(step).tolist())
 
 
 def test_micro_batches_alternate_between_ranks():
-    expected = ids(next(loader(micro_batch_size=8).steps(5)))
+    expected = ids(next(loader(micro_batch_size=8).steps(40)))
     for rank in (0, 1):
-        micro_batches = next(loader(rank=rank, num_ranks=2, micro_batch_size=2).steps(5))
+        micro_batches = next(loader(rank=rank, num_ranks=2, micro_batch_size=2).steps(40))
         assert [len(input_ids) for input_ids, _ in micro_batches] == [2, 2]
         for m, (input_ids, targets) in enumerate(micro_batches):
             first = (2 * m + rank) * 2
@@ -98,6 +101,16 @@ def test_an_epoch_contains_every_sample_once():
     assert sorted(first_epoch.tolist()) == list(range(48))
 
 
+@pytest.mark.parametrize("sizes", [(16, 8, 2, 6, 16), (2, 2, 12, 32), (48,)])
+@pytest.mark.parametrize("dataset", [TokenDataset.from_tokens(torch.arange(48 * 8 + 1), 8), CustomDataset(48)])
+def test_the_batch_size_may_change_within_an_epoch(dataset, sizes):
+    read, scale = [], 8 if isinstance(dataset, TokenDataset) else 1
+    for size in sizes:
+        step = next(loader(dataset, global_batch_size=size).steps(len(read)))
+        read += (ids(step)[:, 0] // scale).tolist()
+    assert read == sample_indices(np.arange(48), 48, seed=3).tolist()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"dataset": CustomDataset()}, {"dataset": CustomDataset(), "num_workers": 2, "timeout_seconds": 30}]
 )
@@ -115,7 +128,7 @@ def test_gathering_several_batches_at_a_time_gives_the_same_batches(monkeypatch,
         TOKENS, seed=1, global_batch_size=8, micro_batch_size=4, rank=0, num_ranks=1, device=CPU, vocab_size=401
     )
     for step, micro_batches in enumerate(islice(loader.steps(0), 12)):
-        for ids, (input_ids, targets) in zip(loader.sample_ids(step).reshape(2, 4), micro_batches, strict=True):
+        for ids, (input_ids, targets) in zip(sample_ids(step, seed=1).reshape(2, 4), micro_batches, strict=True):
             expected = TOKENS.batch(torch.from_numpy(ids))
             assert torch.equal(input_ids, expected[0])
             assert torch.equal(targets, expected[1])
@@ -142,7 +155,7 @@ def test_workers_give_the_same_batches():
         steps(9, dataset=CustomDataset(), num_workers=2, timeout_seconds=30),
     )
     assert all(map(torch.equal, in_process, in_workers))
-    assert [int(row[0]) for row in in_process[0]] == loader(CustomDataset()).sample_ids(0).tolist()
+    assert [int(row[0]) for row in in_process[0]] == sample_ids(0).tolist()
 
 
 def noisy(index, sample):
@@ -159,7 +172,7 @@ class BatchedDataset(CustomDataset):
 
 
 def targets(number, first=0, **options):
-    return [torch.cat([each for _, each in step]) for step in islice(loader(**options).steps(first), number)]
+    return [torch.cat([each for _, each in step]) for step in islice(loader(**options).steps(8 * first), number)]
 
 
 NOISY = CustomDataset(transform=noisy)

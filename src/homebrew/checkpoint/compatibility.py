@@ -1,10 +1,12 @@
 """Whether a checkpoint may resume a run: the identity of a run, and the comparison of two."""
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from homebrew.constants import Aspect
@@ -20,6 +22,12 @@ ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 _NUM_PROBES = 16
 _IMPLEMENTATION_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
 """Optimizer options that change its speed, not its result, and differ between devices."""
+_HARMLESS_KEYS: Mapping[Aspect, set[str]] = {
+    "model": {"dropout", "n_head"},
+    "adapter": {"alpha", "base_sha256", "dropout"},
+    "optimizer": {"betas", "eps", "max_grad_norm", "weight_decay"},
+}
+"""Settings with which the saved weights, or the optimizer's saved state, still fit. Others may change their shapes."""
 
 
 def run_identity(
@@ -36,50 +44,51 @@ def run_identity(
     """Return everything that determines a run's steps: one JSON value for each of `ASPECTS`.
 
     The schedule can be any function; it is identified by its learning rates at evenly spaced steps.
-
-    Raises:
-        ConfigError: The schedule does not return a number.
     """
     probes = sorted({max_steps * i // _NUM_PROBES for i in range(_NUM_PROBES + 1)})
-    peaks = sorted({float(group["lr"]) for group in optimizer.param_groups})
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    peaks = peaks[:1] if len(set(peaks)) == 1 else peaks
     return {
         "dataset": getattr(dataset, "fingerprint", f"{len(dataset)} samples"),  # type: ignore[arg-type]
         "model": asdict(model.config),
         "adapter": _adapter(model),
-        "optimizer": _optimizer_settings(optimizer) | {"max_grad_norm": max_grad_norm},
+        "optimizer": _optimizer_settings(model, optimizer) | {"max_grad_norm": _canonical(max_grad_norm)},
         "schedule": {
             "max_steps": max_steps,
-            "learning rates": [[step, *(peak * _multiplier(schedule, step) for peak in peaks)] for step in probes],
+            "learning rate": [[step, *(peak * schedule(step) for peak in peaks)] for step in probes],
         },
         "global_batch_size": global_batch_size,
         "seed": seed,
     }
 
 
-def _optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the class and each group's settings, without the learning rate and without state."""
+def _optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the class, and each group's settings and parameters, without the learning rate and without state."""
     names = optimizer.defaults.keys() - {"lr", *_IMPLEMENTATION_OPTIONS}
     values = {name: [_canonical(group.get(name)) for group in optimizer.param_groups] for name in sorted(names)}
+    parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    values["parameters"] = [
+        _describe_names([parameter_names.get(id(parameter), "unknown") for parameter in group["params"]])
+        for group in optimizer.param_groups
+    ]
     return {"class": type(optimizer).__name__} | {name: ", ".join(strings) for name, strings in values.items()}
+
+
+def _describe_names(names: Collection[str]) -> str:
+    """Return the number of names and a hash that does not depend on their order."""
+    digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+    return f"{len(names)} tensors #{digest[:8]}"
 
 
 def _canonical(value: object) -> str:
     """Return a string that is the same for equal numbers of any type, and for tuples and lists."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_canonical, value))})"
     if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(float(value))
     return repr(value) if isinstance(value, str | bool | None) else type(value).__name__
-
-
-def _multiplier(schedule: Schedule, step: int) -> float:
-    value: Any = schedule(step)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"schedule({step}) returned {value!r}: it must return a number, the multiplier of the learning rate."
-        ) from error
 
 
 def _adapter(model: GPT) -> dict[str, Any] | None:
@@ -91,38 +100,70 @@ def _adapter(model: GPT) -> dict[str, Any] | None:
     return config | {"base_sha256": base_fingerprint(model)}
 
 
-def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Collection[str]) -> None:
+def check_accept_changes(accept_changes: Collection[str]) -> None:
+    """Raise ConfigError unless every name is one of `ASPECTS`."""
+    is_collection = isinstance(accept_changes, Collection) and not isinstance(accept_changes, str)
+    if not is_collection or any(name not in ASPECTS for name in accept_changes):
+        raise ConfigError(f"accept_changes={accept_changes!r}: must be a list of names among {', '.join(ASPECTS)}.")
+
+
+def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Collection[str]) -> set[Aspect]:
     """Check that a checkpoint belongs to this run: its `run_identity`, any JSON value, must equal this run's.
+
+    Returns:
+        The aspects whose change was accepted, without those for which all saved state is still valid.
 
     Raises:
         ConfigError: `accept_changes` has an unknown aspect.
-        ResumeMismatch: An aspect differs. The message names each difference, and how to resume anyway.
+        ResumeMismatch: An aspect differs. The message names each difference, and how to resume anyway, which a model
+            or an adapter with other weights cannot.
     """
-    if unknown := sorted(set(accept_changes) - set(ASPECTS)):
-        raise ConfigError(f"accept_changes={unknown!r}: must be among {', '.join(ASPECTS)}.")
+    check_accept_changes(accept_changes)
     saved = saved if isinstance(saved, dict) else {}
-    differing = [name for name in ASPECTS if saved.get(name) != ours[name] and name not in accept_changes]
-    if differing:
+    differing = [name for name in ASPECTS if saved.get(name) != ours[name]]
+    unfit = {
+        name
+        for name, harmless in _HARMLESS_KEYS.items()
+        if not harmless.issuperset(_differing_keys(saved.get(name), ours[name]))
+    }
+    has_other_weights = not unfit.isdisjoint(("model", "adapter"))
+    refused = [name for name in differing if name not in accept_changes]
+    if refused or has_other_weights:
         lines = ";\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)
-        raise ResumeMismatch(
-            f"The checkpoint belongs to another run:\n  {lines}.\nUse the settings of that run, choose a new "
-            f"output_dir, or accept the changes: train(resume=True, accept_changes={tuple(differing)!r}), or "
-            f"`homebrew train {' '.join(f'--accept-changes {name}' for name in differing)}`."
+        options = " ".join(f"--accept-changes {name}" for name in differing)
+        remedy = (
+            "or choose a new output_dir: the saved weights do not fit this model."
+            if has_other_weights
+            else f"choose a new output_dir, or accept the changes: train(resume=True, "
+            f"accept_changes={tuple(differing)!r}), or `homebrew train {options}`."
         )
+        raise ResumeMismatch(
+            f"The checkpoint belongs to another run:\n  {lines}.\nUse the settings of that run, {remedy}"
+        )
+    return set(differing) - (_HARMLESS_KEYS.keys() - unfit)
+
+
+def _differing_keys(saved: object, ours: object) -> list[str]:
+    saved, ours = (value if isinstance(value, dict) else {} for value in (saved, ours))
+    return [key for key in saved | ours if saved.get(key) != ours.get(key)]
 
 
 def _difference(saved: object, ours: object) -> str:
     if isinstance(saved, dict) and isinstance(ours, dict):
-        keys = [key for key in (saved | ours) if saved.get(key) != ours.get(key)]
-        return ", ".join(f"{key} {_difference(saved.get(key), ours.get(key))}" for key in keys)
+        differences = {key: _difference(saved.get(key), ours.get(key)) for key in _differing_keys(saved, ours)}
+        return ", ".join(f"{key} {difference}" for key, difference in differences.items() if difference)
     if _is_curve(saved) and _is_curve(ours):
-        pairs = [(a, b) for a, b in zip(saved, ours, strict=False) if a != b]  # type: ignore[call-overload]
-        if not pairs:
-            return "differ in length"
-        (step, *old), (_, *new) = pairs[0]
-        old_rates, new_rates = (", ".join(f"{rate:.6g}" for rate in rates) for rates in (old, new))
-        return f"first differ at step {step}: was {old_rates}, is {new_rates}"
+        return _curve_difference(saved, ours)  # type: ignore[arg-type]
     return f"was {saved!r}, is {ours!r}"
+
+
+def _curve_difference(saved: list[list[float]], ours: list[list[float]]) -> str:
+    """Compare two lists of [step, learning rates...] at the first step where they differ; "" if there is none."""
+    for (step, *old), (our_step, *new) in zip(saved, ours, strict=False):
+        if step == our_step and old != new:
+            old_rates, new_rates = (" and ".join(f"{rate:.6g}" for rate in rates) for rates in (old, new))
+            return f"at step {step} was {old_rates}, is {new_rates}"
+    return ""  # the runs have other numbers of steps, which are compared separately
 
 
 def _is_curve(value: object) -> bool:

@@ -14,14 +14,14 @@ from accelerate.utils import set_seed
 
 from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
-from homebrew.checkpoint.compatibility import check_identity
+from homebrew.checkpoint.compatibility import check_accept_changes, check_identity
 from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
 from homebrew.checkpoint.optimizer_state import check_state, group_settings, optimizer_json
+from homebrew.checkpoint.resume_state import load_state
 from homebrew.checkpoint.run_folder import RunLock, move_run_aside
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
 from homebrew.checkpoint.state_dict import (
     Stateful,
-    check_files,
     check_savable,
     checkpoint_bytes,
     gather_run,
@@ -121,7 +121,7 @@ class CheckpointManager:
 
     def restore(
         self, resume: bool | str | Path, accept_changes: Collection[str] = (), *, overwrite: bool = False
-    ) -> int:
+    ) -> tuple[int, int]:
         """Restore weights, optimizer and random states from a checkpoint, or seed the random states at step 0.
 
         Args:
@@ -130,13 +130,14 @@ class CheckpointManager:
             overwrite: Whether to move an earlier run aside, instead of raising an error.
 
         Returns:
-            Number of optimizer steps already taken.
+            Number of optimizer steps already taken, and the position in the data as a number of samples.
 
         Raises:
             ConfigError: The folder cannot be written to; it holds a run, and neither `resume` nor `overwrite` is
                 given; or it holds a newer checkpoint than the one named.
             CheckpointError: A checkpoint is corrupt, or belongs to another run.
         """
+        check_accept_changes(accept_changes)
         accelerator = self._accelerator
         files: TensorFiles = {}  # stays empty on other ranks
         if overwrite:
@@ -159,7 +160,7 @@ class CheckpointManager:
             check_shared_folder(accelerator, self._store, step)
         else:
             reserve_staging(accelerator, self._model)
-        return step
+        return step, start["num_samples"] if start else 0
 
     def _load(
         self, resume: bool | str | Path, accept_changes: Collection[str], files: TensorFiles
@@ -181,15 +182,14 @@ class CheckpointManager:
                     stacklevel=6,
                 )
             return None
-        check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
+        changed = check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
         self._warn_if_not_bitwise(checkpoint)
-        files.update(checkpoint.files())
-        optimizer_state = checkpoint.state.get("optimizer")
-        check_files(checkpoint.path, files, optimizer_state, self._model, self._optimizer)
+        tensors, start = load_state(checkpoint, changed, self._model, self._optimizer, self._guard)
+        files.update(tensors)
         in_store = checkpoint.path.resolve() == self._store.path(checkpoint.step).resolve()
         if in_store:
             self._store.prune(checkpoint.step)  # the saved run may have been killed before it did
-        return {"in_store": in_store, "step": checkpoint.step, "optimizer": optimizer_state}
+        return start | {"in_store": in_store}
 
     def _find(self, resume: bool | str | Path) -> Checkpoint | None:
         """Open the checkpoint to resume from, or return None to start at step 0."""
@@ -239,11 +239,12 @@ class CheckpointManager:
         """Return whether `save` has been called for this step and has not failed since."""
         return self._saved_step == step
 
-    def save(self, step: int, *, eval_loss: float | None = None) -> None:
+    def save(self, step: int, num_samples: int, *, eval_loss: float | None = None) -> None:
         """Save a checkpoint, in the background unless it is sharded.
 
         Args:
             step: Optimizer steps taken.
+            num_samples: Position in the data; a run may have been resumed with another batch size.
             eval_loss: Evaluation loss at this step; the checkpoint with the lowest is kept.
 
         Raises:
@@ -254,7 +255,7 @@ class CheckpointManager:
         self.wait()
         check_state(self._optimizer)
         accelerator, store = self._accelerator, self._store
-        state = self._state() if accelerator.is_main_process else {}
+        state = self._state(num_samples) if accelerator.is_main_process else {}
         if self._sharded:
             files = gather_small_state(accelerator, self._guard)
             shards = sharded_tensors(self._model, self._optimizer)
@@ -266,7 +267,7 @@ class CheckpointManager:
                 self._writer.start(write, name=f"checkpoint-{step}")
         self._saved_step = step
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, num_samples: int) -> dict[str, Any]:
         """Return the contents of `state.json`: everything but tensors that is not a function of the step."""
         numbers, unsupported = optimizer_json(self._model, self._optimizer, self._initial_settings)
         if unsupported and not self._warned:
@@ -278,6 +279,7 @@ class CheckpointManager:
                 stacklevel=6,
             )
         return {
+            "num_samples": num_samples,
             "optimizer": numbers,
             "identity": self._identity,
             "tokenizer": self._tokenizer,

@@ -45,9 +45,9 @@ class SampleBlock(NamedTuple):
 class StepLoader:
     """Loads the micro-batches of training steps for one rank.
 
-    The run is a sequence of epochs, each a random permutation of the dataset. Sample j of step k is at position
-    k · `global_batch_size` + j of that sequence, for any number of ranks. Micro-batch m of rank r starts at
-    j = (m · `num_ranks` + r) · `micro_batch_size`.
+    The run reads a sequence of epochs, each a random permutation of the dataset. A step reads the next
+    `global_batch_size` samples of that sequence, for any number of ranks. Micro-batch m of rank r starts at sample
+    (m · `num_ranks` + r) · `micro_batch_size` of the step.
 
     Args:
         dataset: A `TokenDataset`, or any map-style dataset of (input_ids, targets).
@@ -85,19 +85,15 @@ class StepLoader:
         self._timeout_seconds = timeout_seconds
         self._vocab_size = vocab_size
 
-    def sample_ids(self, step: int, num_steps: int = 1) -> NDArray[np.int64]:
-        """Return the dataset indices of the samples of consecutive steps.
+    def steps(self, first_position: int) -> Generator[list[Batch]]:
+        """Yield this rank's micro-batches of each step, without end.
 
-        Returns:
-            Indices of the samples of all ranks, (num_steps · global_batch_size,).
+        Args:
+            first_position: Number of samples that all ranks have read before.
         """
-        return sample_indices(self._positions(step, num_steps), self._num_samples, self._seed)
-
-    def steps(self, first_step: int) -> Generator[list[Batch]]:
-        """Yield this rank's micro-batches of each step from `first_step` on, without end."""
         batches = _read_batches(
             self._dataset,
-            self._blocks(first_step),
+            self._blocks(first_position),
             self._device,
             seed=self._seed,
             vocab_size=self._vocab_size,
@@ -108,17 +104,14 @@ class StepLoader:
         while True:
             yield [next(batches) for _ in range(num_micro_batches)]
 
-    def _positions(self, step: int, num_steps: int) -> NDArray[np.int64]:
-        size = self._global_batch_size
-        return np.arange(step * size, (step + num_steps) * size, dtype=np.int64)
-
-    def _blocks(self, first_step: int) -> Iterator[SampleBlock]:
+    def _blocks(self, first_position: int) -> Iterator[SampleBlock]:
         num_steps = max(1, SAMPLES_PER_BLOCK // self._global_batch_size)
+        size = num_steps * self._global_batch_size
         shape = (-1, self._num_ranks, self._micro_batch_size)
-        for step in count(first_step, num_steps):
-            positions = self._positions(step, num_steps).reshape(shape)
-            indices = self.sample_ids(step, num_steps).reshape(shape)
-            yield SampleBlock(positions[:, self._rank], indices[:, self._rank])
+        for start in count(first_position, size):
+            positions = np.arange(start, start + size, dtype=np.int64)
+            indices = sample_indices(positions, self._num_samples, self._seed)
+            yield SampleBlock(positions.reshape(shape)[:, self._rank], indices.reshape(shape)[:, self._rank])
 
 
 def eval_batches(

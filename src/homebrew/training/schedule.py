@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from homebrew.errors import ConfigError
 
@@ -12,6 +12,25 @@ class Schedule(Protocol):
 
     def __call__(self, step: int) -> float:
         """Return the multiplier at `step`."""
+
+
+def multiplier_at(schedule: Schedule, step: int) -> float:
+    """Return a schedule's multiplier at a step.
+
+    Raises:
+        ConfigError: The schedule, which can be a custom function, did not return a finite number of at least 0.
+    """
+    value: Any = schedule(step)
+    try:
+        multiplier = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # a RuntimeError for a tensor of several numbers
+        multiplier = math.nan
+    if not 0.0 <= multiplier < math.inf:
+        raise ConfigError(
+            f"schedule({step}) returned {value!r:.100}: it must return the multiplier of the learning rate, a finite "
+            f"number of at least 0. Correct the schedule."
+        )
+    return multiplier
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from homebrew.training.global_settings import allow_tf32
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw, check_trainable
 from homebrew.training.optimizer_probe import check_future_state
-from homebrew.training.schedule import Schedule
+from homebrew.training.schedule import Schedule, multiplier_at
 from homebrew.training.step_logger import StepLogger
 from homebrew.training.train_step import TrainStep
 from homebrew.training.trainer_config import TrainerConfig
@@ -99,7 +100,7 @@ def build_parts(
         dataset=train_dataset,
         model=bare,
         optimizer=bare_optimizer,
-        schedule=schedule,
+        schedule=partial(multiplier_at, schedule),
         max_steps=config.max_steps,
         max_grad_norm=config.max_grad_norm,
         global_batch_size=batch.global_batch_size,

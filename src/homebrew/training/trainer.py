@@ -27,7 +27,7 @@ from homebrew.training.batch_size import explain_out_of_memory
 from homebrew.training.compile import warm_up_compiled
 from homebrew.training.optimizer import set_learning_rates
 from homebrew.training.optimizer_modes import OptimizerModes
-from homebrew.training.schedule import Schedule
+from homebrew.training.schedule import Schedule, multiplier_at
 from homebrew.training.setup import build_callbacks, build_parts
 from homebrew.training.trainer_config import TrainerConfig
 
@@ -99,6 +99,9 @@ class Trainer:
         self._checkpoints = parts.checkpoints
         self._evaluates_eagerly = parts.evaluates_eagerly
         self._needs_warm_up = parts.compile_mode != "none"
+        self._num_samples = (
+            0  # position in the data, which a change of dataset, seed or batch size separates from the step
+        )
         self._is_running = False
         self._stop_agreed = False  # whether all processes know that the run must end
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
@@ -141,17 +144,18 @@ class Trainer:
                 SignalHandler() as signals,
                 explain_out_of_memory(self.accelerator, self.batch),
                 explain_worker_errors(self.config.loader_timeout_seconds),
-                closing(self._loader.steps(self.step)) as steps,
+                closing(self._loader.steps(self._num_samples)) as steps,
             ):
                 flags = FlagExchange(self.accelerator)
                 for micro_batches in steps:
                     if self.step >= self.config.max_steps or self._stop_agreed:
                         break
                     self._warm_up(micro_batches[0])
-                    multiplier = float(self.schedule(self.step))
+                    multiplier = multiplier_at(self.schedule, self.step)
                     set_learning_rates(self._optimizer, self._peak_learning_rates, multiplier)
                     result = self._train_step(micro_batches)  # stays on the device
                     self.step += 1
+                    self._num_samples += self.batch.global_batch_size
                     self._logger.submit(self.step, result, self._peak_learning_rates[0] * multiplier, self._emit)
                     self._emit("on_step_end")
                     self._evaluate_and_save_if_due()
@@ -211,8 +215,9 @@ class Trainer:
             self._logger.flush(self._emit)  # first, because its callbacks may save too
             if not self._checkpoints.is_saved(self.step):
                 evaluated_step, loss = self._last_evaluation or (None, None)
+                eval_loss = loss if evaluated_step == self.step else None
                 with self._paused():
-                    self._checkpoints.save(self.step, eval_loss=loss if evaluated_step == self.step else None)
+                    self._checkpoints.save(self.step, self._num_samples, eval_loss=eval_loss)
                 self._emit("on_save", path)
             if not self._is_running:
                 self._checkpoints.finish()
@@ -259,7 +264,7 @@ class Trainer:
         """Restore the checkpoint, or start from step 0."""
         self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
-        self.step = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
+        self.step, self._num_samples = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
         self.accelerator.step = 0  # Accelerate's count of micro-batches; an interrupted step leaves it in the middle
         self._wrapped.train()
         self.should_stop = self._stop_agreed = False
