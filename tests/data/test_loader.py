@@ -175,6 +175,61 @@ def targets(number, first=0, **options):
     return [torch.cat([each for _, each in step]) for step in islice(loader(**options).steps(8 * first), number)]
 
 
+class MaskedDataset(TokenDataset):
+    """Ignores the first half of the targets."""
+
+    def __getitem__(self, index):
+        input_ids, targets = super().__getitem__(index)
+        targets[:4] = -100
+        return input_ids, targets
+
+
+class MaskedBatches(TokenDataset):
+    """The same, in the method that reads a batch."""
+
+    def batch(self, indices):
+        input_ids, targets = super().batch(indices)
+        targets[:, :4] = -100
+        return input_ids, targets
+
+
+class MaskedAgain(BatchedDataset):
+    """The same for a dataset that inherits its own `__getitems__`."""
+
+    def __getitem__(self, index):
+        input_ids = torch.arange(index, index + 8)
+        return input_ids, input_ids.index_fill(0, torch.arange(4), -100)
+
+
+class MaskedView(CustomDataset):
+    """The same for a dataset that forwards everything else to another one."""
+
+    def __getitem__(self, index):
+        return MaskedAgain.__getitem__(self, index)
+
+    def __getattr__(self, name):
+        return getattr(BatchedDataset(), name)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        MaskedDataset.from_tokens(torch.arange(401), 8),
+        MaskedBatches.from_tokens(torch.arange(401), 8),
+        MaskedAgain(),
+        MaskedView(),
+    ],
+    ids=lambda dataset: type(dataset).__name__,
+)
+def test_an_overridden_method_of_a_dataset_is_used(dataset):
+    for targets in (
+        next(loader(dataset, micro_batch_size=8).steps(0))[0][1],
+        next(eval_batches(dataset, micro_batch_size=8, rank=0, num_ranks=1, device=CPU, vocab_size=401))[1],
+    ):
+        assert (targets[:, :4] == -100).all()
+        assert (targets[:, 4:] >= 0).all()
+
+
 NOISY = CustomDataset(transform=noisy)
 
 

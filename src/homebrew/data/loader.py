@@ -54,7 +54,7 @@ class StepLoader:
         seed: Random seed for the sample order and for random numbers that the dataset draws.
         global_batch_size: Number of samples in a step, over all ranks.
         micro_batch_size: Number of samples in a micro-batch of one rank.
-        num_workers: Number of worker processes for a dataset that is not a `TokenDataset`.
+        num_workers: Number of worker processes for a custom dataset, or a subclass of `TokenDataset`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class StepLoader:
         timeout_seconds: float = 0.0,
         vocab_size: int,
     ) -> None:
-        if isinstance(dataset, TokenDataset) and device.type == "cuda" and dataset.nbytes <= MAX_RESIDENT_BYTES:
+        if type(dataset) is TokenDataset and device.type == "cuda" and dataset.nbytes <= MAX_RESIDENT_BYTES:
             dataset = dataset.to(device)
         self._dataset = dataset
         self._num_samples = len(cast("Sized", dataset))
@@ -170,7 +170,7 @@ def _read_batches(
     timeout_seconds: float = 0.0,
 ) -> Iterator[Batch]:
     """Yield each batch of the blocks, on the device."""
-    if isinstance(dataset, TokenDataset):
+    if type(dataset) is TokenDataset:  # a subclass may override __getitem__
         return _gather_windows(dataset, blocks, device)
     data_loader = DataLoader(
         SeededDataset(dataset, seed),

@@ -17,8 +17,7 @@ class SeededDataset(Dataset[Any]):
     of this process are restored, so that the dataset does not affect the model's dropout.
 
     If the dataset implements `__getitems__`, the generators are seeded once per batch, by its first sample. Then the
-    random numbers do depend on the micro-batch size and the number of ranks. `Subset` also implements `__getitems__`,
-    but its samples are read one by one.
+    random numbers do depend on the micro-batch size and the number of ranks.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
@@ -28,9 +27,9 @@ class SeededDataset(Dataset[Any]):
     def __getitems__(self, batch: Sequence[tuple[int, int]]) -> list[Any]:
         """Read samples, given as pairs of a position in the run and an index in the dataset."""
         with _restore_generators():
-            if hasattr(self._dataset, "__getitems__") and type(self._dataset) is not Subset:
+            if _reads_batches(type(self._dataset)):
                 self._seed_generators(batch[0][0])
-                return list(self._dataset.__getitems__([index for _, index in batch]))
+                return list(self._dataset.__getitems__([index for _, index in batch]))  # type: ignore[attr-defined]
             samples = []
             for position, index in batch:
                 self._seed_generators(position)
@@ -41,6 +40,19 @@ class SeededDataset(Dataset[Any]):
         random.seed(f"{self._seed} {position}")
         torch.default_generator.manual_seed(random.getrandbits(63))
         np.random.seed(random.getrandbits(32))  # noqa: NPY002 - datasets draw from the global generator
+
+
+def _reads_batches(dataset_class: type) -> bool:
+    """Return whether a dataset is to be read with `__getitems__`: its class, or the nearest base, implements it.
+
+    A class that overrides only `__getitem__` is read one by one, and so is `Subset`, whose samples may be random.
+    """
+    for cls in dataset_class.__mro__:
+        if "__getitems__" in vars(cls):
+            return cls is not Subset
+        if "__getitem__" in vars(cls):
+            return False
+    return False
 
 
 @contextmanager
