@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -30,6 +31,19 @@ class Endless(IterableDataset):
         return 5
 
 
+class Unreadable(CustomDataset):
+    """Fails for its second sample."""
+
+    def __getitem__(self, index):
+        return [self.sample][index]
+
+
+def attributes(**values):
+    dataset = CustomDataset((IDS, IDS))
+    vars(dataset).update(values)
+    return dataset
+
+
 class NoLength(Dataset):
     def __getitem__(self, index):
         return IDS, IDS
@@ -43,6 +57,7 @@ class NoLength(Dataset):
         CustomDataset([IDS, IDS]),
         CustomDataset((IDS, torch.full((8,), -100))),
         torch.utils.data.TensorDataset(IDS[None], IDS[None]),
+        attributes(vocab_size=np.int64(9), bytes_per_token=None),
     ],
 )
 def test_valid_datasets_pass(dataset):
@@ -69,6 +84,19 @@ def test_valid_datasets_pass(dataset):
         (CustomDataset((IDS, IDS - 1)), "targets from -1 to 6"),
         (CustomDataset((IDS - 100, IDS)), "input_ids from -100"),
         (TokenDataset.from_tokens(torch.arange(20), 4), "ids up to 19, but the model's vocab_size is 9"),
+        (CustomDataset((IDS, IDS), length=2.0), "no length.*non-negative integer"),
+        (CustomDataset((IDS, IDS), length=-1), "no length.*non-negative integer"),
+        (CustomDataset((IDS, IDS), length=None), "no length.*non-negative integer"),
+        (CustomDataset((IDS, IDS), length=2**64), "no length.*non-negative integer"),
+        (Unreadable((IDS, IDS), length=7), r"train_dataset\[6\] cannot be read.*IndexError.*length, 7"),
+        (torch.utils.data.ConcatDataset([[(IDS, IDS)], [(IDS, IDS[1:])]]), r"train_dataset\[1\].*must be .input_ids"),
+        (torch.utils.data.DataLoader(CustomDataset((IDS, IDS))), "DataLoader.*map-style"),
+        ({"train": CustomDataset((IDS, IDS))}, "cannot be read.*KeyError"),
+        ("book.txt", "must be .input_ids"),
+        (attributes(vocab_size=None), "vocab_size is None"),
+        (attributes(vocab_size=lambda: 9), "vocab_size is <function"),
+        (attributes(bytes_per_token=0), "bytes_per_token is 0"),
+        (attributes(bytes_per_token=float("nan")), "bytes_per_token is nan"),
     ],
 )
 def test_invalid_datasets_raise(dataset, message):

@@ -1,9 +1,28 @@
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 
 from homebrew.errors import ConfigError
-from homebrew.training.schedule import warmup_cosine
+from homebrew.training.schedule import multiplier_at, warmup_cosine
+
+
+@pytest.mark.parametrize("value", [0.25, 0, True, np.float32(0.25), torch.tensor(0.25), Fraction(1, 4)])
+def test_a_schedule_may_return_any_real_number(value):
+    multiplier = multiplier_at(lambda step: value, 3)
+    assert type(multiplier) is float
+    assert multiplier == float(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, math.nan, math.inf, -0.1, "0.5", [0.5], 1j, 10**400, torch.tensor([0.5, 0.5]), torch.tensor(math.nan)],
+)
+def test_a_schedule_must_return_a_finite_number(value):
+    with pytest.raises(ConfigError, match=r"schedule\(3\) returned .*finite"):
+        multiplier_at(lambda step: value, 3)
 
 
 def reference_learning_rate(step, max_lr=3e-4, warmup_steps=10, max_steps=50):

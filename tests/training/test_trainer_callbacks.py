@@ -6,12 +6,14 @@ import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+import torch
 from tiny_runs import RaiseAt, Recorder, StopAt, make_trainer, saved_steps, token_dataset
 
 from homebrew import GPT
 from homebrew.callbacks.base import Callback
-from homebrew.errors import CheckpointError
+from homebrew.errors import CheckpointError, ConfigError
 
 
 def test_a_step_is_logged_after_the_next_step_is_launched(tmp_path):
@@ -55,6 +57,25 @@ def test_a_callback_may_save_in_on_log(tmp_path, log_every, save_every):
     assert list(recorder.losses) == ([1, 2, 3, 4, 5] if log_every == 1 else [1, 2, 4, 5])
     assert recorder.saved == sorted(set(recorder.saved))
     assert saved_steps(tmp_path) == recorder.saved
+
+
+@pytest.mark.parametrize(("event", "value"), [("on_step_end", True), ("on_log", -1), ("on_train_begin", "control")])
+def test_a_callback_must_not_return_a_value(tmp_path, event, value):
+    callback = Callback()
+    setattr(callback, event, lambda trainer, *_: value)
+    with pytest.raises(ConfigError, match=rf"Callback\.{event} returned {value!r}.*should_stop"):
+        make_trainer(tmp_path, callbacks=[callback]).train()
+
+
+@pytest.mark.parametrize("value", [torch.tensor(True), "yes", np.True_, 7])
+def test_should_stop_may_be_any_true_value(tmp_path, value):
+    class Stop(Callback):
+        def on_step_end(self, trainer):
+            trainer.should_stop = value if trainer.step == 2 else None
+
+    trainer = make_trainer(tmp_path, callbacks=[Stop()])
+    trainer.train()
+    assert trainer.step == 2
 
 
 def test_should_stop_ends_the_run_and_saves_it(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_runs import ONE_LAYER, make_trainer, random_tokens
+from tiny_runs import ONE_LAYER, StopAt, UnevenTargets, equal, make_trainer, random_tokens, saved_steps, weights
 
 from homebrew import GPT, TokenDataset
 from homebrew.errors import ConfigError, DataError, LaunchError
@@ -42,6 +42,28 @@ def test_a_schedule_must_return_numbers(tmp_path):
     make_trainer(tmp_path, schedule=lambda step: np.float32(0.5))
     with pytest.raises(ConfigError, match=r"schedule\(0\) returned None"):
         make_trainer(tmp_path, schedule=lambda step: None)
+
+
+@pytest.mark.parametrize("value", [np.nan, None, -1.0])
+def test_a_schedule_that_fails_later_leaves_the_weights_unchanged(tmp_path, value):
+    """Steps between those that a Trainer checks at its start."""
+    trainer = make_trainer(tmp_path, max_steps=1000, schedule=lambda step: value if step == 3 else 1.0)
+    trainer.callbacks.append(StopAt(3))
+    trainer.train()
+    before = weights(trainer)
+    trainer.callbacks.pop()
+    with pytest.raises(ConfigError, match=r"schedule\(3\) returned"):
+        trainer.train(resume=True)
+    assert equal(weights(trainer), before)
+    assert saved_steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("fingerprint", [b"sha256", 7, None, lambda: "abc"])
+def test_the_fingerprint_of_a_dataset_must_be_a_string(tmp_path, fingerprint):
+    dataset = UnevenTargets()
+    dataset.fingerprint = fingerprint
+    with pytest.raises(DataError, match=r"fingerprint is .*string"):
+        make_trainer(tmp_path, train_dataset=dataset)
 
 
 def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from homebrew.constants import Aspect
-from homebrew.errors import ConfigError, ResumeMismatch
+from homebrew.errors import ConfigError, DataError, ResumeMismatch
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import base_fingerprint, lora_layers
 
@@ -44,12 +44,15 @@ def run_identity(
     """Return everything that determines a run's steps: one JSON value for each of `ASPECTS`.
 
     The schedule can be any function; it is identified by its learning rates at evenly spaced steps.
+
+    Raises:
+        DataError: The dataset's `fingerprint` is not a string.
     """
     probes = sorted({max_steps * i // _NUM_PROBES for i in range(_NUM_PROBES + 1)})
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     peaks = peaks[:1] if len(set(peaks)) == 1 else peaks
     return {
-        "dataset": getattr(dataset, "fingerprint", f"{len(dataset)} samples"),  # type: ignore[arg-type]
+        "dataset": _fingerprint(dataset),
         "model": asdict(model.config),
         "adapter": _adapter(model),
         "optimizer": _optimizer_settings(model, optimizer) | {"max_grad_norm": _canonical(max_grad_norm)},
@@ -60,6 +63,16 @@ def run_identity(
         "global_batch_size": global_batch_size,
         "seed": seed,
     }
+
+
+def _fingerprint(dataset: Dataset[Any]) -> str:
+    fingerprint = getattr(dataset, "fingerprint", f"{len(dataset)} samples")  # type: ignore[arg-type]
+    if not isinstance(fingerprint, str):
+        raise DataError(
+            f"train_dataset.fingerprint is {fingerprint!r:.100}, but must be a string that differs for other samples. "
+            f"Change or remove the attribute."
+        )
+    return fingerprint
 
 
 def _optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -328,7 +328,7 @@ class Trainer:
 
     def _handle_requests(self, signals: SignalHandler, flags: FlagExchange) -> None:
         """Act on signals, stop requests and writer errors of any process, on all processes at the same step."""
-        own = [*signals.pop_flags(), float(self.should_stop), float(self._checkpoints.failed)]
+        own = [*signals.pop_flags(), float(bool(self.should_stop)), float(self._checkpoints.failed)]
         *received, stop, writer_failed = flags.exchange(own)
         self._stop_agreed = self._stop_agreed or stop
         self.should_stop = self.should_stop or self._stop_agreed  # for the user to read, on every process
@@ -345,4 +345,8 @@ class Trainer:
         overlaps = event in ("on_step_end", "on_log", "on_step_skipped")
         with nullcontext() if overlaps else self._paused():
             for callback in self.callbacks:
-                getattr(callback, event)(self, *arguments)
+                if (value := getattr(callback, event)(self, *arguments)) is not None:
+                    raise ConfigError(
+                        f"{type(callback).__name__}.{event} returned {value!r:.100}, but the results of callbacks are "
+                        f"not used. Return nothing; to stop the run, set trainer.should_stop = True."
+                    )
