@@ -1,6 +1,8 @@
+import math
 from types import SimpleNamespace
 
 import pytest
+from tiny_runs import make_trainer, token_dataset
 
 from homebrew import Callback, EarlyStopping, EvalMetrics, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import ConfigError
@@ -16,10 +18,31 @@ def test_stops_after_patience_evaluations_without_improvement():
     assert stopped == [False, False, False, False, False, True]
 
 
-@pytest.mark.parametrize("arguments", [{"patience": 0}, {"patience": 1, "min_delta": -0.1}])
-def test_arguments_out_of_range_are_rejected(arguments):
-    with pytest.raises(ConfigError, match="must be at least"):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"patience": 0},
+        {"patience": 2.5},
+        {"patience": "3"},
+        {"patience": True},
+        {"patience": None},
+        {"patience": 1, "min_delta": -0.1},
+        {"patience": 1, "min_delta": math.nan},
+        {"patience": 1, "min_delta": math.inf},
+        {"patience": 1, "min_delta": None},
+    ],
+)
+def test_invalid_arguments_are_rejected(arguments):
+    with pytest.raises(ConfigError, match=r"must be .* of at least"):
         EarlyStopping(**arguments)
+
+
+@pytest.mark.parametrize(("evaluates", "eval_every"), [(False, None), (False, 2), (True, None)])
+def test_a_run_without_evaluations_before_its_end_is_an_error(tmp_path, evaluates, eval_every):
+    data = token_dataset() if evaluates else None
+    with pytest.raises(ConfigError, match=r"(?s)can never stop.*eval_dataset.*eval_every"):
+        make_trainer(tmp_path, eval_dataset=data, eval_every=eval_every, callbacks=[EarlyStopping(patience=3)])
+    assert list(tmp_path.iterdir()) == []
 
 
 class InterruptAtEvaluation(Callback):

@@ -16,6 +16,18 @@ from homebrew.callbacks.base import Callback
 from homebrew.errors import CheckpointError, ConfigError
 
 
+def test_a_callback_can_check_the_trainer_at_its_construction(tmp_path):
+    class NeedsSaves(Callback):
+        def on_init_end(self, trainer):
+            if trainer.config.save_every is None:
+                raise ConfigError("save_every is None")
+
+    make_trainer(tmp_path, callbacks=[NeedsSaves()])
+    with pytest.raises(ConfigError, match="save_every is None"):
+        make_trainer(tmp_path, save_every=None, callbacks=[NeedsSaves()])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_step_is_logged_after_the_next_step_is_launched(tmp_path):
     recorder = Recorder()
     settings = {"eval_dataset": token_dataset(200), "log_every": 2, "eval_every": 4, "max_steps": 9}

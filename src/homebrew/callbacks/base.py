@@ -23,6 +23,12 @@ class Callback:
     ends the run.
     """
 
+    def on_init_end(self, trainer: "Trainer") -> None:
+        """Called once, at the end of the trainer's construction.
+
+        Raise a `ConfigError` here if the trainer lacks what the callback needs, such as an `eval_dataset`.
+        """
+
     def on_train_begin(self, trainer: "Trainer") -> None:
         """Called once, after the checkpoint is restored and before the first step.
 

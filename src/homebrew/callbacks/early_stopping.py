@@ -1,5 +1,6 @@
 """`EarlyStopping`: stops a run when the evaluation loss no longer improves."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,16 +24,27 @@ class EarlyStopping(Callback):
         min_delta: Minimum decrease of the best loss, in nats per token, that counts as an improvement.
 
     Raises:
-        ConfigError: `patience` is less than 1 or `min_delta` is negative.
+        ConfigError: `patience` is not an integer of at least 1, or `min_delta` not a finite number of at least 0. A
+            Trainer with this callback has no `eval_dataset`, or evaluates only at the end.
     """
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
-        if patience < 1 or min_delta < 0:
-            raise ConfigError(f"patience={patience} must be at least 1 and min_delta={min_delta} at least 0.")
+        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+            raise ConfigError(f"patience={patience!r}: must be an integer of at least 1, a number of evaluations.")
+        if not isinstance(min_delta, int | float) or not 0 <= min_delta < math.inf:
+            raise ConfigError(f"min_delta={min_delta!r}: must be a finite number of at least 0, in nats per token.")
         self.patience = patience
         self.min_delta = min_delta
         self._best_loss = float("inf")
         self._num_without_improvement = 0
+
+    def on_init_end(self, trainer: "Trainer") -> None:
+        """Check that the trainer evaluates."""
+        if trainer.eval_dataset is None or trainer.config.eval_every is None:
+            raise ConfigError(
+                "EarlyStopping can never stop this run, because it has no evaluations before its end. Pass "
+                "eval_dataset to Trainer and set eval_every in its config, or remove EarlyStopping."
+            )
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         """Reset, and count the run's past evaluations."""

@@ -105,6 +105,7 @@ class Trainer:
         self._is_running = False
         self._stop_agreed = False  # whether all processes know that the run must end
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
+        self._emit("on_init_end")
 
     def train(
         self, resume: bool | str | Path = False, *, accept_changes: Collection[str] = (), overwrite: bool = False
