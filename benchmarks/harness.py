@@ -6,7 +6,6 @@ two measurements in the same round.
 """
 
 import gc
-import json
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,8 @@ from typing import ClassVar
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from homebrew.io import strict_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GIB = 2**30
@@ -266,7 +267,7 @@ class Report:
             console.print(f"{name}: {value}", highlight=False)
         if self.json is not None:
             tables = [{"title": title, "rows": rows} for title, rows in self.tables]
-            text = json.dumps({"metadata": self.metadata, "tables": tables, "raw": self.raw}, indent=2, default=str)
+            text = strict_json({"metadata": self.metadata, "tables": tables, "raw": self.raw}, indent=2, default=str)
             self.json.write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,8 +1,11 @@
 import errno
+import json
+import math
 import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 from torch import ones
@@ -14,6 +17,7 @@ from homebrew.io import (
     open_regular,
     remove_leftovers,
     remove_tree,
+    strict_json,
     write_durably,
 )
 
@@ -194,3 +198,15 @@ def test_remove_tree_does_not_follow_links(tmp_path):
         remove_tree(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["outside"]
     assert (tmp_path / "outside" / "kept").exists()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, np.float64("nan")])
+def test_strict_json_writes_null_for_numbers_that_json_does_not_have(number):
+    nested = {"a": number, "b": [1, (number, {"c": number})], "d": {number: 0.5}}
+    assert strict_json(nested) == '{"a": null, "b": [1, [null, {"c": null}]], "d": {"null": 0.5}}'
+
+
+def test_strict_json_keeps_everything_else():
+    value = {"a": [1, -0.0, 1e308, True, None, "NaN", "\u20ac"], "b": {"c": {}}}
+    assert json.loads(strict_json(value, indent=2)) == value
+    assert strict_json({"path": os.devnull, "other": {1j}}, default=str) == '{"path": "/dev/null", "other": "{1j}"}'

@@ -1,7 +1,9 @@
-"""File operations: paths, opening of regular files only, and writes and removals that survive a power failure."""
+"""File operations: paths, opening of regular files only, durable writes and removals, and strict JSON."""
 
 import contextlib
 import errno
+import json
+import math
 import os
 import re
 import secrets
@@ -9,6 +11,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _CHUNK_BYTES = 1 << 24
 
@@ -154,3 +157,22 @@ def _named_in_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = str(path)
         raise
+
+
+def strict_json(value: object, **options: Any) -> str:  # noqa: ANN401 - those of json.dumps
+    """Serialize to JSON that every parser reads.
+
+    JSON has no NaN and no infinity, which Python would write nevertheless. As in JavaScript, they become null.
+    """
+    return json.dumps(_without_non_finite(value), allow_nan=False, **options)  # noqa: TID251
+
+
+def _without_non_finite(value: object) -> object:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {_without_non_finite(key): _without_non_finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_without_non_finite(item) for item in value]
+    return value

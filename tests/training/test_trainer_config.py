@@ -55,6 +55,7 @@ def test_one_error_lists_all_invalid_settings(name, value):
     [
         ("learning_rate", 1),
         ("max_grad_norm", math.inf),  # disables clipping
+        ("max_grad_norm", None),
         ("betas", [0, 0.95]),
         ("seed", 4_000_000_000),
         ("warmup_steps", 0),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import CONFIG, Recorder, make_trainer, saved_steps, token_dataset
+from tiny_runs import CONFIG, Recorder, StopAt, make_trainer, saved_steps, token_dataset
 
 from homebrew import GPT
 from homebrew.callbacks.base import Callback
@@ -29,6 +30,45 @@ def test_metrics_jsonl_and_run_json_describe_the_run(tmp_path):
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["model"]["n_layer"] == 2
     assert run["train_dataset"]["fingerprint"] == trainer.train_dataset.fingerprint
+
+
+class BadLoss(GPT):
+    """Has a loss of NaN in step 2 and in evaluations."""
+
+    num_losses = 0
+
+    def forward(self, input_ids, targets=None):
+        self.num_losses += self.training
+        return super().forward(input_ids, targets) * (math.nan if self.num_losses == 2 or not self.training else 1.0)
+
+
+@pytest.mark.parametrize("max_grad_norm", [math.inf, None])
+def test_every_json_file_of_a_run_is_strict(tmp_path, max_grad_norm):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    settings = {"eval_dataset": token_dataset(200), "eval_every": 2, "non_finite": "skip", "max_steps": 4}
+    make_trainer(
+        tmp_path, model=BadLoss(CONFIG), **settings, max_grad_norm=max_grad_norm, callbacks=[StopAt(2)]
+    ).train()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    contents = [path.read_text() for path in tmp_path.rglob("*.json")]
+    assert len(contents) == 3  # run.json, state.json, manifest.json
+    events = [json.loads(text, parse_constant=refuse) for text in (*lines, *contents)]
+    assert [event["loss"] for event in events if event.get("event") in ("evaluate", "step_skipped")] == [None, None]
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["max_grad_norm"] is None
+    make_trainer(tmp_path, model=BadLoss(CONFIG), **settings, max_grad_norm=math.inf).train(resume=True)
+
+
+@pytest.mark.parametrize(("max_grad_norm", "clips"), [(1e-3, True), (None, False), (math.inf, False)])
+def test_max_grad_norm_may_be_disabled(tmp_path, max_grad_norm, clips):
+    def train(name, max_grad_norm):
+        model = GPT(CONFIG)
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        make_trainer(tmp_path / name, model=model, optimizer=sgd, max_steps=1, max_grad_norm=max_grad_norm).train()
+        return model.transformer.wte.weight
+
+    assert torch.equal(train("run", max_grad_norm), train("expected", 1e9)) is not clips
 
 
 def test_log_with_tensorboard_writes_event_files(tmp_path):

@@ -1,7 +1,6 @@
 """`RunLogger`: writes `run.json` and `metrics.jsonl`, and feeds Accelerate's trackers."""
 
 import contextlib
-import json
 import platform
 from collections.abc import Sequence, Sized
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from homebrew.callbacks.base import Callback
 from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.errors import ConfigError
-from homebrew.io import atomic_replace, remove_leftovers
+from homebrew.io import atomic_replace, remove_leftovers, strict_json
 from homebrew.metrics.metrics_log import MetricsLog
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
 
@@ -90,7 +89,7 @@ class RunLogger(Callback):
         try:
             remove_leftovers(folder / "run.json")
             with atomic_replace(folder / "run.json") as path:
-                path.write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
+                path.write_text(strict_json(description, indent=2, default=str) + "\n", encoding="utf-8")
             self._log = MetricsLog(folder / "metrics.jsonl")
         except OSError as error:
             raise ConfigError(

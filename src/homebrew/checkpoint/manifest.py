@@ -16,6 +16,7 @@ from homebrew.checkpoint.sharded_load import load_shards
 from homebrew.checkpoint.tensor_check import find_non_finite
 from homebrew.checkpoint.verified_files import is_regular, read_bounded, read_verified, verify
 from homebrew.errors import CorruptCheckpoint
+from homebrew.io import strict_json
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -55,7 +56,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the contents of `manifest.json`."""
-        return json.dumps({"format": FORMAT} | asdict(self), indent=1, allow_nan=False).encode()
+        return strict_json({"format": FORMAT} | asdict(self), indent=1).encode()
 
     @classmethod
     def from_json(cls, data: bytes, path: Path) -> Self:
@@ -170,7 +171,7 @@ def matches_listing(path: Path, manifest: Manifest) -> bool:
 
 def state_to_json(state: Mapping[str, Any], step: int, score: float | None) -> bytes:
     """Return the contents of `state.json`; step and score are repeated there so that they are covered by a hash."""
-    return json.dumps({"step": step, "score": score, "state": state}).encode()
+    return strict_json({"step": step, "score": score, "state": state}).encode()
 
 
 def parse_state(data: bytes, path: Path, manifest: Manifest) -> dict[str, Any]:

@@ -4,11 +4,12 @@
 second and a gigabyte, and stalls training. Files are read by the safetensors library.
 """
 
-import json
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from homebrew.io import strict_json
 
 _DTYPES = {
     torch.float64: "F64",
@@ -42,7 +43,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> list[memoryview]:
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header).encode()
+    text = strict_json(header).encode()
     text += b" " * (-len(text) % 8)
     return [memoryview(len(text).to_bytes(8, "little") + text), *(_memory(tensors[name]) for name in names)]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from homebrew.data.text_file import check_regular_file, read_error, read_text
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, TokenIds, as_token_ids, check_token_ids
 from homebrew.errors import DataError
-from homebrew.io import absolute_path, atomic_replace, is_disk_full
+from homebrew.io import absolute_path, atomic_replace, is_disk_full, strict_json
 
 FORMAT_VERSION = 1
 _NPY_MAGIC = b"\x93NUMPY"
@@ -58,7 +58,7 @@ class TokenMetadata:
     def to_json(self) -> str:
         """Return the text of the JSON file."""
         fields = {"format_version": FORMAT_VERSION, **asdict(self)}
-        return json.dumps(fields | {"metadata_sha256": _metadata_sha256(fields)}, indent=2) + "\n"
+        return strict_json(fields | {"metadata_sha256": _metadata_sha256(fields)}, indent=2) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -284,7 +284,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _metadata_sha256(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(strict_json(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype[Any], num_tokens: int) -> None:

@@ -13,6 +13,7 @@ from homebrew import errors
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.loader import Batch
 from homebrew.errors import HomebrewError
+from homebrew.io import strict_json
 
 
 def micro_batch_weights(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> Tensor:
@@ -89,7 +90,7 @@ def broadcast_tensors(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -
         yield from tensors.items()
         return
     layout = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
-    for name, (shape, dtype) in json.loads(broadcast_bytes(accelerator, json.dumps(layout).encode())).items():
+    for name, (shape, dtype) in json.loads(broadcast_bytes(accelerator, strict_json(layout).encode())).items():
         buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=accelerator.device)
         if accelerator.is_main_process:
             buffer.copy_(tensors[name])
@@ -118,9 +119,9 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:  
         try:
             response = {"result": function()}
         except HomebrewError as error:
-            broadcast_bytes(accelerator, json.dumps(_describe(error)).encode())
+            broadcast_bytes(accelerator, strict_json(_describe(error)).encode())
             raise
-    response = json.loads(broadcast_bytes(accelerator, json.dumps(response).encode()))
+    response = json.loads(broadcast_bytes(accelerator, strict_json(response).encode()))
     if "error" in response:
         raise _rebuild(response)
     return response["result"]
@@ -136,7 +137,7 @@ def run_on_all(accelerator: Accelerator, function: Callable[[], Any]) -> list[An
         response = {"result": function()}
     except HomebrewError as error:
         response = _describe(error)
-    responses = [json.loads(data) for data in gather_bytes(accelerator, json.dumps(response).encode())]
+    responses = [json.loads(data) for data in gather_bytes(accelerator, strict_json(response).encode())]
     for rank, response in enumerate(responses):
         if "error" in response:
             raise _rebuild(response, f"Rank {rank}: ")

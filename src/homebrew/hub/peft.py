@@ -4,7 +4,6 @@ PEFT's tensor names are those of homebrew with a prefix. A and B have the same l
 transformers stores the base's weights transposed.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, output_folder, read_json
-from homebrew.io import absolute_path, atomic_replace, local_path_or_name
+from homebrew.io import absolute_path, atomic_replace, local_path_or_name, strict_json
 from homebrew.model.lora import (
     LoRAConfig,
     adapter_state_dict,
@@ -92,7 +91,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
         with atomic_replace(folder / ADAPTER_WEIGHTS_FILE) as path:
             save_file(tensors, path, metadata={"format": "pt"})
         with atomic_replace(folder / ADAPTER_CONFIG_FILE) as path:
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            path.write_text(strict_json(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(

@@ -1,13 +1,13 @@
 """Writer for tokenizer files: those that transformers' AutoTokenizer reads, and homebrew's own description."""
 
 import itertools
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tokenizer import Tokenizer, gpt2_byte_to_char
 from homebrew.errors import ModelError
+from homebrew.io import strict_json
 
 HOMEBREW_FILE = "homebrew_tokenizer.json"
 """File with the result of `Tokenizer.to_json`."""
@@ -51,7 +51,7 @@ def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str,
 
 def to_json(value: Mapping[str, Any]) -> str:
     """Format an object as the contents of a JSON file."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return strict_json(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _character_tokenizer(char_ids: Mapping[str, int]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _byte_pair_files(ids: Mapping[bytes, int], end_of_text_id: int | None) -> di
     vocabulary = {_to_chars(token): i for token, i in ids.items()}
     if end_of_text_id is not None:
         vocabulary[END_OF_TEXT] = end_of_text_id
-    return {"vocab.json": json.dumps(vocabulary, ensure_ascii=False), "merges.txt": "\n".join(merges) + "\n"}
+    return {"vocab.json": strict_json(vocabulary, ensure_ascii=False), "merges.txt": "\n".join(merges) + "\n"}
 
 
 def _apply_earlier_merges(token: bytes, ids: Mapping[bytes, int]) -> list[bytes]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from homebrew.io import open_regular
+from homebrew.io import open_regular, strict_json
 
 MAX_BYTES = 1 << 30
 """Size of the largest log that a run appends to, about four million events."""
@@ -45,11 +45,10 @@ class MetricsLog:
 
         Args:
             event: Kind of event, such as "step" or "evaluate".
-            values: Fields of the event. Non-finite numbers are written as null, because JSON has no NaN or infinity.
+            values: Fields of the event. Non-finite numbers are written as null.
         """
-        fields = {"event": event} | {name: _to_json(value) for name, value in values.items()}
         try:
-            self._append(json.dumps(fields).encode() + b"\n")
+            self._append(strict_json({"event": event} | values).encode() + b"\n")
         except OSError as error:
             if not self._has_warned:
                 problem = f"{self._path} could not be written: {error.strerror}."
@@ -111,7 +110,3 @@ def _read_events(path: Path) -> Iterator[object]:
             if line.startswith(b"{"):  # a power failure can leave arbitrary bytes
                 with contextlib.suppress(ValueError, RecursionError):
                     yield json.loads(line)
-
-
-def _to_json(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,5 +1,6 @@
 """Builds the parts of a Trainer. Each part has its own function, so that a test can build it alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,13 +97,14 @@ def build_parts(
     bare_optimizer = optimizer or adamw(
         bare, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
+    max_grad_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
     identity = run_identity(  # before FSDP shards the weights
         dataset=train_dataset,
         model=bare,
         optimizer=bare_optimizer,
         schedule=partial(multiplier_at, schedule),
         max_steps=config.max_steps,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=max_grad_norm,
         global_batch_size=batch.global_batch_size,
         seed=config.seed,
     )
@@ -122,7 +124,7 @@ def build_parts(
         prepared_optimizer if uses_scaler else bare_optimizer,
         guard,
         accelerator,
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=max_grad_norm,
         accumulate_in_place=use_graphs and batch.accumulation_steps > 1,
         capture_update=use_graphs and optimizer is None and not uses_scaler,
     )

@@ -41,8 +41,8 @@ class TrainerConfig:
     """AdamW's decay of the first and second moments."""
     weight_decay: float = 0.1
     """Weight decay of matrices and embeddings; biases and layer norms are not decayed."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this global norm. None, or infinity, disables clipping."""
     non_finite: NonFinitePolicy = "raise"
     """If a loss or gradient norm is not finite: end the run, or skip the step. The update is never applied. In fp16,
     where the gradient scaler depends on skipped steps, always "skip"."""
@@ -160,7 +160,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         f"a number above 0 and at most {_MAX_NUMBER:g}, or None",
         lambda value: value is None or _is_positive(value),
     ),
-    ("max_grad_norm", "a number above 0", lambda value: _is_number(value) and value > 0),  # inf disables clipping
+    (
+        "max_grad_norm",
+        "a number above 0, or None",
+        lambda value: value is None or (_is_number(value) and value > 0),
+    ),
     ("weight_decay", "a finite number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf),
     ("min_lr_ratio", "a number between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1),
     (
