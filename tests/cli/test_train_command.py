@@ -31,7 +31,8 @@ def test_resume_must_be_requested_and_changes_accepted(text, tmp_path, invoke, i
 
     accept = ["--accept-changes", "dataset", "--accept-changes", "seed"]
     assert " ".join(accept) in invoke_error(*train, "--resume", "--seed", 7)
-    invoke(*train, "--resume", "--seed", 7, *accept)
+    with pytest.warns(UserWarning, match="without its data position"):
+        invoke(*train, "--resume", "--seed", 7, *accept)
 
 
 def test_a_folder_with_a_run_is_refused_before_the_text_is_read(text, tmp_path, invoke, invoke_error, tiny):
