@@ -23,6 +23,7 @@ from homebrew.generation.sampling import Sampling
 from homebrew.metrics.step_metrics import EvalMetrics
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
+from homebrew.training.arguments import check_arguments, check_resume
 from homebrew.training.batch_size import explain_out_of_memory
 from homebrew.training.compile import warm_up_compiled
 from homebrew.training.optimizer import set_learning_rates
@@ -65,10 +66,11 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> None:
+        check_arguments(model, config, optimizer, schedule, accelerator, callbacks, progress=progress)
         self.config = config
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
-        self.schedule = schedule or config.schedule()
+        self.schedule = config.schedule() if schedule is None else schedule
         self.callbacks = build_callbacks(callbacks, progress=progress)
         parts = build_parts(
             model,
@@ -126,6 +128,7 @@ class Trainer:
             CheckpointError: The checkpoint is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
         """
+        check_resume(resume)
         if overwrite and resume:
             raise ConfigError(
                 f"overwrite=True starts a new run, and resume={str(resume)!r} continues one. Use one of them."

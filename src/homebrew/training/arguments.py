@@ -1,0 +1,166 @@
+"""Validation of a Trainer's arguments, before anything is built from them."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.optim import Optimizer, SparseAdam
+
+from homebrew.callbacks.base import Callback
+from homebrew.callbacks.progress import ProgressDisplay
+from homebrew.callbacks.run_logger import RunLogger
+from homebrew.errors import ConfigError
+from homebrew.model.gpt import GPT
+from homebrew.model.gpt_config import GPTConfig
+from homebrew.training.schedule import Schedule
+from homebrew.training.trainer_config import TrainerConfig
+
+
+def check_arguments(
+    model: GPT | GPTConfig,
+    config: TrainerConfig,
+    optimizer: Optimizer | None,
+    schedule: Schedule | None,
+    accelerator: Accelerator | None,
+    callbacks: Sequence[Callback],
+    *,
+    progress: bool,
+) -> None:
+    """Check all arguments of a Trainer but the datasets, which `data.validation` checks.
+
+    Raises:
+        ConfigError: An argument is of another type than the Trainer needs, or the Trainer cannot use it.
+    """
+    rules: tuple[tuple[str, object, type | tuple[type, ...], str], ...] = (
+        ("model", model, (GPT, GPTConfig), "a GPT or a GPTConfig. Pass the model without wrappers"),
+        ("config", config, TrainerConfig, "a TrainerConfig. Pass TrainerConfig(output_dir=..., max_steps=...)"),
+        ("optimizer", optimizer, (Optimizer, NoneType), "a torch.optim.Optimizer. Build it over model.parameters()"),
+        ("accelerator", accelerator, (Accelerator, NoneType), "an Accelerator. Pass None to build it from the config"),
+        ("callbacks", callbacks, (list, tuple), "a list of Callbacks. Pass [] for none"),
+        ("progress", progress, bool, "True or False. A custom ProgressDisplay belongs to callbacks"),
+    )
+    for name, value, types, rule in rules:
+        if not isinstance(value, types):
+            raise ConfigError(f"{name} is {_describe(value)}, but must be {rule}.")
+    if isinstance(model, GPT):
+        check_model(model)
+    if optimizer is not None:
+        check_optimizer(optimizer)
+    if schedule is not None:
+        check_schedule(schedule)
+    check_callbacks(callbacks)
+
+
+def check_model(model: GPT) -> None:
+    """Check that a model has weights that can be trained.
+
+    Raises:
+        ConfigError: A weight has no data, or is in float16.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ConfigError(
+                f"The model's {name} is on the meta device and has no values. Build it on another device."
+            )
+        if parameter.dtype == torch.float16:
+            raise ConfigError(
+                f"The model's {name} is float16, in which small updates are lost. Call model.float(); with "
+                f"mixed_precision='fp16' the model still computes in float16."
+            )
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Check that the Trainer can step an optimizer and set its learning rate.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, AcceleratedOptimizer):
+        raise ConfigError("The optimizer was returned by Accelerator.prepare. Pass the optimizer itself.")
+    if not _can_be_called(optimizer.step):
+        raise ConfigError(
+            f"{name}.step() needs arguments, such as a closure that computes the loss again, but the Trainer computes "
+            f"the loss once and calls step(). Use an optimizer whose step() needs no arguments, such as AdamW."
+        )
+    if isinstance(optimizer, SparseAdam):
+        raise ConfigError("SparseAdam needs sparse gradients, but those of a GPT are dense. Use Adam.")
+    for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            raise ConfigError(f"{name} has differentiable=True, which cannot update weights in place. Remove it.")
+        learning_rate = group.get("lr")
+        try:
+            is_valid = 0 <= float(learning_rate) < math.inf  # type: ignore[arg-type]  # None, for example
+        except (TypeError, ValueError, RuntimeError):
+            is_valid = False
+        if not is_valid:
+            raise ConfigError(
+                f"{name} has lr={learning_rate!r} in a parameter group, but the schedule needs a finite number of at "
+                f"least 0 to multiply. Set lr in the optimizer; for transformers' Adafactor, also relative_step=False."
+            )
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Check that a schedule is a function of the step.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not callable(schedule) or not _can_be_called(schedule, 0):
+        raise ConfigError(
+            f"schedule is {_describe(schedule)}, but must be a function from the step to the multiplier of the "
+            f"learning rate. For example: schedule=lambda step: 0.99**step."
+        )
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Check that callbacks are Callbacks, and that none would do its work twice.
+
+    Raises:
+        ConfigError: One is not, or would.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                f"callbacks has {_describe(callback)}, but must be a list of Callbacks. Derive the class from "
+                f"homebrew.Callback, and pass an instance."
+            )
+    if len({id(callback) for callback in callbacks}) < len(callbacks):
+        raise ConfigError("callbacks has the same Callback twice. Pass it once.")
+    for kind in (ProgressDisplay, RunLogger):
+        if sum(isinstance(callback, kind) for callback in callbacks) > 1:
+            raise ConfigError(f"callbacks has more than one {kind.__name__}. Pass one.")
+
+
+def check_resume(resume: bool | str | Path) -> None:
+    """Check the `resume` argument of `Trainer.train`.
+
+    Raises:
+        ConfigError: It is neither a bool nor a path.
+    """
+    if not isinstance(resume, bool | str | Path) or resume == "":
+        raise ConfigError(f"resume={resume!r}: must be True, False, or the path of a checkpoint.")
+
+
+def _can_be_called(function: Callable[..., Any], *arguments: object) -> bool:
+    """Return whether a function takes these arguments, as far as its signature tells."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # some functions written in C have no signature
+        return True
+    return True
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    return f"of type {type(value).__name__}" if len(text) > 40 or "\n" in text else text

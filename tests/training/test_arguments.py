@@ -1,0 +1,200 @@
+"""Arguments that a Trainer cannot use are errors before anything is built, trained or written."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_runs import ONE_LAYER, StopAt, make_trainer, token_dataset
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from transformers import TrainerCallback
+from transformers.optimization import Adafactor
+
+from homebrew import (
+    GPT,
+    Callback,
+    EarlyStopping,
+    LoRAConfig,
+    ProgressDisplay,
+    RunLogger,
+    TokenDataset,
+    Trainer,
+    TrainerConfig,
+    warmup_cosine,
+)
+from homebrew.errors import ConfigError, DataError
+from homebrew.training.schedule import WarmupCosine
+
+
+class NeedsClosure(torch.optim.SGD):
+    """An optimizer that evaluates the loss itself, like LBFGS."""
+
+    def step(self, closure):
+        closure()
+        super().step()
+
+
+def sgd(**options):
+    return torch.optim.SGD([torch.zeros(1)], **{"lr": 0.1} | options)
+
+
+def group_without_lr(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    del optimizer.param_groups[0]["lr"]
+    return optimizer
+
+
+OPTIMIZERS = {
+    "closure LBFGS": torch.optim.LBFGS,
+    "closure NeedsClosure": lambda parameters: NeedsClosure(parameters, lr=0.1),
+    "lr=None": lambda parameters: Adafactor(parameters, relative_step=True),
+    "lr=nan": lambda parameters: torch.optim.Adagrad([{"params": parameters, "lr": math.nan}]),
+    "lr=inf": lambda parameters: torch.optim.AdamW([{"params": parameters, "lr": math.inf}]),
+    "lr=-1": lambda parameters: torch.optim.SGD([{"params": parameters, "lr": -1.0}], lr=0.1),
+    "lr=None (removed)": group_without_lr,
+    "sparse": lambda parameters: torch.optim.SparseAdam(list(parameters)),
+    "differentiable": lambda parameters: torch.optim.Adam(parameters, differentiable=True),
+    "Accelerator": lambda parameters: Accelerator(mixed_precision="no").prepare(torch.optim.SGD(parameters, lr=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_the_trainer_cannot_step_is_an_error(tmp_path, name):
+    model = GPT(ONE_LAYER)
+    with pytest.raises(ConfigError, match=name.split()[0]):
+        make_trainer(tmp_path, model=model, optimizer=OPTIMIZERS[name](model.parameters()))
+
+
+def test_transformers_adafactor_trains_with_a_learning_rate(tmp_path):
+    model = GPT(ONE_LAYER)
+    optimizer = Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)
+    make_trainer(tmp_path, model=model, optimizer=optimizer, max_steps=4, callbacks=[StopAt(2)]).train()
+    make_trainer(tmp_path, model=model, optimizer=optimizer, max_steps=4).train(resume=True)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        LambdaLR(sgd(), lambda step: 1.0),
+        ReduceLROnPlateau(sgd()),
+        LambdaLR,
+        WarmupCosine,
+        warmup_cosine,
+        lambda: 1.0,
+        lambda step, total: step / total,
+        0.5,
+        0,
+        "cosine",
+        [1.0, 0.5],
+    ],
+    ids=lambda schedule: getattr(schedule, "__name__", type(schedule).__name__),
+)
+def test_a_schedule_must_be_a_function_of_the_step(tmp_path, schedule):
+    with pytest.raises(ConfigError, match=r"schedule is .* must be a function from the step"):
+        make_trainer(tmp_path, schedule=schedule)
+
+
+class TransformersCallback(TrainerCallback):
+    """A callback for another Trainer."""
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        None,
+        Callback(),
+        [EarlyStopping],
+        [TransformersCallback()],
+        [lambda trainer: None],
+        [None],
+        "progress",
+        [ProgressDisplay(), ProgressDisplay()],
+        [RunLogger(), RunLogger()],
+        2 * [Callback()],
+    ],
+)
+def test_callbacks_must_be_different_callbacks(tmp_path, callbacks):
+    with pytest.raises(ConfigError, match=r"^callbacks (is|has) "):
+        make_trainer(tmp_path, callbacks=callbacks)
+
+
+def half():
+    return GPT(ONE_LAYER).half()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", None),
+        ("model", GPT),
+        ("model", "gpt2"),
+        ("model", nn.Linear(2, 2)),
+        ("model", {"n_layer": 1}),
+        ("model", nn.Sequential(GPT(ONE_LAYER))),
+        ("model", torch.compile(GPT(ONE_LAYER))),
+        ("model", LoRAConfig()),
+        ("model", GPT(ONE_LAYER).to("meta")),
+        ("model", half()),
+        ("config", None),
+        ("config", {"max_steps": 1}),
+        ("config", ONE_LAYER),
+        ("config", TrainerConfig),
+        ("optimizer", "adamw"),
+        ("optimizer", torch.optim.AdamW),
+        ("optimizer", LambdaLR(sgd(), lambda step: 1.0)),
+        ("optimizer", [sgd()]),
+        ("accelerator", "cpu"),
+        ("accelerator", Accelerator),
+        ("accelerator", torch.device("cpu")),
+        ("progress", "no"),
+        ("progress", None),
+        ("progress", ProgressDisplay()),
+    ],
+)
+def test_an_argument_of_another_type_is_an_error(tmp_path, name, value):
+    arguments = {"model": ONE_LAYER, "train_dataset": token_dataset()}
+    arguments["config"] = TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no")
+    with pytest.raises(ConfigError, match=f"{name}('s .*)? is ") as raised:
+        Trainer(**arguments | {name: value})
+    assert len(str(raised.value)) < 300
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        3,
+        "book.txt",
+        TokenDataset,
+        token_dataset().split(0.5),
+        {"train": token_dataset()},
+        torch.zeros(8, 16, dtype=torch.int64),
+        torch.utils.data.DataLoader(token_dataset()),
+        iter(token_dataset()),
+    ],
+    ids=lambda dataset: type(dataset).__name__,
+)
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_a_dataset_of_another_type_is_an_error(tmp_path, name, dataset):
+    with pytest.raises(DataError, match=name):
+        make_trainer(tmp_path, **{name: dataset})
+
+
+def test_training_without_a_dataset_is_an_error(tmp_path):
+    config = TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no")
+    with pytest.raises(DataError, match="train_dataset is a NoneType"):
+        Trainer(ONE_LAYER, None, config=config)
+
+
+@pytest.mark.parametrize("resume", [None, 1, "", b"runs/first", ["runs/first"]])
+def test_resume_must_be_a_bool_or_a_path(tmp_path, resume):
+    with pytest.raises(ConfigError, match="resume="):
+        make_trainer(tmp_path).train(resume=resume)
+
+
+@pytest.mark.parametrize("accepted", ["optimizer", None, ["weather"], [3]])
+def test_accept_changes_must_be_a_list_of_aspects(tmp_path, accepted):
+    """Also if there is no checkpoint to compare with."""
+    with pytest.raises(ConfigError, match="accept_changes="):
+        make_trainer(tmp_path).train(resume=True, accept_changes=accepted)
