@@ -1,5 +1,7 @@
 """The state of optimizers: tensors, plain numbers, and what is checked before a state is loaded."""
 
+import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,18 @@ def test_numbers_are_restored_and_settings_are_the_runs():
     assert optimizer.state == {model.weight: {"step": 3, "odd": True, "none": None}}
     group = optimizer.param_groups[0]
     assert [group[key] for key in ("lr", "distance", "momentum", "weight_decay")] == [0.1, 0.1, 0.8, 0.5]
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, np.float64("inf")])
+def test_numbers_that_json_does_not_have_are_restored(number):
+    model, optimizer, initial = make()
+    optimizer.state[model.weight]["best"] = number
+    optimizer.param_groups[0]["limit"] = number
+    state = json.loads(json.dumps(optimizer_json(model, optimizer, initial)[0], allow_nan=False))
+    model, optimizer, _ = make()
+    load(state, {}, model, optimizer)
+    for restored in (optimizer.state[model.weight]["best"], optimizer.param_groups[0]["limit"]):
+        assert restored == pytest.approx(number, nan_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ take a step to create it, which changes the numbers of some optimizers and the w
 for exactly the trainable parameters.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,16 @@ def optimizer_json(
     Returns:
         The state as JSON, and the keys of everything that is neither in it nor in `state_tensors`.
     """
-    parameters: dict[str, dict[str, int | float | None]] = {}
-    groups: list[dict[str, int | float]] = []
+    parameters: dict[str, dict[str, int | float | str | None]] = {}
+    groups: list[dict[str, int | float | str | None]] = []
     unsaved = {str(key) for key in optimizer.state if not isinstance(key, Tensor)}
     for name, values in _named_states(model, optimizer).items():
-        if numbers := {key: value for key, value in values.items() if isinstance(value, int | float | None)}:
+        if numbers := {key: _to_json(value) for key, value in values.items() if isinstance(value, int | float | None)}:
             parameters[name] = numbers
         unsaved |= {key for key, value in values.items() if not isinstance(value, int | float | Tensor | None)}
     for group, before, now in zip(optimizer.param_groups, initial, group_settings(optimizer), strict=True):
         changed = {key: group[key] for key in now if now[key] != before.get(key)}
-        groups.append({key: value for key, value in changed.items() if isinstance(value, int | float)})
+        groups.append({key: _to_json(value) for key, value in changed.items() if isinstance(value, int | float)})
         unsaved |= changed.keys() - groups[-1].keys()
         unsaved |= {key for key, value in group.items() if isinstance(value, Tensor) and key not in _NOT_SAVED}
     tensors = {name: list(tensor.shape) for name, tensor in state_tensors(model, optimizer).items()}
@@ -155,7 +156,10 @@ def load_optimizer_state(
     """
     named = dict(model.named_parameters())
     indices = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    states = {name: dict(numbers) for name, numbers in state["parameters"].items()}
+    states: dict[str, dict[str, Any]] = {
+        name: {key: _from_json(number) for key, number in numbers.items()}
+        for name, numbers in state["parameters"].items()
+    }
     for name, tensor in broadcast_tensors(accelerator, tensors):
         parameter, _, key = name.rpartition(_SEPARATOR)
         states.setdefault(parameter, {})[key] = shard_like(tensor, named[parameter])
@@ -172,7 +176,16 @@ def load_optimizer_state(
             loaded = optimizer.state[named[name]]
             loaded |= {k: v.to(loaded[k].device) for k, v in values.items() if isinstance(v, Tensor)}
     for group, numbers in zip(optimizer.param_groups, state["groups"], strict=True):
-        group.update(numbers)
+        group.update({key: _from_json(number) for key, number in numbers.items()})
+
+
+def _to_json(number: int | float | None) -> int | float | str | None:
+    """Return a number as JSON, which has no NaN and no infinity: they become strings."""
+    return str(float(number)) if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def _from_json(number: int | float | str | None) -> int | float | None:
+    return float(number) if isinstance(number, str) else number
 
 
 def _named_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -199,7 +212,7 @@ def _is_optimizer_json(state: object, *, num_groups: int) -> bool:
             isinstance(tensors, dict)
             and len(groups) == num_groups
             and not any(key in values for values in groups for key in _NOT_SAVED)
-            and all(isinstance(number, int | float | None) for number in numbers)
+            and all(isinstance(number, int | float | None) or number in ("nan", "inf", "-inf") for number in numbers)
         )
     except (AttributeError, KeyError, TypeError):
         return False
