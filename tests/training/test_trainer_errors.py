@@ -3,10 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from tiny_runs import ONE_LAYER, StopAt, UnevenTargets, equal, make_trainer, random_tokens, saved_steps, weights
+from tiny_runs import (
+    ONE_LAYER,
+    StopAt,
+    UnevenTargets,
+    equal,
+    make_trainer,
+    random_tokens,
+    saved_steps,
+    token_dataset,
+    weights,
+)
 
 from homebrew import GPT, TokenDataset
-from homebrew.errors import ConfigError, DataError, LaunchError
+from homebrew.errors import ConfigError, DataError, LaunchError, ModelError
 
 
 def test_a_dataset_the_model_cannot_read_is_an_error(tmp_path):
@@ -56,6 +66,29 @@ def test_a_schedule_that_fails_later_leaves_the_weights_unchanged(tmp_path, valu
         trainer.train(resume=True)
     assert equal(weights(trainer), before)
     assert saved_steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda loss: None,
+        lambda loss: (None, loss),
+        lambda loss: {"loss": loss},
+        lambda loss: loss.expand(2),
+        lambda loss: loss[None],
+        lambda loss: float(loss.detach()),
+        lambda loss: loss.detach().long(),
+    ],
+)
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_a_model_must_return_a_scalar_loss(tmp_path, change, where):
+    class Changed(GPT):
+        def forward(self, input_ids, targets=None):
+            return change(super().forward(input_ids, targets))
+
+    trainer = make_trainer(tmp_path, model=Changed(ONE_LAYER))
+    with pytest.raises(ModelError, match=r"forward\(input_ids, targets\) returned .* scalar"):
+        trainer.train() if where == "training" else trainer.evaluate(token_dataset())
 
 
 @pytest.mark.parametrize("fingerprint", [b"sha256", 7, None, lambda: "abc"])

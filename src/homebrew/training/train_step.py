@@ -13,6 +13,7 @@ from homebrew.data.loader import Batch
 from homebrew.distributed.collectives import micro_batch_weights
 from homebrew.distributed.fsdp import full_tensor, keeps_weights_gathered, uses_fsdp
 from homebrew.errors import TrainingError
+from homebrew.evaluation.mean_loss import check_loss
 from homebrew.model.lora import lora_layers
 from homebrew.training.cuda_graph import CudaGraph
 from homebrew.training.nan_guard import NanGuard
@@ -129,7 +130,7 @@ class TrainStep:
             with accelerator.accumulate(self._model):
                 if self._keeps_weights_gathered:
                     self._model.set_reshard_after_backward(accelerator.sync_gradients)
-                loss: Tensor = self._model(input_ids, targets)
+                loss = check_loss(self._model(input_ids, targets))
                 accelerator.backward(loss, gradient=weight * scale)
             losses.append(loss.detach() * weight)  # a copy: the next replay of a CUDA graph overwrites its loss
         total: Tensor = accelerator.reduce(torch.stack(losses).sum(), "sum")
