@@ -16,7 +16,7 @@ from tiny_runs import (
 )
 
 from homebrew import GPT, TokenDataset
-from homebrew.errors import ConfigError, DataError, LaunchError, ModelError
+from homebrew.errors import ConfigError, DataError, LaunchError, ModelError, TrainingError
 
 
 def test_a_dataset_the_model_cannot_read_is_an_error(tmp_path):
@@ -89,6 +89,39 @@ def test_a_model_must_return_a_scalar_loss(tmp_path, change, where):
     trainer = make_trainer(tmp_path, model=Changed(ONE_LAYER))
     with pytest.raises(ModelError, match=r"forward\(input_ids, targets\) returned .* scalar"):
         trainer.train() if where == "training" else trainer.evaluate(token_dataset())
+
+
+class AssertsClosure(torch.optim.SGD):
+    """Needs a closure, but its signature does not show it."""
+
+    def step(self, closure=None):
+        assert closure is not None, "needs a closure"
+
+
+class NoStep(torch.optim.Optimizer):
+    """An optimizer that does not implement step."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (AssertsClosure, {}),
+        (NoStep, {}),
+        pytest.param(
+            torch.optim.AdamW,
+            {"capturable": True},
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="supported on a GPU"),
+        ),
+    ],
+)
+def test_an_optimizer_that_cannot_step_is_named(tmp_path, optimizer, options):
+    model = GPT(ONE_LAYER)
+    trainer = make_trainer(tmp_path, model=model, optimizer=optimizer(model.parameters(), lr=0.1, **options))
+    with pytest.raises(TrainingError, match=rf"{optimizer.__name__}\.step\(\) failed"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("fingerprint", [b"sha256", 7, None, lambda: "abc"])

@@ -150,7 +150,14 @@ class TrainStep:
         result = self._guard.check(loss, grad_norm)
         # A gradient scaler must see every step: it skips non-finite ones itself and adjusts its scale.
         if self._guard.allows_update(result) or self._accelerator.scaler is not None:
-            self._optimizer.step()
+            try:
+                self._optimizer.step()
+            except (AssertionError, NotImplementedError, TypeError) as error:
+                name = type(self._guard.optimizer).__name__
+                raise TrainingError(
+                    f"{name}.step() failed: {error!r}. The Trainer calls step() without a closure, once the gradients "
+                    f"are computed: change the optimizer's options, or use another one."
+                ) from error
         return result
 
     def _apply_with_device_learning_rates(self, loss: Tensor) -> Tensor:
