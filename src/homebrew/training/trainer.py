@@ -101,9 +101,7 @@ class Trainer:
         self._checkpoints = parts.checkpoints
         self._evaluates_eagerly = parts.evaluates_eagerly
         self._needs_warm_up = parts.compile_mode != "none"
-        self._num_samples = (
-            0  # position in the data, which a change of dataset, seed or batch size separates from the step
-        )
+        self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
         self._is_running = False
         self._stop_agreed = False  # whether all processes know that the run must end
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
