@@ -1,9 +1,11 @@
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
+from reference_gpt2 import reference_gpt2
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from homebrew.constants import IGNORE_INDEX
 from homebrew.errors import ConfigError, ModelError
@@ -27,24 +29,8 @@ def randomized(model: GPT, std: float = 0.2) -> GPT:
 
 
 def as_transformers(model: GPT) -> GPT2LMHeadModel:
-    """Return transformers' GPT-2 with the same weights, copied by name."""
-    config = model.config
-    reference = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-        )
-    ).eval()
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            value = state[name][: config.vocab_size] if name == "transformer.wte.weight" else state[name]
-            is_conv1d = name.split(".")[-2] in {"c_attn", "c_proj", "c_fc"} and name.endswith("weight")
-            parameter.copy_(value.T if is_conv1d else value)
-    return reference
+    """Return transformers' GPT-2 with the same weights and sizes."""
+    return reference_gpt2(model.state_dict(), **asdict(model.config))
 
 
 @pytest.mark.parametrize(

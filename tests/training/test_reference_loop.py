@@ -1,0 +1,138 @@
+"""Thirty steps of the Trainer against a plain PyTorch loop around transformers' GPT-2, in float32.
+
+Each hyperparameter in turn is set far from its default, so that a Trainer that ignored it would give other losses.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from reference_gpt2 import gpt_weights, reference_gpt2
+from tiny_runs import Recorder, UnevenTargets, token_dataset
+from torch.nn import functional as F
+
+from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
+from homebrew.data.sampler import sample_indices
+
+SIZES = {"block_size": 16, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_embd": 16}
+DATASETS = {"every target": token_dataset(), "some targets": UnevenTargets()}
+DEFAULTS = {
+    "dataset": "every target",
+    "max_steps": 30,
+    "global_batch_tokens": 8 * 16,
+    "micro_batch_size": 8,
+    "learning_rate": 5e-3,
+    "warmup_steps": 1,
+    "min_lr_ratio": 0.1,
+    "betas": (0.9, 0.95),
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+}
+CASES = {
+    "max_steps": {"max_steps": 25},
+    "global_batch_tokens": {"global_batch_tokens": 24 * 16},
+    "learning_rate": {"learning_rate": 1e-3},
+    "warmup_steps": {"warmup_steps": 20},
+    "min_lr_ratio": {"min_lr_ratio": 0.9},
+    "beta1": {"betas": (0.5, 0.95)},
+    "beta2": {"betas": (0.9, 0.6)},
+    "weight_decay": {"weight_decay": 3.0},
+    "max_grad_norm": {"max_grad_norm": 0.05},
+    "seed": {"seed": 1234},
+    "masked targets": {"dataset": "some targets"},
+    "accumulation": {"dataset": "some targets", "micro_batch_size": 2},
+}
+
+
+def reference_run(
+    *,
+    dataset,
+    max_steps,
+    global_batch_tokens,
+    micro_batch_size,
+    learning_rate,
+    warmup_steps,
+    min_lr_ratio,
+    betas,
+    weight_decay,
+    max_grad_norm,
+    seed,
+):
+    """Train transformers' GPT-2; return its weights, and a row for each step: loss, gradient norm, learning rate."""
+    dataset = DATASETS[dataset]
+    model = reference_gpt2(GPT(GPTConfig(**SIZES), seed=seed).state_dict(), **SIZES).train()
+    matrices = {"wte", "wpe", "c_attn", "c_proj", "c_fc"}
+    groups = {weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        _, module, kind = name.rsplit(".", 2)
+        groups[weight_decay if module in matrices and kind == "weight" else 0.0].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+        betas=betas,
+        eps=1e-8,
+        foreach=False,
+    )
+    rows = []
+    batch_size = global_batch_tokens // SIZES["block_size"]
+    for step in range(max_steps):
+        order = sample_indices(np.arange(step * batch_size, (step + 1) * batch_size), len(dataset), seed)
+        input_ids, targets = (torch.stack(tensors) for tensors in zip(*[dataset[i] for i in order], strict=True))
+        num_targets = (targets != -100).sum()
+        total = 0.0
+        optimizer.zero_grad()
+        for ids, labels in zip(input_ids.split(micro_batch_size), targets.split(micro_batch_size), strict=True):
+            logits = model(ids).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_targets
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        rate = learning_rate * multiplier(step, warmup_steps, max_steps, min_lr_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        rows.append([total, norm.item(), rate])
+    return gpt_weights(model), torch.tensor(rows)
+
+
+def multiplier(step, warmup_steps, max_steps, min_lr_ratio):
+    """The notebook's schedule."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    ratio = (step - warmup_steps) / (max_steps - warmup_steps)
+    return min_lr_ratio + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (1.0 - min_lr_ratio)
+
+
+def trainer_run(output_dir, *, dataset, **config):
+    """Train a GPT with the Trainer; return its weights and the rows of `reference_run`."""
+    recorder = Recorder()
+    trainer = Trainer(
+        GPTConfig(**SIZES),
+        DATASETS[dataset],
+        config=TrainerConfig(output_dir=output_dir, log_every=1, mixed_precision="no", **config),
+        accelerator=Accelerator(cpu=True),  # TF32 on a GPU is less exact
+        callbacks=[recorder],
+        progress=False,
+    )
+    trainer.train()
+    rows = [[metrics.loss, metrics.grad_norm, metrics.learning_rate] for metrics in recorder.metrics.values()]
+    return trainer.model.state_dict(), torch.tensor(rows)
+
+
+@pytest.fixture(scope="module")
+def default_losses():
+    return reference_run(**DEFAULTS)[1][:, 0]
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+def test_trainer_equals_the_reference_loop(tmp_path, default_losses, changes):
+    settings = DEFAULTS | changes
+    expected_weights, expected = reference_run(**settings)
+    actual_weights, actual = trainer_run(tmp_path, **settings)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(actual_weights[name][: len(weight)], weight, rtol=0, atol=1e-3)
+    losses = expected[:, 0]
+    assert (losses - default_losses[: len(losses)]).abs().max() > 5e-3, "the change has no effect, so it tests nothing"
