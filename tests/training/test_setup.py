@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_runs import CONFIG, make_trainer, token_dataset
 
-from homebrew import TrainerConfig
+from homebrew import GPT, TrainerConfig
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.training.global_settings import RECOMPILE_LIMIT, allow_tf32, raise_recompile_limit
@@ -38,6 +38,30 @@ def test_the_launch_settings_of_the_config_reach_the_accelerator(tmp_path, monke
     settings = {"output_dir": tmp_path, "mixed_precision": "bf16", "log_with": "all", "collective_timeout_seconds": 7.0}
     monkeypatch.setattr("homebrew.training.setup.build_accelerator", lambda **arguments: arguments)
     assert resolve_accelerator(None, TrainerConfig(max_steps=1, **settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "received"),
+    [
+        ("homebrew.training.setup.StepLoader", {"num_workers": 2}, {"num_workers": 2}),
+        ("homebrew.training.setup.StepLoader", {"loader_timeout_seconds": 7.0}, {"timeout_seconds": 7.0}),
+        ("homebrew.training.setup.CheckpointManager", {"gather_limit_bytes": 9}, {"gather_limit_bytes": 9}),
+    ],
+    ids=["num_workers", "loader_timeout_seconds", "gather_limit_bytes"],
+)
+def test_settings_reach_the_loader_and_the_checkpoint_manager(tmp_path, monkeypatch, part, settings, received):
+    arguments = {}
+    monkeypatch.setattr(part, lambda *_, **given: arguments.update(given))
+    make_trainer(tmp_path, **settings)
+    assert received.items() <= arguments.items()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_compile_decides_whether_the_model_is_compiled(tmp_path, monkeypatch, wanted):
+    compiled = []
+    monkeypatch.setattr(GPT, "compile", lambda model, **_: compiled.append(model))
+    trainer = make_trainer(tmp_path, compile=wanted)
+    assert compiled == ([trainer.model] if wanted else [])
 
 
 def test_custom_callbacks_come_after_the_built_in_ones_or_replace_them():

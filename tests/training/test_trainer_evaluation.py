@@ -38,6 +38,11 @@ def test_evaluates_every_eval_every_steps_and_at_the_end(tmp_path):
     assert list(recorder.evaluations) == [4, 6]
 
 
+def test_eval_batches_limits_the_evaluated_micro_batches(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=token_dataset(), eval_batches=3)
+    assert trainer.evaluate().num_tokens == 3 * 8 * 16
+
+
 def test_evaluate_without_a_dataset_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="eval_dataset"):
         make_trainer(tmp_path).evaluate()

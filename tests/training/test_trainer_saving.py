@@ -168,3 +168,8 @@ def test_checkpoints_are_saved_every_save_every_steps_and_at_the_end(tmp_path):
     recorder = Recorder()
     make_trainer(tmp_path, save_every=4, callbacks=[recorder]).train()
     assert recorder.saved == saved_steps(tmp_path) == [4, 6]
+
+
+def test_the_newest_keep_last_checkpoints_are_kept(tmp_path):
+    make_trainer(tmp_path, save_every=1, keep_last=3).train()
+    assert saved_steps(tmp_path) == [4, 5, 6]

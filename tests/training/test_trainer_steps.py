@@ -79,6 +79,36 @@ def test_seed_determines_initial_weights_data_order_and_dropout(tmp_path):
 
 
 @pytest.mark.usefixtures("deterministic")
+def test_seed_determines_the_dropout_of_a_given_model(tmp_path):
+    dataset = [(torch.arange(16), torch.arange(16) + 1)] * 8  # any order is the same
+    runs = []
+    for seed in (1, 2):
+        model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16, dropout=0.2))
+        trainer = make_trainer(tmp_path / str(seed), model=model, train_dataset=dataset, seed=seed, max_steps=2)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert not equal(*runs)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_activation_checkpointing_runs_each_block_twice_and_changes_nothing_else(tmp_path):
+    config = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.2)
+    runs, num_calls = [], []
+    for enabled in (False, True):
+        trainer = make_trainer(tmp_path / str(enabled), model=config, activation_checkpointing=enabled, max_steps=3)
+        num_calls.append(0)
+
+        def count(*_):
+            num_calls[-1] += 1
+
+        trainer.model.transformer.h[1].attn.register_forward_hook(count)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert equal(*runs)
+    assert num_calls == [3, 6]
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_evaluation_does_not_change_training(tmp_path):
     config = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16, dropout=0.2)
     runs = []
