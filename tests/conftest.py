@@ -28,10 +28,16 @@ def fresh_accelerate(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("ACCELERATE_", "FSDP_")):
             monkeypatch.delenv(name)
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    reset_accelerate()
     torch.set_float32_matmul_precision("highest")  # a Trainer lowers it on a GPU
     torch.set_num_threads(1)  # the models are tiny
+    yield
+    reset_accelerate()  # for the fixtures of a module, which are built before the next test's
+
+
+def reset_accelerate():
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")
