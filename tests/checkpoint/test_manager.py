@@ -93,7 +93,7 @@ def test_the_folder_stays_locked_while_a_write_runs_whose_waits_were_interrupted
     def run():
         with first.locked():
             first.restore(False)
-            first.save(3)
+            first.save(3, 24)
             monkeypatch.setattr(first._writer, "close", Mock(side_effect=KeyboardInterrupt))
 
     with pytest.raises(KeyboardInterrupt):

@@ -193,6 +193,12 @@ def test_resume_must_be_a_bool_or_a_path(tmp_path, resume):
         make_trainer(tmp_path).train(resume=resume)
 
 
+@pytest.mark.parametrize("overwrite", [None, "no", 1])
+def test_overwrite_must_be_a_bool(tmp_path, overwrite):
+    with pytest.raises(ConfigError, match="overwrite="):
+        make_trainer(tmp_path).train(overwrite=overwrite)
+
+
 @pytest.mark.parametrize("accepted", ["optimizer", None, ["weather"], [3]])
 def test_accept_changes_must_be_a_list_of_aspects(tmp_path, accepted):
     """Also if there is no checkpoint to compare with."""

@@ -138,14 +138,20 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
             raise ConfigError(f"callbacks has more than one {kind.__name__}. Pass one.")
 
 
-def check_resume(resume: bool | str | Path) -> None:
-    """Check the `resume` argument of `Trainer.train`.
+def check_start(resume: bool | str | Path, *, overwrite: bool) -> None:
+    """Check how `Trainer.train` is to start.
 
     Raises:
-        ConfigError: It is neither a bool nor a path.
+        ConfigError: `resume` is neither a bool nor a path, `overwrite` is not a bool, or both are given.
     """
     if not isinstance(resume, bool | str | Path) or resume == "":
         raise ConfigError(f"resume={resume!r}: must be True, False, or the path of a checkpoint.")
+    if not isinstance(overwrite, bool):
+        raise ConfigError(f"overwrite={overwrite!r}: must be True or False.")
+    if overwrite and resume:
+        raise ConfigError(
+            f"overwrite=True starts a new run, and resume={str(resume)!r} continues one. Use one of them."
+        )
 
 
 def _can_be_called(function: Callable[..., Any], *arguments: object) -> bool:

@@ -23,7 +23,7 @@ from homebrew.generation.sampling import Sampling
 from homebrew.metrics.step_metrics import EvalMetrics
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
-from homebrew.training.arguments import check_arguments, check_resume
+from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.batch_size import explain_out_of_memory
 from homebrew.training.compile import warm_up_compiled
 from homebrew.training.optimizer import set_learning_rates
@@ -126,11 +126,7 @@ class Trainer:
             CheckpointError: The checkpoint is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
         """
-        check_resume(resume)
-        if overwrite and resume:
-            raise ConfigError(
-                f"overwrite=True starts a new run, and resume={str(resume)!r} continues one. Use one of them."
-            )
+        check_start(resume, overwrite=overwrite)
         with self._checkpoints.locked():
             self._start(resume, accept_changes, overwrite=overwrite)
             self._run()
