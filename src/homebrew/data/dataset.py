@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.text_file import read_text
+from homebrew.data.text_paths import Paths, describe_files, expand_folders, text_files
 from homebrew.data.token_ids import as_token_ids, check_token_ids
 from homebrew.data.token_source import FileTokens, MemoryTokens, TokenSource
 from homebrew.data.tokenizer import Tokenizer, encode_utf8, get_tokenizer, tokenizer_from_json
@@ -59,7 +59,7 @@ class TokenDataset(Dataset[Sample]):
     @classmethod
     def from_text(
         cls,
-        text: str,
+        text: str | Sequence[str],
         block_size: int,
         *,
         tokenizer: str | Tokenizer = "gpt2",
@@ -69,7 +69,7 @@ class TokenDataset(Dataset[Sample]):
         """Create a dataset from a text.
 
         Args:
-            text: Training text.
+            text: Training text, or several, separated by the tokenizer's end-of-text token if it has one.
             block_size: Sequence length of the inputs, in tokens.
             tokenizer: "gpt2", "bytes", "char" (the characters that occur in the text), or a custom tokenizer.
             stride: Distance between the starts of consecutive windows, in tokens. If None it is `block_size`, so that
@@ -79,13 +79,17 @@ class TokenDataset(Dataset[Sample]):
         Raises:
             DataError: If the text is empty, shorter than one window, or not valid Unicode.
         """
-        if not text:
+        texts = [text] if isinstance(text, str) else text
+        if not any(texts):
             raise DataError("The text is empty. Give a text to train on.")
-        num_text_bytes = len(encode_utf8(text))
+        num_text_bytes = sum(len(encode_utf8(text)) for text in texts)
         if isinstance(tokenizer, str):
-            tokenizer = get_tokenizer(tokenizer, text=text)
+            tokenizer = get_tokenizer(tokenizer, text="".join(texts))
+        end = tokenizer.end_of_text_id
+        separator = np.array([] if end is None else [end], dtype=np.int64)
+        _, *parts = [part for text in texts for part in (separator, tokenizer.encode(text))]
         dataset = cls.from_tokens(
-            tokenizer.encode(text), block_size, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, stride=stride
+            np.concatenate(parts), block_size, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, stride=stride
         )
         dataset.num_text_bytes = num_text_bytes
         dataset.source = source
@@ -94,25 +98,27 @@ class TokenDataset(Dataset[Sample]):
     @classmethod
     def from_file(
         cls,
-        path: str | Path,
+        path: Paths,
         block_size: int,
         *,
         tokenizer: str | Tokenizer = "gpt2",
         stride: int | None = None,
     ) -> Self:
-        """Create a dataset from a UTF-8 text file.
+        """Create a dataset from UTF-8 text files, with the same tokens as `homebrew prepare`.
 
         Args:
-            path: Path of the text file.
+            path: Path of a text file, of a folder, of which all .txt files are read, or a sequence of such paths.
             block_size: Sequence length of the inputs, in tokens.
             tokenizer: As in `from_text`.
             stride: As in `from_text`.
 
         Raises:
-            DataError: If the file cannot be read as UTF-8 text, or is shorter than one window.
+            DataError: If a file cannot be read as UTF-8 text, a folder has no .txt files, or the texts are shorter
+                than one window.
         """
-        text = read_text(path)
-        return cls.from_text(text, block_size, tokenizer=tokenizer, stride=stride, source=f"the file {path}")
+        files = text_files(path)
+        texts = [read_text(file) for file in files]
+        return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=describe_files(files))
 
     @classmethod
     def from_tokens(
@@ -148,7 +154,7 @@ class TokenDataset(Dataset[Sample]):
     @classmethod
     def from_shards(
         cls,
-        paths: str | Path | Sequence[str | Path],
+        paths: Paths,
         block_size: int,
         *,
         tokenizer: Tokenizer | None = None,
@@ -158,7 +164,8 @@ class TokenDataset(Dataset[Sample]):
         """Create a dataset from token files, without loading them into memory. No window spans two files.
 
         Args:
-            paths: Path of one `.npy` file written by `homebrew prepare` or `write_tokens`, or a sequence of paths.
+            paths: Path of a `.npy` file written by `homebrew prepare` or `write_tokens`, of a folder of such files, or
+                a sequence of such paths.
             block_size: Sequence length of the inputs, in tokens.
             tokenizer: Tokenizer that made the tokens. If None it is built from the files' metadata.
             stride: As in `from_text`.
@@ -168,7 +175,7 @@ class TokenDataset(Dataset[Sample]):
             DataError: If a file is not a valid token file, the files have different vocabularies or tokenizers, or no
                 file is as long as one window.
         """
-        tokens = FileTokens.open([paths] if isinstance(paths, str | Path) else paths, check=check)
+        tokens = FileTokens.open(expand_folders(paths, ".npy"), check=check)
         files, metadata = tokens.files, tokens.files[0].metadata
         if tokenizer is None and metadata.tokenizer is not None:
             tokenizer = tokenizer_from_json(metadata.tokenizer)
@@ -179,7 +186,6 @@ class TokenDataset(Dataset[Sample]):
         starts = torch.cat(starts_by_file)
         _check_not_empty(starts, max(map(len, files)), block_size)
         sizes = [file.metadata.num_text_bytes for file in files]
-        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         origin = f" (from {metadata.source})" if metadata.source else ""
         return cls(
             tokens,
@@ -188,7 +194,7 @@ class TokenDataset(Dataset[Sample]):
             vocab_size=metadata.vocab_size,
             tokenizer=tokenizer,
             num_text_bytes=None if None in sizes else sum(filter(None, sizes)),
-            source=f"the token file {files[0].path}{more}{origin}",
+            source=describe_files([file.path for file in files], kind="token file") + origin,
         )
 
     def split(self, fraction: float, *, seed: int | None = 42) -> tuple[Self, Self]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from homebrew.data.text_file import read_error
+from homebrew.data.text_paths import Paths, describe_files, text_files
 from homebrew.data.token_file import TokenMetadata, check_output_path, is_token_file, write_tokens
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer
 from homebrew.errors import DataError
@@ -21,7 +22,7 @@ _UP_TO_LAST_SPLIT = re.compile(r".*\S(?=[ \t\n])", re.DOTALL)
 
 
 def prepare(
-    paths: Sequence[str | Path],
+    paths: Paths,
     output: str | Path,
     *,
     tokenizer: str = "gpt2",
@@ -33,7 +34,7 @@ def prepare(
     it has one.
 
     Args:
-        paths: Paths of UTF-8 text files.
+        paths: Path of a UTF-8 text file, of a folder, of which all .txt files are read, or a sequence of such paths.
         output: Path of the `.npy` file to write. An existing token file, valid or damaged, is replaced.
         tokenizer: "gpt2", "bytes" or "char" (the characters that occur in the texts).
         chunk_characters: Number of characters to read at a time.
@@ -46,8 +47,9 @@ def prepare(
     """
     output = absolute_path(output)
     check_output_path(output)
+    files = text_files(paths)
     num_bytes, alphabet = 0, set[str]()
-    for path in paths:
+    for path in files:
         if is_token_file(path):  # also raises for pipes: the text is read twice
             raise DataError(f"{path} is a token file. Give the text that it was made from, or train on it directly.")
         for chunk in text_chunks(path, chunk_characters):
@@ -55,17 +57,16 @@ def prepare(
             if tokenizer == "char":
                 alphabet.update(chunk)
     if not num_bytes:
-        names = ", ".join(map(str, paths))
+        names = ", ".join(map(str, files))
         raise DataError(f"There is no text to prepare{' in ' + names if names else ''}. Give files that are not empty.")
     chosen = get_tokenizer(tokenizer, text="".join(alphabet))
-    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return write_tokens(
         output,
-        _encode_files(paths, chosen, chunk_characters),
+        _encode_files(files, chosen, chunk_characters),
         vocab_size=chosen.vocab_size,
         tokenizer_json=chosen.to_json(),
         num_text_bytes=num_bytes,
-        source=f"the file {paths[0]}{more}",
+        source=describe_files(files),
     )
 
 

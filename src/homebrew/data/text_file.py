@@ -1,5 +1,7 @@
 """Read text files with error messages that name the file and the remedy."""
 
+import codecs
+import shlex
 from pathlib import Path
 
 from homebrew.errors import DataError
@@ -29,5 +31,10 @@ def read_error(path: str | Path, error: OSError | ValueError) -> DataError:
     if isinstance(error, OSError):
         return DataError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions.")
     if isinstance(error, UnicodeDecodeError):
-        return DataError(f"{str(path)!r} cannot be read as UTF-8 text: {error}. Convert the file to UTF-8.")
+        # Most text files that are not in Unicode are in Latin-1.
+        encoding = "utf-16" if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+        return DataError(
+            f"{str(path)!r} cannot be read as UTF-8 text: {error}. If it is text in another encoding, such as "
+            f"{encoding}, convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > converted.txt"
+        )
     return DataError(f"{str(path)!r} cannot be read: {error}. Check the path.")

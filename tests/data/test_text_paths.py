@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from homebrew import TokenDataset, load_corpus
+from homebrew.data.prepare import prepare
+from homebrew.data.text_paths import expand_folders, text_files
+from homebrew.errors import DataError
+
+WAYS = {
+    "a folder": lambda folder: folder,
+    "several files": lambda folder: [folder / "a.txt", folder / "more" / "b.TXT"],
+    "a file and a folder": lambda folder: (str(folder / "a.txt"), folder / "more"),
+    "a list of one folder": lambda folder: [str(folder)],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with two texts, one of them in a subfolder, and files that are none."""
+    folder = tmp_path / "texts"
+    for name, content in {
+        "a.txt": "To be, or not to be:",
+        "more/b.TXT": "that is the question.\n",
+        "notes.md": "no text",
+        ".hidden.txt": "no text",
+        ".git/c.txt": "no text",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    (folder / "folder.txt").mkdir()
+    return folder
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
+def paths(request, folder):
+    """The two texts, given in every way."""
+    return request.param(folder)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "char"])
+def test_from_file_has_the_tokens_of_a_prepared_file(paths, tokenizer, tmp_path):
+    prepare(paths, tmp_path / "tokens.npy", tokenizer=tokenizer)
+    prepared = TokenDataset.from_shards(tmp_path / "tokens.npy", 4)
+    dataset = TokenDataset.from_file(paths, 4, tokenizer=tokenizer)
+    everything = torch.arange(len(prepared))
+    assert dataset.starts.equal(prepared.starts)
+    assert torch.equal(*(torch.cat(data.batch(everything)) for data in (dataset, prepared)))
+    assert dataset.num_text_bytes == prepared.num_text_bytes
+    assert dataset.source.endswith("a.txt and 1 more")
+
+
+def test_load_corpus_joins_texts_on_new_lines(paths):
+    corpus = load_corpus(path=paths)
+    assert corpus.text == "To be, or not to be:\nthat is the question.\n"
+    assert corpus.source.endswith("a.txt and 1 more")
+
+
+def test_token_files_may_be_a_folder(folder, tmp_path):
+    shards = [tmp_path / "shards" / name for name in ("a.npy", "b.npy")]
+    for shard in shards:
+        prepare(folder, shard, tokenizer="bytes")
+    of_folder, of_files = (TokenDataset.from_shards(paths, 4) for paths in (tmp_path / "shards", shards))
+    assert of_folder.fingerprint == of_files.fingerprint
+
+
+def test_only_the_first_suffix_that_occurs_is_taken_from_a_folder(folder):
+    assert expand_folders(folder, ".npy", ".txt") == text_files(folder)
+    prepare(folder, folder / "tokens.npy", tokenizer="bytes")
+    assert expand_folders(folder, ".npy", ".txt") == [folder / "tokens.npy"]
+    prepare(folder, folder / "tokens.npy", tokenizer="bytes")  # reads the texts, not its own output
+
+
+@pytest.mark.parametrize("open_texts", [text_files, lambda path: load_corpus(path=path), TokenDataset.from_shards])
+def test_a_folder_without_texts_is_an_error(tmp_path, open_texts):
+    (tmp_path / "book.epub").touch()
+    arguments = (4,) if open_texts == TokenDataset.from_shards else ()
+    with pytest.raises(DataError, match=r"no \.(txt|npy) files"):
+        open_texts(tmp_path, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "advice"),
+    [("latin-1", "iconv -f latin1 "), ("cp1252", "iconv -f latin1 "), ("utf-16", "iconv -f utf-16 ")],
+)
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path, output: TokenDataset.from_file(path, 4),
+        lambda path, output: load_corpus(path=path),
+        lambda path, output: prepare(path, output),
+    ],
+    ids=["from_file", "load_corpus", "prepare"],
+)
+def test_a_text_in_another_encoding_is_an_error_that_says_how_to_convert_it(tmp_path, encoding, advice, read):
+    path = tmp_path / "book.txt"
+    path.write_text("Où est le café? " * 10, encoding=encoding)
+    with pytest.raises(DataError, match="cannot be read as UTF-8 text") as caught:
+        read(path, tmp_path / "tokens.npy")
+    assert advice in str(caught.value)
