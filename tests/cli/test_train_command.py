@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,9 +13,10 @@ import pytest
 import torch
 from transformers import pipeline
 
-from homebrew import GPTConfig, TrainerConfig, load_model
+from homebrew import ConfigError, GPTConfig, TrainerConfig, load_model
 from homebrew.cli.main import main
-from homebrew.cli.train_command import Preset, Train
+from homebrew.cli.train_command import Train
+from homebrew.cli.train_options import Preset
 
 
 def test_data_paths_may_be_symlinks(invoke, text, tmp_path, tiny):
@@ -159,9 +162,73 @@ def test_compile_option(parse, word, value):
     assert parse("--output-dir", "x", "--max-steps", "1", "--compile", word).compile is value
 
 
-def test_every_preset_exists():
-    for preset in typing.get_args(Preset):
-        GPTConfig.preset(preset)
+def test_every_preset_is_an_option():
+    with pytest.raises(ConfigError) as caught:
+        GPTConfig.preset("auto")
+    presets = re.search(r"one of: (.*)\.", str(caught.value))[1].split(", ")
+    assert list(typing.get_args(Preset)) == ["auto", *presets]
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "data", "options", "preset", "tokenizer"),
+    [
+        (True, "text.txt", [], "char", "char"),
+        (True, "text.txt", ["--tokenizer", "gpt2"], "baby", "gpt2"),
+        (True, "text.txt", ["--tokenizer", "bytes"], "char", "bytes"),
+        (True, "gpt2.npy", [], "baby", "gpt2"),
+        (True, "bytes.npy", [], "char", "bytes"),
+        (False, "text.txt", [], "gpt2", "gpt2"),
+        (False, "text.txt", ["--tokenizer", "char"], "gpt2", "char"),
+        (False, "bytes.npy", [], "gpt2", "bytes"),
+    ],
+)
+def test_the_model_is_chosen_by_device_and_named(
+    on_cpu, data, options, preset, tokenizer, text, tmp_path, invoke, tiny, monkeypatch
+):
+    monkeypatch.setattr("homebrew.distributed.precision.uses_cpu", lambda: on_cpu)
+    if data.endswith(".npy"):
+        invoke("prepare", text, "--output", tmp_path / data, "--tokenizer", tokenizer)
+    run = tmp_path / "run"
+    output = invoke("train", tmp_path / data, "--output-dir", run, "--max-steps", 1, *options, *tiny)
+    assert f"--preset {preset}" in output
+    assert ("on a CPU" in output) == on_cpu
+    assert load_model(run)[1].name == tokenizer
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokenizer"), [("char", "char"), ("baby", "gpt2"), ("gpt2", "gpt2"), ("gpt2-xl", "gpt2")]
+)
+def test_a_given_preset_is_used_on_any_device(preset, tokenizer, text, tmp_path, invoke, tiny):
+    run = tmp_path / "run"
+    output = invoke("train", text, "--output-dir", run, "--max-steps", 1, "--preset", preset, *tiny)
+    assert "--preset" not in output
+    assert load_model(run)[1].name == tokenizer
+
+
+def test_the_default_on_a_cpu_is_a_small_character_model(text, tmp_path, invoke):
+    invoke("train", text, "--output-dir", tmp_path / "run", "--max-steps", 1, "--micro-batch-size", 1)
+    model, tokenizer = load_model(tmp_path / "run")
+    assert model.config == GPTConfig.preset("char", vocab_size=tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("kind", ["a folder", "several files"])
+@pytest.mark.parametrize("suffix", [".txt", ".npy"])
+def test_data_may_be_folders_or_several_files(kind, suffix, invoke, text, tmp_path, tiny):
+    files = [tmp_path / "data" / f"{name}{suffix}" for name in ("a", "b")]
+    for file in files:
+        if suffix == ".npy":
+            invoke("prepare", text, "--output", file, "--tokenizer", "bytes")
+        else:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text.read_text())
+    data = [tmp_path / "data"] if kind == "a folder" else files
+    eval_data = [word for path in data for word in ("--eval-data", path)]
+    tokenizer = ["--tokenizer", "bytes"] if suffix == ".txt" else []
+    invoke("train", *data, *eval_data, "--output-dir", tmp_path / "run", "--max-steps", 1, *tokenizer, *tiny)
+    description = json.loads((tmp_path / "run" / "run.json").read_text())
+    for name in ("train_dataset", "eval_dataset"):
+        assert "and 1 more" in description[name]["source"]
+        assert description[name]["num_samples"] == pytest.approx(2 * text.stat().st_size / 16, abs=2)
 
 
 def test_ctrl_c_saves_a_checkpoint_and_prints_no_traceback(program, text, tmp_path, tiny):

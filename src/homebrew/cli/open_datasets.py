@@ -1,4 +1,4 @@
-"""Open the datasets of `homebrew train`: a text file or token files, and the data to evaluate on."""
+"""Open the datasets of `homebrew train`: text files or token files, and the data to evaluate on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,34 +11,49 @@ if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
 
 
-def open_dataset(paths: Sequence[Path], block_size: int, tokenizer: "Tokenizer | str") -> "TokenDataset":
-    """Open one text file, with the given tokenizer, or any number of token files."""
+def data_files(paths: Sequence[Path]) -> list[Path]:
+    """Replace each folder by its token files or, if it has none, by its text files."""
+    from homebrew.data.text_paths import expand_folders
+
+    return expand_folders(paths, ".npy", ".txt")
+
+
+def open_dataset(files: Sequence[Path], block_size: int, tokenizer: "Tokenizer | str") -> "TokenDataset":
+    """Open text files, with the given tokenizer, or token files."""
     from homebrew.data.dataset import TokenDataset
 
-    if not paths:
-        raise DataError("No data is given. Pass a text file, or token files written by `homebrew prepare`.")
-    if are_token_files(paths):
-        return TokenDataset.from_shards(paths, block_size)
-    if len(paths) > 1:
-        raise DataError(f"{len(paths)} text files are given. Combine them into one token file with `homebrew prepare`.")
-    return TokenDataset.from_file(paths[0], block_size, tokenizer=tokenizer)
+    if not files:
+        raise DataError("No data is given. Pass text files, or token files written by `homebrew prepare`.")
+    if are_token_files(files):
+        return TokenDataset.from_shards(files, block_size)
+    return TokenDataset.from_file(files, block_size, tokenizer=tokenizer)
 
 
-def open_eval_dataset(path: Path, train_dataset: "TokenDataset") -> "TokenDataset":
-    """Open a file to evaluate on, with the block size and the tokenizer of the training data."""
-    dataset = open_dataset([path], train_dataset.block_size, train_dataset.tokenizer or "gpt2")
+def open_eval_dataset(files: Sequence[Path], train_dataset: "TokenDataset") -> "TokenDataset":
+    """Open files to evaluate on, with the block size and the tokenizer of the training data."""
+    dataset = open_dataset(files, train_dataset.block_size, train_dataset.tokenizer or "gpt2")
     if not is_same_tokenizer(dataset.tokenizer, train_dataset.tokenizer):
         raise DataError(
-            f"{path} and the training data have different tokenizers. Prepare both with the same --tokenizer."
+            f"{files[0]} and the training data have different tokenizers. Prepare both with the same --tokenizer."
         )
     return dataset
 
 
-def are_token_files(paths: Sequence[Path]) -> bool:
-    """Return whether any of the paths is a token file; then all must be."""
+def are_token_files(files: Sequence[Path]) -> bool:
+    """Return whether any of the files is a token file; then all must be."""
     from homebrew.data.token_file import is_token_file
 
-    return any(map(is_token_file, paths))
+    return any(map(is_token_file, files))
+
+
+def token_files_tokenizer(files: Sequence[Path]) -> str | None:
+    """Return the name of the tokenizer that made the token files, or None for text files or if it is unknown."""
+    from homebrew.data.token_file import TokenFile
+
+    if not are_token_files(files):
+        return None
+    description = TokenFile(files[0]).metadata.tokenizer or {}
+    return description.get("name")
 
 
 def is_same_tokenizer(a: "Tokenizer | None", b: "Tokenizer | None") -> bool:

@@ -27,8 +27,8 @@ class SavedModel:
     """PyTorch device: cpu, cuda, cuda:1, mps. "auto" selects the GPU if there is one."""
     dtype: Dtype = "auto"
     """Data type of the weights. "auto" selects bfloat16 on a GPU with native bfloat16, otherwise float32."""
-    tokenizer: Annotated[Literal["gpt2", "bytes"] | None, arg(help_behavior_hint="")] = None
-    """Tokenizer of a model that does not record which one it was trained with."""
+    tokenizer: Literal["auto", "gpt2", "bytes"] = "auto"
+    """Tokenizer of a model that does not record which one it was trained with. "auto" uses the recorded one."""
 
     def open_model(self) -> tuple["GPT", "Tokenizer"]:
         """Load the model, in evaluation mode and on the device, and its tokenizer.
@@ -61,8 +61,8 @@ class SavedModel:
         return model, tokenizer
 
 
-def resolve_tokenizer(source: str, saved: "Tokenizer | None", requested: str | None) -> "Tokenizer":
-    """Return the tokenizer saved with a model, or the requested one if none was saved.
+def resolve_tokenizer(source: str, saved: "Tokenizer | None", requested: str) -> "Tokenizer":
+    """Return the tokenizer saved with a model, or the requested one if none was saved. "auto" requests none.
 
     Raises:
         ConfigError: There is neither a saved nor a requested tokenizer, or they differ.
@@ -70,13 +70,13 @@ def resolve_tokenizer(source: str, saved: "Tokenizer | None", requested: str | N
     from homebrew.data.tokenizer import get_tokenizer
 
     if saved is None:
-        if requested is None:
+        if requested == "auto":
             raise ConfigError(
                 f"The tokenizer of {source} is unknown or not supported. If the model was trained with GPT-2's or the "
                 f"byte tokenizer, pass --tokenizer gpt2 or --tokenizer bytes."
             )
         return get_tokenizer(requested)
-    if requested not in (None, saved.name):
+    if requested not in ("auto", saved.name):
         raise ConfigError(
             f"{source} has the tokenizer {saved.name!r}, not {requested!r}. Remove --tokenizer {requested}."
         )

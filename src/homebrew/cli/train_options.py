@@ -1,0 +1,128 @@
+"""The options of `homebrew train`: data, model and the fields of `TrainerConfig`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from tyro.conf import Fixed, Positional, Suppress, UseAppendAction, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from homebrew.errors import ConfigError
+from homebrew.training.trainer_config import TrainerConfig
+
+if TYPE_CHECKING:
+    from homebrew.model.gpt_config import GPTConfig
+
+Preset = Literal["auto", "char", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+LoRATarget = Literal["c_attn", "c_proj", "c_fc"]
+
+_DEFAULT_LORA_TARGETS: tuple[LoRATarget, ...] = ("c_attn", "c_proj")
+_COMPILE_CHOICES: dict[str, bool | Literal["auto"]] = {"auto": "auto", "yes": True, "no": False}
+_COMPILE_OPTION = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="{auto,yes,no}",
+    choices=tuple(_COMPILE_CHOICES),
+    instance_from_str=lambda words: _COMPILE_CHOICES[words[0]],
+    is_instance=lambda value: value in _COMPILE_CHOICES.values(),
+    str_from_instance=lambda value: [word for word, choice in _COMPILE_CHOICES.items() if choice == value],
+)
+
+T = TypeVar("T")
+_Optional = Annotated[T | None, arg(help_behavior_hint="")]
+"""An option whose description says what happens without it."""
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Training and evaluation data."""
+
+    files: Positional[Annotated[tuple[Path, ...], arg(metavar="DATA [DATA ...]", help_behavior_hint="(required)")]] = ()
+    """UTF-8 text files, or token files written by `homebrew prepare`; or folders of .txt or .npy files."""
+    eval_data: UseAppendAction[
+        Annotated[tuple[Path, ...], arg(help_behavior_hint="(default: a fraction of DATA; repeatable)")]
+    ] = ()
+    """Text or token file to evaluate on, or a folder of such files."""
+    eval_fraction: float = 0.1
+    """Fraction of DATA used for evaluation instead of training, chosen at random. 0 disables evaluation."""
+    tokenizer: Literal["auto", "gpt2", "bytes", "char"] = "auto"
+    """Tokenizer for text. "auto" selects that of --init-from, char with --preset char, and otherwise gpt2."""
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """A new model with the shape of --preset, or a pretrained one with --init-from."""
+
+    preset: Preset = "auto"
+    """Shape of a new model. gpt2 has 124 M parameters, baby 7 M, and char, which reads characters, 0.8 M. "auto"
+    selects gpt2 on a GPU. On a CPU it selects char, or baby for tokens of GPT-2's tokenizer."""
+    n_layer: Annotated[int | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """Number of transformer blocks."""
+    n_head: Annotated[int | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """Number of attention heads per block."""
+    n_embd: Annotated[int | None, arg(help_behavior_hint="(default: the preset's)")] = None
+    """Embedding size, a multiple of --n-head."""
+    block_size: Annotated[int | None, arg(help_behavior_hint="(default: the model's)")] = None
+    """Maximum sequence length in tokens. With --init-from, the length of training sequences."""
+    dropout: Annotated[float | None, arg(help_behavior_hint="(default: 0)")] = None
+    """Dropout probability of a new model."""
+    init_from: Annotated[str | None, arg(help_behavior_hint="(default: a new model)")] = None
+    """Pretrained model to start from: a hub repository such as openai-community/gpt2, or a folder.
+    The folder may be a run, a checkpoint or a model in transformers' GPT-2 format."""
+    lora_rank: Annotated[int | None, arg(help_behavior_hint="(default: train all weights)")] = None
+    """Freeze the pretrained weights and train a LoRA adapter of this rank. 8 is usual."""
+    lora_alpha: Annotated[float | None, arg(help_behavior_hint="(default: 2 * rank)")] = None
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout probability of the adapter's input."""
+    lora_targets: tuple[LoRATarget, ...] = _DEFAULT_LORA_TARGETS
+    """Layers to which the adapter is added."""
+
+    def choose_preset(self, tokenizer: str, *, on_cpu: bool) -> None:
+        """Replace the preset "auto" by the one for the device and the data's tokenizer, which may be "auto" too."""
+        if self.preset == "auto":
+            self.preset = "gpt2" if not on_cpu else "char" if tokenizer in ("auto", "char", "bytes") else "baby"
+
+    def new_config(self, **changes: int) -> "GPTConfig":
+        """Return the shape of a new model. `changes` are set besides the fields given on the command line."""
+        from homebrew.model.gpt_config import GPTConfig
+
+        names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return GPTConfig.preset(self.preset, **given | changes)
+
+    def check(self) -> None:
+        """Check combinations of options.
+
+        Raises:
+            ConfigError: An option has no effect because of another, or needs another.
+        """
+        adapter_options = (self.lora_alpha, self.lora_dropout, self.lora_targets)
+        if self.lora_rank is None and adapter_options != (None, 0.0, _DEFAULT_LORA_TARGETS):
+            raise ConfigError("--lora-alpha, --lora-dropout and --lora-targets need --lora-rank. Add --lora-rank 8.")
+        if self.lora_rank is not None and self.init_from is None:
+            raise ConfigError("--lora-rank adapts a pretrained model. Choose the model with --init-from.")
+        if self.init_from is not None:
+            names = ("preset", "n_layer", "n_head", "n_embd", "dropout")
+            given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, "auto")]
+            if given:
+                raise ConfigError(f"--init-from determines the model's shape. Remove {', '.join(given)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions(TrainerConfig):
+    """Training."""
+
+    # Every field of TrainerConfig is an option. Fields are repeated only if they are parsed or described differently
+    # than in Python, or hidden because TokenDataset has no use for them.
+    output_dir: Path
+    global_batch_tokens: _Optional[int] = TrainerConfig.global_batch_tokens
+    micro_batch_size: _Optional[int | Literal["auto"]] = TrainerConfig.micro_batch_size
+    warmup_steps: _Optional[int] = TrainerConfig.warmup_steps
+    loss_spike_zscore: _Optional[float] = TrainerConfig.loss_spike_zscore
+    compile: Annotated[bool | Literal["auto"], _COMPILE_OPTION] = TrainerConfig.compile
+    eval_every: _Optional[int] = TrainerConfig.eval_every
+    eval_batches: _Optional[int] = TrainerConfig.eval_batches
+    log_with: _Optional[str] = TrainerConfig.log_with
+    keep_every: _Optional[int] = TrainerConfig.keep_every
+    num_workers: Suppress[Fixed[int]] = TrainerConfig.num_workers
+    loader_timeout_seconds: Suppress[Fixed[float]] = TrainerConfig.loader_timeout_seconds
