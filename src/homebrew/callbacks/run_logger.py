@@ -33,9 +33,13 @@ class RunLogger(Callback):
     Only rank 0 writes files. `run.json` describes the run (configuration, model, data, hardware, versions).
     `metrics.jsonl` has one event per line, with `"event"` being "begin" or "resume", "step", "evaluate", "save",
     "step_skipped" or "end".
+
+    Args:
+        command: Command that started the run, recorded in `run.json`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, command: str | None = None) -> None:
+        self._command = command
         self._log: MetricsLog | None = None
         self._started_trackers: list[GeneralTracker] = []
 
@@ -45,7 +49,7 @@ class RunLogger(Callback):
         Raises:
             ConfigError: Rank 0 cannot write to `output_dir`. Raised on all ranks.
         """
-        description = describe_run(trainer)
+        description = {"command": self._command} | describe_run(trainer)
         run_on_main(trainer.accelerator, partial(self._open_files, Path(trainer.config.output_dir), description))
         if self._log is not None:
             self._log.write("resume" if trainer.step else "begin", step=trainer.step)

@@ -13,6 +13,7 @@ from homebrew.cli.eval_command import Eval
 from homebrew.cli.export_command import Export
 from homebrew.cli.prepare_command import Prepare
 from homebrew.cli.sample_command import Sample
+from homebrew.cli.saved_command import saved_options
 from homebrew.cli.train_command import Train
 from homebrew.errors import HomebrewError
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"homebrew {homebrew.__version__}")
         return 0
     try:
+        saved = saved_options(arguments)
         command = tyro.cli(
             Command,
             prog="homebrew",
@@ -53,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "To print the version: homebrew --version"
             ),
             args=arguments,
+            default=tyro.MISSING_NONPROP if saved is None else saved,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
         )
         command.run()

@@ -1,5 +1,6 @@
 """`homebrew train`: train a new model, or fine-tune a pretrained one."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from homebrew.callbacks.base import Callback
     from homebrew.data.dataset import TokenDataset
     from homebrew.data.tokenizer import Tokenizer
     from homebrew.model.gpt import GPT
@@ -40,7 +42,8 @@ class Train:
     model: OmitArgPrefixes[ModelOptions]
     trainer: OmitArgPrefixes[TrainerOptions]
     resume: bool = False
-    """Resume from the newest valid checkpoint in --output-dir, or start from step 0 if there is none."""
+    """Resume from the newest valid checkpoint in --output-dir, or start from step 0 if there is none. Options that are
+    not given again are those of the run."""
     overwrite: bool = False
     """Start a new run in an --output-dir that already holds one; the earlier run is moved to its subfolder old-1."""
     accept_changes: UseAppendAction[tuple[Aspect, ...]] = ()
@@ -48,8 +51,9 @@ class Train:
 
     def run(self) -> None:
         """Run the command."""
-        from homebrew import GPT, Trainer
+        from homebrew import GPT, RunLogger, Trainer
         from homebrew.cli.announcement import Announcement
+        from homebrew.cli.saved_command import command_line
         from homebrew.model.lora import LoRAConfig, add_lora
 
         self._check_options()
@@ -62,7 +66,9 @@ class Train:
         if (rank := self.model.lora_rank) is not None:
             lora = LoRAConfig(rank, self.model.lora_alpha, self.model.lora_dropout, self.model.lora_targets)
             add_lora(model, lora, seed=seed)
-        callbacks = [] if choice is None else [Announcement(choice)]
+        callbacks: list[Callback] = [RunLogger(command=command_line(self))]
+        if choice is not None:
+            callbacks.append(Announcement(choice))
         trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=self.trainer, callbacks=callbacks)
         trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
         if trainer.is_main_process:
@@ -87,7 +93,11 @@ class Train:
         """Load the model and tokenizer of --init-from; (None, None) for a new model."""
         from homebrew.hub.load import load_model
 
-        return (None, None) if self.model.init_from is None else load_model(self.model.init_from)
+        if self.model.init_from is None:
+            return None, None
+        if os.path.isdir(self.model.init_from):  # noqa: PTH112 - never raises
+            self.model.init_from = os.path.abspath(self.model.init_from)  # noqa: PTH100
+        return load_model(self.model.init_from)
 
     def _choose_defaults(self, files: Sequence[Path]) -> str | None:
         """Replace the "auto" of a new model's preset and tokenizer.

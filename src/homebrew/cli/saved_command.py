@@ -1,0 +1,90 @@
+"""The command that started a run, kept in `run.json`, so that `homebrew train --resume` needs only the run's folder."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from homebrew.cli.train_command import Train
+from homebrew.errors import ConfigError, HomebrewError
+
+
+def command_line(train: Train) -> str:
+    """Return the command that gives the options, except those of resuming, with absolute paths."""
+    words = ["homebrew", "train", *map(os.path.abspath, train.data.files)]
+    for options in (train.data, train.model, train.trainer):
+        for field in dataclasses.fields(options):
+            value = getattr(options, field.name)
+            if field.name != "files" and value != field.default:
+                words += _option_words(field.name, value)
+    return shlex.join(words)
+
+
+def _option_words(name: str, value: object) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    items = value if isinstance(value, tuple) else [value]
+    values = [os.path.abspath(item) if isinstance(item, Path) else str(item) for item in items]  # noqa: PTH100
+    if name == "eval_data":  # given once for each file
+        return [word for path in values for word in (option, path)]
+    if name == "compile":
+        return [option, "yes" if value else "no"]
+    return [option] if value is True else [option, *values]
+
+
+def saved_options(arguments: Sequence[str]) -> Train | None:
+    """Return the options of the run that a command line resumes, for those that it does not give.
+
+    Args:
+        arguments: The command line's words after `homebrew`.
+
+    Returns:
+        None if the command line does not resume a run, or resumes one that another program started.
+
+    Raises:
+        ConfigError: `run.json` does not have options that the command line does not give either.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--output-dir", "--output_dir", nargs="?", type=Path)
+    parser.add_argument("--max-steps", "--max_steps", nargs="?")
+    parser.add_argument("--eval-data", "--eval_data", nargs="?")
+    given, _ = parser.parse_known_args(arguments[1:])
+    if list(arguments[:1]) != ["train"] or not given.resume or given.output_dir is None:
+        return None
+    command = _read_command(given.output_dir)
+    if command is None and given.max_steps is None:
+        raise ConfigError(
+            f"{given.output_dir} has no run.json with the options of `homebrew train`. Check --output-dir, or give all "
+            f"options of the run."
+        )
+    if command is None:
+        return None
+    train = _parse(command, given.output_dir)
+    if given.eval_data is not None:
+        train.data.eval_data = ()  # otherwise the given files would be added
+    return train
+
+
+def _read_command(output_dir: Path) -> str | None:
+    from homebrew.hub.model_folder import find_file, read_json
+
+    path = find_file(output_dir, "run.json")
+    command = None if path is None else read_json(path).get("command")
+    return command if isinstance(command, str) else None
+
+
+def _parse(command: str, output_dir: Path) -> Train:
+    """Parse a saved command. The folder is the one given now: the run may have been moved."""
+    try:
+        words = shlex.split(command)[2:]
+        train = tyro.cli(Train, args=words, config=(tyro.conf.FlagCreatePairsOff,), console_outputs=False)
+    except (ValueError, SystemExit, HomebrewError) as error:
+        raise ConfigError(
+            f"The command in {output_dir / 'run.json'} is not valid: {command!r:.200}. Remove the file, and give all "
+            f"options of the run."
+        ) from error
+    return dataclasses.replace(train, trainer=dataclasses.replace(train.trainer, output_dir=output_dir))
