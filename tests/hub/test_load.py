@@ -1,6 +1,8 @@
 import contextlib
 import itertools
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
 from homebrew.checkpoint.store import CheckpointStore
+from homebrew.data.tokenizer import CharTokenizer
 from homebrew.errors import CheckpointError, CorruptCheckpoint, ModelError
 from homebrew.hub.load import load_checkpoint, load_model
 from homebrew.hub.peft import save_adapter
@@ -135,8 +138,54 @@ def test_a_run_skips_corrupt_checkpoints_and_a_checkpoint_raises(tmp_path):
 
 
 def test_a_missing_folder_raises_a_model_error(tmp_path):
-    with pytest.raises(ModelError, match="does not exist"):
+    with pytest.raises(ModelError, match="There is no folder"):
         load_model(tmp_path / "none")
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Folder with two runs, an export and something else, which is the working directory's `runs`."""
+    for name in ("first", "second"):
+        save_checkpoint(tmp_path / "runs" / name)
+    GPT(GPTConfig(**CONFIG)).save_pretrained(tmp_path / "runs" / "exported")
+    (tmp_path / "runs" / "plots").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("open_model", [load_model, GPT.from_pretrained])
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("runs", "runs/exported, runs/first, runs/second."),
+        (Path("runs"), "runs/exported, runs/first, runs/second."),
+        ("runs/first/checkpoints", "runs/first/checkpoints/step-00000001."),
+        (".", "no checkpoints"),
+        ("runs/plots", "no checkpoints"),
+    ],
+)
+def test_a_folder_that_is_no_model_names_the_models_in_it(runs, open_model, source, expected):
+    with pytest.raises(ModelError, match=re.escape(expected)) as caught:
+        open_model(source)
+    assert str(Path(source)) in str(caught.value) or str(Path(source).absolute()) in str(caught.value)
+    assert "plots," not in str(caught.value)
+
+
+def test_the_current_folder_names_the_models_in_it(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    with pytest.raises(ModelError, match="Pass one of exported, first, second"):
+        load_model(".")
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [("runs/frist", "runs/first"), ("./runs/secnd", "runs/second"), ("rnus", "runs"), ("runs/zzz", None)],
+)
+def test_a_mistyped_folder_is_named_before_the_hub(runs, monkeypatch, source, meant):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=rf"^There is no folder {re.escape(source)}\.") as caught:
+        load_model(source)
+    assert (f"Did you mean {meant}?" in str(caught.value)) == (meant is not None)
 
 
 @pytest.fixture
@@ -160,6 +209,38 @@ def test_an_adapters_run_is_loaded_onto_its_base(adapted):
     assert tokenizer.name == "bytes"
     moved, _ = load_model(folder / "run", base=(folder / "base").rename(folder / "moved"))
     assert torch.equal(moved(ids), trained(ids))
+
+
+@pytest.mark.parametrize("kind", ["new run", "adapter"])
+def test_a_base_given_by_a_relative_path_is_found_from_anywhere(adapted, monkeypatch, kind):
+    folder, _ = adapted
+    monkeypatch.chdir(folder)
+    model = GPT.from_pretrained("base", lora=LoRAConfig(rank=2))
+    save_adapter(model, "adapter", base_model="base")
+    data = TokenDataset.from_text("To be, or not to be. " * 20, 16, tokenizer="bytes")
+    options = {"max_steps": 1, "micro_batch_size": 2, "mixed_precision": "no", "compile": False}
+    Trainer(model, data, config=TrainerConfig(output_dir="new run", **options)).train()
+    monkeypatch.chdir(folder.parent)
+    loaded, _ = load_model(folder / kind)
+    assert loaded.source == str(folder / "base")
+
+
+@pytest.mark.parametrize("kind", ["run", "adapter"])
+def test_a_base_that_has_moved_is_an_error_that_says_so(adapted, kind):
+    folder, trained = adapted
+    save_adapter(trained, folder / "adapter", base_model=trained.source)
+    (folder / "base").rename(folder / "moved")
+    with pytest.raises(CheckpointError, match=r"If it has moved, pass base=.*There is no folder"):
+        load_model(folder / kind)
+    load_model(folder / kind, base=folder / "moved")
+
+
+def test_an_adapter_may_bring_the_tokenizer_that_its_base_lacks(adapted):
+    folder, trained = adapted
+    tokenizer = CharTokenizer("abc")
+    for saved in (tokenizer, None):  # without a tokenizer, an earlier one is kept
+        save_adapter(trained, folder / "adapter", base_model=trained.source, tokenizer=saved)
+        assert load_model(folder / "adapter")[1].to_json() == tokenizer.to_json()
 
 
 def test_an_adapter_is_not_loaded_onto_another_base(adapted):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from homebrew.cli.open_model import sample_command
 from homebrew.errors import ConfigError
 
 
@@ -50,18 +51,21 @@ class Export:
         if self.no_tokenizer:
             tokenizer = None
         if self.folder is not None and self.adapter:
-            save_adapter(model, self.folder, base_model=model.source)
+            save_adapter(model, self.folder, base_model=model.source, tokenizer=tokenizer)
             print(f"Exported an adapter of {model.source} to {self.folder}. Try it:")
-            print(f"  homebrew sample {self.folder}")
+            print(f"  {sample_command(self.folder, tokenizer)}")
             return
         if self.folder is not None:
             model.save_pretrained(self.folder, tokenizer)
-            # The pipeline's default number of tokens is more than a small model's block size.
-            max_new_tokens = max(1, min(50, model.config.block_size // 2))
             print(f"Exported and verified {self.folder}. Try it:")
-            print(
-                f"  transformers.pipeline('text-generation', {str(self.folder)!r})"
-                f"('Once', max_new_tokens={max_new_tokens})"
-            )
+            if tokenizer is None:  # which transformers' pipeline needs
+                print(f"  {sample_command(self.folder, tokenizer)}")
+            else:
+                # The pipeline's default number of tokens is more than a small model's block size.
+                max_new_tokens = max(1, min(50, model.config.block_size // 2))
+                print(
+                    f"  transformers.pipeline('text-generation', {str(self.folder)!r})"
+                    f"('Once', max_new_tokens={max_new_tokens})"
+                )
         if self.push_to_hub is not None:
             print(model.push_to_hub(self.push_to_hub, tokenizer, private=self.private or None))

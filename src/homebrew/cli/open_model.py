@@ -1,6 +1,8 @@
 """Options and loading of a saved model, for `sample` and `eval`; choice of its tokenizer, also for `train`."""
 
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -59,6 +61,12 @@ class SavedModel:
                 f"device={device!r} cannot be used: {reason} Run `homebrew doctor` to see the available devices."
             ) from error
         return model, tokenizer
+
+
+def sample_command(folder: Path, tokenizer: "Tokenizer | None") -> str:
+    """Return the command that samples from a model, for messages."""
+    option = "" if tokenizer is not None else " --tokenizer gpt2  (or bytes, whichever the model was trained with)"
+    return f"homebrew sample {shlex.quote(str(folder))}{option}"
 
 
 def resolve_tokenizer(source: str, saved: "Tokenizer | None", requested: str) -> "Tokenizer":

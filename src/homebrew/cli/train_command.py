@@ -16,7 +16,7 @@ from homebrew.cli.open_datasets import (
     open_eval_dataset,
     token_files_tokenizer,
 )
-from homebrew.cli.open_model import resolve_tokenizer
+from homebrew.cli.open_model import resolve_tokenizer, sample_command
 from homebrew.cli.train_options import DataOptions, ModelOptions, TrainerOptions
 from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, DataError
@@ -73,7 +73,7 @@ class Train:
         trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
         if trainer.is_main_process:
             output_dir = self.trainer.output_dir
-            print(f"The model is saved in {output_dir}. Try it: homebrew sample {output_dir}")
+            print(f"The model is saved in {output_dir}. Try it: {sample_command(output_dir, train_dataset.tokenizer)}")
 
     def _check_options(self) -> None:
         """Check combinations of options before anything is loaded."""

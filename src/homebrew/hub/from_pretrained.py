@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from homebrew.errors import ConfigError, ModelError
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, read_json
 from homebrew.hub.tokenizer_files import TOKENIZER_FILES
+from homebrew.hub.wrong_folder import not_a_model
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, GPTConfig
 
 CONFIG_FILE = "config.json"
@@ -170,7 +171,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Convert transformers' `config.json` to the fields of `GPTConfig`."""
     path = find_file(folder, CONFIG_FILE)
     if path is None:
-        raise ModelError(f"{folder} has no {CONFIG_FILE}. Pass the folder of a model in transformers' format.")
+        raise ModelError(not_a_model(folder))
     values = read_json(path)
     if values.get("model_type") != "gpt2":
         raise ModelError(

@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from homebrew.hub.from_pretrained import local_model_folder
 from homebrew.hub.model_folder import find_file, read_json
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE, load_adapter
 from homebrew.hub.read_tokenizer import read_tokenizer
+from homebrew.hub.tokenizer_files import HOMEBREW_FILE
 from homebrew.io import local_path_or_name
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, GPTConfig
@@ -119,9 +122,26 @@ def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Toke
     source = local_path_or_name(source)
     if _is_adapter(source):  # an error rather than recursion, which might not end
         raise CheckpointError(f"{source} contains only an adapter. Pass base=, a model without an adapter.")
-    model, tokenizer = load_model(source)
+    with _explain_missing_base(folder, base):
+        model, tokenizer = load_model(source)
     load_adapter(model, folder)
+    if find_file(folder, HOMEBREW_FILE) is not None:  # save_adapter writes it; the base may have no tokenizer
+        tokenizer = read_tokenizer(folder, vocab_size=model.config.vocab_size)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _explain_missing_base(adapter: Path, base: str | Path | None) -> Iterator[None]:
+    """Add to an error in loading the recorded base that it may have moved."""
+    try:
+        yield
+    except ModelError as error:
+        if base is not None:
+            raise
+        raise CheckpointError(
+            f"The base model of the adapter in {adapter} cannot be loaded. If it has moved, pass base=, its new "
+            f"location. {error}"
+        ) from error
 
 
 def _tokenizer(description: Any, checkpoint: Checkpoint) -> Tokenizer:  # noqa: ANN401 - any JSON value
@@ -164,7 +184,8 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
         )
     config, fingerprint = _adapter_config(checkpoint)
     source = local_path_or_name(source)
-    model = _base_model(source)
+    with _explain_missing_base(checkpoint.path, base):
+        model = _base_model(source)
     model.source = str(source)
     if (actual := base_fingerprint(model)) != fingerprint:
         raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from homebrew.errors import ModelError
+from homebrew.hub.wrong_folder import no_folder
 from homebrew.io import local_path_or_name
 
 MAX_TEXT_BYTES = 16 * 2**20
@@ -36,13 +37,13 @@ def local_folder(
     if os.path.isfile(name):  # noqa: PTH113
         raise ModelError(f"{name} is a file. Pass the folder that contains it.")
     if isinstance(name_or_folder, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise ModelError(f"Folder {name} does not exist. Pass an existing folder or a Hub repository id.")
+        raise ModelError(f"{no_folder(name)} Pass an existing folder or a Hub repository id.")
     parent = os.path.dirname(name)  # noqa: PTH120
     if revision is None and parent and os.path.isdir(parent):  # noqa: PTH112
         # Most likely a typo in a local path: without a network, asking the Hub would take half a minute.
         raise ModelError(
-            f"Folder {name} does not exist, but {parent} does. Pass an existing folder, or call from_pretrained with "
-            f"a revision to download the Hub repository {name}."
+            f"{no_folder(name)} It was not looked up on the Hub, because there is a folder {parent}. To download the "
+            f"repository {name}, start in another folder, or pass a revision to from_pretrained."
         )
     return _download_snapshot(name, filenames, revision, local_files_only=local_files_only)
 
@@ -60,14 +61,15 @@ def _download_snapshot(
     except LocalEntryNotFoundError as error:
         reason = "local_files_only is set" if local_files_only else "the Hub could not be reached"
         raise ModelError(
-            f"{repository} is neither a local folder nor complete in the Hub cache, and {reason}. Check the name and "
-            f"the network connection."
+            f"{no_folder(repository)} As a Hub repository, it is not complete in the cache, and {reason}. Check the "
+            f"name and the network connection."
         ) from error
     except Exception as error:  # from the Hub client or the HTTP library that it uses
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"{repository} could not be downloaded ({type(error).__name__}: {reason}). Check the name, the revision, "
-            f"the network connection and the disk; for a private or gated repository, log in with `hf auth login`."
+            f"{no_folder(repository)} As a Hub repository, it could not be downloaded ({type(error).__name__}: "
+            f"{reason}). Check the name, the revision, the network connection and the disk; for a private or gated "
+            f"repository, log in with `hf auth login`."
         ) from error
     return Path(snapshot)
 

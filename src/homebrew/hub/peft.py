@@ -12,8 +12,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, ModelError
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, output_folder, read_json
+from homebrew.hub.tokenizer_files import HOMEBREW_FILE, to_json
 from homebrew.io import absolute_path, atomic_replace, local_path_or_name, strict_json
 from homebrew.model.lora import (
     LoRAConfig,
@@ -55,13 +57,17 @@ _UNSUPPORTED_FIELDS = (
 _DISABLED: tuple[object, ...] = (None, False, [], {}, "none")
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, base_model: str | None = None, tokenizer: Tokenizer | None = None
+) -> None:
     """Save a model's LoRA adapter so that PEFT can load it onto transformers' GPT-2.
 
     Args:
         model: Model with an adapter.
         folder: Folder to write to. Existing files of the same names are replaced.
-        base_model: Hub repository id or folder of the base model, recorded in the adapter's configuration.
+        base_model: Hub repository id or folder of the base model, recorded in the adapter's configuration. The path of
+            a folder is made absolute.
+        tokenizer: Tokenizer the model was trained with, if its base may have none. `load_model` reads it.
 
     Raises:
         ModelError: The model has no adapter, or the folder is not writable or contains a checkpoint or a model.
@@ -92,6 +98,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str | None
             save_file(tensors, path, metadata={"format": "pt"})
         with atomic_replace(folder / ADAPTER_CONFIG_FILE) as path:
             path.write_text(strict_json(values, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            with atomic_replace(folder / HOMEBREW_FILE) as path:
+                path.write_text(to_json(tokenizer.to_json()), encoding="utf-8")
 
 
 def load_adapter(
