@@ -21,11 +21,10 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
     ("arguments", "message"),
     [
         (["train", "missing.txt", "--output-dir", "x", "--max-steps", "1"], r"missing\.txt"),
-        (["train", "TEXT", "TEXT", "--output-dir", "x", "--max-steps", "1"], "2 text files"),
         (["train", "--output-dir", "x", "--max-steps", "1"], "No data"),
-        (["train", "TEXT", "--output-dir", "x", "--max-steps", "0"], "max_steps=0"),
+        (["train", "TEXT", "--output-dir", "x", "--max-steps", "0"], "--max-steps 0"),
         ([*TRAIN, "--accept-changes", "seed"], "--resume"),
-        ([*TRAIN, "--micro-batch-size", "auto"], "global_batch_tokens"),
+        ([*TRAIN, "--micro-batch-size", "auto"], "--global-batch-tokens"),
         ([*TRAIN, "--eval-fraction", "2"], "--eval-fraction 2: must be"),
         ([*TRAIN, "--lora-rank", "8"], "--init-from"),
         ([*TRAIN, "--lora-dropout", "0.1"], "--lora-rank"),
@@ -38,10 +37,10 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
         ),
         (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
         (["sample", "./missing"], "missing"),
-        (["sample", "RUN", "--prompt", "a", "--top-k", "-1"], "top_k=-1"),
+        (["sample", "RUN", "--prompt", "a", "--top-k", "-1"], "--top-k -1"),
         (["sample", "RUN", "--prompt", "a", "--base", "x"], "base|adapter"),
         (["sample", "user/step-gpt"], "user/step-gpt"),
-        (["sample", "RUN", "--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens=-1"),
+        (["sample", "RUN", "--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens -1"),
         (["sample", "RUN", "--prompt", "a", "--device", "cuda:99"], "cuda:99.*homebrew doctor"),
         (["eval", "RUN"], "--text"),
         (["eval", "RUN", "--text", "missing.txt"], r"missing\.txt"),
@@ -76,7 +75,7 @@ def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, 
         (["smaple"], "sample"),
         (["train", "x", "--output-dir", "y"], "--max-steps"),
         (["train", "x", "--output-dir", "y", "--max-steps", "1", "--compile", "True"], "'yes'"),
-        (["train", "x", "--output-dir", "y", "--max-steps", "1", "--num-workers", "1"], "Unrecognized"),
+        (["train", "x", "--output-dir", "y", "--max-steps", "1", "--num-workers", "1"], "no option --num-workers"),
         (["prepare", "x", "--output", "y", "--tokenizer", "gpt3"], "gpt2"),
         ([], ", ".join(COMMANDS)),
     ],
@@ -95,8 +94,45 @@ def test_help_describes_every_option(capsys, command):
     assert caught.value.code == 0
     output = capsys.readouterr().out
     assert len(output) > 300
-    assert not re.search(r"^│ \[*(STR|PATH)", output, re.MULTILINE), "a positional argument has no name"
+    assert not re.search(r"default: *(None)?\)", output), "the default of an option is not described"
+    assert not re.search(r"^\W*(STR|PATH)", output, re.MULTILINE), "a positional argument has no name"
     assert not re.search(r"--[a-z-]+ [A-Z]+ +\(", output), "an option has no description"
+
+
+def test_help_of_train_describes_the_data_and_the_model_first(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # one column
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    options = re.findall(r"^\W{1,2}(DATA|--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    expected = ["DATA", "--eval-data", "--preset", "--n-layer", "--output-dir", "--max-steps", "--keep-every"]
+    assert [option for option in options if option in expected] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "choices"),
+    [
+        (["train", "x", "--preset", "nano"], "'auto', 'char', 'baby', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'"),
+        (["train", "x", "--tokenizer", "words"], "'auto', 'gpt2', 'bytes', 'char'"),
+        (["train", "x", "--lora-targets", "q"], "'c_attn', 'c_proj', 'c_fc'"),
+        (["train", "x", "--compile", "maybe"], "'auto', 'yes', 'no'"),
+        (["sample", "x", "--tokenizer", "char"], "'auto', 'gpt2', 'bytes'"),
+        (["eval", "x", "--dtype", "half"], "'auto', 'float32', 'bfloat16', 'float16'"),
+        (["prepare", "x", "--output", "y", "--tokenizer", "words"], "'gpt2', 'bytes', 'char'"),
+    ],
+)
+def test_an_unknown_choice_is_answered_by_the_choices_in_order(capsys, arguments, choices):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    error = " ".join(re.sub(r"[^\w',()-]", " ", capsys.readouterr().err).split())
+    assert f"({choices})" in error
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_that_the_readme_names_is_printed(capsys, shell):
+    with pytest.raises(SystemExit) as caught:
+        main(["--tyro-print-completion", shell])
+    assert not caught.value.code
+    assert "homebrew" in capsys.readouterr().out
 
 
 def test_version_is_printed(invoke):

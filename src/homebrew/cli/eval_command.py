@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import UseAppendAction, arg
 
 from homebrew.cli.open_model import Dtype, SavedModel
-from homebrew.data.text_file import read_text
-from homebrew.errors import ConfigError
+from homebrew.data.text_paths import read_texts
+from homebrew.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from homebrew.evaluation.hellaswag import Question
     from homebrew.evaluation.perplexity import ProgressFn
 
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class Eval(SavedModel):
     """Evaluate a model: perplexity on a text, accuracy on HellaSwag, or both."""
 
-    text: Annotated[Path | None, arg(help_behavior_hint="")] = None
-    """UTF-8 text file. Prints the loss (nats per token), perplexity and bits per byte."""
+    text: UseAppendAction[Annotated[tuple[Path, ...], arg(help_behavior_hint="(repeatable)")]] = ()
+    """UTF-8 text file, or a folder of .txt files. Prints the loss (nats per token), perplexity and bits per byte."""
     stride: Annotated[int | None, arg(help_behavior_hint="(default: half the block size)")] = None
     """Number of tokens between the starts of two text windows. A smaller stride gives each token more context."""
     hellaswag: Annotated[Literal["download"] | Path | None, arg(help_behavior_hint="")] = None
@@ -35,18 +36,18 @@ class Eval(SavedModel):
 
     def run(self) -> None:
         """Run the command."""
-        if self.text is None and self.hellaswag is None:
+        if not self.text and self.hellaswag is None:
             raise ConfigError("There is nothing to evaluate on. Pass --text, --hellaswag, or both.")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit}: must be at least 1.")
-        from homebrew.evaluation.hellaswag import load_hellaswag, score_hellaswag
+        from homebrew.evaluation.hellaswag import score_hellaswag
         from homebrew.evaluation.perplexity import score_text
 
         # Read the inputs before the model, whose loading takes longer, so that errors come first.
-        text = None if self.text is None else read_text(self.text)
+        text = read_texts(self.text) if self.text else None
         questions = []
         if self.hellaswag is not None:
-            questions = load_hellaswag(None if self.hellaswag == "download" else self.hellaswag)[: self.limit]
+            questions = self._load_questions()
         model, tokenizer = self.open_model()
         if text is not None:
             text_score = score_text(
@@ -67,6 +68,14 @@ class Eval(SavedModel):
                 hellaswag_accuracy_norm=f"{score.accuracy_norm:.4f}",
                 hellaswag_questions=f"{score.num_questions:,}",
             )
+
+    def _load_questions(self) -> "list[Question]":
+        from homebrew.evaluation.hellaswag import load_hellaswag
+
+        try:
+            return load_hellaswag(None if self.hellaswag == "download" else self.hellaswag)[: self.limit]
+        except DataError as error:
+            raise DataError(f"--hellaswag {self.hellaswag}: {error}") from error
 
 
 def _progress_bar(description: str) -> "ProgressFn":

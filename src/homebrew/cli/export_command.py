@@ -21,11 +21,11 @@ class Export:
 
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """Folder of a run (its newest checkpoint), of a checkpoint, or of an adapter in PEFT's format."""
-    folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]")]] = None
+    folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]", help_behavior_hint="")]] = None
     """Folder to write to. Existing files of the same names are replaced."""
-    base: str | None = None
+    base: Annotated[str | None, arg(help_behavior_hint="")] = None
     """For an adapter, its base model. The default is the location recorded with the adapter."""
-    push_to_hub: str | None = None
+    push_to_hub: Annotated[str | None, arg(help_behavior_hint="")] = None
     """Hub repository to upload to, user/name. Log in first with `hf auth login`."""
     private: bool = False
     """Make the repository private if it is created."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import homebrew
 from homebrew.cli.doctor_command import Doctor
 from homebrew.cli.eval_command import Eval
 from homebrew.cli.export_command import Export
+from homebrew.cli.option_names import explain_unknown_name, in_terms_of_options
 from homebrew.cli.prepare_command import Prepare
 from homebrew.cli.sample_command import Sample
 from homebrew.cli.saved_command import saved_options
@@ -25,6 +27,10 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
+COMMANDS: dict[str, type] = {
+    kind.__name__.lower(): kind for kind in (typing.get_args(command)[0] for command in typing.get_args(Command))
+}
+"""The dataclass of each command by its name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(f"homebrew {homebrew.__version__}")
         return 0
+    if mistake := explain_unknown_name(arguments, COMMANDS):
+        print(f"homebrew: {mistake}", file=sys.stderr)
+        raise SystemExit(2)
     try:
         saved = saved_options(arguments)
         command = tyro.cli(
@@ -61,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.run()
         sys.stdout.flush()
     except HomebrewError as error:
-        print(f"homebrew: {' '.join(str(error).split())}", file=sys.stderr)
+        message = in_terms_of_options(str(error), COMMANDS[arguments[0]])
+        print(f"homebrew: {' '.join(message.split())}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has exited
         # Replace standard output, otherwise Python prints an error when it flushes it at exit.

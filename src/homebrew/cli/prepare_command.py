@@ -1,5 +1,6 @@
 """`homebrew prepare`: tokenize text files."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,8 +16,8 @@ class Prepare:
     SHA-256.
     """
 
-    texts: Positional[Annotated[tuple[Path, ...], arg(metavar="TEXT [TEXT ...]")]]
-    """UTF-8 text files. GPT-2's tokenizer separates them by an end-of-text token."""
+    texts: Positional[Annotated[tuple[Path, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]]
+    """UTF-8 text files, or folders of .txt files. GPT-2's tokenizer separates texts by an end-of-text token."""
     output: Path
     """Token file to write, such as book.npy. An existing token file is replaced."""
     tokenizer: Literal["gpt2", "bytes", "char"] = "gpt2"
@@ -28,5 +29,13 @@ class Prepare:
 
         metadata = prepare(self.texts, self.output, tokenizer=self.tokenizer)
         print(f"{self.output}: {metadata.num_tokens:,} tokens from {metadata.num_text_bytes:,} bytes of text.")
-        print(f"To train on it: homebrew train {self.output} --output-dir runs/first --max-steps 100")
-        print("On a CPU, GPT-2 small takes hours: add --preset baby --learning-rate 3e-3 --global-batch-tokens 2048")
+        command = [
+            "homebrew",
+            "train",
+            str(self.output),
+            "--output-dir",
+            f"runs/{self.output.stem}",
+            "--max-steps",
+            "1000",
+        ]
+        print(f"To train on it: {shlex.join(command)}")

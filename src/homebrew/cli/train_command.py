@@ -54,22 +54,21 @@ class Train:
         from homebrew import GPT, RunLogger, Trainer
         from homebrew.cli.announcement import Announcement
         from homebrew.cli.saved_command import command_line
-        from homebrew.model.lora import LoRAConfig, add_lora
+        from homebrew.model.lora import add_lora
 
         self._check_options()
-        seed = self.trainer.seed
+        config, lora = self.trainer.validated(), self.model.lora_config()
         files = data_files(self.data.files)
         pretrained, tokenizer = self._load_pretrained()
         choice = None if pretrained else self._choose_defaults(files)
         train_dataset, eval_dataset = self._open_datasets(files, pretrained, tokenizer)
-        model = pretrained or GPT(self.model.new_config(vocab_size=train_dataset.vocab_size), seed=seed)
-        if (rank := self.model.lora_rank) is not None:
-            lora = LoRAConfig(rank, self.model.lora_alpha, self.model.lora_dropout, self.model.lora_targets)
-            add_lora(model, lora, seed=seed)
+        model = pretrained or GPT(self.model.new_config(vocab_size=train_dataset.vocab_size), seed=config.seed)
+        if lora is not None:
+            add_lora(model, lora, seed=config.seed)
         callbacks: list[Callback] = [RunLogger(command=command_line(self))]
         if choice is not None:
             callbacks.append(Announcement(choice))
-        trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=self.trainer, callbacks=callbacks)
+        trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=config, callbacks=callbacks)
         trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
         if trainer.is_main_process:
             output_dir = self.trainer.output_dir
@@ -123,7 +122,10 @@ class Train:
     ) -> tuple["TokenDataset", "TokenDataset | None"]:
         """Open the training dataset, and the evaluation dataset or a split for it."""
         data, init_from = self.data, self.model.init_from
-        block_size = self.model.block_size or (pretrained.config if pretrained else self.model.new_config()).block_size
+        limit = (pretrained.config if pretrained else self.model.new_config()).block_size
+        block_size = limit if self.model.block_size is None else self.model.block_size
+        if not 1 <= block_size <= limit:
+            raise ConfigError(f"--block-size {block_size}: must be from 1 to {limit}, the block size of {init_from}.")
         tokenizer: Tokenizer | str = data.tokenizer
         if init_from is not None and not are_token_files(files):
             tokenizer = resolve_tokenizer(init_from, model_tokenizer, data.tokenizer)
@@ -133,7 +135,13 @@ class Train:
             return train_dataset, open_eval_dataset(data_files(data.eval_data), train_dataset)
         if not data.eval_fraction:
             return train_dataset, None
-        return train_dataset.split(1 - data.eval_fraction, seed=self.trainer.seed)
+        try:
+            return train_dataset.split(1 - data.eval_fraction, seed=self.trainer.seed)
+        except DataError as error:
+            raise DataError(
+                f"--eval-fraction {data.eval_fraction:g} of {len(train_dataset)} windows leaves one of the two "
+                f"datasets empty. Give more text, a smaller --block-size, or --eval-fraction 0 to train on all of it."
+            ) from error
 
     def _check_tokenizer(
         self, files: Sequence[Path], dataset: "TokenDataset", model_tokenizer: "Tokenizer | None"

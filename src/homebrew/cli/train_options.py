@@ -12,6 +12,7 @@ from homebrew.training.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
     from homebrew.model.gpt_config import GPTConfig
+    from homebrew.model.lora import LoRAConfig
 
 Preset = Literal["auto", "char", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 LoRATarget = Literal["c_attn", "c_proj", "c_fc"]
@@ -90,6 +91,17 @@ class ModelOptions:
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return GPTConfig.preset(self.preset, **given | changes)
 
+    def lora_config(self) -> "LoRAConfig | None":
+        """Return the adapter's configuration, or None without an adapter."""
+        from homebrew.model.lora import LoRAConfig
+
+        if self.lora_rank is None:
+            return None
+        try:
+            return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+        except ConfigError as error:  # begins with the field's name, to which the option adds "lora"
+            raise ConfigError(f"lora_{error}") from error
+
     def check(self) -> None:
         """Check combinations of options.
 
@@ -126,3 +138,14 @@ class TrainerOptions(TrainerConfig):
     keep_every: _Optional[int] = TrainerConfig.keep_every
     num_workers: Suppress[Fixed[int]] = TrainerConfig.num_workers
     loader_timeout_seconds: Suppress[Fixed[float]] = TrainerConfig.loader_timeout_seconds
+
+    def __post_init__(self) -> None:
+        """Leave the validation to `validated`: tyro would report an error without the name of the option."""
+
+    def validated(self) -> TrainerConfig:
+        """Return the configuration.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        return TrainerConfig(**vars(self))

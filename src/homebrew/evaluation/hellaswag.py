@@ -90,10 +90,12 @@ def score_hellaswag(
 
     Raises:
         ConfigError: `batch_size` is less than 1.
-        DataError: An ending does not fit in the model's block size.
+        DataError: There are no questions, or an ending does not fit in the model's block size.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: must be at least 1.")
+    if not questions:
+        raise DataError("questions is empty. Pass at least one question, such as those of load_hellaswag().")
     num_correct = torch.zeros(2, dtype=torch.int64)  # by total loss, by mean loss
     for start in progress(range(0, len(questions), batch_size)):
         batch = questions[start : start + batch_size]

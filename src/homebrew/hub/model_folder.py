@@ -42,8 +42,8 @@ def local_folder(
     if revision is None and parent and os.path.isdir(parent):  # noqa: PTH112
         # Most likely a typo in a local path: without a network, asking the Hub would take half a minute.
         raise ModelError(
-            f"{no_folder(name)} It was not looked up on the Hub, because there is a folder {parent}. To download the "
-            f"repository {name}, start in another folder, or pass a revision to from_pretrained."
+            f"{no_folder(name)} It was not looked up on the Hub, because there is a folder {parent}. To download a "
+            f"repository of this name, start in another folder."
         )
     return _download_snapshot(name, filenames, revision, local_files_only=local_files_only)
 

@@ -1,0 +1,142 @@
+import re
+
+import pytest
+
+from homebrew.cli.main import COMMANDS, main
+from homebrew.cli.option_names import _OTHER_NAMES, explain_unknown_name, in_terms_of_options, option_names
+from homebrew.cli.train_command import Train
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_option_names_are_those_of_the_help(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    listed = set(re.findall(r"^\W*(?:-h, )?(--[a-z][a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert {*option_names(COMMANDS[command]), "--help"} == listed
+
+
+def test_suggested_options_exist():
+    existing = {option for command in COMMANDS.values() for option in option_names(command)}
+    assert set(_OTHER_NAMES) <= existing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        ("train x --lr 1e-3", "--learning-rate?"),
+        ("train x --lr=1e-3", "--learning-rate?"),
+        ("train x --learningrate 1e-3", "--learning-rate?"),
+        ("train x --max_iters 5", "--max-steps?"),
+        ("train x --num_train_epochs 5", "--max-steps?"),
+        ("train x --max-step 5", "--max-steps"),
+        ("train x --batch-size 8", "--micro-batch-size?"),
+        ("train x --n_layers 8", "--n-layer?"),
+        ("train x --out_dir y", "--output-dir?"),
+        ("train x --output y", "--output-dir?"),
+        ("train x --grad_clip 1", "--max-grad-norm?"),
+        ("train x --eval_interval 1", "--eval-every?"),
+        ("train x --dtype bf16", "--mixed-precision?"),
+        ("train x --Seed 3", "--seed"),
+        ("train x --num-worker 3", "--n"),  # not --num-workers, which is hidden
+        ("sample x --temp 1", "--temperature?"),
+        ("sample x --max-tokens 1", "--max-new-tokens?"),
+        ("sample --prmpt=x", "--prompt?"),
+        ("eval x --data y", "--text?"),
+        ("prepare x --output-dir y", "--output?"),
+        ("doctor --out y", "--output-dir?"),
+        ("train x --quux", "homebrew train --help"),
+        ("trian x", "train?"),
+        ("Train x", "train?"),
+        ("smaple", "sample?"),
+        ("evaluate x", "eval?"),
+        ("finetune x", ", ".join(COMMANDS)),
+    ],
+)
+def test_an_unknown_name_is_answered_by_the_one_that_was_meant(arguments, suggestion, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out, err.count("\n")) == (2, "", 1)
+    assert suggestion in err
+    assert "--num-workers" not in err
+    assert "--min-lr-ratio" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--help"],
+        ["train", "--lr", "--help"],
+        ["train", "x", "--max_steps=3", "--lora-targets", "c_attn", "-1"],
+        ["sample", "x", "--prompt=--lr", "--prompt", "-- dashes"],
+    ],
+)
+def test_known_names_pass(arguments):
+    assert explain_unknown_name(arguments, COMMANDS) is None
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("max_steps=0: must be 1.", "--max-steps 0: must be 1."),
+        ("seed=-1: wrong.", "--seed -1: wrong."),
+        ("output_dir='runs/r' holds a run.", "--output-dir 'runs/r' holds a run."),
+        ("Needs global_batch_tokens.", "Needs --global-batch-tokens."),
+        ("Use a larger block_size, or less.", "Use a larger --block-size, or less."),
+        ("Resume it with train(resume=True), or not.", "Resume it with --resume, or not."),
+        ("Use resume=True.", "Use --resume."),
+        (
+            "Call train(resume=True, accept_changes=('seed', 'global_batch_size')).",
+            "Call --resume --accept-changes seed --accept-changes global_batch_size.",
+        ),
+        ("train(resume=True, accept_changes=('seed',))", "--resume --accept-changes seed"),
+        ('train(resume=True, accept_changes=["seed"])', "--resume --accept-changes seed"),
+        ("accept_changes=['x']: must be known.", "--accept-changes ['x']: must be known."),
+        # Names in paths, in other words and of other things stay.
+        ("/data/seed=1/max_steps/x.txt cannot be read", "/data/seed=1/max_steps/x.txt cannot be read"),
+        ("'max_steps' in my_max_steps and max_steps.txt", "'max_steps' in my_max_steps and max_steps.txt"),
+        ("The model, its seed and the tokenizer differ.", "The model, its seed and the tokenizer differ."),
+        ("global_batch_size: was 8, is 4", "global_batch_size: was 8, is 4"),
+    ],
+)
+def test_errors_speak_of_options(message, expected):
+    assert in_terms_of_options(message, Train) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["sample", "RUN", "--prompt", "a", "--top-k", "-1"], "--top-k -1"),
+        (["sample", "RUN", "--prompt", "a", "--base", "x"], "Remove --base"),
+        (["eval", "RUN", "--text", "TEXT", "--stride", "0"], "--stride 0"),
+        (["eval", "RUN", "--hellaswag", "TEXT"], "--hellaswag"),
+        (["eval", "RUN", "--hellaswag", "missing"], "--hellaswag missing"),
+        (["train", "TEXT", "--max-steps", "0"], "--max-steps 0"),
+        (["train", "TEXT", "--max-steps", "1", "--micro-batch-size", "auto"], "needs --global-batch-tokens"),
+        (["train", "TEXT", "--max-steps", "1", "--eval-fraction", "0.999"], "--eval-fraction 0.999"),
+        (["train", "TEXT", "--max-steps", "1", "--n-head", "3"], "--n-head 3"),
+        (["train", "TEXT", "--max-steps", "1", "--init-from", "RUN", "--lora-rank", "0"], "--lora-rank 0"),
+        (
+            ["train", "TEXT", "--max-steps", "1", "--init-from", "RUN", "--lora-rank", "1", "--lora-alpha", "-1"],
+            "--lora-alpha -1.0",
+        ),
+        (
+            ["train", "TEXT", "--max-steps", "1", "--init-from", "RUN", "--lora-rank", "1", "--block-size", "32"],
+            "--block-size 32: must be from 1 to 16",
+        ),
+        (["train", "TEXT", "--max-steps", "1", "--init-from", "RUN", "--block-size", "0"], "--block-size 0"),
+    ],
+)
+def test_an_error_names_the_option(run, text, tmp_path, invoke_error, arguments, expected):
+    paths = {"TEXT": text, "RUN": run}
+    output_dir = ["--output-dir", tmp_path / "new"] if arguments[0] == "train" else []
+    error = invoke_error(*(paths.get(argument, argument) for argument in arguments), *output_dir)
+    assert expected in error
+    assert not re.search(r"\w=", error.replace(str(tmp_path), ""))
+
+
+def test_a_run_is_not_overwritten_and_the_error_names_the_option(run, text, invoke_error, tiny):
+    error = invoke_error("train", text, "--output-dir", run, "--max-steps", 4, "--tokenizer", "bytes", *tiny)
+    assert "--resume" in error
+    assert "resume=" not in error
