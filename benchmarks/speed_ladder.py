@@ -126,7 +126,7 @@ class Options:
     steps: int = 20 if ON_GPU else 5
     """Timed steps per optimization. The median is reported."""
     plot: Path | None = None
-    """PNG file for a bar chart. Needs `pip install 'homebrew-gpt[plot]'`."""
+    """PNG file for a bar chart. Needs `pip install -e '.[plot]'`."""
 
 
 def main(options: Options) -> None:

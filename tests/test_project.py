@@ -35,6 +35,12 @@ def test_links_resolve(page):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_nothing_is_installed_from_an_index_by_a_name_that_is_not_there():
+    for pattern in ("*.md", "docs/*.md", "examples/*", "src/**/*.py", "benchmarks/*.py"):
+        for path in filter(Path.is_file, ROOT.glob(pattern)):
+            assert not re.search(r"pip install .*homebrew-gpt", path.read_text()), path
+
+
 def test_paths_in_contributing_exist():
     paths = re.findall(r"`(\w+/[\w/.]*)`", (ROOT / "CONTRIBUTING.md").read_text())
     for path in paths:

@@ -22,7 +22,7 @@ SUBSTITUTES = {
     "openai-community/gpt2": "tiny-gpt2",
     "GPTConfig()": "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
     'GPTConfig.preset("baby")': "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
-    "--preset baby": "--n-layer 1 --n-head 1 --n-embd 8 --block-size 64",
+    "train book.npy": "train book.npy --n-layer 1 --n-head 1 --n-embd 8 --block-size 64",
     "global_batch_tokens=524_288": "global_batch_tokens=64",
 }
 SMALLER = [

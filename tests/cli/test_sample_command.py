@@ -38,6 +38,21 @@ def test_interactive_mode_continues_the_text_so_far(run, converse):
     assert len(two_turns) > len(one_turn) > 20
 
 
+class Terminal(io.StringIO):
+    """A terminal with lines of input."""
+
+    def isatty(self):
+        return True
+
+
+def test_interactive_mode_explains_itself_on_a_terminal(run, invoke, converse, monkeypatch):
+    assert "Ctrl-D" not in converse("Hello\n")
+    monkeypatch.setattr("sys.stdin", Terminal("Hello\n"))
+    explanation, _, conversation = invoke("sample", run, "--max-new-tokens", 1).partition("\n")
+    assert "Ctrl-D" in explanation
+    assert conversation.startswith("> ")
+
+
 def test_interactive_mode_stops_before_stop_strings(converse):
     reply = converse("Hello\n")
     stop_strings = [character for character in reply if character.isascii() and character.isalpha()][-2:]

@@ -260,3 +260,12 @@ def test_a_corrupt_file_raises_at_once_and_unchecked_when_the_id_is_read(tmp_pat
     assert unchecked[14][1].tolist() == [15, 16, 17, 18]
     with pytest.raises(DataError, match="token id 65535"):
         unchecked[15]
+
+
+def test_repr_describes_the_windows_and_their_origin(tmp_path):
+    (tmp_path / "a.txt").write_text("To be, or not to be." * 10)
+    dataset = TokenDataset.from_file(tmp_path / "a.txt", 8, tokenizer="bytes")
+    description = repr(dataset.split(0.5)[0])
+    for expected in ("TokenDataset(12 windows", "block_size=8", "vocab_size=256", "tokenizer='bytes'", "a.txt"):
+        assert expected in description
+    assert "tokenizer=None" in repr(TokenDataset.from_tokens(range(100), 8))

@@ -108,3 +108,12 @@ def test_a_trainer_is_freed_with_its_last_reference(tmp_path):
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_repr_of_a_trainer_describes_the_run(tmp_path):
+    trainer = make_trainer(tmp_path / "run", max_steps=3)
+    assert f"Trainer({trainer.model.num_parameters():,} parameters, step 0/3" in repr(trainer)
+    assert f"{len(trainer.train_dataset)} samples, output_dir={str(tmp_path / 'run')!r}" in repr(trainer)
+    trainer.train()
+    assert "step 3/3" in repr(trainer)
+    assert len(repr(make_trainer(tmp_path / "other", train_dataset=[token_dataset()[0]] * 100))) < 300

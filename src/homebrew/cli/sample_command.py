@@ -70,7 +70,10 @@ class Sample(SavedModel):
         from homebrew.data.tokenizer import newline_for
 
         newline = newline_for(tokenizer)
-        input_prompt = "> " if sys.stdin.isatty() else ""
+        input_prompt = ""
+        if sys.stdin.isatty():
+            input_prompt = "> "
+            print("Type the beginning of a text, and the model continues it. Enter goes on, Ctrl-D exits.")
         text, turn = "", 0
         while True:
             try:

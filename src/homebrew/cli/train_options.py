@@ -54,7 +54,7 @@ class ModelOptions:
     """A new model with the shape of --preset, or a pretrained one with --init-from."""
 
     preset: Preset = "auto"
-    """Shape of a new model. gpt2 has 124 M parameters, baby 7 M, and char, which reads characters, 0.8 M. "auto"
+    """Shape of a new model. gpt2 has 124 M parameters, baby 7 M, and char, for characters, 0.4 M. "auto"
     selects gpt2 on a GPU. On a CPU it selects char, or baby for tokens of GPT-2's tokenizer."""
     n_layer: Annotated[int | None, arg(help_behavior_hint="(default: the preset's)")] = None
     """Number of transformer blocks."""

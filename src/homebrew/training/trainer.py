@@ -107,6 +107,13 @@ class Trainer:
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
         self._emit("on_init_end")
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.model.num_parameters():,} parameters, "
+            f"step {self.step}/{self.config.max_steps}, {len(self.train_dataset):,} samples, "  # type: ignore[arg-type]
+            f"output_dir={str(self.config.output_dir)!r})"
+        )
+
     def train(
         self, resume: bool | str | Path = False, *, accept_changes: Collection[str] = (), overwrite: bool = False
     ) -> None:
