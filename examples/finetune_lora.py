@@ -13,7 +13,7 @@ class Options:
     """Fine-tune GPT-2 with LoRA: the pretrained weights are frozen, and a small adapter is trained."""
 
     text: Path | None = None
-    """Text file to train on. Default: Tiny Shakespeare."""
+    """Text to train on: a file or a folder. Default: Tiny Shakespeare."""
     base: str = "openai-community/gpt2"
     """Pretrained weights: a Hub repository, or a folder in Transformers' format."""
     rank: int = 8

@@ -12,7 +12,10 @@ from homebrew import GPTConfig, TokenDataset, Trainer, TrainerConfig, load_corpu
 
 
 def train(output_dir: Path, text: Path | None = None, max_steps: int = 100) -> None:
-    """Train a small character-level GPT and print a sample. Every process runs this function."""
+    """Train a small character-level GPT and print a sample. Every process runs this function.
+
+    `text` is a file or a folder; the default is Tiny Shakespeare.
+    """
     corpus = load_corpus("tinyshakespeare", path=text)
     dataset = TokenDataset.from_text(corpus.text, block_size=64, tokenizer="char", source=corpus.source)
     model = GPTConfig(block_size=64, vocab_size=dataset.vocab_size, n_layer=4, n_head=4, n_embd=128)

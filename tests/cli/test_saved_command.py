@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import subprocess
 
 import pytest
 
@@ -122,6 +123,25 @@ def test_an_adapter_resumes_with_its_base_from_anywhere(run, text, tmp_path, inv
     invoke("train", text, "--output-dir", "lora", "--init-from", "base", *options)
     monkeypatch.chdir(tmp_path.parent)
     assert "step 1/1" in invoke("train", "--resume", "--output-dir", tmp_path / "lora")
+
+
+def test_another_pretrained_model_is_an_error(run, small_run, text, tmp_path, invoke, invoke_error):
+    output_dir = tmp_path / "tuned"
+    invoke("train", text, "--output-dir", output_dir, "--init-from", run, "--max-steps", 1, "--micro-batch-size", 8)
+    assert "step 1/1" in invoke("train", "--resume", "--output-dir", output_dir, "--init-from", run)
+    for started, other in ((output_dir, small_run), (output_dir, "user/name"), (small_run, run)):
+        assert "has started from" in invoke_error("train", "--resume", "--output-dir", started, "--init-from", other)
+
+
+@pytest.mark.slow
+def test_processes_train_and_resume_from_another_folder(program, text, tmp_path, tiny):
+    train = [*program, "train", "--output-dir", tmp_path / "run"]
+    subprocess.run([*train, text.name, "--max-steps", "2", *tiny], cwd=tmp_path, check=True)
+    resume = [*train, "--resume", "--max-steps", "3"]
+    refused = subprocess.run(resume, cwd="/", capture_output=True, text=True, check=False)
+    assert (refused.returncode, "--accept-changes schedule" in refused.stderr) == (1, True)
+    accept = [*resume, "--accept-changes", "schedule"]
+    assert "step 3/3" in subprocess.run(accept, cwd="/", capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("command", ["missing", None, 3, []])

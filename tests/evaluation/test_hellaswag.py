@@ -97,6 +97,11 @@ def test_scores_match_a_reference_implementation(hf_model, model):
         assert score.accuracy_norm == pytest.approx((means.argmin(1) == labels).float().mean().item())
 
 
+def test_without_questions_there_is_no_score(model):
+    with pytest.raises(DataError, match="questions is empty"):
+        score_hellaswag(model, BYTES, [])
+
+
 def test_batch_size_must_be_positive(model):
     with pytest.raises(ConfigError, match="batch_size=0"):
         score_hellaswag(model, BYTES, QUESTIONS, batch_size=0)

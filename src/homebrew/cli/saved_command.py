@@ -11,6 +11,7 @@ import tyro
 
 from homebrew.cli.train_command import Train
 from homebrew.errors import ConfigError, HomebrewError
+from homebrew.io import local_path_or_name
 
 
 def command_line(train: Train) -> str:
@@ -45,13 +46,15 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
         None if the command line does not resume a run, or resumes one that another program started.
 
     Raises:
-        ConfigError: `run.json` does not have options that the command line does not give either.
+        ConfigError: `run.json` does not have options that the command line does not give either, or has another
+            --init-from.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--output-dir", "--output_dir", nargs="?", type=Path)
     parser.add_argument("--max-steps", "--max_steps", nargs="?")
     parser.add_argument("--eval-data", "--eval_data", nargs="?")
+    parser.add_argument("--init-from", "--init_from", nargs="?")
     given, _ = parser.parse_known_args(arguments[1:])
     if list(arguments[:1]) != ["train"] or not given.resume or given.output_dir is None:
         return None
@@ -64,9 +67,20 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     if command is None:
         return None
     train = _parse(command, given.output_dir)
+    if given.init_from is not None and train.model.lora_rank is None:  # an adapter's base may have moved
+        _check_init_from(given.init_from, train.model.init_from)
     if given.eval_data is not None:
         train.data.eval_data = ()  # otherwise the given files would be added
     return train
+
+
+def _check_init_from(given: str, saved: str | None) -> None:
+    """Raise an error for another pretrained model, which would have no effect on a run that has started."""
+    if str(local_path_or_name(given)) != saved:
+        raise ConfigError(
+            f"--init-from {given}: the run has started from {saved or 'new weights'}. Remove --init-from, or start "
+            f"another run."
+        )
 
 
 def _read_command(output_dir: Path) -> str | None:

@@ -1,6 +1,5 @@
 """`homebrew train`: train a new model, or fine-tune a pretrained one."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from homebrew.cli.open_model import resolve_tokenizer, sample_command
 from homebrew.cli.train_options import DataOptions, ModelOptions, TrainerOptions
 from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, DataError
+from homebrew.io import local_path_or_name
 
 if TYPE_CHECKING:
     from homebrew.callbacks.base import Callback
@@ -94,8 +94,8 @@ class Train:
 
         if self.model.init_from is None:
             return None, None
-        if os.path.isdir(self.model.init_from):  # noqa: PTH112 - never raises
-            self.model.init_from = os.path.abspath(self.model.init_from)  # noqa: PTH100
+        # The command line is recorded, and the run may be resumed from another folder.
+        self.model.init_from = str(local_path_or_name(self.model.init_from))
         return load_model(self.model.init_from)
 
     def _choose_defaults(self, files: Sequence[Path]) -> str | None:
