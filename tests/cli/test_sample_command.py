@@ -7,6 +7,7 @@ import pexpect
 import pytest
 
 from homebrew import Sampling, generate_text, load_model
+from homebrew.cli.main import main
 
 
 def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, invoke_error):
@@ -51,6 +52,18 @@ def test_interactive_mode_explains_itself_on_a_terminal(run, invoke, converse, m
     explanation, _, conversation = invoke("sample", run, "--max-new-tokens", 1).partition("\n")
     assert "Ctrl-D" in explanation
     assert conversation.startswith("> ")
+
+
+def test_a_mistake_does_not_end_interactive_mode_on_a_terminal(text, tmp_path, invoke, monkeypatch, tiny, capsys):
+    invoke("train", text, "--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 1, *tiny)
+    sample = ["sample", str(tmp_path / "run"), "--max-new-tokens", "1", "--seed", "1"]
+    monkeypatch.setattr("sys.stdin", Terminal("RÖMEO\nROMEO\n"))
+    assert main(sample) == 0
+    out, err = capsys.readouterr()
+    assert "'Ö' is not in this tokenizer's alphabet" in err
+    assert out.count("> ") == 3
+    monkeypatch.setattr("sys.stdin", io.StringIO("RÖMEO\nROMEO\n"))
+    assert main(sample) == 1
 
 
 def test_interactive_mode_stops_before_stop_strings(converse):

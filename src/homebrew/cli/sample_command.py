@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import UseAppendAction, arg
 
 from homebrew.cli.open_model import SavedModel
+from homebrew.errors import DataError
 
 if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
@@ -77,9 +78,16 @@ class Sample(SavedModel):
         text, turn = "", 0
         while True:
             try:
-                text += input(input_prompt) + newline
+                line = input(input_prompt) + newline
+                tokenizer.encode(line)
             except EOFError:
                 return
+            except DataError as error:  # a character that is not in the tokenizer's alphabet
+                if not input_prompt:
+                    raise
+                print(f"homebrew: {error}", file=sys.stderr)
+                continue
+            text += line
             for chunk in self._generate(model, tokenizer, text, sampling, stop=self.stop or ("\n\n",), turn=turn):
                 _print_now(chunk)
                 text += chunk

@@ -49,6 +49,8 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
         ConfigError: `run.json` does not have options that the command line does not give either, or has another
             --init-from.
     """
+    if list(arguments[:1]) != ["train"]:
+        return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--output-dir", "--output_dir", nargs="?", type=Path)
@@ -56,7 +58,7 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     parser.add_argument("--eval-data", "--eval_data", nargs="?")
     parser.add_argument("--init-from", "--init_from", nargs="?")
     given, _ = parser.parse_known_args(arguments[1:])
-    if list(arguments[:1]) != ["train"] or not given.resume or given.output_dir is None:
+    if not given.resume or given.output_dir is None:
         return None
     command = _read_command(given.output_dir)
     if command is None and given.max_steps is None:

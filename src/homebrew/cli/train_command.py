@@ -116,9 +116,10 @@ class Train:
         tokenizer = "" if data.tokenizer == "auto" else f" --tokenizer {data.tokenizer}"
         if not on_cpu:
             return f"Model: --preset {model.preset}{tokenizer}, the default on a GPU."
+        rate = " It learns faster with a higher --learning-rate, such as 3e-3."
         return (
-            f"Model: --preset {model.preset}{tokenizer}, the default on a CPU, where --preset gpt2 would take hours. "
-            f"Small models learn faster with --learning-rate 5e-3."
+            f"Model: --preset {model.preset}{tokenizer}, the default on a CPU, where --preset gpt2 would take hours."
+            f"{rate if self.trainer.learning_rate == TrainerOptions.learning_rate else ''}"
         )
 
     def _open_datasets(
