@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+import warnings
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as in shells."""
@@ -13,6 +14,7 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may generate characters that the terminal cannot encode
+    warnings.formatwarning = lambda message, *_, **__: f"homebrew: {message}\n"  # as errors, without the code's line
     try:
         from homebrew.cli.main import main
 

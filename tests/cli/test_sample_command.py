@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import signal
 import subprocess
 
@@ -105,6 +106,16 @@ def test_interactive_mode_on_a_terminal(run, program):
         terminal.close(force=True)
     assert terminal.before == "^C\r\n"
     assert terminal.exitstatus == 130
+
+
+@pytest.mark.slow
+def test_a_warning_is_one_line(run, program, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000099").mkdir()
+    command = [*program, "sample", str(tmp_path / "run"), "--prompt", "a", "--max-new-tokens", "1"]
+    errors = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert errors.startswith("homebrew: Skipped an invalid checkpoint")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.slow
