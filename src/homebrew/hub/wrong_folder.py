@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,12 @@ def no_folder(name: str) -> str:
 
 
 def not_a_model(folder: Path) -> str:
-    """Return the message for a folder that `load_model` cannot open, with the models in its subfolders."""
-    found = [_shown(path) for path in _subfolders(folder) if any((path / mark).exists() for mark in _MODEL_MARKS)]
+    """Return the message for a folder that `load_model` cannot open, with the models in it, two levels deep."""
+    found = [
+        _shown(path)
+        for subfolder in _subfolders(folder)
+        for path in ([subfolder] if _is_model(subfolder) else filter(_is_model, _subfolders(subfolder)))
+    ]
     if not found:
         return (
             f"{folder.absolute()} has no config.json and no checkpoints. Pass the folder of a run, a checkpoint, an "
@@ -34,6 +39,10 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def _is_model(folder: Path) -> bool:
+    return any(os.path.exists(folder / mark) for mark in _MODEL_MARKS)  # noqa: PTH110 - never raises
+
+
 def _subfolders(folder: Path) -> Iterator[Path]:
-    with contextlib.suppress(OSError):  # the folder does not exist, or may not be read
-        yield from sorted(path for path in folder.iterdir() if path.is_dir())
+    with contextlib.suppress(OSError, ValueError):  # the folder does not exist, may not be read, or has no valid name
+        yield from sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
