@@ -1,3 +1,7 @@
+import re
+import shlex
+
+
 def test_only_token_files_are_overwritten(text, tmp_path, invoke, invoke_error):
     before = text.read_bytes()
     assert str(text) in invoke_error("prepare", text, "--output", text, "--tokenizer", "bytes")
@@ -12,3 +16,13 @@ def test_unusable_texts_are_rejected(text, tmp_path, invoke, invoke_error):
     invoke("prepare", text, "--output", tokens, "--tokenizer", "bytes")
     for path, message in ((tokens, "token file"), (tmp_path / "missing", "missing")):
         assert message in invoke_error("prepare", path, "--output", tmp_path / "b.npy")
+
+
+def test_the_printed_command_trains_on_the_tokens(text, tmp_path, invoke, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    text.rename(tmp_path / "texts" / "a.txt")
+    output = invoke("prepare", "texts", "--output", "my book.npy", "--tokenizer", "bytes")
+    words = shlex.split(re.search(r"homebrew (train .*)", output)[1])
+    invoke(*words, *tiny, "--max-steps", 1)
+    assert (tmp_path / "runs" / "my book" / "checkpoints").is_dir()
