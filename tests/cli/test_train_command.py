@@ -29,7 +29,7 @@ def test_data_paths_may_be_symlinks(invoke, text, tmp_path, tiny):
 def test_resume_must_be_requested_and_changes_accepted(text, tmp_path, invoke, invoke_error, tiny):
     train = ["train", text, "--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 2, *tiny]
     invoke(*train)
-    assert "output_dir=" in invoke_error(*train)
+    assert "--output-dir" in invoke_error(*train)
     assert "step 2/2" in invoke(*train, "--resume")
 
     accept = ["--accept-changes", "dataset", "--accept-changes", "seed"]

