@@ -85,6 +85,7 @@ def test_known_names_pass(arguments):
         ("Needs global_batch_tokens.", "Needs --global-batch-tokens."),
         ("Use a larger block_size, or less.", "Use a larger --block-size, or less."),
         ("Resume it with train(resume=True), or not.", "Resume it with --resume, or not."),
+        ("Start over with train(overwrite=True).", "Start over with --overwrite."),
         ("Use resume=True.", "Use --resume."),
         (
             "Call train(resume=True, accept_changes=('seed', 'global_batch_size')).",

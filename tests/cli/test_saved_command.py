@@ -93,8 +93,6 @@ def test_values_given_again_may_agree(small_run, text, invoke, tiny):
         (["--seed", 7], ["seed", "dataset"]),
         (["other.txt"], ["dataset"]),
         (["--eval-fraction", 0.2], ["dataset"]),
-        (["--tokenizer", "bytes"], ["model", "dataset"]),
-        (["--n-layer", 1], ["model"]),
         (["--dropout", 0.5], ["model"]),
         (["--max-steps", 3], ["schedule"]),
         (["--learning-rate", 1e-5], ["schedule"]),
@@ -103,9 +101,16 @@ def test_values_given_again_may_agree(small_run, text, invoke, tiny):
     ],
 )
 def test_another_value_is_a_change_to_accept(small_run, text, invoke_error, options, aspects):
-    (small_run.parent / "elsewhere" / "other.txt").write_text(text.read_text() + text.read_text().upper())
+    (small_run.parent / "elsewhere" / "other.txt").write_text(text.read_text()[::-1])
     error = invoke_error("train", "--resume", "--output-dir", small_run, *options)
     assert all(f"--accept-changes {aspect}" in error for aspect in aspects)
+
+
+@pytest.mark.parametrize("options", [["--n-layer", 1], ["--tokenizer", "bytes"], ["--preset", "baby", "--n-head", 1]])
+def test_a_model_that_does_not_fit_is_an_error(small_run, invoke_error, options):
+    error = invoke_error("train", "--resume", "--output-dir", small_run, *options)
+    assert "model: " in error
+    assert "another run" in error
 
 
 def test_eval_data_given_again_replaces_that_of_the_run(text, tmp_path, invoke, tiny):

@@ -153,7 +153,7 @@ def test_every_trainer_config_field_is_an_option(parse):
 
 
 def test_options_have_the_defaults_of_trainer_config(parse):
-    config = parse("--output-dir", "x", "--max-steps", "1")
+    config = parse("--output-dir", "x", "--max-steps", "1").validated()
     assert dataclasses.asdict(config) == dataclasses.asdict(TrainerConfig(output_dir=Path("x"), max_steps=1))
 
 

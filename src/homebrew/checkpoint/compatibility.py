@@ -143,12 +143,11 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
     refused = [name for name in differing if name not in accept_changes]
     if refused or has_other_weights:
         lines = ";\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)
-        options = " ".join(f"--accept-changes {name}" for name in differing)
         remedy = (
             "or choose a new output_dir: the saved weights do not fit this model."
             if has_other_weights
             else f"choose a new output_dir, or accept the changes: train(resume=True, "
-            f"accept_changes={tuple(differing)!r}), or `homebrew train {options}`."
+            f"accept_changes={tuple(differing)!r})."
         )
         raise ResumeMismatch(
             f"The checkpoint belongs to another run:\n  {lines}.\nUse the settings of that run, {remedy}"

@@ -63,8 +63,7 @@ class CheckpointStore:
         if self.steps():
             raise ConfigError(
                 f"output_dir={str(self.folder.parent)!r} already holds a run. Resume it with train(resume=True), move "
-                f"it aside and start over with train(overwrite=True), or choose another output_dir; on the command "
-                f"line: --resume, --overwrite, --output-dir."
+                f"it aside and start over with train(overwrite=True), or choose another output_dir."
             )
 
     def path(self, step: int) -> Path:

@@ -90,7 +90,8 @@ def _similar(name: str, options: Sequence[str]) -> list[str]:
 
 def in_terms_of_options(message: str, command: type) -> str:
     """Rewrite an error of the library, which speaks of arguments: "max_steps=0" becomes "--max-steps 0"."""
-    message = re.sub(r"train\(resume=True(?:, accept_changes=[(\[]([^)\]]*)[)\]])?\)", _resume_options, message)
+    call = r"train\((resume|overwrite)=True(?:, accept_changes=[(\[]([^)\]]*)[)\]])?\)"
+    message = re.sub(call, _options_of_call, message)
     for option in option_names(command):
         name = rf"(?<![\w/.'\"-]){option[2:].replace('-', '_')}"  # not within a path or a quotation
         message = re.sub(rf"{name}=True\b", option, message)
@@ -101,6 +102,6 @@ def in_terms_of_options(message: str, command: type) -> str:
     return message
 
 
-def _resume_options(call: re.Match[str]) -> str:
-    aspects = re.findall(r"\w+", call[1] or "")
-    return " ".join(["--resume", *(f"--accept-changes {aspect}" for aspect in aspects)])
+def _options_of_call(call: re.Match[str]) -> str:
+    aspects = re.findall(r"\w+", call[2] or "")
+    return " ".join([f"--{call[1]}", *(f"--accept-changes {aspect}" for aspect in aspects)])

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,12 @@ import tyro
 
 from homebrew.cli.train_command import Train
 from homebrew.errors import ConfigError, HomebrewError
-from homebrew.io import local_path_or_name
+from homebrew.io import absolute_path, local_path_or_name
 
 
 def command_line(train: Train) -> str:
     """Return the command that gives the options, except those of resuming, with absolute paths."""
-    words = ["homebrew", "train", *map(os.path.abspath, train.data.files)]
+    words = ["homebrew", "train", *(str(absolute_path(path)) for path in train.data.files)]
     for options in (train.data, train.model, train.trainer):
         for field in dataclasses.fields(options):
             value = getattr(options, field.name)
@@ -28,7 +27,7 @@ def command_line(train: Train) -> str:
 def _option_words(name: str, value: object) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     items = value if isinstance(value, tuple) else [value]
-    values = [os.path.abspath(item) if isinstance(item, Path) else str(item) for item in items]  # noqa: PTH100
+    values = [str(absolute_path(item) if isinstance(item, Path) else item) for item in items]
     if name == "eval_data":  # given once for each file
         return [word for path in values for word in (option, path)]
     if name == "compile":

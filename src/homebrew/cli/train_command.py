@@ -22,10 +22,10 @@ from homebrew.errors import ConfigError, DataError
 from homebrew.io import local_path_or_name
 
 if TYPE_CHECKING:
-    from homebrew.callbacks.base import Callback
     from homebrew.data.dataset import TokenDataset
     from homebrew.data.tokenizer import Tokenizer
     from homebrew.model.gpt import GPT
+    from homebrew.training.trainer_config import TrainerConfig
 
 
 @dataclass(kw_only=True)
@@ -52,12 +52,11 @@ class Train:
     def run(self) -> None:
         """Run the command."""
         from homebrew import GPT, RunLogger, Trainer
-        from homebrew.cli.announcement import Announcement
         from homebrew.cli.saved_command import command_line
         from homebrew.model.lora import add_lora
 
-        self._check_options()
         config, lora = self.trainer.validated(), self.model.lora_config()
+        self._check_options(config)
         files = data_files(self.data.files)
         pretrained, tokenizer = self._load_pretrained()
         choice = None if pretrained else self._choose_defaults(files)
@@ -65,23 +64,23 @@ class Train:
         model = pretrained or GPT(self.model.new_config(vocab_size=train_dataset.vocab_size), seed=config.seed)
         if lora is not None:
             add_lora(model, lora, seed=config.seed)
-        callbacks: list[Callback] = [RunLogger(command=command_line(self))]
+        logger = RunLogger(command=command_line(self))
+        trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=config, callbacks=[logger])
         if choice is not None:
-            callbacks.append(Announcement(choice))
-        trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=config, callbacks=callbacks)
+            trainer.accelerator.print(choice)
         trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
         if trainer.is_main_process:
             output_dir = self.trainer.output_dir
             print(f"The model is saved in {output_dir}. Try it: {sample_command(output_dir, train_dataset.tokenizer)}")
 
-    def _check_options(self) -> None:
+    def _check_options(self, config: "TrainerConfig") -> None:
         """Check combinations of options before anything is loaded."""
         from homebrew.checkpoint.store import CheckpointStore
 
         if self.resume and self.overwrite:
             raise ConfigError("--resume continues a run, and --overwrite starts a new one. Remove one of them.")
         if not (self.resume or self.overwrite):
-            CheckpointStore(self.trainer.output_dir).check_is_empty()
+            CheckpointStore(config.output_dir).check_is_empty()
         if self.accept_changes and not self.resume:
             raise ConfigError("--accept-changes applies to resuming a run. Add --resume, or remove --accept-changes.")
         if not 0 <= self.data.eval_fraction < 1:
