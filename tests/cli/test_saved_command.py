@@ -68,11 +68,12 @@ def small_run(text, tmp_path, invoke, tiny, monkeypatch):
     return tmp_path / "run"
 
 
-def test_a_run_resumes_by_its_folder_alone_from_anywhere(small_run, invoke):
+def test_a_run_resumes_by_its_folder_alone_from_anywhere(small_run, invoke, monkeypatch):
     moved = small_run.rename(small_run.parent / "moved")
     description = json.loads((moved / "run.json").read_text())
-    for spelling in (["--output-dir", moved], [f"--output-dir={moved}"], ["--output_dir", "../moved"]):
-        assert "step 2/2" in invoke("train", "--resume", *spelling)
+    monkeypatch.setenv("HOME", str(moved.parent))
+    for spelling in (f"--output-dir {moved}", f"--output-dir={moved}", "--output_dir ../moved", "--output-dir=~/moved"):
+        assert "step 2/2" in invoke("train", "--resume", *spelling.split())
     assert "step 3/3" in invoke(
         "train", "--resume", "--output-dir", moved, "--max-steps", 3, "--accept-changes", "schedule"
     )

@@ -87,7 +87,7 @@ def _check_init_from(given: str, saved: str | None) -> None:
 def _read_command(output_dir: Path) -> str | None:
     from homebrew.hub.model_folder import find_file, read_json
 
-    path = find_file(output_dir, "run.json")
+    path = find_file(absolute_path(output_dir), "run.json")
     command = None if path is None else read_json(path).get("command")
     return command if isinstance(command, str) else None
 
