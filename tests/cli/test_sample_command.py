@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import shutil
 import signal
@@ -85,6 +86,17 @@ def test_interactive_mode_with_a_vocabulary_without_newlines(tmp_path, invoke, m
     assert [len(reply) for reply in replies] == [30, 30, 30, 0]
     assert set("".join(replies)) <= set("GATC")
     assert len(invoke("sample", tmp_path / "run", "--prompt", "", "--max-new-tokens", 30)) == 31
+
+
+def test_a_text_ends_at_the_models_own_end_of_text(run, tmp_path, invoke):
+    model, tokenizer = load_model(run)
+    model.save_pretrained(tmp_path, tokenizer)
+    options = ["--prompt", "Hello", "--max-new-tokens", 40, "--seed", 1, "--top-k", 256]
+    ids = [*model.generate([[*b"Hello"]], 40, sampling=Sampling(top_k=256), seed=1)[0][5:]]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": ids[9]}))
+    expected = bytes(ids[: ids.index(ids[9])]).decode(errors="replace")
+    assert invoke("sample", tmp_path, *options) == f"Hello{expected}\n"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, p
 
 from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_files
 from homebrew.data.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer
-from homebrew.errors import ModelError
+from homebrew.errors import ConfigError, ModelError
 from homebrew.generation.sampling import Sampling
 from homebrew.hub import export
 from homebrew.hub.peft import save_adapter
@@ -241,3 +241,15 @@ def test_verification_finds_different_logits(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(LoRALinear, "forward", torch.nn.Linear.forward)  # the adapter is merged but not computed
     with pytest.raises(ModelError, match="different logits"):
         model.save_pretrained(tmp_path)
+
+
+def test_an_export_with_a_tokenizer_keeps_the_models_own_end_of_text(tmp_path):
+    config = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=2, n_embd=8, eos_token_id=10)
+    GPT(config).save_pretrained(tmp_path, ByteTokenizer())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == 10
+
+
+@pytest.mark.parametrize("eos", [-1, 256, True, 7.0, "7"])
+def test_an_end_of_text_outside_the_vocabulary_is_rejected(eos):
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        GPTConfig(vocab_size=256, eos_token_id=eos)

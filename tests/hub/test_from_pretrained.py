@@ -246,3 +246,44 @@ def test_a_folder_without_a_config_is_rejected(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"has no config\.json"):
         GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "expected"),
+    [
+        ({"eos_token_id": 7}, None, 7),
+        ({"eos_token_id": [7]}, None, 7),
+        ({"eos_token_id": None}, None, None),
+        ({"eos_token_id": 7}, {"eos_token_id": 8, "do_sample": True}, 8),
+        ({"eos_token_id": 7}, {"do_sample": True}, 7),
+        ({"eos_token_id": 70}, None, None),  # outside the vocabulary, so no text ends
+    ],
+)
+def test_the_models_own_end_of_text_survives_an_export(folder, tmp_path, config, generation_config, expected):
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / "config.json", **config)
+    if generation_config is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    model = GPT.from_pretrained(folder)
+    assert model.config.eos_token_id == expected
+    model.save_pretrained(tmp_path / "out")
+    assert GPT.from_pretrained(tmp_path / "out").config.eos_token_id == expected
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == expected
+
+
+@pytest.mark.parametrize("eos", [[7, 8], "</s>", True, 7.0])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_other_ends_of_text_are_refused_by_name(folder, file, eos):
+    edit_json(folder / file, eos_token_id=eos)
+    if file == "config.json":  # transformers prefers the other file
+        (folder / "generation_config.json").unlink()
+    with pytest.raises(ModelError, match="eos_token_id"):
+        GPT.from_pretrained(folder)
+
+
+def test_the_default_end_of_text_is_that_of_gpt2(folder):
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    del config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert GPT.from_pretrained(folder).config.eos_token_id is None  # 50,256 is outside the vocabulary of 70

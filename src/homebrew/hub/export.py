@@ -63,7 +63,9 @@ def export_model(
                 f"tokenizer the model was trained with."
             )
         texts = tokenizer_files(tokenizer, model_max_length=config["block_size"])
-        hf_config["bos_token_id"] = hf_config["eos_token_id"] = tokenizer.end_of_text_id
+        hf_config["bos_token_id"] = tokenizer.end_of_text_id
+        if hf_config["eos_token_id"] is None:
+            hf_config["eos_token_id"] = tokenizer.end_of_text_id
     texts[CONFIG_FILE] = to_json(hf_config)
     forbidden_files = {"manifest.json": "a checkpoint", ADAPTER_CONFIG_FILE: "an adapter"}
     with output_folder(folder, forbidden_files=forbidden_files):
@@ -144,6 +146,6 @@ def _to_hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, An
         **dict.fromkeys(DROPOUT_FIELDS, config["dropout"]),
         **{name: supported[0] for name, supported in FIXED_FIELDS.items()},
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": config["eos_token_id"],
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -23,8 +23,16 @@ from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, GP
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 
-_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*.safetensors", *TOKENIZER_FILES)
+_MODEL_FILES = (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    WEIGHTS_FILE,
+    INDEX_FILE,
+    "model-*.safetensors",
+    *TOKENIZER_FILES,
+)
 """Files downloaded from a Hub repository. Pickled weights are never downloaded."""
 
 CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
@@ -54,6 +62,9 @@ SIZE_FIELDS = (
     ("n_embd", "n_embd", 768),
 )
 """For each size the field of GPTConfig, the field of GPT2Config, and the default of GPT2Config."""
+
+_DEFAULT_EOS_TOKEN_ID = 50_256
+"""Default of GPT2Config."""
 
 
 @dataclass(frozen=True)
@@ -190,9 +201,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
     dropouts = [values.get(name, 0.1) for name in DROPOUT_FIELDS]
     if not all(isinstance(value, float | int) for value in dropouts):
         unsupported.append(f"{', '.join(DROPOUT_FIELDS)}={dropouts!r} (must be numbers)")
+    eos = _eos_token_id(folder, values)
+    if eos is not None and type(eos) is not int:
+        unsupported.append(f"eos_token_id={eos!r} (must be an id or null)")
     if unsupported:
         raise ModelError(f"{path} has unsupported values: {', '.join(unsupported)}. Use another model.")
+    # transformers writes GPT-2's id also for a smaller vocabulary, in which no text ends.
+    config["eos_token_id"] = eos if eos is not None and 0 <= eos < config["vocab_size"] else None
     return {**config, "dropout": float(min(max(dropouts), 1e9))}  # min, because float() of a huge int overflows
+
+
+def _eos_token_id(folder: Path, config: Mapping[str, Any]) -> object:
+    """Return the id that ends a text. transformers prefers that of `generation_config.json`, if the file exists."""
+    path = find_file(folder, GENERATION_CONFIG_FILE)
+    eos = {**config, **(read_json(path) if path else {})}.get("eos_token_id", _DEFAULT_EOS_TOKEN_ID)
+    return eos[0] if isinstance(eos, list) and len(eos) == 1 else eos
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -52,7 +52,8 @@ def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[G
     Raises:
         CheckpointError: The run has no valid checkpoint, or an adapter's base is missing or has other weights.
         CorruptCheckpoint: The checkpoint's files are invalid or contradict each other.
-        ModelError: The source does not exist, or is not a GPT-2.
+        ModelError: The source does not exist, is not a GPT-2, or its tokenizer is a variant of GPT-2's that is not
+            supported, such as one with added tokens.
     """
     source = local_path_or_name(source)
     checkpoint = _find_checkpoint(Path(source))

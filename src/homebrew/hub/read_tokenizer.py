@@ -10,9 +10,10 @@ from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_jso
 from homebrew.errors import DataError, ModelError, TokenizerError
 from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE
+from homebrew.hub.tokenizer_settings import differences_from_gpt2
 
-_Encoding = tuple[Mapping[str, int], list[str]]
-"""A byte-pair encoding: the vocabulary without the end-of-text token, and the merges as "a b"."""
+_Encoding = tuple[Mapping[str, Any], list[str]]
+"""A byte-pair encoding: the vocabulary with the end-of-text token, and the merges as "a b"."""
 
 
 def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
@@ -21,10 +22,11 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     Tokenizers exported by homebrew are supported, and GPT-2's, which is recognized by its vocabulary and merges.
 
     Returns:
-        The tokenizer, or None if the folder has none or one that is not supported.
+        The tokenizer, or None if the folder has none or one with another vocabulary.
 
     Raises:
-        ModelError: A file is invalid, or the tokenizer has more ids than the model.
+        ModelError: A file is invalid, a setting of a tokenizer with GPT-2's vocabulary is not GPT-2's, or the
+            tokenizer has more ids than the model.
         TokenizerError: GPT-2's vocabulary is not available.
     """
     tokenizer: Tokenizer | None = None
@@ -32,6 +34,13 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
         tokenizer = _read_homebrew_tokenizer(path)
     elif _is_gpt2(_read_encoding(folder)):
         tokenizer = GPT2Tokenizer()
+    # Files of an export may have been saved again by transformers, with other settings.
+    if isinstance(tokenizer, GPT2Tokenizer) and (differences := differences_from_gpt2(folder)):
+        raise ModelError(
+            f"The tokenizer in {folder} has GPT-2's vocabulary, but is not supported because of "
+            f"{', '.join(differences)}. Replace its files by those of GPT-2's tokenizer if the model was trained "
+            f"with that, or load only the weights, with GPT.from_pretrained."
+        )
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ModelError(
             f"The tokenizer in {folder} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}. "
@@ -69,7 +78,7 @@ def _read_encoding(folder: Path) -> _Encoding | None:
     pairs = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges]
     if not _is_string_list(pairs):
         return None
-    return {token: i for token, i in vocabulary.items() if token != END_OF_TEXT}, pairs
+    return {END_OF_TEXT: GPT2Tokenizer.end_of_text_id, **vocabulary}, pairs
 
 
 def _is_string_list(value: object) -> bool:
@@ -77,10 +86,9 @@ def _is_string_list(value: object) -> bool:
 
 
 def _is_gpt2(encoding: _Encoding | None) -> bool:
-    if encoding is None or len(encoding[0]) != GPT2Tokenizer.vocab_size - 1:
+    if encoding is None or len(encoding[0]) != GPT2Tokenizer.vocab_size:
         return False
     files = gpt2_vocabulary_files()
     vocabulary = json.loads(files["encoder.json"])
-    del vocabulary[END_OF_TEXT]
     merges = [line for line in files["vocab.bpe"].decode().split("\n")[1:] if line]
     return encoding == (vocabulary, merges)

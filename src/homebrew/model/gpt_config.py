@@ -1,6 +1,6 @@
 """The configuration of a GPT."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from homebrew.errors import ConfigError
@@ -32,8 +32,8 @@ class GPTConfig:
     """The configuration of a GPT. The defaults are those of GPT-2 small.
 
     Raises:
-        ConfigError: A size is not a positive integer, `n_embd` is not a multiple of `n_head`, or `dropout` is
-            not in [0, 1).
+        ConfigError: A size is not a positive integer, `n_embd` is not a multiple of `n_head`, `dropout` is not in
+            [0, 1), or `eos_token_id` is not an id of the vocabulary.
     """
 
     block_size: int = 1024
@@ -48,6 +48,8 @@ class GPTConfig:
     """Width of the residual stream (embedding dimension)."""
     dropout: float = 0.0
     """Dropout probability for embeddings, attention weights and residual branches during training."""
+    eos_token_id: int | None = field(default=None, compare=False)  # changes no computation of the model
+    """Id that ends a generated text. If None, it is the tokenizer's end-of-text token, if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -62,6 +64,11 @@ class GPTConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout!r} is not valid. Use a number of at least 0 and less than 1.")
+        eos = self.eos_token_id
+        if eos is not None and not (type(eos) is int and 0 <= eos < self.vocab_size):
+            raise ConfigError(
+                f"eos_token_id={eos!r} is not valid. Use an id of the vocabulary, 0 to {self.vocab_size - 1}, or None."
+            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401 - any field of the config

@@ -1,0 +1,100 @@
+"""Compares a tokenizer's settings, which are all but its vocabulary and merges, with those of GPT-2's tokenizer."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from homebrew.data.gpt2_vocabulary import END_OF_TEXT
+from homebrew.data.tokenizer import GPT2Tokenizer
+from homebrew.hub.model_folder import find_file, read_json
+
+_Json = Mapping[str, Any]
+
+_PIPELINE: dict[str, tuple[Any, ...]] = {
+    "normalizer": (None,),
+    "pre_tokenizer.type": ("ByteLevel",),
+    "pre_tokenizer.add_prefix_space": (False,),
+    "pre_tokenizer.use_regex": (True, None),
+    "decoder.type": ("ByteLevel",),
+    "model.type": ("BPE", None),
+    "model.dropout": (None,),
+    "model.continuing_subword_prefix": ("", None),
+    "model.end_of_word_suffix": ("", None),
+    "model.byte_fallback": (False, None),
+    "model.ignore_merges": (False, None),
+}
+"""Fields of `tokenizer.json` that affect the ids or the decoded text, with the values in files of GPT-2's tokenizer."""
+
+_CONFIG: dict[str, tuple[Any, ...]] = {
+    "tokenizer_class": ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", None),
+    "auto_map": (None,),
+    "add_prefix_space": (False, None),
+    "add_bos_token": (False, None),
+    "add_eos_token": (False, None),
+}
+"""The same for `tokenizer_config.json`."""
+
+
+def differences_from_gpt2(folder: Path) -> list[str]:
+    """Return the settings in which a tokenizer with GPT-2's vocabulary and merges differs from GPT-2's."""
+    pipeline, config, special_tokens, added_tokens = (
+        read_json(path) if (path := find_file(folder, name)) is not None else None
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    differences = []
+    if pipeline is not None:
+        differences += _different_fields(pipeline, _PIPELINE)
+        if not _adds_no_tokens(processor := pipeline.get("post_processor")):
+            differences.append(_format("post_processor", processor))
+    differences += _different_fields(config or {}, _CONFIG)
+    for values in (config or {}, special_tokens or {}):
+        for name in values:
+            if name.endswith(("_token", "special_tokens")):  # such as eos_token; transformers accepts any name
+                differences += [_format(name, token) for token in _contents(values[name]) if token != END_OF_TEXT]
+    for content, token_id in _added_tokens(pipeline or {}, config or {}, added_tokens or {}):
+        if (content, str(token_id)) != (END_OF_TEXT, str(GPT2Tokenizer.end_of_text_id)):
+            differences.append(f"{_format('added token', content)} with id {token_id}")
+    return list(dict.fromkeys(differences))  # several files may have the same field
+
+
+def _different_fields(values: _Json, supported: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
+    for path, allowed in supported.items():
+        value: Any = values
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if not any(type(value) is type(one) and value == one for one in allowed):  # True == 1
+            yield _format(path, value)
+
+
+def _adds_no_tokens(post_processor: Any) -> bool:  # noqa: ANN401 - any JSON value
+    """Return whether a post-processor of `tokenizer.json` leaves the ids of a text unchanged."""
+    if not isinstance(post_processor, dict):
+        return post_processor is None
+    if post_processor.get("type") == "TemplateProcessing":
+        single = post_processor.get("single")
+        return isinstance(single, list) and [list(piece) for piece in single] == [["Sequence"]]
+    return post_processor.get("type") == "ByteLevel"
+
+
+def _added_tokens(pipeline: _Json, config: _Json, added_tokens: _Json) -> Iterator[tuple[str, object]]:
+    """Yield the content and the id of each added token."""
+    yield from added_tokens.items()
+    by_id = config.get("added_tokens_decoder")
+    for token_id, token in by_id.items() if isinstance(by_id, dict) else ():
+        yield from ((content, token_id) for content in _contents(token))
+    tokens = pipeline.get("added_tokens")
+    for token in tokens if isinstance(tokens, list) else ():
+        yield from ((content, isinstance(token, dict) and token.get("id")) for content in _contents(token))
+
+
+def _contents(value: object) -> list[str]:
+    """Return the texts of tokens: of one, which is a string or an object with `content`, or of several."""
+    if isinstance(value, dict):
+        return [value["content"]] if "content" in value else [text for v in value.values() for text in _contents(v)]
+    if isinstance(value, list):
+        return [text for v in value for text in _contents(v)]
+    return [value] if isinstance(value, str) else []
+
+
+def _format(name: str, value: object) -> str:
+    return f"{name}={value!r:.100}"
