@@ -5,11 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homebrew import TokenDataset, get_tokenizer
-from homebrew.data.prepare import prepare, text_chunks
+from homebrew.data import tokenizer as tokenizer_module
+from homebrew.data.prepare import prepare
+from homebrew.data.text_file import text_chunks
 from homebrew.data.token_file import TokenFile, is_token_file
+from homebrew.data.tokenizer import ByteTokenizer, CharTokenizer, encode_chunks
 from homebrew.errors import DataError
 
-TEXTS = st.text(st.sampled_from("a's —\n\r\t é,🙂1"), max_size=60) | st.text(max_size=40)
+# No control characters, many of which make a file binary.
+TEXTS = st.text(st.sampled_from("a's —\n\r\t é,🙂1"), max_size=60) | st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=40
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,22 +25,41 @@ def path(tmp_path_factory):
 
 @settings(deadline=None, max_examples=200)
 @given(text=TEXTS, chunk_characters=st.integers(1, 12))
-def test_encoding_in_chunks_equals_encoding_at_once(path, text, chunk_characters):
-    path.write_bytes(text.encode(errors="ignore"))
-    expected = path.read_text(encoding="utf-8")
+def test_preparing_in_chunks_equals_encoding_at_once(path, text, chunk_characters):
+    path.write_bytes(text.encode())
     chunks = list(text_chunks(path, chunk_characters))
-    assert "".join(chunks) == expected
-    assert all(chunks)
+    assert "".join(chunks) == text
+    assert all(len(chunk) == chunk_characters for chunk in chunks[:-1])
     for name in ("gpt2", "bytes"):
         tokenizer = get_tokenizer(name)
-        assert [i for chunk in chunks for i in tokenizer.encode(chunk)] == tokenizer.encode(expected).tolist()
+        ids = [i for array in encode_chunks(tokenizer, iter(chunks)) for i in array]
+        assert ids == tokenizer.encode(text).tolist()
 
 
-def test_chunks_of_a_long_text_are_small(path):
-    path.write_text("A line of text.\n" * 1000)
-    assert max(map(len, text_chunks(path, 100))) < 200
-    path.write_text("A text of one line. " * 1000)
-    assert max(map(len, text_chunks(path, 100))) < 200
+@pytest.mark.parametrize("text", ["a", "ACGT", "中文没有空格", "0123456789", "!?", " ", "\n", "A text of one line. "])
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "char"])
+def test_memory_does_not_depend_on_white_space(path, tmp_path, monkeypatch, tokenizer, text):
+    encoded = []
+    for cls in (CharTokenizer, ByteTokenizer):
+        monkeypatch.setattr(cls, "encode", recording(cls.encode, encoded))
+    encoding = tokenizer_module._gpt2_encoding()
+    monkeypatch.setattr(type(encoding), "encode_ordinary", recording(type(encoding).encode_ordinary, encoded))
+    text = (text * 20_000)[:20_000]
+    path.write_text(text, newline="")
+    prepare([path], tmp_path / "out.npy", tokenizer=tokenizer, chunk_characters=1000)
+    assert max(encoded) <= 1000 + 256 * 64 * (tokenizer == "gpt2")  # its longest tokens have 64 characters
+    prepared = TokenFile(tmp_path / "out.npy")
+    assert prepared.read(0, len(prepared)).tolist() == get_tokenizer(tokenizer, text=text).encode(text).tolist()
+
+
+def recording(encode, lengths):
+    """Return `encode`, which appends the length of every text that it encodes."""
+
+    def recorded(self, text):
+        lengths.append(len(text))
+        return encode(self, text)
+
+    return recorded
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "char"])

@@ -2,6 +2,7 @@ import hashlib
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +53,72 @@ def test_gpt2_special_cases():
     assert gpt2.decode([gpt2.end_of_text_id]) == "<|endoftext|>"
     assert len(gpt2.encode("<|endoftext|>")) > 1, "an end of text in a text is ordinary text"
     assert sorted({bytes(gpt2.decode_bytes([i])) for i in range(256)}) == [bytes([i]) for i in range(256)]
+
+
+RUNS = [
+    "a",
+    "ACGT",
+    "ÃÂ",
+    "中文没有空格",
+    "0123456789",
+    "½0",
+    "-",
+    "!?.='",
+    "'s",
+    "🙂😀",
+    " ",
+    "\n",
+    " \n\t",
+    "\u3000 ",
+    "a 1!\n's",
+]
+"""Alphabets of each class of characters in GPT-2's regular expression, and of mixtures."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    alphabet=st.sampled_from(RUNS),
+    length=st.integers(1, 3000),
+    end=st.sampled_from(["", "x", " x", "1", "!", "'s", "\n", " "]),
+    start=st.sampled_from(["", "x", "1 ", "!"]),
+    chunk_characters=st.integers(1, 500),
+    random=st.randoms(use_true_random=False),
+)
+def test_encoding_in_chunks_gives_the_ids_of_the_entire_text(alphabet, length, start, end, chunk_characters, random):
+    text = start + "".join(random.choices(alphabet, k=length)) + end
+    chunks = (text[i : i + chunk_characters] for i in range(0, len(text), chunk_characters))
+    ids = np.concatenate([*get_tokenizer("gpt2").encode_chunks(chunks)])
+    assert ids.tolist() == tokenizer_module._gpt2_encoding().encode_ordinary(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), num_held_back=st.integers(8, 12))
+def test_few_tokens_need_to_be_held_back(data, num_held_back):
+    alphabet = data.draw(st.sampled_from(RUNS) | st.text(min_size=2, max_size=6))
+    text = data.draw(st.text(alphabet, min_size=20, max_size=300))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "_NUM_HELD_BACK", num_held_back)
+        chunks = (text[i : i + 20] for i in range(0, len(text), 20))
+        ids = np.concatenate([*get_tokenizer("gpt2").encode_chunks(chunks)])
+    assert ids.tolist() == tokenizer_module._gpt2_encoding().encode_ordinary(text)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", " \n", "\u3000"])
+def test_a_million_spaces_before_a_word_are_encoded(run):
+    num = 1_100_000 // len(run)
+    gpt2 = get_tokenizer("gpt2")
+    text = "a" + run * num + "x"
+    assert gpt2.decode(gpt2.encode(text)) == text
+    # The last space belongs to the word, if it is a space, so the others are one word.
+    spaces = tokenizer_module._gpt2_encoding().encode_ordinary((run * num)[:-1])
+    last = tokenizer_module._gpt2_encoding().encode_ordinary(run[-1] + "x")
+    assert gpt2.encode(text).tolist() == [64, *spaces, *last]
+
+
+def test_surrogates_are_an_error_for_every_tokenizer():
+    for tokenizer in (get_tokenizer("gpt2"), get_tokenizer("bytes"), get_tokenizer("char", text="a")):
+        with pytest.raises(DataError):
+            tokenizer.encode("a\ud800")
 
 
 @given(text=st.text(max_size=30))

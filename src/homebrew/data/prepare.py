@@ -1,24 +1,17 @@
 """Tokenize text files of any size into a token file, one chunk at a time."""
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from homebrew.data.text_file import read_error
+from homebrew.data.text_file import text_chunks
 from homebrew.data.text_paths import Paths, describe_files, text_files
 from homebrew.data.token_file import TokenMetadata, check_output_path, is_token_file, write_tokens
-from homebrew.data.tokenizer import Tokenizer, get_tokenizer
+from homebrew.data.tokenizer import CHUNK_CHARACTERS, Tokenizer, encode_chunks, get_tokenizer
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
-
-CHUNK_CHARACTERS = 2**22
-"""Characters read and encoded at a time. tiktoken needs some hundred MB for them."""
-
-_UP_TO_LAST_SPLIT = re.compile(r".*\S(?=[ \t\n])", re.DOTALL)
-"""A text up to the last white space after a word. GPT-2's pattern starts a new word there, so no token spans it."""
 
 
 def prepare(
@@ -70,32 +63,10 @@ def prepare(
     )
 
 
-def text_chunks(path: str | Path, chunk_characters: int = CHUNK_CHARACTERS) -> Iterator[str]:
-    """Read a text file in chunks that can be encoded separately.
-
-    Yields:
-        Consecutive parts of the text, split before white space. None is empty.
-    """
-    buffer = ""
-    try:
-        with absolute_path(path).open(encoding="utf-8") as file:
-            while new := file.read(chunk_characters):
-                search_start = max(len(buffer) - 1, 0)
-                buffer += new
-                if match := _UP_TO_LAST_SPLIT.match(buffer, search_start):
-                    yield buffer[: match.end()]
-                    buffer = buffer[match.end() :]
-    except (OSError, UnicodeDecodeError) as error:
-        raise read_error(path, error) from error
-    if buffer:
-        yield buffer
-
-
 def _encode_files(
     paths: Sequence[str | Path], tokenizer: Tokenizer, chunk_characters: int
 ) -> Iterator[NDArray[np.int64]]:
     for i, path in enumerate(paths):
         if i and tokenizer.end_of_text_id is not None:
             yield np.array([tokenizer.end_of_text_id])
-        for chunk in text_chunks(path, chunk_characters):
-            yield tokenizer.encode(chunk)
+        yield from encode_chunks(tokenizer, text_chunks(path, chunk_characters))

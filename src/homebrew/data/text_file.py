@@ -1,17 +1,45 @@
-"""Read text files with error messages that name the file and the remedy."""
+"""Read text files with error messages that name the file and the remedy.
+
+Text is read as it is: the characters CR and LF are not translated, so that the bytes tokenizer sees the file's bytes.
+"""
 
 import codecs
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
 
+_CONTROL_CHARACTERS = [chr(code) for code in (*range(1, 32), 127) if chr(code) not in "\a\b\t\n\v\f\r\x1b"]
+"""Control characters that do not occur in texts, other than NUL."""
+
+_MAX_CONTROL_CHARACTERS = 0.1
+"""Share of control characters above which a file is binary. Texts extracted from other formats have a few."""
+
 
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file."""
+    return "".join(text_chunks(path, -1))
+
+
+def text_chunks(path: str | Path, chunk_characters: int) -> Iterator[str]:
+    """Read a UTF-8 text file in chunks of `chunk_characters`; -1 reads all of it at once.
+
+    Raises:
+        DataError: If the file cannot be read, is not UTF-8, or is binary.
+    """
+    num_characters = num_control = 0
     try:
-        return absolute_path(path).read_text(encoding="utf-8")
+        with absolute_path(path).open(encoding="utf-8", newline="") as file:
+            while chunk := file.read(chunk_characters):
+                num_characters += len(chunk)
+                num_control += sum(map(chunk.count, _CONTROL_CHARACTERS))
+                if "\0" in chunk or num_control > _MAX_CONTROL_CHARACTERS * num_characters:
+                    raise _binary_error(path)
+                yield chunk
+    except DataError:  # which is a ValueError
+        raise
     except (OSError, ValueError) as error:
         raise read_error(path, error) from error
 
@@ -38,3 +66,10 @@ def read_error(path: str | Path, error: OSError | ValueError) -> DataError:
             f"{encoding}, convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > converted.txt"
         )
     return DataError(f"{str(path)!r} cannot be read: {error}. Check the path.")
+
+
+def _binary_error(path: str | Path) -> DataError:
+    return DataError(
+        f"{str(path)!r} is a binary file: it has NUL or many other control characters. Convert it to UTF-8 text, or, "
+        f"if it has token ids of another program, to a token file with homebrew.data.token_file.write_tokens."
+    )

@@ -1,7 +1,7 @@
 """Tokenizers: the `Tokenizer` protocol, and the three that homebrew ships: GPT-2's, bytes and characters."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,13 @@ _GPT2_PATTERN = (  # splits a text into words before merging; Radford et al. 201
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
 _END_OF_TEXT_ID = 50_256
+
+CHUNK_CHARACTERS = 2**16
+"""Characters of a text that are encoded at a time. tiktoken's regular expression fails at a million spaces, and its
+memory is about 200 bytes per character."""
+
+_NUM_HELD_BACK = 256
+"""Tokens at the end of a chunk that are encoded again with the next one. See `GPT2Tokenizer.encode_chunks`."""
 
 
 @runtime_checkable
@@ -54,7 +61,36 @@ class GPT2Tokenizer:
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Encode a text as token ids, (num_tokens,), int64."""
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.int64)
+        encode_utf8(text)  # raises for surrogates, which tiktoken would replace
+        chunks = (text[i : i + CHUNK_CHARACTERS] for i in range(0, len(text), CHUNK_CHARACTERS))
+        return np.concatenate([*self.encode_chunks(chunks)])
+
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[NDArray[np.int64]]:
+        """Encode a text that is given in chunks, cut anywhere. The ids are those of the entire text.
+
+        The last tokens of a chunk could differ in the entire text, so they are encoded again with the next chunk.
+        The other tokens are final. A word is not affected by the words after it, and within a word a merge depends
+        only on merges of higher priority next to it, which ends after a few tokens. And for a word that is cut where
+        a token of the entire word starts, the tokens of the two parts are those of the word.
+        """
+        held_back: list[int] = []
+        for chunk in chunks:
+            ids = self._encoding.encode_ordinary(self.decode(held_back) + chunk)
+            cut = self._last_cut(ids)
+            yield np.array(ids[:cut], dtype=np.int64)
+            held_back = ids[cut:]
+        yield np.array(held_back, dtype=np.int64)
+
+    def _last_cut(self, ids: Sequence[int]) -> int:
+        """Return the last position at which final tokens can be cut off; 0 if there is none."""
+        for cut in range(len(ids) - _NUM_HELD_BACK, 0, -1):
+            token, following = map(self._encoding.decode_single_token_bytes, ids[cut : cut + 2])
+            is_inside_character = token[0] & 0xC0 == 0x80
+            # In "!'s" the words are "!'" and "s", but "'s" after a cut would be one word.
+            is_apostrophe = token == b"'" and following.isalpha()
+            if not is_inside_character and not is_apostrophe:
+                return cut
+        return 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode token ids to text. Invalid UTF-8 is replaced by U+FFFD."""
@@ -156,6 +192,13 @@ def get_tokenizer(name: str, *, text: str | None = None) -> Tokenizer:
             raise DataError("The 'char' tokenizer builds its alphabet from a text. Call get_tokenizer('char', text=…).")
         return CharTokenizer(text)
     raise DataError(f"Unknown tokenizer {name!r}. Choose 'gpt2', 'bytes' or 'char'.")
+
+
+def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[str]) -> Iterator[NDArray[np.int64]]:
+    """Encode a text that is given in chunks, cut anywhere, with a built-in tokenizer."""
+    if isinstance(tokenizer, GPT2Tokenizer):
+        return tokenizer.encode_chunks(chunks)
+    return map(tokenizer.encode, chunks)  # no token of bytes or characters spans two chunks
 
 
 def tokenizer_from_json(description: dict[str, Any]) -> Tokenizer:

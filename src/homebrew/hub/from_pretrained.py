@@ -207,7 +207,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if unsupported:
         raise ModelError(f"{path} has unsupported values: {', '.join(unsupported)}. Use another model.")
     # transformers writes GPT-2's id also for a smaller vocabulary, in which no text ends.
-    config["eos_token_id"] = eos if eos is not None and 0 <= eos < config["vocab_size"] else None
+    config["eos_token_id"] = eos if isinstance(eos, int) and 0 <= eos < config["vocab_size"] else None
     return {**config, "dropout": float(min(max(dropouts), 1e9))}  # min, because float() of a huge int overflows
 
 

@@ -41,7 +41,7 @@ def differences_from_gpt2(folder: Path) -> list[str]:
         read_json(path) if (path := find_file(folder, name)) is not None else None
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
-    differences = []
+    differences: list[str] = []
     if pipeline is not None:
         differences += _different_fields(pipeline, _PIPELINE)
         if not _adds_no_tokens(processor := pipeline.get("post_processor")):

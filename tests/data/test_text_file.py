@@ -1,0 +1,78 @@
+"""Text files: what counts as text, in every function that reads one; and line endings."""
+
+import numpy as np
+import pytest
+
+from homebrew import TokenDataset, load_corpus
+from homebrew.cli.main import main
+from homebrew.data.prepare import prepare
+from homebrew.data.text_file import read_text, text_chunks
+from homebrew.data.token_file import TokenFile
+from homebrew.errors import DataError
+
+BINARY_FILES = {
+    "uint16 ids of characters": np.tile(np.arange(1, 65, dtype=np.uint16), 50).tobytes(),  # nanoGPT's train.bin
+    "uint8 ids of characters": np.tile(np.arange(1, 65, dtype=np.uint8), 50).tobytes(),
+    "int64 ids": np.arange(60).tobytes(),
+    "UTF-16 without a byte order mark": "To be, or not to be".encode("utf-16-le"),
+    "a NUL at the end of a text": b"To be, or not to be\n" * 20 + b"\0",
+}
+
+
+@pytest.mark.parametrize("content", BINARY_FILES.values(), ids=BINARY_FILES)
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_text,
+        lambda path: load_corpus(path=path),
+        lambda path: TokenDataset.from_file(path, 4, tokenizer="char"),
+        lambda path: prepare([path], path.with_suffix(".npy"), tokenizer="bytes"),
+        lambda path: list(text_chunks(path, 16)),
+    ],
+    ids=["read_text", "load_corpus", "from_file", "prepare", "text_chunks"],
+)
+def test_binary_files_are_not_text(tmp_path, read, content):
+    path = tmp_path / "train.bin"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"^'.*train.bin' is a binary file"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train {binary} --output-dir {run} --preset baby --max-steps 1",
+        "train {text} --output-dir {run} --preset baby --max-steps 1 --eval-data {binary}",
+        "prepare {text} {binary} --output {run}.npy",
+        "eval {run} --text {binary}",
+    ],
+)
+def test_the_command_line_refuses_binary_files(tmp_path, capsys, command):
+    (tmp_path / "text.txt").write_text("To be, or not to be.\n" * 200)
+    (tmp_path / "train.bin").write_bytes(BINARY_FILES["uint16 ids of characters"])
+    paths = {"text": tmp_path / "text.txt", "binary": tmp_path / "train.bin", "run": tmp_path / "run"}
+    assert main(command.format(**paths).split()) == 1
+    assert "is a binary file" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.parametrize("text", ["To be\x1a", "\x1b[1mbold\x1b[0m \x08\x07\x0c", "a\x7f" + 20 * "b", "中文\x85\u2028"])
+def test_texts_with_a_few_control_characters_are_text(tmp_path, text):
+    text = 10 * "plain " + text
+    (tmp_path / "text").write_bytes(text.encode())
+    assert read_text(tmp_path / "text") == text
+
+
+@pytest.mark.parametrize("text", ["a\r\nb\r\n", "a\rb\n", "\r\r\n\n", "a\x85b\u2028c\x0b\x0c"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "char", "gpt2"])
+def test_line_endings_are_not_translated(tmp_path, text, tokenizer):
+    path = tmp_path / "text"
+    path.write_bytes(text.encode() * 9)
+    assert load_corpus(path=path).text == text * 9
+    direct = TokenDataset.from_file(path, 2, tokenizer=tokenizer)
+    ids = direct.tokenizer.encode(text * 9).tolist()
+    assert direct.tokens.ids.tolist() == ids
+    prepare([path], tmp_path / "out.npy", tokenizer=tokenizer, chunk_characters=3)
+    prepared = TokenFile(tmp_path / "out.npy")
+    assert prepared.read(0, len(prepared)).tolist() == ids
+    assert prepared.metadata.num_text_bytes == len(text.encode() * 9)
