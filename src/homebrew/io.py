@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from homebrew.errors import ConfigError
+
 _CHUNK_BYTES = 1 << 24
 
 
@@ -20,7 +22,12 @@ def absolute_path(path: str | Path) -> Path:
     """Return a path with the home directory for `~`, and independent of later changes of the working directory.
 
     Links are kept. Public functions call this, or `local_path_or_name`, once for each path that they are given.
+
+    Raises:
+        ConfigError: The path is an empty string, which `Path` would turn into the current folder.
     """
+    if path == "":
+        raise ConfigError("A path is an empty string. Give a path; the current folder is '.'.")
     return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - unlike Path.expanduser, no error for ~nobody
 
 

@@ -15,6 +15,7 @@ from homebrew.data.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer
 from homebrew.errors import ConfigError, ModelError
 from homebrew.generation.sampling import Sampling
 from homebrew.hub import export
+from homebrew.hub.load import load_model
 from homebrew.hub.peft import save_adapter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
@@ -249,7 +250,11 @@ def test_an_export_with_a_tokenizer_keeps_the_models_own_end_of_text(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == 10
 
 
-@pytest.mark.parametrize("eos", [-1, 256, True, 7.0, "7"])
-def test_an_end_of_text_outside_the_vocabulary_is_rejected(eos):
-    with pytest.raises(ConfigError, match="eos_token_id"):
-        GPTConfig(vocab_size=256, eos_token_id=eos)
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_gpt()
+    add_lora(model, LoRAConfig(2))
+    for write in (lambda: model.save_pretrained(""), lambda: save_adapter(model, ""), lambda: load_model("")):
+        with pytest.raises(ConfigError, match="empty string"):
+            write()
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from homebrew.cli.doctor_command import Doctor
 from homebrew.cli.eval_command import Eval
 from homebrew.cli.export_command import Export
 from homebrew.cli.option_names import explain_unknown_name, in_terms_of_options
+from homebrew.cli.paths import PATHS
 from homebrew.cli.prepare_command import Prepare
 from homebrew.cli.sample_command import Sample
 from homebrew.cli.saved_command import saved_options
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             default=tyro.MISSING_NONPROP if saved is None else saved,
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+            registry=PATHS,
         )
         command.run()
         sys.stdout.flush()

@@ -52,10 +52,11 @@ class SavedModel:
         model, saved_tokenizer = load_model(self.checkpoint, base=self.base)
         tokenizer = resolve_tokenizer(self.checkpoint, saved_tokenizer, self.tokenizer)
         try:
+            torch.zeros(1, device=device).item()  # fails on a device without data, such as meta
             model = model.to(device, getattr(torch, dtype))
             if model.device.type == "cuda":
                 torch.cuda.set_device(model.device)  # kernels launch on the current device
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ConfigError(
                 f"device={device!r} cannot be used: {reason} Run `homebrew doctor` to see the available devices."
