@@ -8,7 +8,7 @@ import subprocess
 import pexpect
 import pytest
 
-from homebrew import Sampling, generate_text, load_model
+from homebrew import GPT, GPTConfig, Sampling, generate_text, get_tokenizer, load_model
 from homebrew.cli.main import main
 
 
@@ -97,6 +97,14 @@ def test_a_text_ends_at_the_models_own_end_of_text(run, tmp_path, invoke):
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": ids[9]}))
     expected = bytes(ids[: ids.index(ids[9])]).decode(errors="replace")
     assert invoke("sample", tmp_path, *options) == f"Hello{expected}\n"
+
+
+def test_ids_beyond_the_tokenizers_vocabulary_are_not_sampled(tmp_path, invoke):
+    model = GPT(GPTConfig(block_size=16, vocab_size=1000, n_layer=1, n_head=1, n_embd=16))
+    model.save_pretrained(tmp_path, get_tokenizer("bytes"))
+    for top_k in (0, 50):
+        output = invoke("sample", tmp_path, "--prompt", "Hello", "--max-new-tokens", 200, "--top-k", top_k, "--seed", 1)
+        assert output.startswith("Hello")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import functools
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -193,7 +194,12 @@ def test_repetition_penalty_counts_prompt_and_generated_tokens(model):
         ({"overflow": "crash"}, "overflow='crash'"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
         ({"max_new_tokens": 2.0}, "max_new_tokens=2.0"),
+        *(({"max_new_tokens": value}, "max_new_tokens=") for value in (True, None, "5", 2**63, torch.tensor(1))),
         ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]"),
+        *(({"eos_token_id": value}, "eos_token_id=") for value in (-1, 60, True, 3.0)),
+        *(({"vocab_size": value}, "vocab_size=") for value in (0, 61, True, 3.0)),
+        ({"sampling": {"top_k": 5}}, "sampling="),
+        ({"seed": True}, "seed=True"),
         ({"seed": 2**64}, f"seed={2**64}"),
         ({"seed": 0.5}, "seed=0.5"),
     ],
@@ -212,7 +218,15 @@ def test_invalid_options_are_rejected(model, options, message):
         ([[1, 60]], r"token id 60.*vocab_size is 60.*0 to 59"),
         (torch.tensor([[-1, 3]]), "token id -1"),
         ([[0.5]], "integers"),
-        (torch.zeros(1, 3), "integers"),
+        ([[1, True]], "integers"),
+        (["abc"], "integers"),
+        (np.ones((1, 2), dtype=bool), "integers"),
+        ([[10**30]], "token id"),
+        (5, "list of lists"),
+        (torch.ones(1, 3, dtype=torch.bool), "torch.bool"),
+        (torch.zeros(1, 3), "torch.float32"),
+        (torch.zeros(1, 3, dtype=torch.complex64), "torch.complex64"),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), "list of lists"),
         (torch.zeros(3, dtype=torch.int64), "list of lists"),
         ([1, 2], "list of lists"),
     ],
@@ -235,6 +249,31 @@ def test_memory_does_not_depend_on_max_new_tokens(model):
     tokens.close()
     expected = model.generate(random_prompts(3, 9), 4 * model.config.block_size, sampling=GREEDY)
     assert [list(ids) for ids in zip(*first, strict=True)] == [expected[0][3:], expected[1][9:]]
+
+
+def test_prompts_of_other_types_give_lists_of_python_integers(model):
+    expected = model.generate([[1, 2], [3, 4]], 3, sampling=GREEDY)
+    for prompts in (
+        np.array([[1, 2], [3, 4]], dtype=np.uint8),
+        (np.array([1, 2]), range(3, 5)),
+        (iter(prompt) for prompt in ([1, 2], [3, 4])),
+        [[torch.tensor(1), np.int16(2)], (3, 4)],
+    ):
+        output = model.generate(prompts, np.uint8(3), sampling=GREEDY, seed=np.uint32(1), vocab_size=np.uint8(60))
+        assert output == expected
+        assert {type(token) for ids in output for token in ids} == {int}
+
+
+def test_a_model_without_weights_is_rejected():
+    with torch.device("meta"):
+        model = GPT(CONFIG)
+    with pytest.raises(ModelError, match="meta device"):
+        model.generate([[1]], 1)
+
+
+def test_ids_that_cannot_be_chosen_are_rejected_in_prompts(model):
+    with pytest.raises(ModelError, match=r"token id 50.*vocab_size is 50"):
+        model.generate([[50]], 1, vocab_size=50)
 
 
 def test_zero_new_tokens_returns_the_prompt(model):

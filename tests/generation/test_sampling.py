@@ -1,5 +1,7 @@
 import itertools
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -67,11 +69,51 @@ def test_temperature_zero_selects_the_most_likely_token():
     assert greedy.sample(logits, torch.full((1, 3), 1e-9)).tolist() == [1]
 
 
+EXTREMES = [1e-5, 1e-20, 1e-40, 5e-324, 10**-30, Fraction(1, 10**50)]
+
+
+@pytest.mark.parametrize("value", EXTREMES)
+def test_tiny_values_leave_only_the_most_likely_token(value):
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -3.0, -4.0], [0.0, 0.5, -80.0]])
+    noise = torch.tensor([[1e-7, 80.0, 1e-7]]).expand(3, 3)
+    for options in ({"temperature": value}, {"top_p": value}):
+        assert Sampling(**options).process_logits(logits).softmax(-1)[:, 1].tolist() == [1.0, 1.0, 1.0]
+        assert Sampling(**options).sample(logits, noise).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("value", [1e20, 1e38, 1e300, 10**400, np.float32(1e38)])
+def test_huge_values_are_the_limits(value):
+    logits = torch.tensor([[1.0, 3.0, 2.0, -3.0, 0.0]])
+    assert Sampling(temperature=value).process_logits(logits).softmax(-1).tolist() == [[pytest.approx(0.2)] * 5]
+    seen = torch.tensor([[False, True, False, True, True]])
+    probabilities = Sampling(repetition_penalty=value).process_logits(logits, seen).softmax(-1)
+    expected = torch.tensor([[1.0, 0.0, 2.0, -torch.inf, 0.0]]).softmax(-1)
+    torch.testing.assert_close(probabilities, expected)
+
+
+@pytest.mark.parametrize("value", EXTREMES)
+def test_tiny_penalties_give_finite_probabilities(value):
+    logits, seen = torch.tensor([[1.0, 3.0, 2.0, 0.0]]), torch.tensor([[True, True, False, True]])
+    assert Sampling(repetition_penalty=value, min_p=value).sample(logits, torch.ones(1, 4), seen).tolist() == [1]
+
+
+def test_numbers_of_numpy_are_accepted():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    sampling = Sampling(temperature=np.float32(0.5), top_k=np.int64(2), top_p=np.float32(0.99), min_p=np.float64(0.01))
+    expected = Sampling(temperature=0.5, top_k=2, top_p=0.99, min_p=0.01).process_logits(logits)
+    torch.testing.assert_close(sampling.process_logits(logits), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        *(({"temperature": value}, "temperature=") for value in (None, "1", True, [1.0], torch.tensor(1.0), 1j)),
+        *(({"repetition_penalty": value}, "repetition_penalty=") for value in (None, "1", True, float("inf"))),
+        *(({name: value}, f"{name}=") for name in ("top_p", "min_p") for value in ("0.9", True, [0.9], float("nan"))),
+        *(({"top_k": value}, "top_k=") for value in ("5", True, 5.0, [5])),
         ({"top_k": 0}, "top_k=0"),
         ({"top_k": 2.5}, "top_k=2.5"),
         ({"top_p": 0.0}, "top_p=0.0"),

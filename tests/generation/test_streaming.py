@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homebrew.errors import ConfigError
+from homebrew import get_tokenizer
+from homebrew.errors import ConfigError, DataError
 from homebrew.generation.sampling import Sampling
 from homebrew.generation.streaming import decode_stream, generate_text
 from homebrew.model.gpt import GPT
@@ -19,6 +20,7 @@ class SomeBytes:
     """A tokenizer of the bytes of a few characters, which have one to four bytes each."""
 
     alphabet = sorted(set(CHARACTERS.encode()))
+    vocab_size = len(alphabet)
 
     def encode(self, text):
         return [self.alphabet.index(b) for b in text.encode()]
@@ -64,13 +66,49 @@ def test_text_ends_before_the_end_of_text_id(model):
     assert text == TOKENIZER.decode_bytes(ids[: ids.index(eos)]).decode(errors="replace")
 
 
-TEXT = st.text(CHARACTERS)
+@pytest.mark.parametrize("stop", [None, 5, b"a", ["a", 5], [b"a"], {"a": 1}])
+def test_stop_strings_of_another_type_are_rejected(model, stop):
+    with pytest.raises(ConfigError, match="stop="):
+        list(generate_text(model, TOKENIZER, "abc", 40, stop=stop))
 
 
-@settings(max_examples=200)
+@pytest.mark.parametrize("prompt", [None, 5, b"abc", ["a"]])
+def test_prompts_of_another_type_are_rejected(model, prompt):
+    with pytest.raises(ConfigError, match="prompt="):
+        list(generate_text(model, TOKENIZER, prompt, 40))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes", "char"])
+def test_lone_surrogates_in_a_prompt_are_an_error(name):
+    tokenizer = get_tokenizer(name, text="ab")
+    model = GPT(GPTConfig(block_size=4, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=4))
+    with pytest.raises(DataError):
+        list(generate_text(model, tokenizer, "a\udcff", 4))
+    assert "".join(generate_text(model, tokenizer, "a", 4, stop="\udcff", seed=1))  # which no text contains
+
+
+def test_ids_beyond_the_tokenizers_vocabulary_are_not_sampled():
+    model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=4))
+    with torch.no_grad():
+        model.transformer.wte.weight[256:] = 10 * model.transformer.ln_f.weight  # the most likely ids
+        model.transformer.ln_f.bias += 1
+    assert min(model.generate([[65]], 20, sampling=GREEDY)[0][1:]) >= 256
+    for sampling in (GREEDY, Sampling(), Sampling(top_k=50, repetition_penalty=1.2)):
+        ids = model.generate([[65]], 40, sampling=sampling, vocab_size=256, seed=1)[0]
+        assert max(ids) < 256
+        text = "".join(generate_text(model, get_tokenizer("bytes"), "A", 40, sampling=sampling, seed=1))
+        assert text == bytes(ids[1:]).decode(errors="replace")
+
+
+TEXT = st.text(CHARACTERS) | st.text("ab")
+
+
+@settings(max_examples=300)
 @given(
     data=st.binary(max_size=30) | TEXT.map(str.encode),
-    stop=st.lists(st.text(CHARACTERS, min_size=1, max_size=3), max_size=3),
+    stop=st.lists(
+        st.text(CHARACTERS, min_size=1, max_size=3) | st.text("ab\ufffd", min_size=1, max_size=5), max_size=3
+    ),
     cuts=st.lists(st.integers(0, 30), max_size=10),
 )
 def test_decoded_chunks_add_up_to_the_text_before_the_first_stop_string(data, stop, cuts):
@@ -80,6 +118,21 @@ def test_decoded_chunks_add_up_to_the_text_before_the_first_stop_string(data, st
     pieces = list(decode_stream(chunks, stop))
     assert "".join(pieces) == text[: min(ends, default=len(text))]
     assert all(pieces)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "stop", "expected"),
+    [
+        (["xab", "cd"], ["b", "abcd"], "x"),  # "b" is found first, but "abcd" starts first
+        (["xab", "c", "e"], ["b", "abcd"], "xa"),
+        (["xab"], ["b", "abcd"], "xa"),
+        (["xabc", "d"], ["bc", "abcd", "c"], "x"),
+        (["ab", "abc"], ["abc", "b"], "a"),
+    ],
+)
+def test_the_stop_string_that_starts_first_ends_the_text(chunks, stop, expected):
+    assert "".join(decode_stream([chunk.encode() for chunk in chunks], stop)) == expected
+    assert "".join(decode_stream(["".join(chunks).encode()], stop)) == expected
 
 
 def test_a_character_is_yielded_once_its_last_byte_has_arrived():

@@ -177,6 +177,35 @@ def test_wrong_input_shapes_are_rejected(ids, targets, message):
         GPT(TINY)(*(tensor for tensor in (ids, targets) if tensor is not None))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("invalid", [-1, -100, 100, 101, 127, 128, 2**31 - 1])
+def test_ids_outside_the_vocabulary_are_rejected(invalid, dtype):
+    """Ids up to 127 are rows of the padding, for which PyTorch raises no error."""
+    model, ids = GPT(TINY), random_ids(TINY, 2, 4)
+    invalid_ids = ids.clone().index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(invalid))
+    with pytest.raises(ModelError, match=rf"input_ids has the id {invalid}.*0 to 99"):
+        model(invalid_ids.to(dtype))
+    if invalid == -100:  # an ignored target
+        assert model(ids.to(dtype), invalid_ids).isfinite()
+        return
+    with pytest.raises(ModelError, match=rf"targets has the id {invalid}.*0 to 99"):
+        model(ids.to(dtype), invalid_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.float32])
+def test_inputs_of_another_dtype_are_rejected(dtype):
+    model, ids = GPT(TINY), random_ids(TINY, 2, 4)
+    for inputs in ((ids.to(dtype),), (ids.to(dtype), ids), (ids, ids.to(dtype))):
+        with pytest.raises(ModelError, match=str(dtype)):
+            model(*inputs)
+
+
+@pytest.mark.parametrize("inputs", [([[1, 2]],), (None,), (torch.zeros(1, 2, dtype=torch.int64), [[1, 2]])])
+def test_inputs_that_are_not_tensors_are_rejected(inputs):
+    with pytest.raises(ModelError, match="must be tensors"):
+        GPT(TINY)(*inputs)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -188,6 +217,8 @@ def test_wrong_input_shapes_are_rejected(ids, targets, message):
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"dropout": float("nan")}, "dropout=nan"),
+        *(({"dropout": value}, "dropout=") for value in (None, "0.1", False)),
+        *(({"vocab_size": 256, "eos_token_id": value}, "eos_token_id=") for value in (-1, 256, True, 7.0, "7")),
     ],
 )
 def test_invalid_config_is_rejected(changes, message):

@@ -3,7 +3,7 @@
 import pytest
 from tiny_runs import make_trainer
 
-from homebrew import GPTConfig, Sampling, TokenDataset, generate_text
+from homebrew import GPT, GPTConfig, Sampling, TokenDataset, generate_text
 from homebrew.errors import ConfigError
 
 
@@ -42,3 +42,12 @@ def test_sample_without_a_prompt_returns_generated_tokens_only(tmp_path, text):
 def test_sample_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="okenizer"):
         make_trainer(tmp_path).sample("text")
+
+
+def test_ids_beyond_the_tokenizers_vocabulary_are_not_sampled(tmp_path):
+    """Models often have a vocabulary rounded up to a multiple of 64 or 128."""
+    dataset = TokenDataset.from_text("To be, or not to be. " * 40, block_size=16, tokenizer="bytes")
+    model = GPT(GPTConfig(block_size=16, vocab_size=1000, n_layer=1, n_head=1, n_embd=16))
+    trainer = make_trainer(tmp_path, model=model, train_dataset=dataset, max_steps=1)
+    for text in ("To be", ""):
+        assert trainer.sample(text, max_new_tokens=100, seed=1).startswith(text)

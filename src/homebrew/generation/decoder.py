@@ -1,5 +1,7 @@
 """The decoder: runs a model over its key-value cache, one token of every sequence at a time."""
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +24,7 @@ class Decoder:
     Args:
         model: The model, in evaluation mode.
         length: Number of slots in the cache.
+        vocab_size: Number of ids to choose from. By default, all of the model's.
         seed: Random seed for sampling. PyTorch's global random state is neither used nor changed. By default, a
             new seed is drawn.
     """
@@ -33,12 +36,14 @@ class Decoder:
         length: int,
         sampling: Sampling,
         *,
+        vocab_size: int | None = None,
         seed: int | None = None,
         compile: bool = False,  # noqa: A002 - the name transformers and PyTorch use
     ) -> None:
         self.model = model
         self.sampling = sampling
-        device, vocab_size = model.device, model.config.vocab_size
+        device = model.device
+        self.vocab_size = vocab_size = vocab_size or model.config.vocab_size
         self.cache = KeyValueCache(model.config, batch_size, length, device=device, dtype=model.lm_head.weight.dtype)
         self.ids = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)
         """The token chosen last in each sequence, (B, 1)."""
@@ -50,7 +55,7 @@ class Decoder:
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(batch_size, vocab_size, device=device, dtype=torch.bool)
         self._generator = torch.Generator(device)
-        self._generator.seed() if seed is None else self._generator.manual_seed(seed)
+        self._generator.seed() if seed is None else self._generator.manual_seed(operator.index(seed))
         self._run_step = torch.compile(self._decode_one, dynamic=False) if compile else self._decode_one
         self._graph: torch.cuda.CUDAGraph | None = None
         self._num_steps = 0
@@ -96,11 +101,11 @@ class Decoder:
             slots: Consecutive cache slots to write, (T,), int64.
 
         Returns:
-            Logits, (B, V), float32.
+            Logits of the ids to choose from, (B, V), float32.
         """
         self.cache.set_slots(slots)
         hidden = self.model.transformer(input_ids, self.cache)[:, -1]  # (B, C)
-        return F.linear(hidden, self.model.lm_head.weight)[:, : self.model.config.vocab_size].float()
+        return F.linear(hidden, self.model.lm_head.weight)[:, : self.vocab_size].float()
 
     def _decode_one(self) -> None:
         self._choose(self.logits(self.ids, self.slot))

@@ -12,7 +12,6 @@ from homebrew.generation.decoder import Decoder
 from homebrew.generation.sampling import Sampling, is_integer
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
-from homebrew.model.gpt_config import GPTConfig
 
 Overflow = Literal["slide", "stop"]
 """What to do when a sequence reaches `block_size` tokens: drop the older half of its context, or end it."""
@@ -36,17 +35,20 @@ def generate(
     max_new_tokens: int,
     *,
     sampling: Sampling | None = None,
+    vocab_size: int | None = None,
     eos_token_id: int | None = None,
     seed: int | None = None,
     overflow: Overflow = "slide",
     compile: bool = False,  # noqa: A002 - the name transformers and PyTorch use
 ) -> Prompts:
     """Generate a continuation of each token sequence. `GPT.generate` documents the arguments and errors."""
+    prompts = _to_lists(input_ids, model.config.vocab_size)
     tokens = stream_tokens(
         model,
-        _to_lists(input_ids, model.config.vocab_size),
+        prompts,
         max_new_tokens,
         sampling=sampling,
+        vocab_size=vocab_size,
         eos_token_id=eos_token_id,
         seed=seed,
         overflow=overflow,
@@ -54,7 +56,7 @@ def generate(
     )
     if isinstance(input_ids, Tensor):
         return _append_to_tensor(input_ids, tokens, eos_token_id)
-    return _append_to_lists(input_ids, tokens)
+    return _append_to_lists(prompts, tokens)
 
 
 @torch.no_grad()
@@ -64,6 +66,7 @@ def stream_tokens(
     max_new_tokens: int,
     *,
     sampling: Sampling | None = None,
+    vocab_size: int | None = None,
     eos_token_id: int | None = None,
     seed: int | None = None,
     overflow: Overflow = "slide",
@@ -78,7 +81,11 @@ def stream_tokens(
     Yields:
         Ids of the new tokens, (B,), int64, with `FINISHED` for sequences that have ended.
     """
-    prompts = _check_arguments(model.config, prompts, max_new_tokens, overflow, eos_token_id, seed)
+    _check_options(model, max_new_tokens, sampling, vocab_size, eos_token_id, seed, overflow)
+    max_new_tokens = operator.index(max_new_tokens)
+    vocab_size = operator.index(vocab_size or model.config.vocab_size)
+    prompts = _as_integers(prompts)
+    _check_prompts(prompts, vocab_size, model.config.block_size, overflow)
     sampling = sampling or Sampling()
     block_size, device = model.config.block_size, model.device
     lengths = [len(prompt) for prompt in prompts]
@@ -101,7 +108,9 @@ def stream_tokens(
     num_slots = min(block_size, end - base + num_steps)
     cache_length = -(-num_slots // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
     with eval_mode(model):
-        decoder = Decoder(model, len(prompts), cache_length, sampling, seed=seed, compile=compile)
+        decoder = Decoder(
+            model, len(prompts), cache_length, sampling, vocab_size=vocab_size, seed=seed, compile=compile
+        )
         if decoder.seen is not None:
             for row, prompt in enumerate(prompts):
                 decoder.seen[row, torch.tensor(prompt, device=device)] = True
@@ -130,12 +139,30 @@ def stream_tokens(
 
 def _to_lists(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     if not isinstance(prompts, Tensor):
-        return prompts
-    is_integral = not (prompts.dtype.is_floating_point or prompts.dtype.is_complex or prompts.dtype == torch.bool)
-    if is_integral and torch.iinfo(prompts.dtype).max < vocab_size - 1:
-        raise ModelError(f"A tensor of {prompts.dtype} cannot hold ids up to {vocab_size - 1}. Use torch.int64.")
-    ids: list[list[int]] = prompts.tolist()
-    return ids
+        return _as_integers(prompts)
+    dtype = prompts.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ModelError(f"The prompts are a tensor of {dtype}, not of token ids. Use torch.int64.")
+    if torch.iinfo(dtype).max < vocab_size - 1:
+        raise ModelError(f"A tensor of {dtype} cannot hold ids up to {vocab_size - 1}. Use torch.int64.")
+    return _as_integers(prompts.tolist())
+
+
+def _as_integers(prompts: Iterable[Iterable[int]]) -> list[list[int]]:
+    """Return the prompts as lists of Python integers."""
+    try:
+        return [[_as_integer(token) for token in prompt] for prompt in prompts]
+    except TypeError as error:
+        raise ModelError(
+            f"The prompts are not token ids ({error}). Use an integer tensor of shape (B, T), or a list of lists of "
+            f"integers."
+        ) from None
+
+
+def _as_integer(token: int) -> int:
+    if isinstance(token, bool):  # which operator.index accepts
+        raise TypeError("'bool' object cannot be interpreted as an id")
+    return operator.index(token)
 
 
 def _append_to_tensor(input_ids: Tensor, tokens: Iterable[Tensor], eos_token_id: int | None) -> Tensor:
@@ -157,44 +184,52 @@ def _append_to_lists(prompts: Sequence[Sequence[int]], tokens: Iterable[Tensor])
     return [[*prompt, *(i for i in ids if i != FINISHED)] for prompt, ids in zip(prompts, new, strict=True)]
 
 
-def _check_arguments(
-    config: GPTConfig,
-    prompts: Sequence[Sequence[int]],
+def _check_options(
+    model: GPT,
     max_new_tokens: int,
-    overflow: str,
+    sampling: Sampling | None,
+    vocab_size: int | None,
     eos_token_id: int | None,
     seed: int | None,
-) -> list[list[int]]:
-    """Validate the arguments of `stream_tokens` and return the prompts as lists of Python integers."""
-    if not is_integer(max_new_tokens) or max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens={max_new_tokens!r} is not valid. Use an integer of at least 0.")
-    if eos_token_id is not None and not is_integer(eos_token_id):
-        raise ConfigError(f"eos_token_id={eos_token_id!r} is not valid. Use a single id, or None.")
-    if seed is not None and not (is_integer(seed) and -(2**63) <= seed < 2**64):
-        raise ConfigError(f"seed={seed!r} is not valid. Use an integer from -2**63 to 2**64 - 1, or None.")
+    overflow: str,
+) -> None:
+    """Validate the arguments of `stream_tokens` other than the prompts."""
+    if model.device.type == "meta":
+        raise ModelError("The model is on the meta device, so it has no weights. Load or initialize it on a device.")
+    if not isinstance(sampling, Sampling | None):
+        raise ConfigError(f"sampling={sampling!r} is not valid. Use a Sampling, such as Sampling(top_k=50), or None.")
     if overflow not in ("slide", "stop"):
         raise ConfigError(f'overflow={overflow!r} is not valid. Use "slide" or "stop".')
-    try:
-        sequences = [[operator.index(token) for token in prompt] for prompt in prompts]
-    except TypeError as error:
-        raise ModelError(
-            f"The prompts are not token ids ({error}). Use an integer tensor of shape (B, T), or a list of lists of "
-            f"integers."
-        ) from None
-    if not sequences:
+    largest_id = model.config.vocab_size - 1
+    _check_integer("max_new_tokens", max_new_tokens, 0, 2**63 - 1)
+    if vocab_size is not None:
+        _check_integer("vocab_size", vocab_size, 1, largest_id + 1, or_none=True)
+    if eos_token_id is not None:
+        _check_integer("eos_token_id", eos_token_id, 0, largest_id, or_none=True)
+    if seed is not None:
+        _check_integer("seed", seed, -(2**63), 2**64 - 1, or_none=True)
+
+
+def _check_integer(name: str, value: int, smallest: int, largest: int, *, or_none: bool = False) -> None:
+    if not (is_integer(value) and smallest <= operator.index(value) <= largest):
+        alternative = ", or None" if or_none else ""
+        raise ConfigError(f"{name}={value!r} is not valid. Use an integer from {smallest} to {largest}{alternative}.")
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, block_size: int, overflow: str) -> None:
+    if not prompts:
         raise ModelError("There are no prompts. Give at least one sequence of token ids.")
-    for sequence in sequences:
-        if not sequence:
+    for prompt in prompts:
+        if not prompt:
             raise ModelError("A prompt is empty. Give at least one token, such as the end-of-text id.")
-        if overflow == "stop" and len(sequence) > config.block_size:
+        if overflow == "stop" and len(prompt) > block_size:
             raise ModelError(
-                f"A prompt has {len(sequence)} tokens, but the model's block_size is {config.block_size}. "
+                f"A prompt has {len(prompt)} tokens, but the model's block_size is {block_size}. "
                 f'Shorten the prompt, or use overflow="slide" to drop its beginning.'
             )
-        for token in (min(sequence), max(sequence)):
-            if not 0 <= token < config.vocab_size:
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < vocab_size:
                 raise ModelError(
-                    f"A prompt has token id {token}, but the model's vocab_size is {config.vocab_size}: valid ids are "
-                    f"0 to {config.vocab_size - 1}. Use the tokenizer the model was trained with."
+                    f"A prompt has token id {token}, but the vocab_size is {vocab_size}: valid ids are 0 to "
+                    f"{vocab_size - 1}. Use the tokenizer the model was trained with."
                 )
-    return sequences

@@ -1,7 +1,9 @@
 """Sampling: choose the next token from the logits."""
 
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
 from typing import SupportsIndex
 
 import torch
@@ -15,6 +17,15 @@ def is_integer(value: object) -> bool:
     return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _factor(value: float) -> float:
+    """Return a factor of logits, bounded to where float32 neither overflows nor underflows."""
+    return float(min(max(value, 1e-20), 1e20))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to choose the next token.
@@ -22,7 +33,7 @@ class Sampling:
     The options are applied in the order of the fields, as in transformers.
 
     Raises:
-        ConfigError: A value is out of range.
+        ConfigError: A value has the wrong type or is out of range.
     """
 
     repetition_penalty: float = 1.0
@@ -38,11 +49,11 @@ class Sampling:
     """Sample only from tokens at least `min_p` times as likely as the most likely token (Nguyen et al. 2024)."""
 
     def __post_init__(self) -> None:
-        if not self.repetition_penalty > 0:
+        if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf):
             raise ConfigError(
                 f"repetition_penalty={self.repetition_penalty!r} is not valid. Use a number above 0; 1 is no penalty."
             )
-        if not 0 <= self.temperature < float("inf"):
+        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise ConfigError(
                 f"temperature={self.temperature!r} is not valid. Use a number of at least 0; 0 is greedy decoding."
             )
@@ -52,7 +63,7 @@ class Sampling:
             )
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
+            if value is not None and not (_is_number(value) and 0 < value <= 1):
                 raise ConfigError(
                     f"{name}={value!r} is not valid. Use a number above 0 and at most 1, or None to keep all tokens."
                 )
@@ -68,18 +79,20 @@ class Sampling:
             Tensor of shape (B, V), float32.
         """
         if seen is not None and self.repetition_penalty != 1.0:
-            penalty = self.repetition_penalty
+            penalty = _factor(self.repetition_penalty)
             logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         if self.temperature == 0:
             return logits.masked_fill(logits < logits.amax(-1, keepdim=True), -torch.inf)
-        logits = logits / self.temperature
+        # Relative to the largest logit, so that a tiny temperature gives -inf for the others instead of inf.
+        logits = (logits - logits.amax(-1, keepdim=True)) / _factor(self.temperature)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kth = logits.topk(self.top_k, sorted=False).values.amin(-1, keepdim=True)
+            kth = logits.topk(operator.index(self.top_k), sorted=False).values.amin(-1, keepdim=True)
             logits = logits.masked_fill(logits < kth, -torch.inf)
         if self.top_p is not None:
             ordered, order = logits.sort(descending=True)
             probabilities = ordered.softmax(-1)
-            excluded = probabilities.cumsum(-1) - probabilities >= self.top_p  # more likely tokens suffice
+            excluded = probabilities.cumsum(-1) - probabilities >= float(self.top_p)  # more likely tokens suffice
+            excluded[..., 0] = False  # top_p may be 0 in float32
             logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
         if self.min_p is not None:
             threshold = logits.amax(-1, keepdim=True) + math.log(self.min_p)

@@ -44,18 +44,20 @@ def generate_text(
         Pieces of the text, each of complete characters, without the prompt.
 
     Raises:
-        ConfigError: A stop string is empty, or another option is out of range.
+        ConfigError: The prompt is not a string, a stop string is empty, or another option is out of range.
+        DataError: The tokenizer cannot encode the prompt.
         ModelError: The prompt is empty, is too long, or has an id outside the model's vocabulary.
     """
-    stop = (stop,) if isinstance(stop, str) else stop
-    if "" in stop:
-        raise ConfigError("A stop string is empty, which would end the text at once. Remove it.")
+    if not isinstance(prompt, str):
+        raise ConfigError(f"prompt={prompt!r} is not a string. For token ids, use GPT.generate.")
+    stop = _as_strings(stop)
     ids = [int(i) for i in tokenizer.encode(prompt)]
     steps = stream_tokens(
         model,
         [ids],
         max_new_tokens,
         sampling=sampling,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
         eos_token_id=eos_token_id,
         seed=seed,
         overflow=overflow,
@@ -69,28 +71,39 @@ def generate_text(
 def decode_stream(chunks: Iterable[bytes], stop: Sequence[str] = ()) -> Iterator[str]:
     """Decode a stream of UTF-8 bytes, up to the first stop string.
 
-    A character is yielded once all its bytes have arrived. Text that may be the beginning of a stop string is
-    buffered. Bytes that are not valid UTF-8 become U+FFFD.
+    The text is the same for any division into chunks: it ends where the first stop string starts. A character is
+    yielded once all its bytes have arrived. Text that may be the beginning of a stop string is buffered. Bytes that
+    are not valid UTF-8 become U+FFFD.
 
     Yields:
         Non-empty pieces of the text.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     buffer = ""
-    for chunk in chunks:
-        buffer += decoder.decode(chunk)
-        matches = [index for index in map(buffer.find, stop) if index >= 0]
-        if matches:
-            buffer = buffer[: min(matches)]
-            break
+    for text in codecs.iterdecode(chunks, "utf-8", "replace"):
+        buffer += text
+        end = _first_match(buffer, stop)
         num_ready = len(buffer) - max((_partial_match_length(buffer, s) for s in stop), default=0)
+        if end <= num_ready and end < len(buffer):  # otherwise another stop string may start before this one
+            break
         if num_ready:
             yield buffer[:num_ready]
             buffer = buffer[num_ready:]
-    else:
-        buffer += decoder.decode(b"", final=True)
-    if buffer:
-        yield buffer
+    if text := buffer[: _first_match(buffer, stop)]:
+        yield text
+
+
+def _as_strings(stop: str | Sequence[str]) -> Sequence[str]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, Sequence) or not all(isinstance(string, str) for string in strings):
+        raise ConfigError(f"stop={stop!r} is not valid. Use a string, or a list of strings.")
+    if "" in strings:
+        raise ConfigError("A stop string is empty, which would end the text at once. Remove it.")
+    return strings
+
+
+def _first_match(text: str, stop: Sequence[str]) -> int:
+    """Return the position of the first stop string, or the length of the text if there is none."""
+    return min((index for index in map(text.find, stop) if index >= 0), default=len(text))
 
 
 def _partial_match_length(text: str, stop: str) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from homebrew.constants import IGNORE_INDEX
 from homebrew.errors import ModelError
 from homebrew.io import local_path_or_name
 from homebrew.model.gpt_config import GPTConfig
@@ -73,8 +74,22 @@ class GPT(nn.Module):
             float32 scalar.
 
         Raises:
-            ModelError: The sequence is longer than `block_size`, or a shape is not (B, T).
+            ModelError: The sequence is longer than `block_size`, a shape is not (B, T), a dtype is not an integer
+                dtype, or an id is outside the vocabulary. Ids on a GPU are not checked, because that would wait for
+                the device.
         """
+        self._check_inputs(input_ids, targets)
+        hidden = self.transformer(input_ids)  # (B, T, C)
+        if targets is None:
+            return F.linear(hidden, self.lm_head.weight)[..., : self.config.vocab_size]  # (B, T, V)
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size)
+
+    def _check_inputs(self, input_ids: Tensor, targets: Tensor | None) -> None:
+        if not isinstance(input_ids, Tensor) or not isinstance(targets, Tensor | None):
+            raise ModelError(
+                f"input_ids and targets must be tensors, but are {type(input_ids).__name__} and "
+                f"{type(targets).__name__}. Use torch.tensor(ids)."
+            )
         if input_ids.dim() != 2 or (targets is not None and targets.shape != input_ids.shape):
             shapes = " and ".join(str(tuple(ids.shape)) for ids in (input_ids, targets) if ids is not None)
             raise ModelError(f"input_ids and targets must have the same shape (B, T), but got {shapes}.")
@@ -84,10 +99,21 @@ class GPT(nn.Module):
                 f"The input has {T} tokens, but the model's block_size is {self.config.block_size}. "
                 f"Shorten the input, or build the model with a larger block_size."
             )
-        hidden = self.transformer(input_ids)  # (B, T, C)
-        if targets is None:
-            return F.linear(hidden, self.lm_head.weight)[..., : self.config.vocab_size]  # (B, T, V)
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size)
+        if input_ids.dtype not in (torch.int32, torch.int64) or (targets is not None and targets.dtype != torch.int64):
+            dtypes = " and ".join(str(ids.dtype) for ids in (input_ids, targets) if ids is not None)
+            raise ModelError(f"input_ids and targets must be token ids of dtype torch.int64, but got {dtypes}.")
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_range("input_ids", input_ids, (input_ids < 0) | (input_ids >= self.config.vocab_size))
+            if targets is not None:
+                is_invalid = (targets < 0) & (targets != IGNORE_INDEX) | (targets >= self.config.vocab_size)
+                self._check_range("targets", targets, is_invalid)
+
+    def _check_range(self, name: str, ids: Tensor, is_invalid: Tensor) -> None:
+        if is_invalid.any():
+            raise ModelError(
+                f"{name} has the id {int(ids[is_invalid][0])}, but the model's vocab_size is {self.config.vocab_size}: "
+                f"valid ids are 0 to {self.config.vocab_size - 1}. Use the tokenizer the model was trained with."
+            )
 
     @classmethod
     def from_pretrained(
@@ -167,6 +193,7 @@ class GPT(nn.Module):
         max_new_tokens: int,
         *,
         sampling: "Sampling | None" = None,
+        vocab_size: int | None = None,
         eos_token_id: int | None = None,
         seed: int | None = None,
         overflow: "Overflow" = "slide",
@@ -178,7 +205,9 @@ class GPT(nn.Module):
             input_ids: Token ids: an integer tensor of shape (B, T), or a list of B lists of any lengths.
             max_new_tokens: Maximum number of tokens to add to each sequence.
             sampling: How to choose tokens. By default, sample from the model's distribution unchanged.
-            eos_token_id: Id that ends a sequence.
+            vocab_size: Number of ids to choose from, such as a tokenizer's `vocab_size` if the model's is larger. By
+                default, all.
+            eos_token_id: Id that ends a sequence. It is part of the sequence.
             seed: Random seed for sampling. By default, each call differs.
             overflow: What to do when a sequence reaches `block_size` tokens: "slide" drops the older half of the
                 context and continues; a longer prompt loses its beginning. "stop" ends the sequence; a longer prompt
@@ -192,7 +221,7 @@ class GPT(nn.Module):
         Raises:
             ModelError: A sequence is empty, is too long, has an id outside the vocabulary, or has a dtype that
                 cannot represent all ids.
-            ConfigError: An option is out of range.
+            ConfigError: An option has the wrong type or is out of range.
         """
         from homebrew.generation.generate import generate
 
@@ -201,6 +230,7 @@ class GPT(nn.Module):
             input_ids,
             max_new_tokens,
             sampling=sampling,
+            vocab_size=vocab_size,
             eos_token_id=eos_token_id,
             seed=seed,
             overflow=overflow,

@@ -1,6 +1,7 @@
 """The configuration of a GPT."""
 
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Self
 
 from homebrew.errors import ConfigError
@@ -62,7 +63,7 @@ class GPTConfig:
                 f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}, so the heads cannot have equal "
                 f"widths. The nearest multiples are {lower} and {lower + self.n_head}."
             )
-        if not 0.0 <= self.dropout < 1.0:
+        if isinstance(self.dropout, bool) or not (isinstance(self.dropout, Real) and 0.0 <= self.dropout < 1.0):
             raise ConfigError(f"dropout={self.dropout!r} is not valid. Use a number of at least 0 and less than 1.")
         eos = self.eos_token_id
         if eos is not None and not (type(eos) is int and 0 <= eos < self.vocab_size):
