@@ -115,6 +115,13 @@ def test_a_million_spaces_before_a_word_are_encoded(run):
     assert gpt2.encode(text).tolist() == [64, *spaces, *last]
 
 
+@pytest.mark.parametrize("text", [None, 5, b"abc", ["a"]])
+@pytest.mark.parametrize("name", ["gpt2", "bytes", "char"])
+def test_texts_of_another_type_are_an_error(name, text):
+    with pytest.raises(DataError):
+        get_tokenizer(name, text="bc").encode(text)
+
+
 def test_surrogates_are_an_error_for_every_tokenizer():
     for tokenizer in (get_tokenizer("gpt2"), get_tokenizer("bytes"), get_tokenizer("char", text="a")):
         with pytest.raises(DataError):

@@ -66,16 +66,10 @@ def test_text_ends_before_the_end_of_text_id(model):
     assert text == TOKENIZER.decode_bytes(ids[: ids.index(eos)]).decode(errors="replace")
 
 
-@pytest.mark.parametrize("stop", [None, 5, b"a", ["a", 5], [b"a"], {"a": 1}])
+@pytest.mark.parametrize("stop", [None, 5, b"a", ["a", 5], [b"a"], [["a"]]])
 def test_stop_strings_of_another_type_are_rejected(model, stop):
     with pytest.raises(ConfigError, match="stop="):
         list(generate_text(model, TOKENIZER, "abc", 40, stop=stop))
-
-
-@pytest.mark.parametrize("prompt", [None, 5, b"abc", ["a"]])
-def test_prompts_of_another_type_are_rejected(model, prompt):
-    with pytest.raises(ConfigError, match="prompt="):
-        list(generate_text(model, TOKENIZER, prompt, 40))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "char"])

@@ -26,7 +26,7 @@ TEXT = "Now is the winter of our discontent made glorious summer by this sun of 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     dataset = TokenDataset.from_text(TEXT, 8, tokenizer="char")
-    model_config = GPTConfig(**CONFIG | {"vocab_size": dataset.vocab_size})
+    model_config = GPTConfig(**CONFIG | {"vocab_size": dataset.vocab_size, "eos_token_id": 3})
     folder = tmp_path_factory.mktemp("run")
     config = TrainerConfig(output_dir=folder, max_steps=4, save_every=2, micro_batch_size=4, compile=False)
     trainer = Trainer(model_config, dataset, config=config)
@@ -39,6 +39,7 @@ def test_a_run_is_loaded_from_its_newest_checkpoint(trainer):
         model, tokenizer = load_model(source)
         assert tokenizer.to_json() == trainer.train_dataset.tokenizer.to_json()
         assert model.config == trainer.model.config
+        assert model.config.eos_token_id == 3
         assert model.lm_head.weight is model.transformer.wte.weight
         assert not model.training
         for name, tensor in trainer.model.state_dict().items():

@@ -62,8 +62,7 @@ class GPT2Tokenizer:
     def encode(self, text: str) -> NDArray[np.int64]:
         """Encode a text as token ids, (num_tokens,), int64."""
         encode_utf8(text)  # raises for surrogates, which tiktoken would replace
-        chunks = (text[i : i + CHUNK_CHARACTERS] for i in range(0, len(text), CHUNK_CHARACTERS))
-        return np.concatenate([*self.encode_chunks(chunks)])
+        return np.concatenate([*self.encode_chunks([text])])
 
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[NDArray[np.int64]]:
         """Encode a text that is given in chunks, cut anywhere. The ids are those of the entire text.
@@ -75,10 +74,12 @@ class GPT2Tokenizer:
         """
         held_back: list[int] = []
         for chunk in chunks:
-            ids = self._encoding.encode_ordinary(self.decode(held_back) + chunk)
-            cut = self._last_cut(ids)
-            yield np.array(ids[:cut], dtype=np.int64)
-            held_back = ids[cut:]
+            for start in range(0, len(chunk), CHUNK_CHARACTERS):
+                text = self.decode(held_back) + chunk[start : start + CHUNK_CHARACTERS]
+                ids = self._encoding.encode_ordinary(text)
+                cut = self._last_cut(ids)
+                yield np.array(ids[:cut], dtype=np.int64)
+                held_back = ids[cut:]
         yield np.array(held_back, dtype=np.int64)
 
     def _last_cut(self, ids: Sequence[int]) -> int:
@@ -151,6 +152,7 @@ class CharTokenizer:
         Raises:
             DataError: If a character is not in the alphabet.
         """
+        _check_is_string(text)
         try:
             return np.fromiter((self._ids[character] for character in text), np.int64, len(text))
         except KeyError as error:
@@ -237,6 +239,7 @@ def newline_for(tokenizer: Tokenizer) -> str:
 
 def encode_utf8(text: str) -> bytes:
     """Encode a text as UTF-8."""
+    _check_is_string(text)
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -271,6 +274,11 @@ def _gpt2_encoding() -> tiktoken.Encoding:
         mergeable_ranks={bytes(char_to_byte[char] for char in token): rank for token, rank in ids.items()},
         special_tokens={END_OF_TEXT: _END_OF_TEXT_ID},
     )
+
+
+def _check_is_string(text: object) -> None:
+    if not isinstance(text, str):
+        raise DataError(f"The text is of type {type(text).__name__}, but must be a string. Decode it first.")
 
 
 def _validated_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

@@ -44,12 +44,10 @@ def generate_text(
         Pieces of the text, each of complete characters, without the prompt.
 
     Raises:
-        ConfigError: The prompt is not a string, a stop string is empty, or another option is out of range.
+        ConfigError: A stop string is empty, or another option is out of range.
         DataError: The tokenizer cannot encode the prompt.
         ModelError: The prompt is empty, is too long, or has an id outside the model's vocabulary.
     """
-    if not isinstance(prompt, str):
-        raise ConfigError(f"prompt={prompt!r} is not a string. For token ids, use GPT.generate.")
     stop = _as_strings(stop)
     ids = [int(i) for i in tokenizer.encode(prompt)]
     steps = stream_tokens(
@@ -93,8 +91,8 @@ def decode_stream(chunks: Iterable[bytes], stop: Sequence[str] = ()) -> Iterator
 
 
 def _as_strings(stop: str | Sequence[str]) -> Sequence[str]:
-    strings = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(strings, Sequence) or not all(isinstance(string, str) for string in strings):
+    strings = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    if not all(isinstance(string, str) for string in strings):
         raise ConfigError(f"stop={stop!r} is not valid. Use a string, or a list of strings.")
     if "" in strings:
         raise ConfigError("A stop string is empty, which would end the text at once. Remove it.")
