@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from homebrew import get_tokenizer
+from homebrew import GPT, GPTConfig, get_tokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.errors import ModelError
 from homebrew.hub.load import load_model
 from homebrew.hub.read_tokenizer import read_tokenizer
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE
+from homebrew.hub.tokenizer_settings import unsupported_settings
 
 TEXT = "Hello  World 's [PAD] <|im_start|>user ﬁ 1234\n\n x"
 
@@ -163,10 +164,21 @@ FIELDS = ["added_tokens_decoder", "pad_token", "extra_special_tokens", "add_pref
     pipeline=st.dictionaries(st.sampled_from(["normalizer", "pre_tokenizer", "post_processor", "added_tokens"]), JSON),
 )
 def test_arbitrary_settings_are_refused_or_supported(tmp_path_factory, config, special, pipeline):
-    from homebrew.hub.tokenizer_settings import differences_from_gpt2
-
     folder = tmp_path_factory.mktemp("arbitrary")
     for name, values in (("tokenizer_config", config), ("special_tokens_map", special), ("tokenizer", pipeline)):
         (folder / f"{name}.json").write_text(json.dumps(values))
     with contextlib.suppress(ModelError):
-        assert all(isinstance(difference, str) for difference in differences_from_gpt2(folder))
+        assert all(isinstance(setting, str) for setting in unsupported_settings(folder, get_tokenizer("gpt2")))
+
+
+@pytest.mark.parametrize("name", ["bytes", "char"])
+def test_exports_saved_again_by_transformers_are_checked(tmp_path, name):
+    tokenizer = get_tokenizer(name, text="abc \n")
+    GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=4)).save_pretrained(tmp_path, tokenizer)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    saved.save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path, vocab_size=300).to_json() == tokenizer.to_json()
+    saved.add_special_tokens({"eos_token": END_OF_TEXT})
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"eos_token='<\|endoftext\|>'.*added token"):
+        read_tokenizer(tmp_path, vocab_size=300)

@@ -10,7 +10,7 @@ from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_jso
 from homebrew.errors import DataError, ModelError, TokenizerError
 from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE
-from homebrew.hub.tokenizer_settings import differences_from_gpt2
+from homebrew.hub.tokenizer_settings import unsupported_settings
 
 _Encoding = tuple[Mapping[str, Any], list[str]]
 """A byte-pair encoding: the vocabulary with the end-of-text token, and the merges as "a b"."""
@@ -25,8 +25,8 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
         The tokenizer, or None if the folder has none or one with another vocabulary.
 
     Raises:
-        ModelError: A file is invalid, a setting of a tokenizer with GPT-2's vocabulary is not GPT-2's, or the
-            tokenizer has more ids than the model.
+        ModelError: A file is invalid, the tokenizer is a variant of a supported one, such as one with added tokens,
+            or it has more ids than the model.
         TokenizerError: GPT-2's vocabulary is not available.
     """
     tokenizer: Tokenizer | None = None
@@ -34,14 +34,16 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
         tokenizer = _read_homebrew_tokenizer(path)
     elif _is_gpt2(_read_encoding(folder)):
         tokenizer = GPT2Tokenizer()
-    # Files of an export may have been saved again by transformers, with other settings.
-    if isinstance(tokenizer, GPT2Tokenizer) and (differences := differences_from_gpt2(folder)):
+    if tokenizer is None:
+        return None
+    # Also of an export, whose files transformers may have saved again.
+    if settings := unsupported_settings(folder, tokenizer):
         raise ModelError(
-            f"The tokenizer in {folder} has GPT-2's vocabulary, but is not supported because of "
-            f"{', '.join(differences)}. Replace its files by those of GPT-2's tokenizer if the model was trained "
-            f"with that, or load only the weights, with GPT.from_pretrained."
+            f"The tokenizer in {folder} has the vocabulary of {tokenizer.name!r}, but is not supported because of "
+            f"{', '.join(settings)}. Replace its files if the model was trained with the plain tokenizer, or load only "
+            f"the weights, with GPT.from_pretrained."
         )
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         raise ModelError(
             f"The tokenizer in {folder} has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}. "
             f"Replace the tokenizer's files by those of the model's tokenizer."

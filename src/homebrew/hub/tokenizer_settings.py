@@ -1,11 +1,11 @@
-"""Compares a tokenizer's settings, which are all but its vocabulary and merges, with those of GPT-2's tokenizer."""
+"""Checks the settings of a tokenizer in transformers' format, which are all but its vocabulary and merges."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
-from homebrew.data.tokenizer import GPT2Tokenizer
+from homebrew.data.tokenizer import CharTokenizer, Tokenizer
 from homebrew.hub.model_folder import find_file, read_json
 
 _Json = Mapping[str, Any]
@@ -25,6 +25,14 @@ _PIPELINE: dict[str, tuple[Any, ...]] = {
 }
 """Fields of `tokenizer.json` that affect the ids or the decoded text, with the values in files of GPT-2's tokenizer."""
 
+_CHAR_PIPELINE: dict[str, tuple[Any, ...]] = {
+    "normalizer": (None,),
+    "pre_tokenizer.type": ("Split",),
+    "decoder.type": ("Fuse",),
+    "model.type": ("WordLevel",),
+}
+"""The same for an exported `CharTokenizer`."""
+
 _CONFIG: dict[str, tuple[Any, ...]] = {
     "tokenizer_class": ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", None),
     "auto_map": (None,),
@@ -32,27 +40,33 @@ _CONFIG: dict[str, tuple[Any, ...]] = {
     "add_bos_token": (False, None),
     "add_eos_token": (False, None),
 }
-"""The same for `tokenizer_config.json`."""
+"""The same for `tokenizer_config.json`, of any tokenizer."""
 
 
-def differences_from_gpt2(folder: Path) -> list[str]:
-    """Return the settings in which a tokenizer with GPT-2's vocabulary and merges differs from GPT-2's."""
+def unsupported_settings(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """Return the settings of a tokenizer in transformers' format by which it differs from `tokenizer`.
+
+    Args:
+        folder: Folder with the tokenizer's files.
+        tokenizer: Built-in tokenizer with the same vocabulary and merges.
+    """
     pipeline, config, special_tokens, added_tokens = (
-        read_json(path) if (path := find_file(folder, name)) is not None else None
+        read_json(path) if (path := find_file(folder, name)) is not None else {}
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
-    differences: list[str] = []
-    if pipeline is not None:
-        differences += _different_fields(pipeline, _PIPELINE)
+    differences = list(_different_fields(config, _CONFIG))
+    if pipeline:
+        is_char = isinstance(tokenizer, CharTokenizer)
+        differences += _different_fields(pipeline, _CHAR_PIPELINE if is_char else _PIPELINE)
         if not _adds_no_tokens(processor := pipeline.get("post_processor")):
             differences.append(_format("post_processor", processor))
-    differences += _different_fields(config or {}, _CONFIG)
-    for values in (config or {}, special_tokens or {}):
+    end_of_text = None if tokenizer.end_of_text_id is None else END_OF_TEXT
+    for values in (config, special_tokens):
         for name in values:
             if name.endswith(("_token", "special_tokens")):  # such as eos_token; transformers accepts any name
-                differences += [_format(name, token) for token in _contents(values[name]) if token != END_OF_TEXT]
-    for content, token_id in _added_tokens(pipeline or {}, config or {}, added_tokens or {}):
-        if (content, str(token_id)) != (END_OF_TEXT, str(GPT2Tokenizer.end_of_text_id)):
+                differences += [_format(name, token) for token in _contents(values[name]) if token != end_of_text]
+    for content, token_id in _added_tokens(pipeline, config, added_tokens):
+        if (content, str(token_id)) != (end_of_text, str(tokenizer.end_of_text_id)):
             differences.append(f"{_format('added token', content)} with id {token_id}")
     return list(dict.fromkeys(differences))  # several files may have the same field
 
@@ -66,14 +80,12 @@ def _different_fields(values: _Json, supported: Mapping[str, tuple[Any, ...]]) -
             yield _format(path, value)
 
 
-def _adds_no_tokens(post_processor: Any) -> bool:  # noqa: ANN401 - any JSON value
+def _adds_no_tokens(post_processor: object) -> bool:
     """Return whether a post-processor of `tokenizer.json` leaves the ids of a text unchanged."""
-    if not isinstance(post_processor, dict):
-        return post_processor is None
-    if post_processor.get("type") == "TemplateProcessing":
-        single = post_processor.get("single")
-        return isinstance(single, list) and [list(piece) for piece in single] == [["Sequence"]]
-    return post_processor.get("type") == "ByteLevel"
+    match post_processor:
+        case None | {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+            return True
+    return False
 
 
 def _added_tokens(pipeline: _Json, config: _Json, added_tokens: _Json) -> Iterator[tuple[str, object]]:
