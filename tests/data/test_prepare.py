@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homebrew import TokenDataset, get_tokenizer
-from homebrew.data import tokenizer as tokenizer_module
+from homebrew.data import gpt2_tokenizer
 from homebrew.data.prepare import prepare
 from homebrew.data.text_file import text_chunks
 from homebrew.data.token_file import TokenFile, is_token_file
@@ -42,7 +42,7 @@ def test_memory_does_not_depend_on_white_space(path, tmp_path, monkeypatch, toke
     encoded = []
     for cls in (CharTokenizer, ByteTokenizer):
         monkeypatch.setattr(cls, "encode", recording(cls.encode, encoded))
-    encoding = tokenizer_module._gpt2_encoding()
+    encoding = gpt2_tokenizer._gpt2_encoding()
     monkeypatch.setattr(type(encoding), "encode_ordinary", recording(type(encoding).encode_ordinary, encoded))
     text = (text * 20_000)[:20_000]
     path.write_text(text, newline="")

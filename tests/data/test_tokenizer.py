@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Tokenizer as HuggingFaceTokenizer
 
-from homebrew.data import gpt2_vocabulary
-from homebrew.data import tokenizer as tokenizer_module
+from homebrew.data import gpt2_tokenizer, gpt2_vocabulary
+from homebrew.data.gpt2_tokenizer import gpt2_byte_to_char
 from homebrew.data.gpt2_vocabulary import GPT2_SHA256, gpt2_vocabulary_files
-from homebrew.data.tokenizer import dataset_tokenizer, get_tokenizer, gpt2_byte_to_char, tokenizer_from_json
+from homebrew.data.tokenizer import dataset_tokenizer, get_tokenizer, tokenizer_from_json
 from homebrew.errors import DataError, TokenizerError
 
 WORDS = st.text("aZ'sdtmrelv 0١½ \t\n\r\u00a0\u2028.,!é中😀\u0301\x00", max_size=40)
@@ -33,9 +33,9 @@ def empty_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(gpt2_vocabulary, "installed_files", lambda *_: [])
     monkeypatch.setattr(gpt2_vocabulary, "GPT2_URL", "http://127.0.0.1:9/")
-    tokenizer_module._gpt2_encoding.cache_clear()
+    gpt2_tokenizer._gpt2_encoding.cache_clear()
     yield tmp_path
-    tokenizer_module._gpt2_encoding.cache_clear()
+    gpt2_tokenizer._gpt2_encoding.cache_clear()
 
 
 @settings(max_examples=200, deadline=None)
@@ -88,7 +88,7 @@ def test_encoding_in_chunks_gives_the_ids_of_the_entire_text(alphabet, length, s
     text = start + "".join(random.choices(alphabet, k=length)) + end
     chunks = (text[i : i + chunk_characters] for i in range(0, len(text), chunk_characters))
     ids = np.concatenate([*get_tokenizer("gpt2").encode_chunks(chunks)])
-    assert ids.tolist() == tokenizer_module._gpt2_encoding().encode_ordinary(text)
+    assert ids.tolist() == gpt2_tokenizer._gpt2_encoding().encode_ordinary(text)
 
 
 @settings(max_examples=200, deadline=None)
@@ -97,10 +97,10 @@ def test_few_tokens_need_to_be_held_back(data, num_held_back):
     alphabet = data.draw(st.sampled_from(RUNS) | st.text(min_size=2, max_size=6))
     text = data.draw(st.text(alphabet, min_size=20, max_size=300))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "_NUM_HELD_BACK", num_held_back)
+        patch.setattr(gpt2_tokenizer, "_NUM_HELD_BACK", num_held_back)
         chunks = (text[i : i + 20] for i in range(0, len(text), 20))
         ids = np.concatenate([*get_tokenizer("gpt2").encode_chunks(chunks)])
-    assert ids.tolist() == tokenizer_module._gpt2_encoding().encode_ordinary(text)
+    assert ids.tolist() == gpt2_tokenizer._gpt2_encoding().encode_ordinary(text)
 
 
 @pytest.mark.parametrize("run", [" ", "\n", " \n", "\u3000"])
@@ -110,8 +110,8 @@ def test_a_million_spaces_before_a_word_are_encoded(run):
     text = "a" + run * num + "x"
     assert gpt2.decode(gpt2.encode(text)) == text
     # The last space belongs to the word, if it is a space, so the others are one word.
-    spaces = tokenizer_module._gpt2_encoding().encode_ordinary((run * num)[:-1])
-    last = tokenizer_module._gpt2_encoding().encode_ordinary(run[-1] + "x")
+    spaces = gpt2_tokenizer._gpt2_encoding().encode_ordinary((run * num)[:-1])
+    last = gpt2_tokenizer._gpt2_encoding().encode_ordinary(run[-1] + "x")
     assert gpt2.encode(text).tolist() == [64, *spaces, *last]
 
 
@@ -170,12 +170,16 @@ def test_unknown_characters_and_ids_raise():
         for invalid in (-1, tokenizer.vocab_size):
             with pytest.raises(DataError, match=f"Token id {invalid} is outside"):
                 tokenizer.decode([0, invalid])
+        for invalid in (1.0, "1", None, [1]):
+            with pytest.raises(DataError, match="not integers"):
+                tokenizer.decode([0, invalid])
 
 
 @pytest.mark.parametrize(
     "description",
     [{}, {"name": 7}, {"name": "own"}, {"name": ["char"]}]
-    + [{"name": "char", "alphabet": alphabet} for alphabet in (None, 5, [], ["ab", "c"], "", "a\ud800")],
+    + [{"name": "char", "alphabet": alphabet} for alphabet in (None, 5, [], ["ab", "c"], "", "a\ud800", "ba", "aab")]
+    + [{"name": "gpt2", "added_tokens": {"[PAD]": 50_257}}, {"name": "bytes", "alphabet": "ab"}],
 )
 def test_tokenizer_from_json_rejects_other_descriptions(description):
     with pytest.raises(DataError):

@@ -15,7 +15,8 @@ from homebrew.data.text_file import read_text
 from homebrew.data.text_paths import Paths, describe_files, expand_folders, text_files
 from homebrew.data.token_ids import as_token_ids, check_token_ids
 from homebrew.data.token_source import FileTokens, MemoryTokens, TokenSource
-from homebrew.data.tokenizer import Tokenizer, encode_utf8, get_tokenizer, tokenizer_from_json
+from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json
+from homebrew.data.utf8 import encode_utf8
 from homebrew.errors import DataError
 
 Sample = tuple[Tensor, Tensor]

@@ -1,6 +1,7 @@
 """Validation of token ids that users pass in."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,3 +35,18 @@ def check_token_ids(ids: TokenIds, vocab_size: int) -> None:
             f"Token id {smallest if smallest < 0 else largest} is outside the vocabulary of {vocab_size} (0 to "
             f"{vocab_size - 1}). Use the tokenizer that made the ids, or give its vocab_size."
         )
+
+
+def validated_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Return the ids as Python integers, after checking that they are in the vocabulary."""
+    try:
+        numbers = [operator.index(i) for i in ids]
+    except TypeError as error:
+        raise DataError(f"The token ids are not integers: {error}. Convert them first.") from None
+    for i in numbers:
+        if not 0 <= i < vocab_size:
+            raise DataError(
+                f"Token id {i} is outside the vocabulary of {vocab_size} (0 to {vocab_size - 1}). Use the tokenizer "
+                f"that made the ids."
+            )
+    return numbers

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
-from homebrew.data.tokenizer import GPT2Tokenizer, Tokenizer, tokenizer_from_json
+from homebrew.data.tokenizer import Tokenizer, tokenizer_from_json
 from homebrew.errors import DataError, ModelError, TokenizerError
 from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE

@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from homebrew.data.gpt2_tokenizer import gpt2_byte_to_char
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
-from homebrew.data.tokenizer import Tokenizer, gpt2_byte_to_char
+from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ModelError
 from homebrew.io import strict_json
 
