@@ -159,9 +159,12 @@ def test_ids_are_copied():
     assert dataset[1][0].tolist() == [4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(("block_size", "stride"), [(0, None), (-1, None), (4, 0)])
+@pytest.mark.parametrize(
+    ("block_size", "stride"),
+    [(0, None), (-1, None), (4, 0), (4, 2.0), (4.0, None), ("4", 1), (True, 1), (4, "2"), (None, 2)],
+)
 def test_invalid_windows_raise(block_size, stride):
-    with pytest.raises(DataError, match="must be at least 1"):
+    with pytest.raises(DataError, match="integer of at least 1"):
         counting(20, block_size, stride=stride)
 
 

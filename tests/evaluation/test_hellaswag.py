@@ -102,9 +102,10 @@ def test_without_questions_there_is_no_score(model):
         score_hellaswag(model, BYTES, [])
 
 
-def test_batch_size_must_be_positive(model):
-    with pytest.raises(ConfigError, match="batch_size=0"):
-        score_hellaswag(model, BYTES, QUESTIONS, batch_size=0)
+@pytest.mark.parametrize("batch_size", [0, 2.0, "2", True])
+def test_batch_size_must_be_a_positive_integer(model, batch_size):
+    with pytest.raises(ConfigError, match="batch_size="):
+        score_hellaswag(model, BYTES, QUESTIONS, batch_size=batch_size)
 
 
 def test_dropout_is_disabled_and_training_mode_is_restored():

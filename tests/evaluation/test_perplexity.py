@@ -73,6 +73,9 @@ def test_bits_per_byte_counts_bytes_not_tokens():
         (TEXT, {"stride": 0}, ConfigError, "stride=0"),
         (TEXT, {"stride": BLOCK_SIZE + 1}, ConfigError, f"block_size, {BLOCK_SIZE}"),
         (TEXT, {"batch_size": 0}, ConfigError, "batch_size=0"),
+        *((TEXT, {name: v}, ConfigError, f"{name}=") for name in ("stride", "batch_size") for v in (2.0, "2", True)),
+        ("a\ud800", {}, DataError, "surrogate"),
+        (b"text", {}, DataError, "must be a string"),
     ],
 )
 def test_invalid_arguments_are_rejected(model, text, options, error, message):

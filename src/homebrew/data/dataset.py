@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Integral
 from typing import Self
 
 import numpy as np
@@ -309,8 +310,9 @@ class TokenDataset(Dataset[Sample]):
 def _window_starts(num_tokens: int, block_size: int, stride: int | None) -> Tensor:
     """Return the position of the first token of each window, (num_windows,), int64."""
     stride = block_size if stride is None else stride
-    if block_size < 1 or stride < 1:
-        raise DataError(f"block_size={block_size} and stride={stride} must be at least 1. Change the smaller one.")
+    for name, value in (("block_size", block_size), ("stride", stride)):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise DataError(f"{name}={value!r} is not valid. Use an integer of at least 1.")
     return torch.arange(0, max(0, num_tokens - block_size), stride)
 
 

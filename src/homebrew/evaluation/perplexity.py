@@ -9,6 +9,7 @@ import torch
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError, ModelError
+from homebrew.generation.sampling import is_integer
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 
@@ -76,10 +77,10 @@ def score_text(
     """
     block_size = model.config.block_size
     stride = max(1, block_size // 2) if stride is None else stride
-    if not 1 <= stride <= block_size:
-        raise ConfigError(f"stride={stride}: must be from 1 to the model's block_size, {block_size}.")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: must be at least 1.")
+    if not (is_integer(stride) and 1 <= stride <= block_size):
+        raise ConfigError(f"stride={stride!r}: must be an integer from 1 to the model's block_size, {block_size}.")
+    if not (is_integer(batch_size) and batch_size >= 1):
+        raise ConfigError(f"batch_size={batch_size!r}: must be an integer of at least 1.")
     ids = torch.from_numpy(tokenizer.encode(text))
     if len(ids) < 2:
         raise DataError(f"The text has {len(ids)} token(s), but scoring needs at least 2. Use a longer text.")
