@@ -1,5 +1,6 @@
 import contextlib
 import itertools
+import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -290,7 +291,9 @@ def save_peft_adapter(folder, base):
     """Save an adapter in PEFT's format that records the given base."""
     model = GPT(GPTConfig(**CONFIG))
     add_lora(model, LoRAConfig(rank=2))
-    save_adapter(model, folder, base_model=base)
+    save_adapter(model, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
     return folder
 
 

@@ -83,7 +83,7 @@ def stream_tokens(
     """
     _check_options(model, max_new_tokens, sampling, vocab_size, eos_token_id, seed, overflow)
     max_new_tokens = operator.index(max_new_tokens)
-    vocab_size = operator.index(vocab_size or model.config.vocab_size)
+    vocab_size = min(operator.index(vocab_size or model.config.vocab_size), model.config.vocab_size)
     prompts = _as_integers(prompts)
     _check_prompts(prompts, vocab_size, model.config.block_size, overflow)
     sampling = sampling or Sampling()
@@ -203,7 +203,7 @@ def _check_options(
     largest_id = model.config.vocab_size - 1
     _check_integer("max_new_tokens", max_new_tokens, 0, 2**63 - 1)
     if vocab_size is not None:
-        _check_integer("vocab_size", vocab_size, 1, largest_id + 1, or_none=True)
+        _check_integer("vocab_size", vocab_size, 1, 2**63 - 1, or_none=True)
     if eos_token_id is not None:
         _check_integer("eos_token_id", eos_token_id, 0, largest_id, or_none=True)
     if seed is not None:

@@ -55,7 +55,7 @@ def generate_text(
         [ids],
         max_new_tokens,
         sampling=sampling,
-        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+        vocab_size=tokenizer.vocab_size,
         eos_token_id=eos_token_id,
         seed=seed,
         overflow=overflow,

@@ -115,7 +115,7 @@ def _is_adapter(source: str | Path) -> bool:
 def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
     config_path = find_file(folder, ADAPTER_CONFIG_FILE)
     source = base or (read_json(config_path).get("base_model_name_or_path") if config_path else None)
-    if not isinstance(source, str | Path):
+    if not source or not isinstance(source, str | Path):
         raise CheckpointError(
             f"The adapter in {folder} does not record its base model. Pass base=, the folder, run or repository of the "
             f"base model."
@@ -178,7 +178,7 @@ def _full_model(checkpoint: Checkpoint) -> GPT:
 def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
     """Load the base model from its own location, and the adapter from the checkpoint."""
     source = base or checkpoint.state.get("base")
-    if not isinstance(source, str | Path):
+    if not source or not isinstance(source, str | Path):
         raise CheckpointError(
             f"{checkpoint.path} contains only an adapter and does not record its base model. Pass base=, the folder, "
             f"run or repository of the base model."

@@ -205,8 +205,7 @@ class GPT(nn.Module):
             input_ids: Token ids: an integer tensor of shape (B, T), or a list of B lists of any lengths.
             max_new_tokens: Maximum number of tokens to add to each sequence.
             sampling: How to choose tokens. By default, sample from the model's distribution unchanged.
-            vocab_size: Number of ids to choose from, such as a tokenizer's `vocab_size` if the model's is larger. By
-                default, all.
+            vocab_size: Ids from here on are not chosen, as they mean nothing to a tokenizer with this `vocab_size`.
             eos_token_id: Id that ends a sequence. It is part of the sequence.
             seed: Random seed for sampling. By default, each call differs.
             overflow: What to do when a sequence reaches `block_size` tokens: "slide" drops the older half of the

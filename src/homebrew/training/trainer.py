@@ -257,9 +257,9 @@ class Trainer:
         end = tokenizer.end_of_text_id
         ids = list(tokenizer.encode(text or default_prompt(tokenizer))) if text or end is None else [end]
         with self._modes.evaluating():
-            model = self.full_model()
-            vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
-            generated = model.generate([ids], max_new_tokens, sampling=sampling, vocab_size=vocab_size, seed=seed)[0]
+            generated = self.full_model().generate(
+                [ids], max_new_tokens, sampling=sampling, vocab_size=tokenizer.vocab_size, seed=seed
+            )[0]
         return str(tokenizer.decode(generated if text else generated[1:]))
 
     @property
