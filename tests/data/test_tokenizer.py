@@ -75,10 +75,10 @@ RUNS = [
 """Alphabets of each class of characters in GPT-2's regular expression, and of mixtures."""
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     alphabet=st.sampled_from(RUNS),
-    length=st.integers(1, 3000),
+    length=st.integers(1, 1500),
     end=st.sampled_from(["", "x", " x", "1", "!", "'s", "\n", " "]),
     start=st.sampled_from(["", "x", "1 ", "!"]),
     chunk_characters=st.integers(1, 500),
@@ -103,7 +103,7 @@ def test_few_tokens_need_to_be_held_back(data, num_held_back):
     assert ids.tolist() == gpt2_tokenizer._gpt2_encoding().encode_ordinary(text)
 
 
-@pytest.mark.parametrize("run", [" ", "\n", " \n", "\u3000"])
+@pytest.mark.parametrize("run", [" ", "\n", " \n"])
 def test_a_million_spaces_before_a_word_are_encoded(run):
     num = 1_100_000 // len(run)
     gpt2 = get_tokenizer("gpt2")

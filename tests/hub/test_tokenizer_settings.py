@@ -157,7 +157,7 @@ JSON = st.recursive(
 FIELDS = ["added_tokens_decoder", "pad_token", "extra_special_tokens", "add_prefix_space", "tokenizer_class"]
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=30, deadline=None, database=None)
 @given(
     config=st.dictionaries(st.sampled_from(FIELDS), JSON),
     special=st.dictionaries(st.sampled_from(FIELDS), JSON),

@@ -200,20 +200,18 @@ def _check_options(
         raise ConfigError(f"sampling={sampling!r} is not valid. Use a Sampling, such as Sampling(top_k=50), or None.")
     if overflow not in ("slide", "stop"):
         raise ConfigError(f'overflow={overflow!r} is not valid. Use "slide" or "stop".')
-    largest_id = model.config.vocab_size - 1
     _check_integer("max_new_tokens", max_new_tokens, 0, 2**63 - 1)
     if vocab_size is not None:
-        _check_integer("vocab_size", vocab_size, 1, 2**63 - 1, or_none=True)
+        _check_integer("vocab_size", vocab_size, 1, 2**63 - 1)
     if eos_token_id is not None:
-        _check_integer("eos_token_id", eos_token_id, 0, largest_id, or_none=True)
+        _check_integer("eos_token_id", eos_token_id, 0, model.config.vocab_size - 1)
     if seed is not None:
-        _check_integer("seed", seed, -(2**63), 2**64 - 1, or_none=True)
+        _check_integer("seed", seed, -(2**63), 2**64 - 1)
 
 
-def _check_integer(name: str, value: int, smallest: int, largest: int, *, or_none: bool = False) -> None:
+def _check_integer(name: str, value: int, smallest: int, largest: int) -> None:
     if not (is_integer(value) and smallest <= operator.index(value) <= largest):
-        alternative = ", or None" if or_none else ""
-        raise ConfigError(f"{name}={value!r} is not valid. Use an integer from {smallest} to {largest}{alternative}.")
+        raise ConfigError(f"{name}={value!r} is not valid. Use an integer from {smallest} to {largest}.")
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, block_size: int, overflow: str) -> None:
