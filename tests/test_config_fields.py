@@ -20,6 +20,7 @@ TEST_OF_FIELD = {
         "n_head": f"{REFERENCE_LOOP}[seed]",
         "n_embd": f"{REFERENCE_LOOP}[seed]",
         "dropout": "model/test_dropout.py::test_each_place_drops_a_fraction_and_scales_the_rest",
+        "eos_token_id": "hub/test_export.py::test_an_export_with_a_tokenizer_keeps_the_models_own_end_of_text",
     },
     TrainerConfig: {
         "output_dir": "training/test_trainer_saving.py::test_metrics_jsonl_and_run_json_describe_the_run",
