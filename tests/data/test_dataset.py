@@ -189,7 +189,7 @@ def test_invalid_text_raises(text, message, tokenizer):
 
 def test_invalid_text_files_raise(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "binary", "", tmp_path / "missing"):
+    for path in (tmp_path / "binary", tmp_path / "missing"):
         with pytest.raises(DataError, match="cannot be read"):
             TokenDataset.from_file(path, 4)
 

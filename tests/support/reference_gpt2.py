@@ -4,7 +4,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
-def reference_gpt2(state_dict, *, block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0):
+def reference_gpt2(state_dict, *, block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, eos_token_id=None):
     """Return transformers' GPT-2 in evaluation mode, with a GPT's weights, copied by name."""
     config = GPT2Config(
         vocab_size=vocab_size,
@@ -16,7 +16,7 @@ def reference_gpt2(state_dict, *, block_size, vocab_size, n_layer, n_head, n_emb
         attn_pdrop=dropout,
         resid_pdrop=dropout,
         bos_token_id=None,  # the default is outside a small vocabulary
-        eos_token_id=None,
+        eos_token_id=eos_token_id,
     )
     reference = GPT2LMHeadModel(config).eval()
     state = state_dict | {"transformer.wte.weight": state_dict["transformer.wte.weight"][:vocab_size]}
