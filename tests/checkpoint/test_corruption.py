@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from homebrew.bounded_readers import parse_tensors
 from homebrew.checkpoint.manifest import (
     FORMAT,
     Manifest,
     open_checkpoint,
     parse_state,
-    parse_tensors,
     state_to_json,
 )
 from homebrew.checkpoint.rng_state import restore_rng, rng_state
@@ -148,9 +148,13 @@ MANIFESTS = st.fixed_dictionaries(
 )
 
 
+def as_json(value):
+    return json.dumps(value).encode()
+
+
 @pytest.mark.slow
 @MANY
-@given(st.binary(max_size=200) | MANIFESTS.map(lambda value: json.dumps(value).encode()))
+@given(st.binary(max_size=200) | MANIFESTS.map(as_json))
 def test_any_manifest(tmp_path_factory, bounded_memory, data):
     path = tmp_path_factory.getbasetemp() / "manifest.json"
     try:
@@ -166,7 +170,7 @@ def test_any_manifest(tmp_path_factory, bounded_memory, data):
 
 @pytest.mark.slow
 @MANY
-@given(st.binary(max_size=200) | st.fixed_dictionaries({"step": JSON, "score": JSON, "state": JSON}).map(json.dumps))
+@given(st.binary(max_size=200) | st.fixed_dictionaries({"step": JSON, "score": JSON, "state": JSON}).map(as_json))
 def test_any_state(tmp_path_factory, bounded_memory, data):
     path = tmp_path_factory.getbasetemp() / "state.json"
     try:
@@ -211,7 +215,7 @@ def test_any_tensors(tmp_path_factory, bounded_memory, data):
     path = tmp_path_factory.getbasetemp() / "model.safetensors"
     try:
         with bounded_memory():
-            tensors = parse_tensors(data, path)
+            tensors = parse_tensors(data, path, CorruptCheckpoint)
     except CorruptCheckpoint as error:
         assert str(path) in str(error)
     else:

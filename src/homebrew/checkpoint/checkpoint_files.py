@@ -1,21 +1,15 @@
 """Writes the files of one checkpoint into a folder: tensors, `state.json`, and the manifest last."""
 
 import hashlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from homebrew.checkpoint.manifest import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    MAX_STATE_BYTES,
-    STATE,
-    Entry,
-    Manifest,
-    state_to_json,
-)
+from homebrew.bounded_readers import parse_json, read_header
+from homebrew.checkpoint.manifest import MANIFEST, STATE, Entry, Manifest, state_to_json
 from homebrew.checkpoint.safetensors_writer import serialize
 from homebrew.checkpoint.tensor_check import check_finite
 from homebrew.checkpoint.verified_files import is_regular
@@ -40,14 +34,17 @@ def write_checkpoint(
 
     Raises:
         OSError: A file could not be written.
-        CheckpointError: A shard is missing, or a file is larger than what is read back.
+        CheckpointError: A shard is missing, or a file exceeds the limits of `bounded_readers`.
         NonFiniteError: A tensor has values that are not finite.
     """
     entries = dict(shards)
     for name, tensors in files.items():
+        path, buffers = folder / f"{name}.safetensors", serialize(tensors)
+        read_header(io.BytesIO(buffers[0]), path, CheckpointError)  # what exceeds the reader's limits is not written
         check_finite(step, name, tensors)
-        entries[f"{name}.safetensors"] = _write(folder / f"{name}.safetensors", *serialize(tensors))
+        entries[path.name] = _write(path, *buffers)
     state_json = state_to_json(state, step, score)
+    parse_json(state_json, folder / STATE, CheckpointError)
     entries[STATE] = _write(folder / STATE, state_json)
     if missing := [name for name, entry in entries.items() if not is_regular(folder / name, size=entry.size)]:
         raise CheckpointError(
@@ -55,11 +52,7 @@ def write_checkpoint(
             f"Check that output_dir is on the same file system for every rank."
         )
     data = Manifest(step, score, entries).to_json()
-    if len(state_json) > MAX_STATE_BYTES or len(data) > MAX_MANIFEST_BYTES:
-        raise CheckpointError(
-            f"{folder}: state.json of {len(state_json):,} bytes exceeds {MAX_STATE_BYTES:,}, or {len(entries)} files "
-            f"are too many for one manifest."
-        )
+    parse_json(data, folder / MANIFEST, CheckpointError)
     _write(folder / MANIFEST, data)
     for subfolder in sorted({(folder / name).parent for name in shards}):
         fsync_directory(subfolder)

@@ -8,25 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from homebrew.bounded_readers import MAX_BYTES, parse_json, parse_tensors, read_bytes
 from homebrew.checkpoint.sharded_load import load_shards
 from homebrew.checkpoint.tensor_check import find_non_finite
-from homebrew.checkpoint.verified_files import is_regular, read_bounded, read_verified, verify
+from homebrew.checkpoint.verified_files import is_regular, read_verified, verify
 from homebrew.errors import CorruptCheckpoint
 from homebrew.io import strict_json
 
 FORMAT = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
-MAX_MANIFEST_BYTES = 1 << 20
-MAX_STATE_BYTES = 16 << 20
 FOLDER = re.compile(r"step-(\d{8})", re.ASCII)
 """Name of a checkpoint's folder in a run; a copy may have any other name."""
 
-_MAX_HEADER_BYTES = 16 << 20
 _TENSORS = ".safetensors"
 _TENSOR_FILE = re.compile(r"(?:[a-z0-9][a-z0-9_-]*/)?[a-z0-9][a-z0-9_.-]*\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -65,7 +61,7 @@ class Manifest:
         Raises:
             CorruptCheckpoint: The manifest is malformed, or of another format.
         """
-        value = _parse_json(data, path)
+        value = parse_json(data, path, CorruptCheckpoint)
         format_, step, score, files = (value.get(key) for key in ("format", "step", "score", "files"))
         if type(format_) is int and format_ != FORMAT:
             raise CorruptCheckpoint(
@@ -124,7 +120,8 @@ class Checkpoint:
         files = self.manifest.tensor_files()[name]
         path = self.path / files[0]
         if path.parent == self.path:
-            tensors = parse_tensors(read_verified(path, **asdict(self.manifest.files[files[0]])), path)
+            data = read_verified(path, **asdict(self.manifest.files[files[0]]))
+            tensors = parse_tensors(data, path, CorruptCheckpoint)
         else:
             path = path.parent
             for file in files:  # again: the files are not read at the same time as they were verified
@@ -149,15 +146,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if name != STATE:
             verify(path / name, **asdict(entry))
     entry = manifest.files[STATE]
-    if entry.size > MAX_STATE_BYTES:
-        raise CorruptCheckpoint(f"{path / STATE} has {entry.size:,} bytes; at most {MAX_STATE_BYTES:,} are expected.")
+    if entry.size > MAX_BYTES:
+        raise CorruptCheckpoint(f"{path / STATE} has {entry.size:,} bytes; at most {MAX_BYTES:,} are expected.")
     state = parse_state(read_verified(path / STATE, **asdict(entry)), path / STATE, manifest)
     return Checkpoint(path, manifest.step, state, manifest)
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read a folder's manifest; raise CorruptCheckpoint if it is missing or malformed."""
-    return Manifest.from_json(read_bounded(path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES), path / MANIFEST)
+    return Manifest.from_json(read_bytes(path / MANIFEST, CorruptCheckpoint), path / MANIFEST)
 
 
 def matches_listing(path: Path, manifest: Manifest) -> bool:
@@ -176,21 +173,11 @@ def state_to_json(state: Mapping[str, Any], step: int, score: float | None) -> b
 
 def parse_state(data: bytes, path: Path, manifest: Manifest) -> dict[str, Any]:
     """Parse and validate `state.json`; raise CorruptCheckpoint if it is malformed or belongs to another manifest."""
-    value = _parse_json(data, path)
+    value = parse_json(data, path, CorruptCheckpoint)
     state = value.get("state")
     if (value.get("step"), value.get("score")) != (manifest.step, manifest.score) or not isinstance(state, dict):
         raise CorruptCheckpoint(f"{path} does not belong to its manifest.")
     return state
-
-
-def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
-    """Parse a safetensors file; raise CorruptCheckpoint if it is malformed."""
-    if int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:
-        raise CorruptCheckpoint(f"{path} is not a safetensors file: its header is too long.")
-    try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as error:
-        raise CorruptCheckpoint(f"{path} is not a safetensors file: {error!r}.") from error
 
 
 def _is_entry(entry: object) -> bool:
@@ -201,20 +188,3 @@ def _is_entry(entry: object) -> bool:
         and isinstance(entry.get("sha256"), str)
         and _SHA256.fullmatch(entry["sha256"]) is not None
     )
-
-
-def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(data, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{path} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise CorruptCheckpoint(f"{path} must hold a JSON object.")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Reject duplicate keys: one flipped bit can make two keys equal, and `json` would silently drop the first."""
-    if len(value := dict(pairs)) < len(pairs):
-        raise ValueError("an object has a duplicate key")
-    return value

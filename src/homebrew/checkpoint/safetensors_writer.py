@@ -9,23 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from homebrew.bounded_readers import SAFETENSORS_DTYPES
 from homebrew.io import strict_json
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> list[memoryview]:
@@ -39,7 +24,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> list[memoryview]:
     for name in names:
         start, end = end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": _DTYPES[tensors[name].dtype],
+            "dtype": SAFETENSORS_DTYPES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from homebrew.bounded_readers import open_file, read_header
 from homebrew.errors import CorruptCheckpoint
 
 
@@ -36,6 +37,9 @@ def load_shards(folder: Path, files: Collection[str], *, max_bytes: int) -> dict
 
     if folder.is_symlink() or {file.name for file in folder.glob("*.safetensors")} != set(files):
         raise CorruptCheckpoint(f"{folder} is a link, or holds safetensors files that are not in the manifest.")
+    for name in files:
+        with open_file(folder / name, CorruptCheckpoint) as (file, _):
+            read_header(file, folder / name, CorruptCheckpoint)
     try:
         reader = HuggingFaceStorageReader(str(folder))
         metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata

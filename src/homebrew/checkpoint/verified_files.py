@@ -1,16 +1,14 @@
-"""Reads files that may be corrupt or hostile: bounded in size, verified by hash, without following links.
+"""Reads files of a checkpoint, verified by size and hash, without following links.
 
 All functions but `is_regular` raise CorruptCheckpoint if the path is not a regular file or not the expected one.
 """
 
-import contextlib
 import hashlib
-import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from homebrew.bounded_readers import open_file
 from homebrew.errors import CorruptCheckpoint
 
 _CHUNK_BYTES = 1 << 24
@@ -25,17 +23,9 @@ def is_regular(path: Path, *, size: int) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_size == size
 
 
-def read_bounded(path: Path, *, max_bytes: int) -> bytes:
-    """Read a file of at most `max_bytes`."""
-    with _open_regular(path) as (file, size):
-        if size > max_bytes:
-            raise CorruptCheckpoint(f"{path} has {size:,} bytes; at most {max_bytes:,} are expected.")
-        return file.read(size)
-
-
 def read_verified(path: Path, *, size: int, sha256: str) -> bytes:
     """Read a file and check its size and hash; the returned bytes are the ones that were hashed."""
-    with _open_regular(path) as (file, actual_size):
+    with open_file(path, CorruptCheckpoint) as (file, actual_size):
         _check_size(path, actual_size, size)
         data = file.read(size)
     _check_hash(path, hashlib.sha256(data).hexdigest(), sha256)
@@ -44,14 +34,14 @@ def read_verified(path: Path, *, size: int, sha256: str) -> bytes:
 
 def verify(path: Path, *, size: int, sha256: str) -> None:
     """Check a file's size and hash without loading it into memory."""
-    with _open_regular(path) as (file, actual_size):
+    with open_file(path, CorruptCheckpoint) as (file, actual_size):
         _check_size(path, actual_size, size)
         _check_hash(path, _hash(file, size), sha256)
 
 
 def measure(path: Path) -> tuple[int, str]:
     """Return a file's size in bytes and its SHA-256 in hexadecimal."""
-    with _open_regular(path) as (file, size):
+    with open_file(path, CorruptCheckpoint) as (file, size):
         return size, _hash(file, size)
 
 
@@ -60,25 +50,6 @@ def _hash(file: BinaryIO, size: int) -> str:
     for start in range(0, size, _CHUNK_BYTES):  # at most `size` bytes, even if the file is growing
         digest.update(file.read(min(_CHUNK_BYTES, size - start)))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file, and yield it with its size in bytes. Never follows links or blocks on pipes."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise CorruptCheckpoint(f"{path} cannot be opened: {getattr(error, 'strerror', error)}.") from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpoint(f"{path} is not a regular file.")
-        with open(descriptor, "rb", closefd=False) as file:
-            yield file, status.st_size
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
-    finally:
-        os.close(descriptor)
 
 
 def _check_size(path: Path, actual: int, expected: int) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,14 @@ _DEFAULT_EOS_TOKEN_ID = 50_256
 """Default of GPT2Config."""
 
 
+class TensorLocation(NamedTuple):
+    """The file that has a tensor, and the tensor's key and shape in that file."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class PretrainedWeights:
     """GPT-2 weights on disk whose names and main shapes have been checked, but whose tensors have not been read."""
@@ -75,8 +83,8 @@ class PretrainedWeights:
     """Folder with the files, for error messages."""
     config: dict[str, Any]
     """Fields of `GPTConfig`."""
-    locations: dict[str, tuple[Path, str]]
-    """For each state dict key of `GPT`, the file and the key in that file."""
+    locations: dict[str, TensorLocation]
+    """Location of each tensor by state dict key of `GPT`."""
 
     def read(self, expected: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Read all tensors of the model, whose state dict is `expected`. Its tensors may be on the meta device.
@@ -116,19 +124,17 @@ class PretrainedWeights:
         """Check a tensor's shape on disk without reading the tensor."""
         if name not in self.locations:
             raise ModelError(f"{self.folder} has no {name}. It does not contain the weights of a GPT-2.")
-        path, key = self.locations[name]
-        with open_tensors(path) as file:
-            shape_on_disk = file.get_slice(key).get_shape()
-        if shape_on_disk != shape:
+        location = self.locations[name]
+        if location.shape != tuple(shape):
             raise ModelError(
-                f"{key} in {path} has shape {tuple(shape_on_disk)}, but its {CONFIG_FILE} requires {tuple(shape)}. "
-                f"Copy or download the folder again."
+                f"{location.key} in {location.path} has shape {location.shape}, but its {CONFIG_FILE} requires "
+                f"{tuple(shape)}. Copy or download the folder again."
             )
 
     def _read_tensor(self, name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
         self.check_shape(name, shape)
-        path, key = self.locations[name]
-        with open_tensors(path) as file:
+        path, key, _ = self.locations[name]
+        with open_tensors(path) as (file, _):
             tensor: Tensor = file.get_tensor(key)
         if not tensor.is_floating_point():
             raise ModelError(f"{key} in {path} has dtype {tensor.dtype}. Weights must be floating-point.")
@@ -241,23 +247,23 @@ def _weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _locate_tensors(paths: Iterable[Path]) -> dict[str, tuple[Path, str]]:
-    """Return the file and key of each tensor by `GPT`'s state dict key."""
-    locations: dict[str, tuple[Path, str]] = {}
+def _locate_tensors(paths: Iterable[Path]) -> dict[str, TensorLocation]:
+    """Return the location of each tensor by `GPT`'s state dict key."""
+    locations: dict[str, TensorLocation] = {}
     for path in paths:
-        with open_tensors(path) as file:
-            keys = list(file.keys())
-        for key in keys:
+        with open_tensors(path) as (_, header):
+            pass
+        for key, info in header.items():
             if _CAUSAL_MASK.search(key):
                 continue
             # A bare GPT2Model, without the head, is saved without the prefix.
             name = key if key == LM_HEAD or key.startswith("transformer.") else f"transformer.{key}"
             if name in locations:
-                other_path, other_key = locations[name]
+                other = locations[name]
                 raise ModelError(
-                    f"{name} occurs twice: as {key} in {path} and as {other_key} in {other_path}. Remove one of them."
+                    f"{name} occurs twice: as {key} in {path} and as {other.key} in {other.path}. Remove one of them."
                 )
-            locations[name] = (path, key)
+            locations[name] = TensorLocation(path, key, info.shape)
     return locations
 
 

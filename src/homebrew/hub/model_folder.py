@@ -1,20 +1,18 @@
 """Model folders: local ones, snapshots of Hugging Face Hub repositories, and bounded reads of their files."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from homebrew import bounded_readers
+from homebrew.bounded_readers import TensorInfo, read_bytes
 from homebrew.errors import ModelError
 from homebrew.hub.wrong_folder import no_folder
 from homebrew.io import local_path_or_name
-
-MAX_TEXT_BYTES = 16 * 2**20
-"""Maximum size of a JSON or text file. The largest known index, GPT-2 XL's, has 0.05 MB."""
 
 
 def local_folder(
@@ -77,8 +75,10 @@ def _download_snapshot(
 def find_file(folder: Path, name: str) -> Path | None:
     """Return the path of a regular file in a model folder, or None if the folder has no such file.
 
+    The path can be a link of the Hub cache from a snapshot to its blobs. Readers open what it resolves to.
+
     Raises:
-        ModelError: The file is a symbolic link, other than the links of the Hub cache from a snapshot to its blobs.
+        ModelError: The file is a symbolic link, other than one of the Hub cache.
     """
     path = folder / name
     if path.is_symlink() and path.resolve().parent != folder.resolve().parent.parent / "blobs":
@@ -103,39 +103,19 @@ def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterat
         raise ModelError(f"Cannot write to {folder}: {error}. Choose a writable folder with enough space.") from error
 
 
-def read_bounded_text(path: Path) -> str:
-    """Read a UTF-8 text file of at most `MAX_TEXT_BYTES`."""
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file that `find_file` has found."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TEXT_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"Cannot read {path}: {error.strerror}.") from error
-    if len(data) > MAX_TEXT_BYTES:
-        raise ModelError(f"{path} is larger than {MAX_TEXT_BYTES} bytes, the limit for JSON and text files.")
-    try:
-        return data.decode()
+        return read_bytes(path.resolve(), ModelError).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that contains an object."""
-    text = read_bounded_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must contain a JSON object, but contains a {type(value).__name__}.")
-    return value
+    """Read a JSON object from a file that `find_file` has found."""
+    return bounded_readers.read_json(path.resolve(), ModelError)
 
 
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file without reading its tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # PyTorch raises the last two for huge shapes
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{path} is not a valid safetensors file: {reason}. Copy or download it again.") from error
+def open_tensors(path: Path) -> AbstractContextManager[tuple[Any, dict[str, TensorInfo]]]:
+    """Open a safetensors file that `find_file` has found, as `bounded_readers.open_tensors` does."""
+    return bounded_readers.open_tensors(path.resolve(), ModelError)

@@ -149,8 +149,8 @@ def _read_values(path: Path) -> dict[str, Any]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the adapter's tensors by their state dict key in `GPT`."""
     tensors = {}
-    with open_tensors(path) as file:
-        for key in file.keys():  # noqa: SIM118 - not a dict, and not iterable
+    with open_tensors(path) as (file, header):
+        for key in header:
             name = key.removeprefix(_PREFIX).removesuffix(".weight")
             if not re.search(r"\.lora_[AB]$", name):
                 raise ModelError(f"{path} has a tensor {key}, which is not part of a plain LoRA adapter.")
