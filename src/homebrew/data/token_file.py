@@ -8,25 +8,27 @@ The array is memory-mapped, so opening a file does not load it. The mapped pages
 """
 
 import hashlib
-import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
-from homebrew.data.text_file import check_regular_file, read_error, read_text
+from homebrew.bounded_readers import open_file, parse_json, read_bytes
+from homebrew.data.text_file import check_regular_file, read_error
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, TokenIds, as_token_ids, check_token_ids
 from homebrew.errors import DataError
 from homebrew.io import absolute_path, atomic_replace, is_disk_full, strict_json
 
 FORMAT_VERSION = 1
 _NPY_MAGIC = b"\x93NUMPY"
+_HEADER_BYTES = 128
 _CHUNK_TOKENS = 2**20
 """Number of tokens validated and written at a time."""
-
+_REMEDY = "Restore both files, or run `homebrew prepare` again."
 
 _FIELD_TYPES: dict[str, Any] = {
     "vocab_size": int,
@@ -58,37 +60,32 @@ class TokenMetadata:
     def to_json(self) -> str:
         """Return the text of the JSON file."""
         fields = {"format_version": FORMAT_VERSION, **asdict(self)}
-        return strict_json(fields | {"metadata_sha256": _metadata_sha256(fields)}, indent=2) + "\n"
+        sha256 = hashlib.sha256(strict_json(fields, sort_keys=True).encode()).hexdigest()
+        return strict_json(fields | {"metadata_sha256": sha256}, indent=2) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read and validate a JSON file."""
-        text = read_text(path)
-        try:
-            fields = json.loads(text)
-            version, sha256 = fields.pop("format_version"), fields.pop("metadata_sha256")
-        except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path} is not the metadata of a token file. Restore it, or run `homebrew prepare` again."
-            ) from error
+        """Read and validate a JSON file. It must be what `to_json` returns, so that no changed byte goes unnoticed."""
+        data = read_bytes(path, DataError)
+        fields = parse_json(data, path, DataError)
+        version = fields.pop("format_version", None)
+        if version is None or fields.pop("metadata_sha256", None) is None:
+            raise DataError(f"{path} is not the metadata of a token file. {_REMEDY}")
         if version != FORMAT_VERSION:
             raise DataError(
                 f"{path} has format version {version!r}, but this version of homebrew reads {FORMAT_VERSION}. Run "
-                f"`homebrew prepare` again."
-            )
-        if sha256 != _metadata_sha256({"format_version": version, **fields}):
-            raise DataError(
-                f"{path} was modified: the SHA-256 of its fields is not its metadata_sha256. Restore it, or run "
                 f"`homebrew prepare` again."
             )
         if fields.keys() != _FIELD_TYPES.keys() or not all(
             isinstance(fields[name], types) for name, types in _FIELD_TYPES.items()
         ):
             raise DataError(
-                f"{path} must have the fields {', '.join(_FIELD_TYPES)} with values of the right types. Restore it, or "
-                f"run `homebrew prepare` again."
+                f"{path} must have the fields {', '.join(_FIELD_TYPES)} with values of the right types. {_REMEDY}"
             )
-        return cls(**fields)
+        metadata = cls(**fields)
+        if metadata.to_json().encode() != data:
+            raise DataError(f"{path} was modified: its metadata_sha256 is that of other bytes. {_REMEDY}")
+        return metadata
 
 
 class TokenFile:
@@ -115,18 +112,16 @@ class TokenFile:
                 f"homebrew.data.token_file.write_tokens."
             )
         self.metadata = TokenMetadata.read(metadata_path(self.path))
-        try:
-            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            raise read_error(self.path, error) from error
-        except Exception as error:  # NumPy's header parser raises many types, such as tokenize.TokenError
-            raise DataError(f"{self.path} is corrupt: {error}. Restore it, or run `homebrew prepare` again.") from error
-        expected = f"{token_dtype(self.metadata.vocab_size)} of shape {(self.metadata.num_tokens,)}"
-        if (actual := f"{array.dtype} of shape {array.shape}") != expected:
-            raise DataError(
-                f"{self.path} holds {actual}, but its metadata says {expected}. Restore both files, or run "
-                f"`homebrew prepare` again."
-            )
+        dtype, num_tokens = token_dtype(self.metadata.vocab_size), self.metadata.num_tokens
+        header = _npy_header(dtype, num_tokens)
+        with open_file(self.path, DataError) as (file, size):
+            # Compared rather than parsed: a changed length of the header would shift the ids, for example.
+            if file.read(len(header)) != header or size != len(header) + num_tokens * dtype.itemsize:
+                raise DataError(
+                    f"{self.path} is corrupt: it is not an array of {dtype} with shape {(num_tokens,)}, as its "
+                    f"metadata says. {_REMEDY}"
+                )
+            array = np.memmap(file, dtype, mode="r", offset=len(header), shape=(num_tokens,))
         self._array: TokenIds = array.view(np.ndarray)  # slicing np.memmap takes twice as long
 
     def __len__(self) -> int:
@@ -157,15 +152,12 @@ class TokenFile:
         Raises:
             DataError: If the file cannot be read, or its SHA-256 differs.
         """
-        try:
-            with self.path.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise read_error(self.path, error) from error
+        with open_file(self.path, DataError) as (file, _):
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != self.metadata.sha256:
             raise DataError(
                 f"{self.path} is corrupt: its SHA-256 is {sha256}, but its metadata says {self.metadata.sha256}. "
-                f"Restore it, or run `homebrew prepare` again."
+                f"{_REMEDY}"
             )
 
 
@@ -202,14 +194,14 @@ def write_tokens(
         # The files are renamed when the contexts exit, in reverse order: the JSON file last.
         with atomic_replace(metadata_path(path)) as new_metadata, atomic_replace(path) as new_array:
             with new_array.open("rb+") as file:
-                _write_header(file, dtype, num_tokens)
+                file.write(_npy_header(dtype, num_tokens))
                 for chunk in _chunks(ids, vocab_size, dtype):
                     file.write(chunk.data)
                     num_tokens += len(chunk)
                 if num_tokens == 0:
                     raise DataError(f"There are no tokens to write to {path}. Give a text that is not empty.")
                 file.seek(0)
-                _write_header(file, dtype, num_tokens)  # same length: NumPy pads headers for any number of tokens
+                file.write(_npy_header(dtype, num_tokens))
                 file.seek(0)
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             metadata = TokenMetadata(vocab_size, num_tokens, num_text_bytes, tokenizer_json, source, sha256)
@@ -237,10 +229,7 @@ def check_output_path(path: Path) -> None:
     if path.suffix != ".npy":
         raise DataError(f"The token file {path} must end in .npy. Use the name {path.with_suffix('.npy')}.")
     metadata = metadata_path(path)
-    try:
-        text = metadata.read_bytes() if metadata.is_file() else b""
-    except OSError as error:
-        raise read_error(metadata, error) from error
+    text = read_bytes(metadata, DataError) if metadata.exists() else b""
     if b'"metadata_sha256"' in text:  # the metadata is ours, so whatever is left of the array is, too
         return
     is_array = _is_token_array(path)
@@ -266,30 +255,28 @@ def _is_token_array(path: Path) -> bool:
     """Return whether a file starts with the header that `write_tokens` writes, for any number of tokens."""
     if not path.is_file():
         return False
-    try:
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception:  # NumPy's header parser raises many types, such as tokenize.TokenError
-        return False
-    return len(shape) == 1 and dtype in (np.dtype("<u2"), np.dtype("<u4"))
+    with open_file(path, DataError) as (file, _):
+        start = file.read(_HEADER_BYTES)
+    shape = re.search(rb"'shape': \((\d{1,19}),\)", start)
+    return shape is not None and start in {_npy_header(np.dtype(d), int(shape[1])) for d in ("<u2", "<u4")}
 
 
 def _is_json(text: bytes) -> bool:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(b'{"value": %b}' % text, "", DataError)  # an object, whatever the value is
+    except DataError:
         return False
     return True
 
 
-def _metadata_sha256(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(strict_json(fields, sort_keys=True).encode()).hexdigest()
+def _npy_header(dtype: np.dtype[Any], num_tokens: int) -> bytes:
+    """Return the bytes before a one-dimensional array in NumPy's format 1.0, as `np.save` writes them.
 
-
-def _write_header(file: BinaryIO, dtype: np.dtype[Any], num_tokens: int) -> None:
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (num_tokens,)}
-    np.lib.format.write_array_header_1_0(file, header)
+    They have the same length for any number of tokens, so that it can be filled in once it is known.
+    """
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({num_tokens},), }}"
+    start = _NPY_MAGIC + b"\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
+    return start + text.ljust(_HEADER_BYTES - len(start) - 1).encode() + b"\n"
 
 
 def _chunks(
