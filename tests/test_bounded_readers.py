@@ -7,6 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from shards import write_shard
 
 from homebrew import GPT, GPTConfig
@@ -170,6 +172,20 @@ HOSTILE_TENSORS = {
 @pytest.mark.parametrize("file", TENSOR_FILES, ids=lambda file: f"{file[0].__name__}-{file[1]}")
 def test_safetensors_headers_are_bounded(tmp_path, bounded_memory, file, hostile):
     check(tmp_path, bounded_memory, file, *HOSTILE_TENSORS[hostile])
+
+
+@pytest.mark.parametrize("file", TENSOR_FILES, ids=lambda file: f"{file[0].__name__}-{file[1]}")
+@pytest.mark.parametrize("value", [1e300, -4e38])
+def test_values_are_finite_after_the_cast_to_the_dtype_that_is_loaded(tmp_path, file, value):
+    write, name, error = file
+    folder, load = write(tmp_path)
+    with safe_open(folder / name, framework="pt") as saved:
+        metadata = saved.metadata()
+    tensors = {key: torch.full_like(t, value, dtype=torch.float64) for key, t in load_file(folder / name).items()}
+    save_file(tensors, folder / name, metadata)
+    update_manifest(folder, name)
+    with pytest.raises(error, match="not finite"):
+        load(folder)
 
 
 @pytest.mark.parametrize("file", JSON_FILES + TENSOR_FILES, ids=lambda file: f"{file[0].__name__}-{file[1]}")

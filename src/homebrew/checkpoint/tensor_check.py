@@ -24,7 +24,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 
 def find_non_finite(file: str, tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor that has a NaN or an infinity, or None.
+    """Return the name of the first tensor that has a NaN, an infinity or a value above float32's range, or None.
 
     Random states (files `rng-0`, ...) may hold NaN and are not checked. Of sharded tensors, the local shard is checked.
     """
@@ -34,7 +34,7 @@ def find_non_finite(file: str, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_finite(step: int, file: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise NonFiniteError if a tensor that is about to be saved has a NaN or an infinity."""
+    """Raise NonFiniteError if `find_non_finite` finds a tensor that is about to be saved."""
     if bad := find_non_finite(file, tensors):
         raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {file} is not finite.")
 
@@ -43,6 +43,7 @@ def _is_finite(tensor: Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    if local.element_size() == 1:
-        local = local.float()  # isfinite is not implemented for float8
+    if local.is_floating_point():
+        # Training and inference load float64 as float32, where it may overflow. For float8, isfinite does not exist.
+        local = local if local.element_size() in (2, 4) else local.float()
     return bool(local.isfinite().all())

@@ -40,6 +40,7 @@ class SavedModel:
         """
         import torch
 
+        from homebrew.checkpoint.tensor_check import find_non_finite
         from homebrew.hub.load import load_model
 
         device, dtype = self.device, self.dtype
@@ -61,6 +62,8 @@ class SavedModel:
             raise ConfigError(
                 f"device={device!r} cannot be used: {reason} Run `homebrew doctor` to see the available devices."
             ) from error
+        if bad := find_non_finite("model", model.state_dict()):
+            raise ConfigError(f"{bad} has values that are too large for dtype={dtype!r}. Use --dtype float32.")
         return model, tokenizer
 
 
