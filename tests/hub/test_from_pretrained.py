@@ -1,14 +1,15 @@
 import json
 import struct
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from homebrew.errors import HomebrewError, ModelError
+from homebrew.hub import from_pretrained
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 
@@ -126,6 +127,48 @@ def test_sharded_weights_are_read(tmp_path):
         GPT.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_only_the_heads_name_of_the_tied_pair_is_stored(folder, prefix):
+    expected = GPT.from_pretrained(folder)
+    hf_model = hf_gpt2()
+    save_model(hf_model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    edit_tensors(folder, lambda tensors: {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
+    assert f"{prefix}transformer.wte.weight" not in load_file(folder / "model.safetensors")
+    assert_same_logits(GPT.from_pretrained(folder), hf_model)
+    assert GPT.from_pretrained(folder).config == expected.config
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace("h.1.", "h.1._orig_mod."),
+        lambda name: name.replace("transformer.", "transformer._orig_mod."),
+        lambda name: f"_fsdp_wrapped_module.{name}".replace("h.0.", "h.0._checkpoint_wrapped_module."),
+        lambda name: f"module.{name.removeprefix('transformer.')}",
+    ],
+)
+def test_prefixes_of_wrappers_are_removed(folder, wrap):
+    edit_tensors(folder, lambda tensors: {wrap(name): tensor for name, tensor in tensors.items()})
+    assert_same_logits(GPT.from_pretrained(folder), hf_gpt2())
+
+
+@pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "gpt.", "modules."])
+def test_other_prefixes_are_named(folder, prefix):
+    edit_tensors(folder, lambda tensors: {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
+    with pytest.raises(ModelError, match=rf"prefix '{prefix}'"):
+        GPT.from_pretrained(folder)
+
+
+def test_weights_of_another_model_are_not_called_layers(folder):
+    edit_tensors(folder, lambda tensors: {"layers.0.weight": torch.ones(2)})
+    with pytest.raises(ModelError, match=r"such as layers\.0\.weight"):
+        GPT.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_are_converted_to_the_requested_dtype(tmp_path, dtype):
     hf_gpt2().to(dtype).save_pretrained(tmp_path)
@@ -145,9 +188,82 @@ def test_pickled_weights_are_rejected(folder):
         GPT.from_pretrained(folder)
 
 
+ALIASES = GPT2Config.attribute_map
+
+
+def rename(path, names):
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({names.get(name, name): value for name, value in config.items()}))
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_aliases_of_sizes_are_read_as_transformers_does(folder, alias):
+    rename(folder / "config.json", {ALIASES[alias]: alias})
+    hf_model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert hf_model.config.n_head == 2
+    assert_same_logits(GPT.from_pretrained(folder), hf_model)
+
+
+def test_an_alias_beside_the_name_wins_as_in_transformers(folder):
+    edit_json(folder / "config.json", num_attention_heads=4)
+    assert GPT.from_pretrained(folder).config.n_head == 4
+    assert_same_logits(GPT.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+@pytest.mark.parametrize("name", ["num_heads", "n_heads", "heads", None])
+def test_a_size_under_an_unknown_name_does_not_become_the_default(folder, name):
+    rename(folder / "config.json", {"n_head": name or "n_head_removed"})
+    with pytest.raises(ModelError, match="has no n_head"):
+        GPT.from_pretrained(folder)
+
+
+def test_every_field_of_transformers_config_is_known(folder):
+    without_effect = {
+        *("architectures", "transformers_version", "dtype", "id2label", "label2id", "problem_type"),  # descriptions
+        *("output_hidden_states", "return_dict", "use_cache"),  # what transformers' forward returns
+        *("bos_token_id", "eos_token_id", "pad_token_id"),  # read with the tokenizer
+        "initializer_range",  # for new weights
+        "reorder_and_upcast_attn",  # the order of operations, for half precision
+        "chunk_size_feed_forward",  # not used by GPT-2
+        "is_encoder_decoder",
+        *(f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")),
+    }
+    known = {*from_pretrained.SIZE_FIELDS.values(), *from_pretrained.FIXED_FIELDS, *from_pretrained.DROPOUT_FIELDS}
+    assert {field.name for field in fields(GPT2Config)} == known | without_effect | {"n_inner"}
+    assert from_pretrained.SIZE_ALIASES == {name: alias for alias, name in GPT2Config.attribute_map.items()}
+
+
+def test_fields_without_effect_are_ignored(folder):
+    expected = GPT.from_pretrained(folder)
+    edit_json(
+        folder / "config.json",
+        n_ctx=12,
+        task_specific_params={"text-generation": {"do_sample": True}},
+        pruned_heads={},
+        quantization_config=None,
+        reorder_and_upcast_attn=True,
+        position_embedding_type="absolute",
+        hidden_act="gelu_new",
+        **{"my_tool/version": 3},
+    )
+    assert GPT.from_pretrained(folder).config == expected.config
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06"),
+        ({"intermediate_size": 32}, "intermediate_size=32"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads=1"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"alibi": True}, "alibi=True"),
+        ({"sliding_window": 4}, "sliding_window=4"),
+        ({"num_attention_heads": "2"}, "n_head='2'"),
+        ({"hidden_size": None}, "n_embd=None"),
         ({"model_type": "llama"}, "'llama'.*Only GPT-2"),
         ({"activation_function": "relu"}, "activation_function='relu'"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06"),

@@ -142,7 +142,7 @@ def _to_hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, An
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        **{hf_name: config[name] for name, hf_name, _ in SIZE_FIELDS},
+        **{hf_name: config[name] for name, hf_name in SIZE_FIELDS.items()},
         **dict.fromkeys(DROPOUT_FIELDS, config["dropout"]),
         **{name: supported[0] for name, supported in FIXED_FIELDS.items()},
         "bos_token_id": None,

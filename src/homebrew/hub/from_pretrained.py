@@ -41,6 +41,9 @@ CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 """The three dropout fields of GPT2Config, for the single one of GPTConfig."""
 
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts of names that DDP, torch.compile, FSDP and activation checkpointing add, at the start or after a dot."""
+
 _CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 """Buffers in files of older transformers versions. They are ignored."""
 
@@ -54,14 +57,43 @@ FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 """Fields of GPT2Config that change the computation, with their supported values. The first is the default."""
 
-SIZE_FIELDS = (
-    ("block_size", "n_positions", 1024),
-    ("vocab_size", "vocab_size", 50_257),
-    ("n_layer", "n_layer", 12),
-    ("n_head", "n_head", 12),
-    ("n_embd", "n_embd", 768),
-)
-"""For each size the field of GPTConfig, the field of GPT2Config, and the default of GPT2Config."""
+_FOREIGN_FIELDS: dict[str, tuple[Any, ...]] = {
+    "pruned_heads": ({},),
+    "quantization_config": (),
+    "hidden_act": FIXED_FIELDS["activation_function"],
+    "layer_norm_eps": FIXED_FIELDS["layer_norm_epsilon"],
+    "intermediate_size": (),
+    "num_key_value_heads": (),
+    "multi_query": (False,),
+    "position_embedding_type": ("absolute",),
+    "rope_theta": (),
+    "rope_scaling": (),
+    "rope_parameters": (),
+    "rotary_dim": (),
+    "alibi": (False,),
+    "sliding_window": (),
+}
+"""Fields of other architectures and older versions that change the computation, with their supported values.
+
+transformers' GPT-2 ignores them, but weights that were trained with them are not those of a GPT-2. None is supported.
+"""
+
+SIZE_FIELDS = {
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+"""For each size the field of GPTConfig and that of GPT2Config."""
+
+SIZE_ALIASES = {
+    "n_positions": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+}
+"""Other names of fields of GPT2Config. As in transformers, the alias wins over the field."""
 
 _DEFAULT_EOS_TOKEN_ID = 50_256
 """Default of GPT2Config."""
@@ -168,6 +200,8 @@ def open_pretrained(
     folder = local_model_folder(name_or_folder, revision=revision, local_files_only=local_files_only)
     config_path, config = folder / CONFIG_FILE, _read_config(folder)
     weights = PretrainedWeights(folder, config, _locate_tensors(_weight_files(folder)))
+    if EMBEDDING not in weights.locations:
+        raise _unknown_names(folder, [location.key for location in weights.locations.values()])
     # The caller allocates a model of this configuration, so its sizes must be those of the tensors on disk.
     num_layers = len({name.split(".")[2] for name in weights.locations if name.startswith("transformer.h.")})
     if num_layers != config["n_layer"]:
@@ -195,11 +229,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} has model_type {values.get('model_type')!r} and architectures {values.get('architectures')!r}. "
             f"Only GPT-2 (model_type 'gpt2') is supported."
         )
-    config = {name: values.get(hf_name, default) for name, hf_name, default in SIZE_FIELDS}
+    values |= {name: values[alias] for name, alias in SIZE_ALIASES.items() if alias in values}
+    # Without defaults: the number of heads does not show in the weights, so a wrong one would go unnoticed.
+    if missing := [name for name in SIZE_FIELDS.values() if name not in values]:
+        raise ModelError(f"{path} has no {', '.join(missing)}. Add the sizes that the model was trained with.")
+    config = {name: values[hf_name] for name, hf_name in SIZE_FIELDS.items()}
     unsupported = [
-        f"{name}={values[name]!r} (must be {' or '.join(map(repr, supported))})"
-        for name, supported in FIXED_FIELDS.items()
-        if values.get(name, supported[0]) not in supported
+        f"{name}={values[name]!r:.100} (must be {' or '.join(map(repr, supported)) or 'absent'})"
+        for name, supported in (FIXED_FIELDS | _FOREIGN_FIELDS).items()
+        if name in values and values[name] not in supported and (name in FIXED_FIELDS or values[name] is not None)
     ]
     unsupported += [f"{name}={size!r} (must be an integer)" for name, size in config.items() if type(size) is not int]
     if not unsupported and values.get("n_inner") not in (None, 4 * config["n_embd"]):
@@ -256,15 +294,31 @@ def _locate_tensors(paths: Iterable[Path]) -> dict[str, TensorLocation]:
         for key, info in header.items():
             if _CAUSAL_MASK.search(key):
                 continue
-            # A bare GPT2Model, without the head, is saved without the prefix.
-            name = key if key == LM_HEAD or key.startswith("transformer.") else f"transformer.{key}"
+            name = _WRAPPERS.sub("", key)
+            if name != LM_HEAD and not name.startswith("transformer."):  # a bare GPT2Model, without the head
+                name = f"transformer.{name}"
             if name in locations:
                 other = locations[name]
                 raise ModelError(
                     f"{name} occurs twice: as {key} in {path} and as {other.key} in {other.path}. Remove one of them."
                 )
             locations[name] = TensorLocation(path, key, info.shape)
+    if LM_HEAD in locations and EMBEDDING not in locations:  # safetensors' save_model keeps one name of the tied pair
+        locations[EMBEDDING] = locations.pop(LM_HEAD)
     return locations
+
+
+def _unknown_names(folder: Path, keys: Iterable[str]) -> ModelError:
+    """Return the error for weights without a token embedding, which says what they have instead."""
+    for key in keys:
+        if match := re.fullmatch(r"(.+?\.)((transformer\.)?wte|lm_head)\.weight", key):
+            return ModelError(
+                f"The names of the tensors in {folder} have the prefix {match[1]!r}, unlike GPT-2's. Save the weights "
+                f"again without it."
+            )
+    return ModelError(
+        f"{folder} has no {EMBEDDING}, but tensors such as {_summarize(keys)}. They are not the weights of a GPT-2."
+    )
 
 
 def _summarize(names: Iterable[str]) -> str:
