@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from homebrew.data.gpt2_vocabulary import gpt2_vocabulary_files
 from homebrew.data.tokenizer import ByteTokenizer, CharTokenizer, get_tokenizer
@@ -135,6 +135,24 @@ def test_stale_tokenizer_files_are_removed(tmp_path):
     assert not (tmp_path / "added_tokens.json").exists()
     model.save_pretrained(tmp_path)  # without a tokenizer, existing files are kept
     assert (tmp_path / "vocab.json").exists()
+
+
+def test_an_export_over_an_earlier_one_equals_one_into_an_empty_folder(tmp_path):
+    older = GPT2LMHeadModel(GPT2Config(n_positions=16, vocab_size=300, n_layer=2, n_head=2, n_embd=8))
+    older.generation_config.eos_token_id = 7
+    older.save_pretrained(tmp_path / "over", max_shard_size="5KB")
+    assert len(list((tmp_path / "over").iterdir())) > 4  # config, generation_config, index and shards
+    for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"):
+        (tmp_path / "over" / name).write_text("{}")
+    (tmp_path / "over" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "over" / "notes.txt").touch()
+    model = randomize(tiny_gpt(vocab_size=256))
+    for folder in ("over", "empty"):
+        model.save_pretrained(tmp_path / folder, ByteTokenizer())
+    names = {folder: {path.name for path in (tmp_path / folder).iterdir()} for folder in ("over", "empty")}
+    assert names["over"] == names["empty"] | {"notes.txt"}
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "over")
+    assert exported.generation_config.eos_token_id is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -36,7 +36,7 @@ class HubServer(ThreadingHTTPServer):
         """Return the hash and the files of a commit."""
         commits = self.repositories[repository]
         number = len(commits) - 1 if revision == "main" else int(revision, 16) - 1
-        return commit_hash(number + 1), commits[number]
+        return commit_hash(number + 1), commits[number] if commits else {}
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -79,7 +79,10 @@ class HubHandler(BaseHTTPRequestHandler):
         files = {
             line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
         }
-        self.server.repositories[repository].append(files)
+        _, previous = self.server.files(repository, "main")
+        deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
+        kept = {path: data for path, data in previous.items() if path not in deleted}
+        self.server.repositories[repository].append(kept | files)
         commit = commit_hash(len(self.server.repositories[repository]))
         return self.answer(200, {"commitUrl": f"{self.server.url}/{repository}/commit/{commit}", "commitOid": commit})
 
@@ -165,6 +168,21 @@ def test_pushed_models_are_downloaded_again(hub):
         assert cached.lm_head.weight.dtype == torch.bfloat16
 
 
+def test_a_push_removes_the_files_of_an_earlier_export(hub):
+    GPT(CONFIG).push_to_hub("someone/tiny", get_tokenizer("bytes"))
+    stale = ("generation_config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors")
+    hub.repositories["someone/tiny"][0] |= dict.fromkeys((*stale, "tokenizer.json", "README.md"), b"{}")
+    model = GPT(CONFIG, seed=3)
+    model.push_to_hub("someone/tiny")  # without a tokenizer, its files are kept
+    assert not {*stale} & hub.repositories["someone/tiny"][1].keys()
+    assert {"tokenizer.json", "README.md", "vocab.json"} <= hub.repositories["someone/tiny"][1].keys()
+    model.push_to_hub("someone/tiny", get_tokenizer("bytes"))
+    assert "tokenizer.json" not in hub.repositories["someone/tiny"][2]
+    loaded, tokenizer = load_model("someone/tiny")
+    assert same_weights(loaded, model)
+    assert tokenizer.name == "bytes"
+
+
 def test_only_required_files_are_downloaded(hub):
     GPT(CONFIG).push_to_hub("someone/tiny")
     hub.repositories["someone/tiny"][0] |= {"pytorch_model.bin": b"\x80\x04.", "onnx/model.onnx": b"", "README.md": b""}
@@ -180,8 +198,9 @@ def test_weights_of_another_architecture_are_not_downloaded(hub):
 
 
 def test_pickled_weights_are_not_downloaded(hub):
+    config = {"model_type": "gpt2", "n_positions": 8, "vocab_size": 256, "n_layer": 1, "n_head": 1, "n_embd": 4}
     hub.repositories["someone/pickled"] = [
-        {"config.json": b'{"model_type": "gpt2"}', "pytorch_model.bin": b"\x80\x04."}
+        {"config.json": json.dumps(config).encode(), "pytorch_model.bin": b"\x80\x04."}
     ]
     with pytest.raises(ModelError, match=r"has no model\.safetensors.*Pickled weights .* are not supported"):
         GPT.from_pretrained("someone/pickled")

@@ -22,7 +22,7 @@ class Export:
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """Folder of a run (its newest checkpoint), of a checkpoint, or of an adapter in PEFT's format."""
     folder: Positional[Annotated[Path | None, arg(metavar="[FOLDER]", help_behavior_hint="")]] = None
-    """Folder to write to. Existing files of the same names are replaced."""
+    """Folder to write to. The files of an earlier export are replaced or removed."""
     base: Annotated[str | None, arg(help_behavior_hint="")] = None
     """For an adapter, its base model. The default is the location recorded with the adapter."""
     push_to_hub: Annotated[str | None, arg(help_behavior_hint="")] = None

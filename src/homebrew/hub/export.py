@@ -15,12 +15,13 @@ from homebrew.hub.from_pretrained import (
     CONV1D_WEIGHT,
     DROPOUT_FIELDS,
     FIXED_FIELDS,
+    INDEX_FILE,
     SIZE_FIELDS,
     WEIGHTS_FILE,
 )
 from homebrew.hub.model_folder import output_folder
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE
-from homebrew.hub.tokenizer_files import TOKENIZER_FILES, to_json, tokenizer_files
+from homebrew.hub.tokenizer_files import HOMEBREW_FILE, TOKENIZER_FILES, to_json, tokenizer_files
 from homebrew.io import absolute_path, atomic_replace
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from homebrew.model.gpt import GPT
 
 _NUM_COMPARED_TOKENS = 8
+
+_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors", "generation_config.json")
+"""Files from which transformers loads a model. An export removes those of an earlier one that it does not replace."""
 
 
 def export_model(
@@ -41,8 +45,8 @@ def export_model(
     """Write a model and its tokenizer to a folder in transformers' format.
 
     Args:
-        folder: Folder to write to. Existing files of the same names are replaced. With a tokenizer, stale tokenizer
-            files are removed.
+        folder: Folder to write to. The files of an earlier export are replaced or removed; without a tokenizer, its
+            tokenizer files are kept.
         config: Fields of `GPTConfig`.
         state_dict: State dict of the model with adapters merged.
         tokenizer: Tokenizer the model was trained with. If None, no tokenizer files are written.
@@ -74,9 +78,10 @@ def export_model(
         for name, text in texts.items():
             with atomic_replace(folder / name) as path:
                 path.write_bytes(text.encode())
-        for name in TOKENIZER_FILES if tokenizer is not None else ():
-            if name not in texts:
-                (folder / name).unlink(missing_ok=True)
+        for pattern in _replaced_files(with_tokenizer=tokenizer is not None):
+            for path in folder.glob(pattern):
+                if path.name not in {*texts, WEIGHTS_FILE}:
+                    path.unlink()
 
 
 @torch.no_grad()
@@ -109,22 +114,29 @@ def verify_export(folder: str | Path, model: "GPT", reloaded: "GPT") -> None:
 
 
 def upload_folder(folder: str | Path, repository: str, *, private: bool | None = None) -> str:
-    """Upload a folder to the Hub repository "user/name" in one commit, and return the URL of the commit.
+    """Upload an export to the Hub repository "user/name" in one commit, and return the URL of the commit.
 
-    The repository is created if it does not exist. If `private` is None, the account's default is used.
+    The repository is created if it does not exist; the files of an earlier export are replaced or removed. If `private`
+    is None, the account's default is used.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder).commit_url)
+        replaced = list(_replaced_files(with_tokenizer=Path(folder, HOMEBREW_FILE).exists()))
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=replaced).commit_url)
     except Exception as error:  # from the Hub client or the HTTP library that it uses
         reason = next(iter(str(error).split("\n")), "") or type(error).__name__
         raise ModelError(
             f"{repository} could not be uploaded: {reason} Check the name (user/name) and the network connection, and "
             f"log in with `hf auth login`."
         ) from error
+
+
+def _replaced_files(*, with_tokenizer: bool) -> tuple[str, ...]:
+    """Return patterns for all files that an export replaces or removes."""
+    return (*_MODEL_FILES, *TOKENIZER_FILES) if with_tokenizer else _MODEL_FILES
 
 
 def _to_hf_layout(name: str, tensor: Tensor, vocab_size: int) -> Tensor:

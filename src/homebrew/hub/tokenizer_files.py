@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
 )
 """All files that AutoTokenizer reads. A stale one of another tokenizer would change the ids."""
 
