@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from homebrew.errors import ConfigError, ModelError
 from homebrew.generation.sampling import Sampling
-from homebrew.hub.peft import load_adapter, save_adapter
+from homebrew.hub.peft import _KNOWN_FIELDS, load_adapter, save_adapter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.lora import (
@@ -358,6 +359,15 @@ def random_peft_adapter(folder: Path, **options) -> peft.PeftModel:
         {"target_modules": "all-linear"},
         {"target_modules": r".*\.mlp\.c_(fc|proj)"},
         {"target_modules": ["c_attn"], "init_lora_weights": "gaussian"},
+        {"target_modules": ["c_attn", "c_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["c_fc"], "layers_to_transform": 0, "layers_pattern": "h"},
+        {"target_modules": ["c_fc", "attn.c_proj"], "layers_to_transform": [0, 1], "layers_pattern": ["h"]},
+        {"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["mlp.c_proj"]},
+        {"target_modules": ["c_attn", "c_fc"], "exclude_modules": ["transformer.h.0.attn.c_attn", "h.1.mlp.c_fc"]},
+        {"target_modules": ["c_attn", "c_proj"], "exclude_modules": r".*h\.0\.attn.*"},
+        {"target_modules": ["transformer.h.1.attn.c_attn", "h.0.mlp.c_fc"]},
+        {"target_modules": r".*\.h\.1\.attn\.c_attn|.*\.c_fc"},
+        {"target_modules": ["c_attn"], "rank_pattern": {}, "alpha_pattern": {}},
     ],
     ids=str,
 )
@@ -382,13 +392,25 @@ def test_adapter_from_peft_is_loaded_and_saved(tmp_path, options):
         ({"bias": "all"}, "bias='all'"),
         ({"rank_pattern": {"c_attn": 2}}, "rank_pattern"),
         ({"modules_to_save": ["ln_f"]}, "modules_to_save"),
-        ({"layers_to_transform": [0]}, "tensors, such as"),
+        ({"rank_pattern": {r"h\.0\..*c_attn": 2}}, "one rank and one alpha for all layers"),
+        ({"alpha_pattern": {"h.1.attn.c_attn": 2}}, "alpha_pattern={.*one rank and one alpha for all layers"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ],
 )
 def test_unsupported_peft_options_are_rejected(tmp_path, options, message):
     random_peft_adapter(tmp_path, **options)
     with pytest.raises(ModelError, match=message):
         load_adapter(base_model(), tmp_path / "adapter")
+
+
+def test_every_field_of_pefts_config_is_known_or_must_be_disabled():
+    refused = {
+        *("use_rslora", "use_dora", "use_qalora", "use_bdlora", "bias", "lora_bias", "modules_to_save"),
+        *("rank_pattern", "alpha_pattern", "layer_replication", "trainable_token_indices", "target_parameters"),
+        *("alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+    }
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields == refused | set(_KNOWN_FIELDS)
 
 
 def test_adapter_that_does_not_fit_is_rejected_without_changing_the_model(tmp_path):
@@ -403,6 +425,12 @@ def test_adapter_that_does_not_fit_is_rejected_without_changing_the_model(tmp_pa
         ({"target_modules": ["lm_head"]}, "target_modules"),
         ({"target_modules": ["c_attn"]}, "tensors, such as"),
         ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"layers_pattern": "blocks"}, "layers_pattern='blocks'"),
+        ({"layers_to_transform": [7]}, "selects no layer"),
+        ({"layers_to_transform": [0]}, "tensors, such as"),
+        ({"layers_to_transform": "0"}, "layers_to_transform='0'"),
+        ({"exclude_modules": ["c_attn"]}, "tensors, such as"),
+        ({"a_new_kind_of_lora": True}, "a_new_kind_of_lora=True"),
     ]:
         config.write_text(json.dumps(good | changes))
         model = base_model()
@@ -414,8 +442,22 @@ def test_adapter_that_does_not_fit_is_rejected_without_changing_the_model(tmp_pa
     save_file(tensors | {"base_model.model.transformer.wte.weight": torch.ones(70, 16)}, weights)
     with pytest.raises(ModelError, match=r"wte\.weight, which is not part"):
         load_adapter(base_model(), tmp_path)
-    weights.unlink()
-    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+    weights.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors.*Pickled weights \(adapter_model\.bin\)"):
+        load_adapter(base_model(), tmp_path)
+
+
+@pytest.mark.parametrize("wrap", ["base_model.model._orig_mod.", "module.base_model.model.", "_orig_mod."])
+def test_prefixes_of_wrappers_in_an_adapter_are_removed(tmp_path, wrap):
+    save_adapter(model := trained_model(), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace("base_model.model.", wrap): tensor for name, tensor in load_file(path).items()}, path)
+    loaded = base_model()
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    tensors = load_file(path)
+    save_file(tensors | adapter_state_dict(model), path)
+    with pytest.raises(ModelError, match="twice"):
         load_adapter(base_model(), tmp_path)
 
 

@@ -41,7 +41,7 @@ CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 """The three dropout fields of GPT2Config, for the single one of GPTConfig."""
 
-_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that DDP, torch.compile, FSDP and activation checkpointing add, at the start or after a dot."""
 
 _CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
@@ -294,7 +294,7 @@ def _locate_tensors(paths: Iterable[Path]) -> dict[str, TensorLocation]:
         for key, info in header.items():
             if _CAUSAL_MASK.search(key):
                 continue
-            name = _WRAPPERS.sub("", key)
+            name = WRAPPERS.sub("", key)
             if name != LM_HEAD and not name.startswith("transformer."):  # a bare GPT2Model, without the head
                 name = f"transformer.{name}"
             if name in locations:

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, ModelError
+from homebrew.hub.from_pretrained import WRAPPERS
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, output_folder, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, to_json
 from homebrew.io import absolute_path, atomic_replace, local_path_or_name, strict_json
 from homebrew.model.lora import (
+    TARGET_MODULES,
     LoRAConfig,
     adapter_state_dict,
     add_lora,
     check_adapter_fits,
+    ends_with_any,
     load_adapter_state_dict,
     lora_layers,
 )
@@ -33,26 +36,17 @@ _PREFIX = "base_model.model."
 _SUPPORTED_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base's weights unchanged; the others move a part to the adapter."""
 
-_UNSUPPORTED_FIELDS = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "arrow_config",
-    "bias",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "use_rslora",
-    "velora_config",
+_KNOWN_FIELDS = frozenset(
+    {
+        *("peft_type", "r", "lora_alpha", "lora_dropout", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        # Without effect on the computation: descriptions, and options of initializations and of other model types.
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+        *("fan_in_fan_out", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("qalora_group_size", "megatron_config", "megatron_core", "ensure_weight_tying"),
+    }
 )
-"""Fields of PEFT's LoraConfig that change the computation. Only values of `_DISABLED` are supported."""
+"""Fields of PEFT's LoraConfig that are read or have no effect. All others must have a value of `_DISABLED`."""
 
 _DISABLED: tuple[object, ...] = (None, False, [], {}, "none")
 
@@ -124,11 +118,15 @@ def load_adapter(
     filenames = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
     folder = local_folder(name_or_folder, filenames, revision=revision, local_files_only=local_files_only)
     config_path, weights_path = (find_file(folder, name) for name in filenames)
-    if config_path is None or weights_path is None:
-        missing = ADAPTER_CONFIG_FILE if config_path is None else ADAPTER_WEIGHTS_FILE
-        raise ModelError(f"{folder} has no {missing}. Pass the folder of an adapter in PEFT's format.")
+    if config_path is None:
+        raise ModelError(f"{folder} has no {ADAPTER_CONFIG_FILE}. Pass the folder of an adapter in PEFT's format.")
+    if weights_path is None:
+        raise ModelError(
+            f"{folder} has no {ADAPTER_WEIGHTS_FILE}. Pickled weights (adapter_model.bin) are not supported, because "
+            f"unpickling can execute code: load the adapter with PEFT, and save it again with save_pretrained."
+        )
     values, tensors = _read_values(config_path), _read_tensors(weights_path)
-    config = _to_lora_config(values, tensors, config_path)
+    config = _to_lora_config(values, _target_modules(model, values, tensors, config_path), config_path)
     check_adapter_fits(model, config, tensors)
     add_lora(model, config)
     load_adapter_state_dict(model, tensors)
@@ -138,20 +136,26 @@ def _read_values(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if values.get("peft_type") != "LORA":
         raise ModelError(f"{path} has peft_type {values.get('peft_type')!r}. Only 'LORA' is supported.")
-    unsupported = [f"{name}={values[name]!r}" for name in _UNSUPPORTED_FIELDS if values.get(name) not in _DISABLED]
+    unsupported = [name for name, value in values.items() if name not in _KNOWN_FIELDS and value not in _DISABLED]
     if values.get("init_lora_weights", True) not in _SUPPORTED_INITIALIZATIONS:
-        unsupported.append(f"init_lora_weights={values['init_lora_weights']!r}")
+        unsupported.append("init_lora_weights")
+    if values.get("layers_pattern") not in (*_DISABLED, "", "h", ["h"]):
+        unsupported.append("layers_pattern")
     if unsupported:
-        raise ModelError(f"{path} has unsupported values: {', '.join(unsupported)}. Only plain LoRA is supported.")
+        listed = ", ".join(f"{name}={values[name]!r:.200}" for name in unsupported)
+        raise ModelError(
+            f"{path} has unsupported values: {listed}. Only plain LoRA is supported, with one rank and one alpha for "
+            f"all layers."
+        )
     return values
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the adapter's tensors by their state dict key in `GPT`."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     with open_tensors(path) as (file, header):
         for key in header:
-            name = key.removeprefix(_PREFIX).removesuffix(".weight")
+            name = WRAPPERS.sub("", key).removeprefix(_PREFIX).removesuffix(".weight")
             if not re.search(r"\.lora_[AB]$", name):
                 raise ModelError(f"{path} has a tensor {key}, which is not part of a plain LoRA adapter.")
             tensor = file.get_tensor(key)
@@ -159,21 +163,50 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 raise ModelError(
                     f"{key} in {path} is {tensor.dtype}, or has values that are not finite. Use another adapter."
                 )
-            tensors[name if name.startswith("transformer.") else f"transformer.{name}"] = tensor
+            name = name if name.startswith("transformer.") else f"transformer.{name}"
+            if name in tensors:
+                raise ModelError(f"{path} has {name} twice, once as {key}. Remove one of them.")
+            tensors[name] = tensor
     return tensors
 
 
-def _to_lora_config(values: Mapping[str, Any], tensor_names: Iterable[str], path: Path) -> LoRAConfig:
-    targets = values.get("target_modules")
-    if not isinstance(targets, list):  # a pattern, or PEFT's default: infer the targets from the tensors
-        targets = [name.rpartition(".")[0] for name in tensor_names]
-    targets = {".".join(str(target).split(".")[-2:]) for target in targets}  # without the block: all blocks are alike
+def _target_modules(
+    model: nn.Module, values: Mapping[str, Any], tensor_names: Iterable[str], path: Path
+) -> tuple[str, ...]:
+    """Return the `LoRAConfig.target_modules` that stand for exactly the layers that the adapter has."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets, excluded = values.get("target_modules"), values.get("exclude_modules") or []
+    blocks: Any = values.get("layers_to_transform")
+    blocks = [] if blocks is None else [blocks] if isinstance(blocks, int) else blocks
+    if not (isinstance(blocks, list) and all(isinstance(block, int) for block in blocks)):
+        raise ModelError(f"{path} has layers_to_transform={blocks!r:.200}. It must be a list of integers.")
+    if targets and _is_string_list(targets) and _is_string_list(excluded):
+        prefixes = tuple(f"transformer.h.{block}." for block in blocks) or ("",)
+        selected = [layer for layer in layers if ends_with_any(layer, targets) and layer.startswith(prefixes)]
+        adapted = {layer for layer in selected if not ends_with_any(layer, excluded)}
+    else:  # a regular expression, which can take forever to match, or PEFT's default: the tensors show the layers
+        adapted = {name.rpartition(".")[0] for name in tensor_names}
+        targets = []
+    if not adapted:
+        raise ModelError(f"{path} selects no layer of the model. Use an adapter of a GPT-2.")
+    in_all_blocks = {".".join(layer.split(".")[-2:]) for layer in adapted}
+    for names in (set(targets), in_all_blocks):
+        if names <= set(TARGET_MODULES) and adapted == {layer for layer in layers if ends_with_any(layer, names)}:
+            return tuple(sorted(names))
+    return tuple(sorted(layer.removeprefix("transformer.") for layer in adapted))
+
+
+def _is_string_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _to_lora_config(values: Mapping[str, Any], target_modules: tuple[str, ...], path: Path) -> LoRAConfig:
     try:
         return LoRAConfig(
             rank=values.get("r", 8),
             alpha=values.get("lora_alpha", 8),
             dropout=values.get("lora_dropout", 0.0),
-            target_modules=tuple(sorted(targets)),
+            target_modules=target_modules,
         )
     except (ConfigError, TypeError) as error:
         raise ModelError(f"{path} does not describe a supported adapter: {error}") from error

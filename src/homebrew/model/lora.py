@@ -6,7 +6,8 @@ parameters, so that the base weights keep their names in the state dict.
 
 import hashlib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ MAX_ALPHA = 1e6
 
 TARGET_MODULES = ("c_attn", "c_proj", "c_fc", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 """Supported values of `LoRAConfig.target_modules`. "c_proj" matches the layer in both attention and MLP."""
+
+_BLOCK_TARGET = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)", re.ASCII)
+"""Values of `LoRAConfig.target_modules` for the layer of one block."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class LoRAConfig:
     dropout: float = 0.0
     """Dropout probability for the adapter's input during training."""
     target_modules: tuple[str, ...] = ("c_attn", "c_proj")
-    """Names of the linear layers to adapt, from `TARGET_MODULES`."""
+    """Names of the linear layers to adapt, from `TARGET_MODULES`, or layers of one block, such as "h.0.attn.c_attn"."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
@@ -49,9 +53,11 @@ class LoRAConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout={self.dropout!r} is not valid. Use a number of at least 0 and less than 1.")
-        if not self.target_modules or not set(self.target_modules) <= set(TARGET_MODULES):
+        unknown = set(self.target_modules) - set(TARGET_MODULES)
+        if not self.target_modules or not all(map(_BLOCK_TARGET.fullmatch, unknown)):
             raise ConfigError(
-                f"target_modules={self.target_modules!r} is not valid. Use one or more of {', '.join(TARGET_MODULES)}."
+                f"target_modules={self.target_modules!r:.500} is not valid. Use one or more of "
+                f"{', '.join(TARGET_MODULES)}, or a layer of one block, such as h.0.attn.c_attn."
             )
 
     @property
@@ -61,7 +67,7 @@ class LoRAConfig:
 
     def matches(self, module_name: str) -> bool:
         """Return whether the module with this qualified name is a target."""
-        return any(f".{module_name}".endswith(f".{target}") for target in self.target_modules)
+        return ends_with_any(module_name, self.target_modules)
 
 
 class LoRALinear(nn.Linear):
@@ -106,6 +112,11 @@ class LoRALinear(nn.Linear):
             return self.weight.detach()
         update = self.lora_B @ self.lora_A * self.config.scale
         return (self.weight + update).to(self.weight.dtype)
+
+
+def ends_with_any(module_name: str, targets: Iterable[str]) -> bool:
+    """Return whether a qualified name is or ends with one of the names of `targets`, as PEFT matches them."""
+    return any(f".{module_name}".endswith(f".{target}") for target in targets)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
