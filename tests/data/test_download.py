@@ -43,6 +43,15 @@ def response(body, length=None, status=b"200 OK"):
     return b"HTTP/1.0 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body) if length is None else length, body)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+def test_only_regular_files_are_read(tmp_path, make):
+    make(tmp_path / "cached")
+    assert read_file(tmp_path / "cached") is None
+    (tmp_path / "file").write_bytes(DATA)
+    (tmp_path / "link").symlink_to("file")  # some package managers install links
+    assert read_if_verified(tmp_path / "link", SHA256) == DATA
+
+
 def test_a_download_is_cached_with_the_umasks_mode(serve, tmp_path):
     cached = tmp_path / "new" / "text"
     assert download(serve(response(DATA)), SHA256, cached) == DATA

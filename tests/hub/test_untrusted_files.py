@@ -236,6 +236,14 @@ def test_symbolic_links_are_not_followed(folder, tmp_path, kind, name):
         load(kind, tmp_path / "linked")
 
 
+def test_a_link_to_itself_is_not_followed(folder, tmp_path):
+    shutil.copytree(folder / "valid", tmp_path / "linked")
+    (tmp_path / "linked" / "config.json").unlink()
+    (tmp_path / "linked" / "config.json").symlink_to("config.json")
+    with pytest.raises(ModelError, match=r"config\.json is a symbolic link"):
+        GPT.from_pretrained(tmp_path / "linked")
+
+
 def test_links_of_the_hub_cache_are_followed_only_to_its_blobs(folder, tmp_path):
     snapshot, blobs, elsewhere = (tmp_path / name for name in ("cache/snapshots/x", "cache/blobs", "elsewhere"))
     snapshot.mkdir(parents=True)

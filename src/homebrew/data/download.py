@@ -8,6 +8,8 @@ import os
 import urllib.request
 from pathlib import Path
 
+from homebrew.bounded_readers import open_file
+from homebrew.errors import DataError
 from homebrew.io import absolute_path, atomic_replace
 
 TIMEOUT_SECONDS = 5.0
@@ -24,10 +26,11 @@ def cache_dir() -> Path:
 
 
 def read_file(path: Path) -> bytes | None:
-    """Read a file, or return None if that fails."""
+    """Read a regular file or the one that a link leads to, or return None if that fails."""
     try:
-        return path.read_bytes()
-    except OSError:
+        with open_file(Path(os.path.realpath(path)), DataError) as (file, size):
+            return file.read(size)
+    except DataError:
         return None
 
 

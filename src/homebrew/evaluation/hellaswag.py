@@ -5,7 +5,6 @@ lowest mean loss per token for normalized accuracy. Evaluation harnesses that no
 letter, give different values.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from homebrew.bounded_readers import parse_json
 from homebrew.data.download import cache_dir, download, read_file, read_if_verified
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError
@@ -162,9 +162,9 @@ def _parse_line(line: bytes, location: str) -> Question:
         f"integer label from 0 to {NUM_ENDINGS - 1}. HellaSwag's test set has no labels: use the validation set."
     )
     try:
-        fields = json.loads(line)
+        fields = parse_json(line, location, DataError)
         context, endings, label = fields["ctx"], fields["endings"], fields["label"]
-    except (ValueError, RecursionError, TypeError, KeyError) as cause:
+    except (DataError, KeyError) as cause:
         raise error from cause
     if not (isinstance(context, str) and context):
         raise error

@@ -81,7 +81,7 @@ def find_file(folder: Path, name: str) -> Path | None:
         ModelError: The file is a symbolic link, other than one of the Hub cache.
     """
     path = folder / name
-    if path.is_symlink() and path.resolve().parent != folder.resolve().parent.parent / "blobs":
+    if path.is_symlink() and _target(path).parent != _target(folder).parent.parent / "blobs":
         raise ModelError(f"{path} is a symbolic link, which could lead to any file. Replace it with the file itself.")
     return path if path.is_file() else None
 
@@ -106,16 +106,21 @@ def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterat
 def read_text(path: Path) -> str:
     """Read a UTF-8 text file that `find_file` has found."""
     try:
-        return read_bytes(path.resolve(), ModelError).decode()
+        return read_bytes(_target(path), ModelError).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file that `find_file` has found."""
-    return bounded_readers.read_json(path.resolve(), ModelError)
+    return bounded_readers.read_json(_target(path), ModelError)
 
 
 def open_tensors(path: Path) -> AbstractContextManager[tuple[Any, dict[str, TensorInfo]]]:
     """Open a safetensors file that `find_file` has found, as `bounded_readers.open_tensors` does."""
-    return bounded_readers.open_tensors(path.resolve(), ModelError)
+    return bounded_readers.open_tensors(_target(path), ModelError)
+
+
+def _target(path: Path) -> Path:
+    """Return the absolute path without links. Unlike `Path.resolve`, never raises."""
+    return Path(os.path.realpath(path))
