@@ -135,8 +135,8 @@ def read_header(file: BinaryIO, path: Path, error: type[HomebrewError]) -> dict[
                 infos[name] = TensorInfo(_TORCH_DTYPES[dtype], tuple(shape))
             case _:
                 raise error(
-                    f"The header of {path} has an entry for {name} that is not supported: {entry!r:.200}. Supported "
-                    f"are the dtypes {', '.join(_TORCH_DTYPES)}, and at most {MAX_RANK} dimensions."
+                    f"The header of {path} has an entry for {name:.100} that is not supported: {entry!r:.200}. "
+                    f"Supported are the dtypes {', '.join(_TORCH_DTYPES)}, and at most {MAX_RANK} dimensions."
                 )
     return infos
 

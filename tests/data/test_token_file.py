@@ -280,6 +280,7 @@ def test_other_metadata_raises(path, text, message):
         ("vocab_size", "600"),
         ("vocab_size", None),
         ("num_tokens", 200.0),
+        ("num_tokens", True),
         ("num_text_bytes", "700"),
         ("tokenizer", "gpt2"),
         ("sha256", 5),

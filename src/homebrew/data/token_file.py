@@ -77,7 +77,8 @@ class TokenMetadata:
                 f"`homebrew prepare` again."
             )
         if fields.keys() != _FIELD_TYPES.keys() or not all(
-            isinstance(fields[name], types) for name, types in _FIELD_TYPES.items()
+            isinstance(fields[name], types) and not isinstance(fields[name], bool)
+            for name, types in _FIELD_TYPES.items()
         ):
             raise DataError(
                 f"{path} must have the fields {', '.join(_FIELD_TYPES)} with values of the right types. {_REMEDY}"

@@ -58,24 +58,24 @@ FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
 """Fields of GPT2Config that change the computation, with their supported values. The first is the default."""
 
 _FOREIGN_FIELDS: dict[str, tuple[Any, ...]] = {
-    "pruned_heads": ({},),
-    "quantization_config": (),
-    "hidden_act": FIXED_FIELDS["activation_function"],
-    "layer_norm_eps": FIXED_FIELDS["layer_norm_epsilon"],
-    "intermediate_size": (),
-    "num_key_value_heads": (),
-    "multi_query": (False,),
-    "position_embedding_type": ("absolute",),
-    "rope_theta": (),
-    "rope_scaling": (),
-    "rope_parameters": (),
-    "rotary_dim": (),
-    "alibi": (False,),
-    "sliding_window": (),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+    "hidden_act": (None, *FIXED_FIELDS["activation_function"]),
+    "layer_norm_eps": (None, *FIXED_FIELDS["layer_norm_epsilon"]),
+    "intermediate_size": (None,),
+    "num_key_value_heads": (None,),
+    "multi_query": (None, False),
+    "position_embedding_type": (None, "absolute"),
+    "rope_theta": (None,),
+    "rope_scaling": (None,),
+    "rope_parameters": (None,),
+    "rotary_dim": (None,),
+    "alibi": (None, False),
+    "sliding_window": (None,),
 }
 """Fields of other architectures and older versions that change the computation, with their supported values.
 
-transformers' GPT-2 ignores them, but weights that were trained with them are not those of a GPT-2. None is supported.
+transformers' GPT-2 ignores them, but weights that were trained with them are not those of a GPT-2.
 """
 
 SIZE_FIELDS = {
@@ -235,9 +235,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} has no {', '.join(missing)}. Add the sizes that the model was trained with.")
     config = {name: values[hf_name] for name, hf_name in SIZE_FIELDS.items()}
     unsupported = [
-        f"{name}={values[name]!r:.100} (must be {' or '.join(map(repr, supported)) or 'absent'})"
+        f"{name}={values[name]!r:.100} (must be {' or '.join(map(repr, supported))})"
         for name, supported in (FIXED_FIELDS | _FOREIGN_FIELDS).items()
-        if name in values and values[name] not in supported and (name in FIXED_FIELDS or values[name] is not None)
+        if name in values and values[name] not in supported
     ]
     unsupported += [f"{name}={size!r} (must be an integer)" for name, size in config.items() if type(size) is not int]
     if not unsupported and values.get("n_inner") not in (None, 4 * config["n_embd"]):
@@ -290,19 +290,19 @@ def _locate_tensors(paths: Iterable[Path]) -> dict[str, TensorLocation]:
     locations: dict[str, TensorLocation] = {}
     for path in paths:
         with open_tensors(path) as (_, header):
-            pass
-        for key, info in header.items():
-            if _CAUSAL_MASK.search(key):
-                continue
-            name = WRAPPERS.sub("", key)
-            if name != LM_HEAD and not name.startswith("transformer."):  # a bare GPT2Model, without the head
-                name = f"transformer.{name}"
-            if name in locations:
-                other = locations[name]
-                raise ModelError(
-                    f"{name} occurs twice: as {key} in {path} and as {other.key} in {other.path}. Remove one of them."
-                )
-            locations[name] = TensorLocation(path, key, info.shape)
+            for key, info in header.items():
+                if _CAUSAL_MASK.search(key):
+                    continue
+                name = WRAPPERS.sub("", key)
+                if name != LM_HEAD and not name.startswith("transformer."):  # a bare GPT2Model, without the head
+                    name = f"transformer.{name}"
+                if name in locations:
+                    other = locations[name]
+                    raise ModelError(
+                        f"{name} occurs twice: as {key} in {path} and as {other.key} in {other.path}. Remove one of "
+                        f"them."
+                    )
+                locations[name] = TensorLocation(path, key, info.shape)
     if LM_HEAD in locations and EMBEDDING not in locations:  # safetensors' save_model keeps one name of the tied pair
         locations[EMBEDDING] = locations.pop(LM_HEAD)
     return locations

@@ -103,7 +103,7 @@ def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterat
         raise ModelError(f"Cannot write to {folder}: {error}. Choose a writable folder with enough space.") from error
 
 
-def read_text(path: Path) -> str:
+def read_bounded_text(path: Path) -> str:
     """Read a UTF-8 text file that `find_file` has found."""
     try:
         return read_bytes(_target(path), ModelError).decode()

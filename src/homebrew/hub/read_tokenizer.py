@@ -9,7 +9,7 @@ from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
 from homebrew.data.tokenizer import Tokenizer, tokenizer_from_json
 from homebrew.errors import DataError, ModelError, TokenizerError
-from homebrew.hub.model_folder import find_file, read_json, read_text
+from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE
 from homebrew.hub.tokenizer_settings import unsupported_settings
 
@@ -74,7 +74,7 @@ def _read_encoding(folder: Path) -> _Encoding | None:
         if path is None or merges_path is None:
             return None
         vocabulary = read_json(path)
-        lines = read_text(merges_path).split("\n")
+        lines = read_bounded_text(merges_path).split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
     if not isinstance(vocabulary, dict) or not isinstance(merges, list):
         return None
