@@ -1,6 +1,5 @@
 """The manifest of a checkpoint, and the validation of everything that is read from one."""
 
-import json
 import math
 import re
 from collections.abc import Mapping

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import math
 import os
 import warnings
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from homebrew.bounded_readers import parse_json
+from homebrew.errors import DataError
 from homebrew.io import open_regular, strict_json
 
 MAX_BYTES = 1 << 30
@@ -108,5 +109,5 @@ def _read_events(path: Path) -> Iterator[object]:
     with os.fdopen(descriptor, "rb") as file:
         while line := file.readline(_MAX_LINE_BYTES):
             if line.startswith(b"{"):  # a power failure can leave arbitrary bytes
-                with contextlib.suppress(ValueError, RecursionError):
-                    yield json.loads(line)
+                with contextlib.suppress(DataError):
+                    yield parse_json(line, path, DataError)
