@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, safe_open  # noqa: TID251 - the only use
 from torch import Tensor
 
 from homebrew.errors import HomebrewError
