@@ -10,7 +10,6 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,15 +49,9 @@ SAFETENSORS_DTYPES = {
 }
 """Names of the supported dtypes in safetensors files."""
 
-_TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Dtype and shape of a tensor in a safetensors file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+_DTYPE_NAMES = frozenset(SAFETENSORS_DTYPES.values())
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of tensors by name."""
 
 
 @contextlib.contextmanager
@@ -111,16 +104,16 @@ def parse_tensors(data: bytes, path: Path, error: type[HomebrewError]) -> dict[s
 
 
 @contextlib.contextmanager
-def open_tensors(path: Path, error: type[HomebrewError]) -> Iterator[tuple[Any, dict[str, TensorInfo]]]:
-    """Open a safetensors file without reading its tensors, and yield its `safe_open` handle and its header."""
+def open_tensors(path: Path, error: type[HomebrewError]) -> Iterator[tuple[Any, Shapes]]:
+    """Open a safetensors file without reading its tensors, and yield its `safe_open` handle and the shapes."""
     with open_file(path, error) as (file, _):
-        header = read_header(file, path, error)
+        shapes = read_header(file, path, error)
     with _safetensors_errors(path, error), safe_open(path, framework="pt") as tensors:
-        yield tensors, header
+        yield tensors, shapes
 
 
-def read_header(file: BinaryIO, path: Path, error: type[HomebrewError]) -> dict[str, TensorInfo]:
-    """Read the names, dtypes and shapes from a safetensors file; its offsets are checked by the safetensors library."""
+def read_header(file: BinaryIO, path: Path, error: type[HomebrewError]) -> Shapes:
+    """Read the shapes of a safetensors file and check its limits; the safetensors library checks the offsets."""
     num_bytes = int.from_bytes(file.read(8), "little")
     if num_bytes > MAX_BYTES:
         raise error(f"{path} is not a safetensors file: a header of {num_bytes:,} bytes is too long.")
@@ -128,17 +121,17 @@ def read_header(file: BinaryIO, path: Path, error: type[HomebrewError]) -> dict[
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise error(f"{path} has {len(header):,} tensors; at most {MAX_TENSORS:,} are supported.")
-    infos = {}
+    shapes = {}
     for name, entry in header.items():
         match entry:
-            case {"dtype": str(dtype), "shape": list(shape)} if dtype in _TORCH_DTYPES and len(shape) <= MAX_RANK:
-                infos[name] = TensorInfo(_TORCH_DTYPES[dtype], tuple(shape))
+            case {"dtype": str(dtype), "shape": list(shape)} if dtype in _DTYPE_NAMES and len(shape) <= MAX_RANK:
+                shapes[name] = tuple(shape)
             case _:
                 raise error(
                     f"The header of {path} has an entry for {name:.100} that is not supported: {entry!r:.200}. "
-                    f"Supported are the dtypes {', '.join(_TORCH_DTYPES)}, and at most {MAX_RANK} dimensions."
+                    f"Supported are the dtypes {', '.join(sorted(_DTYPE_NAMES))}, and at most {MAX_RANK} dimensions."
                 )
-    return infos
+    return shapes
 
 
 @contextlib.contextmanager

@@ -289,8 +289,8 @@ def _locate_tensors(paths: Iterable[Path]) -> dict[str, TensorLocation]:
     """Return the location of each tensor by `GPT`'s state dict key."""
     locations: dict[str, TensorLocation] = {}
     for path in paths:
-        with open_tensors(path) as (_, header):
-            for key, info in header.items():
+        with open_tensors(path) as (_, shapes):
+            for key, shape in shapes.items():
                 if _CAUSAL_MASK.search(key):
                     continue
                 name = WRAPPERS.sub("", key)
@@ -302,7 +302,7 @@ def _locate_tensors(paths: Iterable[Path]) -> dict[str, TensorLocation]:
                         f"{name} occurs twice: as {key} in {path} and as {other.key} in {other.path}. Remove one of "
                         f"them."
                     )
-                locations[name] = TensorLocation(path, key, info.shape)
+                locations[name] = TensorLocation(path, key, shape)
     if LM_HEAD in locations and EMBEDDING not in locations:  # safetensors' save_model keeps one name of the tied pair
         locations[EMBEDDING] = locations.pop(LM_HEAD)
     return locations

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from homebrew import bounded_readers
-from homebrew.bounded_readers import TensorInfo, read_bytes
+from homebrew.bounded_readers import Shapes, read_bytes
 from homebrew.errors import ModelError
 from homebrew.hub.wrong_folder import no_folder
 from homebrew.io import local_path_or_name
@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return bounded_readers.read_json(_target(path), ModelError)
 
 
-def open_tensors(path: Path) -> AbstractContextManager[tuple[Any, dict[str, TensorInfo]]]:
+def open_tensors(path: Path) -> AbstractContextManager[tuple[Any, Shapes]]:
     """Open a safetensors file that `find_file` has found, as `bounded_readers.open_tensors` does."""
     return bounded_readers.open_tensors(_target(path), ModelError)
 

@@ -153,8 +153,8 @@ def _read_values(path: Path) -> dict[str, Any]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read the adapter's tensors by their state dict key in `GPT`."""
     tensors: dict[str, Tensor] = {}
-    with open_tensors(path) as (file, header):
-        for key in header:
+    with open_tensors(path) as (file, shapes):
+        for key in shapes:
             name = WRAPPERS.sub("", key).removeprefix(_PREFIX).removesuffix(".weight")
             if not re.search(r"\.lora_[AB]$", name):
                 raise ModelError(f"{path} has a tensor {key}, which is not part of a plain LoRA adapter.")
