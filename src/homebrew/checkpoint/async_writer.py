@@ -8,10 +8,15 @@ class AsyncWriter:
     """Runs one write at a time in a background thread.
 
     An error of the thread is kept until `wait`, `start` or `take_error` returns or raises it.
+
+    A KeyboardInterrupt may end any method early: the write still runs, and the next call waits for it. This is why
+    methods neither join the thread nor wait for an event. An interrupted `Thread.join` marks a live thread as ended,
+    and an interrupted `Event.wait` may keep the event's lock.
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._running = False
+        self._ended = threading.Lock()  # held while a write is running
         self._error: BaseException | None = None
 
     def start(self, write: Callable[[], object], *, name: str) -> None:
@@ -20,23 +25,32 @@ class AsyncWriter:
         If that has failed, its error is raised and `write` is not called.
         """
         self.wait()
+        claimed, ended = threading.Lock(), threading.Lock()
+        ended.acquire()
 
         def run() -> None:
+            if not claimed.acquire(blocking=False):
+                return
             try:
                 write()
             except BaseException as error:
                 self._error = error
+            self._running = False
+            ended.release()
 
-        self._thread = threading.Thread(target=run, name=name)
-        self._thread.start()
+        self._ended, self._running = ended, True
+        try:
+            threading.Thread(target=run, name=name).start()
+        except BaseException:  # too many threads, or an interrupt
+            if claimed.acquire(blocking=False):  # otherwise the thread is writing already
+                self._running = False
+            raise
 
     def is_writing(self, timeout_seconds: float | None) -> bool:
         """Return whether a write is still running after `timeout_seconds`; None waits until it has finished."""
-        if self._thread is not None:
-            self._thread.join(timeout_seconds)
-            if not self._thread.is_alive():
-                self._thread = None
-        return self._thread is not None
+        if self._running and self._ended.acquire(timeout=-1 if timeout_seconds is None else timeout_seconds):
+            self._ended.release()
+        return self._running
 
     @property
     def failed(self) -> bool:

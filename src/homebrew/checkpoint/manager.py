@@ -335,8 +335,8 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._writer.close()
         if error is not None:
             self._saved_step = None  # it is not known whether this step was written
-            if write_error := self._writer.take_error():
-                warnings.warn(f"A checkpoint could not be written either: {write_error}", stacklevel=3)
+        self._writer.close()
+        if error is not None and (write_error := self._writer.take_error()):
+            warnings.warn(f"A checkpoint could not be written either: {write_error}", stacklevel=3)
