@@ -28,6 +28,16 @@ def test_records_signals_and_restores_the_handlers():
     assert [signal.getsignal(number) for number in HANDLED_SIGNALS] == before
 
 
+def test_a_stop_signal_that_the_block_did_not_handle_ends_the_process():
+    with pytest.raises(SystemExit) as caught, SignalHandler():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 143
+    with pytest.raises(ValueError, match="the run's error"), SignalHandler():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("the run's error")
+
+
 @pytest.mark.parametrize("popped", [False, True])
 def test_second_sigint_raises_immediately(popped):
     with SignalHandler() as signals:
@@ -36,6 +46,7 @@ def test_second_sigint_raises_immediately(popped):
             signals.pop_flags()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        signals.pop_flags()
 
 
 def test_handles_no_signals_outside_the_main_thread():

@@ -15,6 +15,8 @@ from tiny_runs import CONFIG, Recorder, StopAt, make_trainer, saved_steps, token
 
 from homebrew import GPT
 from homebrew.callbacks.base import Callback
+from homebrew.checkpoint.manager import CheckpointManager
+from homebrew.checkpoint.store import CheckpointStore
 from homebrew.distributed.signals import HANDLED_SIGNALS
 from homebrew.errors import CheckpointError
 
@@ -92,6 +94,52 @@ def test_a_signal_in_interactive_mode_saves_and_raises_keyboard_interrupt(tmp_pa
     assert [signal.getsignal(number) for number in HANDLED_SIGNALS] == handlers
     trainer.train(resume=True)  # as in the next cell of a notebook
     assert trainer.step == 6
+
+
+class SendSignalAt(Callback):
+    """Sends a signal at one moment of `train()` outside the loop."""
+
+    def __init__(self, moment, signal_number, monkeypatch):
+        self.moment, self.signal_number = moment, signal_number
+        self.patch(monkeypatch, CheckpointManager, "restore")
+        self.patch(monkeypatch, CheckpointStore, "save")
+
+    def patch(self, monkeypatch, owner, name):
+        original = getattr(owner, name)
+
+        def patched(*args, **kwargs):
+            self.reach(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, patched)
+
+    def reach(self, moment):
+        if moment == self.moment:
+            os.kill(os.getpid(), self.signal_number)
+
+    def on_train_begin(self, trainer):
+        self.reach("on_train_begin")
+
+    def on_save(self, trainer, path):
+        self.reach("on_save")
+
+    def on_train_end(self, trainer):
+        self.reach("on_train_end")
+
+
+@pytest.mark.parametrize("moment", ["restore", "on_train_begin", "save", "on_save", "on_train_end"])
+@pytest.mark.parametrize("signal_number", HANDLED_SIGNALS)
+def test_a_signal_outside_the_loop_is_neither_lost_nor_fatal(tmp_path, monkeypatch, signal_number, moment):
+    before_loop = moment in ("restore", "on_train_begin")
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[SendSignalAt(moment, signal_number, monkeypatch)])
+    if signal_number == signal.SIGUSR1:
+        trainer.train()
+        assert saved_steps(tmp_path) == ([1, 2] if before_loop else [2])
+        return
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 128 + signal_number
+    assert saved_steps(tmp_path) == ([1] if before_loop else [2])
 
 
 class BreakCheckpointFolder(Callback):

@@ -13,7 +13,8 @@ HANDLED_SIGNALS = tuple(signal.Signals[n] for n in ("SIGTERM", "SIGINT", "SIGHUP
 class SignalHandler:
     """Context manager that records signals, for the training loop to handle between steps.
 
-    A second SIGINT raises KeyboardInterrupt immediately. Outside the main thread, where Python does not allow signal
+    A stop signal that has not been handled when the block ends takes effect then, unless an error ended the block. A
+    second SIGINT raises KeyboardInterrupt immediately. Outside the main thread, where Python does not allow signal
     handlers, no signal is recorded.
     """
 
@@ -33,6 +34,10 @@ class SignalHandler:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous_handlers = {}
+        if error is None:
+            for number in filter(ends_run, HANDLED_SIGNALS):
+                if number in self._received:
+                    exit_for_signal(number)
 
     def _record(self, number: int, _frame: FrameType | None) -> None:
         received = signal.Signals(number)

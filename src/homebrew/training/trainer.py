@@ -134,11 +134,11 @@ class Trainer:
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
         """
         check_start(resume, overwrite=overwrite)
-        with self._checkpoints.locked():
+        with SignalHandler() as signals, self._checkpoints.locked():
             self._start(resume, accept_changes, overwrite=overwrite)
-            self._run()
+            self._run(signals)
 
-    def _run(self) -> None:
+    def _run(self, signals: SignalHandler) -> None:
         """Train from the current step."""
         try:
             self._emit("on_train_begin")
@@ -146,7 +146,6 @@ class Trainer:
             self._is_running = True
             with (
                 self._checkpoints,
-                SignalHandler() as signals,
                 explain_out_of_memory(self.accelerator, self.batch),
                 explain_worker_errors(self.config.loader_timeout_seconds),
                 closing(self._loader.steps(self._num_samples)) as steps,
@@ -165,9 +164,10 @@ class Trainer:
                     self._emit("on_step_end")
                     self._evaluate_and_save_if_due()
                     self._handle_requests(signals, flags)
-                self._handle_requests(signals, flags)  # for requests made during the last step
                 self.save()
                 self._checkpoints.wait()
+                for _ in range(2):  # for requests made since; other processes' flags arrive with the second exchange
+                    self._handle_requests(signals, flags)
         except BaseException as error:
             self._end(error)
             raise
