@@ -1,17 +1,16 @@
 """`ProgressDisplay`: shows training progress on the terminal."""
 
-import contextlib
-import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from homebrew.callbacks.background_stream import BackgroundStream
 from homebrew.callbacks.base import Callback
 from homebrew.distributed.precision import describe_precision
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
@@ -19,42 +18,49 @@ from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
 if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer
 
+_REFRESH_SECONDS = 0.1
+_COLUMN_WIDTHS = {"loss": 7, "lr": 8, "norm": 6, "tokens/s": 9, "MFU": 5, "memory": 8, "ETA": 7}
+
 
 class ProgressDisplay(Callback):
-    """Shows training progress: a live table on a terminal, plain lines otherwise. Only rank 0 prints.
+    """Shows training progress: a table on a terminal, a line per log elsewhere.
+
+    Only rank 0 prints. Training does not wait for the output to be read.
 
     Args:
         console: Console to print to. Default: standard output.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console
-        self._live: Live | None = None
-        self._last_evaluation: EvalMetrics | None = None
+        self._given_console = console
+        self._console: Console | None = None  # on rank 0, during a run
+        self._table: _LiveTable | None = None  # on a terminal
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        """Print a summary of the run and start the live table."""
+        """Print a summary of the run and start the table."""
         if not trainer.is_main_process:
             return
-        self._console = self._console or _PipeSafeConsole(file=sys.stdout, soft_wrap=True)
+        self._console = self._given_console or Console(file=sys.stdout, soft_wrap=True)
+        self._file = self._console.file
+        self._stream = BackgroundStream(self._file)
+        self._console.file = cast("IO[str]", self._stream)
         self._print(_summary(trainer))
+        waiting = "compiling the model…" if trainer.compile_mode != "none" else "taking the first step…"
         if self._console.is_terminal:
-            self._live = Live(console=self._console, refresh_per_second=8)
-            self._live.start()
+            self._table = _LiveTable(self._console, waiting, trainer.config.max_steps)
+        else:
+            self._print(waiting)
 
     def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Show the metrics of a step."""
-        if self._console is None:
-            return
         cells = format_metrics(metrics, trainer.config.max_steps)
-        if self._live is not None:
-            self._live.update(_table(cells, self._last_evaluation))
+        if self._table is not None:
+            self._table.update(metrics.step, cells)
         else:
             self._print(" | ".join(f"{name} {value}" for name, value in cells))
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
         """Print the metrics of an evaluation."""
-        self._last_evaluation = metrics
         bits = "" if metrics.bits_per_byte is None else f" | bits per byte {metrics.bits_per_byte:.4f}"
         self._print(
             f"step {metrics.step} | validation loss {metrics.loss:.4f} | perplexity {metrics.perplexity:,.2f}{bits}"
@@ -73,45 +79,95 @@ class ProgressDisplay(Callback):
             )
 
     def on_train_end(self, trainer: "Trainer") -> None:
-        """Stop the live table and restore the cursor."""
-        if self._live is not None:
-            with contextlib.suppress(OSError):
-                self._live.stop()
-            self._live = None
+        """End the table and restore the cursor."""
+        if self._console is None:
+            return
+        if self._table is not None:
+            self._table.stop()
+            self._table = None
         if trainer.step < trainer.config.max_steps:
             self._print(
                 f"step {trainer.step}/{trainer.config.max_steps} | stopped early; resume to continue from the last "
                 f"checkpoint"
             )
+        self._stream.close()
+        self._console.file = self._file
+        self._console = None
 
     def _print(self, line: str) -> None:
+        if self._table is not None:
+            self._table.keep_row()
         if self._console is not None:
-            with contextlib.suppress(OSError):  # a closed terminal must not end the run
-                self._console.print(Text(line))
+            self._console.print(Text(line))
 
 
-class _PipeSafeConsole(Console):
-    """A console that goes silent when its pipe is closed, as by `| head`. Rich would exit the process."""
+class _LiveTable:
+    """A table on a terminal. Its last row is live. Rows above it stay, at an interval that grows.
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        with contextlib.suppress(OSError), Path(os.devnull).open("wb") as devnull:
-            os.dup2(devnull.fileno(), self.file.fileno())  # for other prints and for what is still buffered
+    Args:
+        console: The terminal.
+        waiting: Text in place of the first row.
+        max_steps: The run's last step, whose row stays.
+    """
+
+    def __init__(self, console: Console, waiting: str, max_steps: int) -> None:
+        self._console = console
+        self._max_steps = max_steps
+        self._widths = _COLUMN_WIDTHS | {"step": 2 * len(str(max_steps)) + 1}
+        self._row: Text | None = None  # the live row, unless it has been printed as one that stays
+        self._stays = False  # whether the live row is to stay
+        self._first_step: int | None = None
+        self._next_step = 0  # the next row to stay
+        self._refreshed_at = 0.0
+        self._live = Live(Text(waiting), console=console, auto_refresh=False, transient=True)
+        self._live.start(refresh=True)
+
+    def update(self, step: int, cells: list[tuple[str, str]]) -> None:
+        """Replace the live row."""
+        self.keep_row()
+        if self._first_step is None:
+            self._first_step = step
+            self._console.print(Text(self._align([(name, name) for name, _ in cells]), "bold", no_wrap=True))
+        self._row = Text(self._align(cells), no_wrap=True)
+        self._stays = step >= min(self._next_step, self._max_steps)
+        if self._stays:
+            interval = min((step - self._first_step) // 2, self._max_steps // 20)
+            self._next_step = step + max(1, interval)
+        refresh = time.monotonic() - self._refreshed_at > _REFRESH_SECONDS
+        self._live.update(self._row, refresh=refresh)
+        if refresh:
+            self._refreshed_at = time.monotonic()
+
+    def keep_row(self) -> None:
+        """Print the live row as one that stays, if it is due."""
+        if self._row is not None and self._stays:
+            self._console.print(self._row)
+            self._row = None
+
+    def stop(self) -> None:
+        """Let the last row stay, and restore the cursor."""
+        self._stays = True
+        self.keep_row()
+        self._live.stop()
+
+    def _align(self, cells: list[tuple[str, str]]) -> str:
+        return "  ".join(value.rjust(max(len(name), self._widths[name])) for name, value in cells)
 
 
 def format_metrics(metrics: StepMetrics, max_steps: int) -> list[tuple[str, str]]:
-    """Format the metrics of a step as pairs of label and value, in display order."""
+    """Format the metrics of a step as pairs of label and value, in display order, without those that are unknown."""
     tokens_per_step = metrics.num_tokens / metrics.step
     remaining_tokens = (max_steps - metrics.step) * tokens_per_step
     remaining_seconds = remaining_tokens / max(metrics.tokens_per_second, 1e-9)
+    mfu, memory = metrics.mfu, metrics.memory_bytes
     return [
         ("step", f"{metrics.step}/{max_steps}"),
         ("loss", f"{metrics.loss:.4f}"),
         ("lr", f"{metrics.learning_rate:.2e}"),
         ("norm", f"{metrics.grad_norm:.3f}"),
         ("tokens/s", f"{metrics.tokens_per_second:,.0f}"),
-        ("MFU", "n/a" if metrics.mfu is None else f"{metrics.mfu:.1%}"),
-        ("memory", "n/a" if metrics.memory_bytes is None else f"{metrics.memory_bytes / 2**30:.1f} GiB"),
+        *([] if mfu is None else [("MFU", f"{mfu:.1%}")]),
+        *([] if memory is None else [("memory", f"{memory / 2**30:.1f} GiB")]),
         ("ETA", _format_duration(remaining_seconds)),
     ]
 
@@ -128,16 +184,6 @@ def _summary(trainer: "Trainer") -> str:
         f"(micro-batch {batch.micro_batch_size}, accumulation {batch.accumulation_steps}) | "
         f"step {trainer.step}/{trainer.config.max_steps}"
     )
-
-
-def _table(cells: list[tuple[str, str]], last_evaluation: EvalMetrics | None) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-    if last_evaluation is not None:
-        cells = [*cells, ("val loss", f"{last_evaluation.loss:.4f}")]
-    for name, _ in cells:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_row(*(value for _, value in cells))
-    return table
 
 
 def _format_duration(seconds: float) -> str:

@@ -41,13 +41,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0 on success, 1 after a `HomebrewError`, which is printed on one line of standard error.
+        The exit code: 0 on success, 1 after a `HomebrewError` or if standard output cannot be written to. The error is
+        printed on one line of standard error.
 
     Raises:
         SystemExit: With code 2 if the arguments cannot be parsed, with code 0 after `--help`.
         KeyboardInterrupt: The user pressed Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:  # not of standard output
+            raise
+        # Replace standard output, otherwise Python prints an error when it flushes it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # that is, unless the reader of a pipe, such as `head`, has exited
+            print(f"homebrew: The output could not be written: {error.strerror}.", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: Sequence[str]) -> int:
     if list(arguments) == ["--version"]:
         print(f"homebrew {homebrew.__version__}")
         return 0
@@ -70,13 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             registry=PATHS,
         )
         command.run()
-        sys.stdout.flush()
     except HomebrewError as error:
         message = in_terms_of_options(str(error), COMMANDS[arguments[0]])
         print(f"homebrew: {' '.join(message.split())}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has exited
-        # Replace standard output, otherwise Python prints an error when it flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

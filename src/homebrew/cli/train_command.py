@@ -1,12 +1,15 @@
 """`homebrew train`: train a new model, or fine-tune a pretrained one."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
+from homebrew.callbacks.background_stream import BackgroundStream
 from homebrew.cli.open_datasets import (
     are_token_files,
     data_files,
@@ -71,7 +74,9 @@ class Train:
         trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
         if trainer.is_main_process:
             output_dir = self.trainer.output_dir
-            print(f"The model is saved in {output_dir}. Try it: {sample_command(output_dir, train_dataset.tokenizer)}")
+            sample = sample_command(output_dir, train_dataset.tokenizer)
+            with closing(BackgroundStream(sys.stdout)) as stream:  # the run shall end although nobody reads
+                print(f"The model is saved in {output_dir}. Try it: {sample}", file=stream)
 
     def _check_options(self, config: "TrainerConfig") -> None:
         """Check combinations of options before anything is loaded."""

@@ -85,6 +85,7 @@ class Trainer:
         self.model = parts.model
         self.batch = parts.batch
         self.sequence_length = parts.sequence_length
+        self.compile_mode = parts.compile_mode
         self.step = 0
         """Number of optimizer steps taken."""
         self.should_stop = False
@@ -100,7 +101,7 @@ class Trainer:
         self._logger = parts.logger
         self._checkpoints = parts.checkpoints
         self._evaluates_eagerly = parts.evaluates_eagerly
-        self._needs_warm_up = parts.compile_mode != "none"
+        self._needs_warm_up = self.compile_mode != "none"
         self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
         self._is_running = False
         self._stop_agreed = False  # whether all processes know that the run must end
