@@ -1,6 +1,11 @@
 import io
+import re
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import pytest
 from rich.console import Console
 
 from homebrew import GPTConfig, ProgressDisplay, StepMetrics, TokenDataset, Trainer, TrainerConfig
@@ -21,15 +26,91 @@ def train(folder, *callbacks):
     Trainer(model, data, data, config=config, callbacks=callbacks).train()
 
 
-def test_a_terminal_shows_a_table_within_80_columns_and_gets_its_cursor_back(tmp_path):
-    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+def terminal(width=80):
+    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, soft_wrap=True)
+
+
+def screen(output):
+    """Return the lines that remain on a terminal after this output."""
+    lines, row, column = [""], 0, 0
+    for token in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", output):
+        if token == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif token == "\x1b[2K":  # erase the line
+            lines[row] = ""
+        elif up := re.fullmatch(r"\x1b\[(\d+)A", token):
+            row -= int(up[1])
+        elif not token.startswith("\x1b"):
+            column = 0 if token == "\r" else column
+            lines[row] = lines[row][:column].ljust(column) + token.strip("\r")
+        column = 0 if token in "\r\n" else len(lines[row])
+    return [line.rstrip() for line in lines if line]
+
+
+def test_a_terminal_keeps_a_table_within_80_columns_and_gets_its_cursor_back(tmp_path):
+    console = terminal()
     train(tmp_path, ProgressDisplay(console))
     output = console.file.getvalue()
-    assert "validation loss" in output
-    assert all(label in output for label in ("tokens/s", "ETA", "val loss"))
-    assert "…" not in output  # nothing is truncated
+    assert "taking the first step…" in output
+    summary, header, *rest = screen(output)
+    assert "precision float32" in summary
+    assert header.split() == ["step", "loss", "lr", "norm", "tokens/s", "ETA"]
+    kinds = [line.split(" | ")[1].split()[0] if " | " in line else line.split()[0] for line in rest]
+    assert kinds == ["1/4", "2/4", "validation", "3/4", "4/4", "validation", "saving"]
     show_cursor, hide_cursor = "\x1b[?25h", "\x1b[?25l"
     assert output.rindex(show_cursor) > output.rindex(hide_cursor)
+    assert "n/a" not in output
+
+
+def show(steps, max_steps, *, console=None, **changes):
+    """Return the screen after a run of which these steps were logged."""
+    console = console or terminal()
+    display = ProgressDisplay(console)
+    trainer = Mock(is_main_process=True, step=max_steps, compile_mode="kernels")
+    trainer.config.max_steps = max_steps
+    trainer.model.parameters.return_value = []
+    trainer.model.num_parameters.return_value = trainer.batch.global_batch_size = 1
+    display.on_train_begin(trainer)
+    for step in steps:
+        display.on_log(trainer, replace(METRICS, step=step, **changes))
+    display.on_train_end(trainer)
+    output = console.file.getvalue()
+    assert "compiling" in output
+    return screen(output)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "every"), [(1, 1500, 1), (1, 100_000, 10), (1, 20, 1), (501, 1000, 1), (1, 77, 7), (1, 1, 1)]
+)
+def test_rows_stay_at_a_growing_interval(first, last, every):
+    steps = [first, *(step for step in range(first + 1, last + 1) if step % every == 0 or step == last)]
+    rows = [int(line.split("/")[0]) for line in show(steps, last) if re.match(r" *\d+/", line)]
+    assert rows[:3] == steps[:3]
+    assert rows[-1] == last
+    assert len(rows) <= 45
+    intervals = [b - a for a, b in pairwise(rows)]
+    assert max(intervals, default=1) <= max(2 * every, last / 10)
+
+
+def test_the_last_row_stays_when_a_run_is_stopped():
+    rows = show(range(1, 778), 1000)
+    assert any(line.startswith(" 777/1000") for line in rows)
+
+
+def test_a_table_of_a_gpu_fits_in_80_columns():
+    lines = show(range(1, 30), 19_073, mfu=0.381, memory_bytes=17 * 2**30, tokens_per_second=1.1e6)
+    header, *rows = [line for line in lines if "/19073 " in line or "ETA" in line]
+    assert header.split() == ["step", "loss", "lr", "norm", "tokens/s", "MFU", "memory", "ETA"]
+    assert all(len(line) <= 80 for line in (header, *rows))
+    assert len({len(line) for line in (header, *rows)}) == 1  # the columns are aligned
+
+
+def test_the_live_row_is_one_line_of_a_narrow_terminal():
+    console = terminal(width=40)
+    show([1], 19_073, console=console)
+    frames = re.findall(r"\x1b\[2K([^\x1b\r\n]*/19073[^\x1b\r\n]*)\r?(?=$|\x1b|\r)", console.file.getvalue())
+    assert max(map(len, frames)) <= 40
 
 
 def test_a_pipe_gets_plain_lines(tmp_path, capsys):
@@ -37,6 +118,8 @@ def test_a_pipe_gets_plain_lines(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines if "tokens/s" in line] == [f"step {n}/4" for n in range(1, 5)]
     assert not any("\x1b" in line for line in lines)
+    assert "precision float32" in lines[0]
+    assert not any("n/a" in line for line in lines)
 
 
 def test_only_the_main_process_prints(capsys):
@@ -51,4 +134,9 @@ def test_only_the_main_process_prints(capsys):
 def test_format_metrics_estimates_the_time_remaining():
     shown = dict(format_metrics(METRICS, max_steps=100))
     assert shown["ETA"] == "0:00:07"  # 70 steps of 100 tokens at 1,000 tokens/s
-    assert shown["MFU"] == shown["memory"] == "n/a"
+
+
+def test_format_metrics_leaves_out_what_is_unknown():
+    assert not {"MFU", "memory"} & dict(format_metrics(METRICS, max_steps=100)).keys()
+    on_gpu = dict(format_metrics(replace(METRICS, mfu=0.4, memory_bytes=2**30), max_steps=100))
+    assert (on_gpu["MFU"], on_gpu["memory"]) == ("40.0%", "1.0 GiB")

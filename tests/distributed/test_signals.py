@@ -1,5 +1,8 @@
+import contextlib
+import io
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -28,14 +31,52 @@ def test_records_signals_and_restores_the_handlers():
     assert [signal.getsignal(number) for number in HANDLED_SIGNALS] == before
 
 
-def test_a_stop_signal_that_the_block_did_not_handle_ends_the_process():
-    with pytest.raises(SystemExit) as caught, SignalHandler():
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGTERM)
+def receive(*numbers, error=None):
+    """Receive signals in a block that does not handle them."""
+    with SignalHandler():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        if error:
+            raise error
+
+
+def test_a_stop_signal_that_the_block_has_not_handled_ends_the_process():
+    with pytest.raises(SystemExit) as caught:
+        receive(signal.SIGUSR1, signal.SIGTERM)
     assert caught.value.code == 143
-    with pytest.raises(ValueError, match="the run's error"), SignalHandler():
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise ValueError("the run's error")
+    receive(signal.SIGUSR1)
+    with pytest.raises(ValueError, match="the run's error"):
+        receive(signal.SIGTERM, error=ValueError("the run's error"))
+
+
+@pytest.mark.parametrize("announce", [True, False])
+def test_the_first_interrupt_says_what_a_second_one_does(monkeypatch, announce):
+    read, write = os.pipe()
+    with os.fdopen(read) as reader, os.fdopen(write, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with SignalHandler(announce=announce) as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            signals.pop_flags()
+        stderr.close()
+        message = reader.read()
+    assert ("Ctrl-C again" in message) == announce
+
+
+@pytest.mark.parametrize("stderr", ["stopped", "closed", "none", "no descriptor"])
+def test_the_announcement_neither_blocks_nor_fails(monkeypatch, stderr):
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while stderr == "stopped":
+            os.write(write, b"-" * 100)
+    os.set_blocking(write, True)
+    with os.fdopen(read), os.fdopen(write, "w") as stream:
+        if stderr == "closed":
+            stream.close()
+        monkeypatch.setattr(sys, "stderr", {"none": None, "no descriptor": io.StringIO()}.get(stderr, stream))
+        with SignalHandler(announce=True) as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert any(signals.pop_flags())
 
 
 @pytest.mark.parametrize("popped", [False, True])

@@ -1,17 +1,23 @@
 """Callbacks: when events are emitted, and what a callback may do in them."""
 
+import contextlib
 import errno
 import io
+import os
+import pty
 import sys
+import threading
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tiny_runs import RaiseAt, Recorder, StopAt, make_trainer, saved_steps, token_dataset
 
-from homebrew import GPT
+from homebrew import GPT, ProgressDisplay
+from homebrew.callbacks import background_stream
 from homebrew.callbacks.base import Callback
 from homebrew.errors import CheckpointError, ConfigError
 
@@ -163,6 +169,33 @@ def test_a_save_that_fails_after_a_failed_evaluation_is_a_warning(tmp_path, monk
     trainer = make_trainer(tmp_path, max_steps=1, eval_dataset=token_dataset(200), callbacks=[FailsToEvaluate()])
     with pytest.warns(UserWarning, match="disk full"), pytest.raises(ValueError, match="from a callback"):
         trainer.train()
+def test_training_without_a_standard_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # closed by the shell's `>&-`
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    assert trainer.step == 2
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal", "given console"])
+def test_training_does_not_wait_for_a_reader_that_has_stopped(tmp_path, monkeypatch, kind):
+    read, write = pty.openpty() if kind == "terminal" else os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"-" * 100)
+    os.set_blocking(write, True)
+    monkeypatch.setattr(background_stream, "PATIENCE_SECONDS", 0.1)
+    with os.fdopen(write, "w") as stream:
+        if kind == "given console":
+            callbacks = [ProgressDisplay(Console(file=stream))]
+        else:
+            monkeypatch.setattr(sys, "stdout", stream)
+            callbacks = []
+        trainer = make_trainer(tmp_path, max_steps=4, callbacks=callbacks)
+        trainer.train()
+        assert trainer.step == 4
+        os.close(read)  # ends the display's thread
+        [thread.join() for thread in threading.enumerate() if thread.name == "display"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import IO
 MAX_PENDING = 1000
 """Maximum number of texts that wait for the reader; further ones are dropped."""
 
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 2.0
 """Time without any progress after which `BackgroundStream.close` gives up."""
 
 

@@ -102,7 +102,7 @@ class ProgressDisplay(Callback):
 
 
 class _LiveTable:
-    """A table on a terminal. Its last row is live. Rows above it stay, at an interval that grows.
+    """A table on a terminal. Its last row is live. Rows above it stay, at an interval that grows to a 20th of the run.
 
     Args:
         console: The terminal.
@@ -131,8 +131,8 @@ class _LiveTable:
         self._row = Text(self._align(cells), no_wrap=True)
         self._stays = step >= min(self._next_step, self._max_steps)
         if self._stays:
-            interval = min((step - self._first_step) // 2, self._max_steps // 20)
-            self._next_step = step + max(1, interval)
+            interval = max(1, min((step - self._first_step) // 2, self._max_steps // 20))
+            self._next_step = (step // interval + 1) * interval
         refresh = time.monotonic() - self._refreshed_at > _REFRESH_SECONDS
         self._live.update(self._row, refresh=refresh)
         if refresh:

@@ -1,5 +1,8 @@
 """Handle SIGTERM, SIGINT, SIGHUP and SIGUSR1 between training steps."""
 
+import contextlib
+import os
+import select
 import signal
 import sys
 import threading
@@ -16,9 +19,13 @@ class SignalHandler:
     A stop signal that has not been handled when the block ends takes effect then, unless an error ended the block. A
     second SIGINT raises KeyboardInterrupt immediately. Outside the main thread, where Python does not allow signal
     handlers, no signal is recorded.
+
+    Args:
+        announce: Whether to print what the first SIGINT does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, announce: bool = False) -> None:
+        self._announce = announce
         self._received: set[signal.Signals] = set()
         self._interrupted = False
         self._previous_handlers: dict[signal.Signals, object] = {}
@@ -45,6 +52,8 @@ class SignalHandler:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
+            if self._announce:
+                _announce_interrupt()
         self._received.add(received)
 
     def pop_flags(self) -> list[float]:
@@ -61,6 +70,17 @@ def _is_nohup(number: signal.Signals) -> bool:
     return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
 
+def _announce_interrupt() -> None:
+    """Print what Ctrl-C does, from a signal handler: without locks or buffers, and only where printing cannot block."""
+    message = "Ctrl-C: saving after this step, then exiting. Press Ctrl-C again to exit without saving.\n"
+    with contextlib.suppress(OSError, ValueError):
+        if _is_interactive():
+            print(message, file=sys.stderr)  # a notebook's standard error is not a descriptor
+        elif sys.stderr is not None and select.select([], [sys.stderr.fileno()], [], 0)[1]:
+            start = "\n" if sys.stderr.isatty() else ""  # the terminal has echoed ^C
+            os.write(sys.stderr.fileno(), (start + message).encode())
+
+
 def ends_run(number: signal.Signals) -> bool:
     """Return whether the run ends after saving for this signal."""
     return number.name != "SIGUSR1"
@@ -73,6 +93,10 @@ def exit_for_signal(number: signal.Signals) -> None:
         KeyboardInterrupt: In a notebook or an interactive session.
         SystemExit: Elsewhere, with exit code 128 + signal number.
     """
-    if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+    if _is_interactive():
         raise KeyboardInterrupt(f"stopped by {number.name} after saving")
     raise SystemExit(128 + number)
+
+
+def _is_interactive() -> bool:
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules

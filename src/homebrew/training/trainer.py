@@ -135,7 +135,7 @@ class Trainer:
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
         """
         check_start(resume, overwrite=overwrite)
-        with SignalHandler() as signals, self._checkpoints.locked():
+        with SignalHandler(announce=self.is_main_process) as signals, self._checkpoints.locked():
             self._start(resume, accept_changes, overwrite=overwrite)
             self._run(signals)
 
