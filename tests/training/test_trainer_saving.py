@@ -7,15 +7,17 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import CONFIG, Recorder, StopAt, make_trainer, saved_steps, token_dataset
+from tiny_runs import CONFIG, Recorder, StopAt, checkpoint_path, make_trainer, saved_steps, token_dataset
 
 from homebrew import GPT
 from homebrew.callbacks.base import Callback
 from homebrew.checkpoint.manager import CheckpointManager
+from homebrew.checkpoint.manifest import open_checkpoint
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.distributed.signals import HANDLED_SIGNALS
 from homebrew.errors import CheckpointError
@@ -140,6 +142,44 @@ def test_a_signal_outside_the_loop_is_neither_lost_nor_fatal(tmp_path, monkeypat
         trainer.train()
     assert caught.value.code == 128 + signal_number
     assert saved_steps(tmp_path) == ([1] if before_loop else [2])
+
+
+class SlowWriter(Callback):
+    """Interrupts the run at step 3, and again while it waits for its writer, which then takes its time."""
+
+    def __init__(self, monkeypatch, num_interrupts):
+        self.num_interrupts, self.proceed, self.running, self.overlap = num_interrupts, threading.Event(), 0, False
+        save = CheckpointStore.save
+
+        def slow_save(*args, **kwargs):
+            self.overlap = self.overlap or self.running > 0
+            self.running += 1
+            self.proceed.wait(60)
+            try:
+                return save(*args, **kwargs)
+            finally:
+                self.running -= 1
+
+        monkeypatch.setattr(CheckpointStore, "save", slow_save)
+
+    def on_step_end(self, trainer):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            for i in range(self.num_interrupts):
+                threading.Timer(0.1 * (i + 1), os.kill, [os.getpid(), signal.SIGINT]).start()
+            threading.Timer(0.1 * (self.num_interrupts + 1), self.proceed.set).start()
+
+
+@pytest.mark.parametrize("num_interrupts", [1, 2])
+def test_interrupts_while_the_run_waits_for_its_writer_do_not_damage_the_save(tmp_path, monkeypatch, num_interrupts):
+    writer = SlowWriter(monkeypatch, num_interrupts)
+    trainer = make_trainer(tmp_path, callbacks=[writer])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume=True)
+    assert not writer.overlap
+    assert trainer.step == 6
+    assert [open_checkpoint(checkpoint_path(tmp_path, step)).step for step in saved_steps(tmp_path)] == [3, 6]
 
 
 class BreakCheckpointFolder(Callback):
