@@ -170,6 +170,18 @@ def test_exit_codes_of_the_process(program, arguments, code):
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize("command", ["--version", "--help", "train --help"])
+@pytest.mark.parametrize("redirection", ["<&- >&-", "2>&- >&-", ">/dev/full", ">/dev/full 2>/dev/full"])
+def test_an_output_that_cannot_be_written_gives_no_traceback(program, command, redirection):
+    script = f"{' '.join(program)} {command} {redirection}"
+    process = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode == ("/dev/full" in redirection)
+    if redirection == ">/dev/full":
+        assert re.fullmatch("homebrew: .*No space left on device.*\n", process.stderr)
+    else:
+        assert process.stderr == ""
+
+
 def test_ctrl_c_during_imports_prints_no_traceback(monkeypatch, capsys):
     class Interrupted:
         @property

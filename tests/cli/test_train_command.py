@@ -1,10 +1,13 @@
 import dataclasses
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
+import time
 import typing
 from pathlib import Path
 
@@ -244,8 +247,62 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_no_traceback(program, text, tmp_pa
             rest, errors = process.communicate(timeout=120)
         finally:
             process.kill()
-    assert (process.returncode, errors) == (130, b"")
+    assert process.returncode == 130
+    assert re.fullmatch(b"Ctrl-C: .*\n", errors)
     assert b"saving" in output + rest
+    load_model(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_that_the_loss_falls_and_that_ctrl_c_saves(program, text, tmp_path, tiny):
+    options = ["--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 10**6, "--log-every", 1, *tiny]
+    arguments = [*program[1:], "train", *map(str, [text, *options])]
+    terminal = pexpect.spawn(program[0], arguments, encoding="utf-8", timeout=120, dimensions=(30, 80))
+    try:
+        terminal.expect_exact("first step…")
+        terminal.expect(r"step +loss +lr +norm +tokens/s +ETA")
+        for step in (1, 2, 3):
+            terminal.expect(rf" {step}/1000000 [^\r\n]+\r\n")  # a row that stays
+        terminal.sendintr()
+        terminal.expect_exact("Press Ctrl-C again")
+        terminal.expect_exact("saving")
+        terminal.expect(pexpect.EOF)
+    finally:
+        terminal.close(force=True)
+    assert terminal.exitstatus == 130
+    assert "Traceback" not in terminal.before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_reader_that_has_stopped_holds_up_neither_a_run_nor_its_end(program, text, tmp_path, tiny, kind, stop):
+    read, write = pty.openpty() if kind == "terminal" else os.pipe()
+    if kind == "pipe":
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)  # as little as a terminal holds: about 50 lines
+    options = ["--output-dir", tmp_path, "--tokenizer", "char", "--log-every", 1, "--save-every", 100, *tiny]
+    command = [*program, "train", *map(str, [text, *options, "--max-steps", 10**6 if stop else 300])]
+    with subprocess.Popen(command, stdout=write, stderr=write) as process:
+        try:
+            while stop and not list(tmp_path.glob("checkpoints/step-*[3-9]00")):
+                assert process.poll() is None
+                time.sleep(0.1)
+            if stop:
+                process.terminate()
+            code = process.wait(120)
+        finally:
+            process.kill()
+    os.close(read)
+    os.close(write)
+    assert code == (143 if stop else 0)
+    load_model(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", [">&-", "<&- >&- 2>&-", ">/dev/full", ">/dev/full 2>&1"])
+def test_a_complete_run_succeeds_whatever_its_output_is(shell, text, tmp_path, tiny, redirection):
+    options = ["--output-dir", tmp_path / "run", "--tokenizer", "char", "--max-steps", 2, *tiny]
+    assert shell(["train", text, *options], redirection).stderr == b""
     load_model(tmp_path / "run")
 
 

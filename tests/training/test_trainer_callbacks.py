@@ -169,6 +169,8 @@ def test_a_save_that_fails_after_a_failed_evaluation_is_a_warning(tmp_path, monk
     trainer = make_trainer(tmp_path, max_steps=1, eval_dataset=token_dataset(200), callbacks=[FailsToEvaluate()])
     with pytest.warns(UserWarning, match="disk full"), pytest.raises(ValueError, match="from a callback"):
         trainer.train()
+
+
 def test_training_without_a_standard_output(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # closed by the shell's `>&-`
     trainer = make_trainer(tmp_path, max_steps=2)
