@@ -54,7 +54,7 @@ def test_a_terminal_keeps_a_table_within_80_columns_and_gets_its_cursor_back(tmp
     output = console.file.getvalue()
     assert "taking the first step…" in output
     summary, header, *rest = screen(output)
-    assert "precision float32" in summary
+    assert "float32" in summary
     assert header.split() == ["step", "loss", "lr", "norm", "tokens/s", "ETA"]
     kinds = [line.split(" | ")[1].split()[0] if " | " in line else line.split()[0] for line in rest]
     assert kinds == ["1/4", "2/4", "validation", "3/4", "4/4", "validation", "saving"]
@@ -118,7 +118,7 @@ def test_a_pipe_gets_plain_lines(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines if "tokens/s" in line] == [f"step {n}/4" for n in range(1, 5)]
     assert not any("\x1b" in line for line in lines)
-    assert "precision float32" in lines[0]
+    assert "float32" in lines[0]
     assert not any("n/a" in line for line in lines)
 
 

@@ -2,6 +2,7 @@
 
 - `base`: `Callback`, which documents every training event.
 - `progress`: `ProgressDisplay`, the live table on a terminal or plain lines elsewhere.
+- `background_stream`: `BackgroundStream`, through which the display prints without waiting for a reader.
 - `run_logger`: `RunLogger`, which writes `run.json` and `metrics.jsonl` and feeds Accelerate's trackers.
 - `early_stopping`: `EarlyStopping`.
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Train:
     """Train a GPT on text files or on token files.
 
-    Ctrl-C saves a checkpoint and exits; --resume continues the run.
+    Ctrl-C saves a checkpoint and exits, a second Ctrl-C exits without saving. --resume continues the run.
 
     On multiple GPUs:
       accelerate launch --multi_gpu -m homebrew train ...
