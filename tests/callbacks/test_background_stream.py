@@ -3,6 +3,7 @@ import pty
 import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,17 @@ def test_text_is_dropped_if_the_disk_is_full_or_the_stream_closed():
         stream.write("text")
     with closing(BackgroundStream(file)) as stream:
         stream.write("text")
+
+
+def test_a_custom_stream_gets_all_text():
+    """A stream that copies to a terminal and a file needs no more than `write` and `flush`."""
+
+    texts = []
+    tee = SimpleNamespace(write=texts.append, flush=lambda: None)
+    with closing(BackgroundStream(tee)) as stream:
+        stream.write("text")
+        assert not stream.isatty()
+    assert texts == ["text"]
 
 
 def test_characters_that_the_terminal_cannot_encode_are_replaced(tmp_path):

@@ -1,6 +1,7 @@
 """`BackgroundStream`: a text stream whose writer never waits for the reader."""
 
 import contextlib
+import io
 import os
 import threading
 from pathlib import Path
@@ -39,11 +40,7 @@ class BackgroundStream:
 
     def isatty(self) -> bool:
         """Return whether the stream is a terminal."""
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        """Return the stream's file descriptor, or raise an OSError if it has none."""
-        return self._stream.fileno()
+        return hasattr(self._stream, "isatty") and self._stream.isatty()
 
     def write(self, text: str) -> int:
         """Write text soon, or drop it if too much text is waiting."""
@@ -71,19 +68,27 @@ class BackgroundStream:
     def _write(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # ValueError: the stream has been closed
             self._stream.flush()  # what others have printed to it comes first
-            try:
-                descriptor = self._stream.fileno()
-            except OSError:  # a notebook's or a test's stream
+            descriptor = _descriptor(self._stream)
+            if descriptor is None:
                 self._stream.write(text)
                 self._stream.flush()
             else:
-                self._write_bytes(descriptor, text.encode(self.encoding, errors="replace"))
+                _write_bytes(descriptor, text.encode(self.encoding, errors="replace"))
 
-    def _write_bytes(self, descriptor: int, data: bytes) -> None:
-        """Write to the descriptor, because a stream holds a lock while it writes, for which Python waits at exit."""
-        try:
-            while data:
-                data = data[os.write(descriptor, data) :]
-        except BrokenPipeError:  # the reader has exited, as `head` does; other prints shall not fail, either
-            with Path(os.devnull).open("wb") as devnull:
-                os.dup2(devnull.fileno(), descriptor)
+
+def _descriptor(stream: IO[str]) -> int | None:
+    """Return the file descriptor of a stream, or None for a notebook's, a test's or a custom one."""
+    if isinstance(stream, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):
+            return stream.fileno()
+    return None
+
+
+def _write_bytes(descriptor: int, data: bytes) -> None:
+    """Write to a descriptor. Its stream would hold a lock meanwhile, for which Python waits at exit."""
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except BrokenPipeError:  # the reader has exited, as `head` does; other prints shall not fail, either
+        with Path(os.devnull).open("wb") as devnull:
+            os.dup2(devnull.fileno(), descriptor)

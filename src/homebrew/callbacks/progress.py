@@ -90,9 +90,9 @@ class ProgressDisplay(Callback):
                 f"step {trainer.step}/{trainer.config.max_steps} | stopped early; resume to continue from the last "
                 f"checkpoint"
             )
-        self._stream.close()
         self._console.file = self._file
         self._console = None
+        self._stream.close()
 
     def _print(self, line: str) -> None:
         if self._table is not None:

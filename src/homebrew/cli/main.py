@@ -19,6 +19,7 @@ from homebrew.cli.sample_command import Sample
 from homebrew.cli.saved_command import saved_options
 from homebrew.cli.train_command import Train
 from homebrew.errors import HomebrewError
+from homebrew.io import is_disk_full
 
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
@@ -54,11 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        if error.filename is not None:  # not of standard output
-            raise
+        is_closed_pipe = isinstance(error, BrokenPipeError)  # its reader, such as `head`, has exited
+        if error.filename is not None or not (is_closed_pipe or is_disk_full(error)):
+            raise  # not of standard output
         # Replace standard output, otherwise Python prints an error when it flushes it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # that is, unless the reader of a pipe, such as `head`, has exited
+        if not is_closed_pipe:
             print(f"homebrew: The output could not be written: {error.strerror}.", file=sys.stderr)
         return 1
 

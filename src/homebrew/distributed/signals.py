@@ -73,7 +73,7 @@ def _is_nohup(number: signal.Signals) -> bool:
 def _announce_interrupt() -> None:
     """Print what Ctrl-C does, from a signal handler: without locks or buffers, and only where printing cannot block."""
     message = "Ctrl-C: saving after this step, then exiting. Press Ctrl-C again to exit without saving.\n"
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: the signal interrupted another print
         if _is_interactive():
             print(message, file=sys.stderr)  # a notebook's standard error is not a descriptor
         elif sys.stderr is not None and select.select([], [sys.stderr.fileno()], [], 0)[1]:

@@ -86,6 +86,7 @@ class Trainer:
         self.batch = parts.batch
         self.sequence_length = parts.sequence_length
         self.compile_mode = parts.compile_mode
+        """How the model is compiled."""
         self.step = 0
         """Number of optimizer steps taken."""
         self.should_stop = False
