@@ -189,6 +189,14 @@ def test_a_stop_signal_to_one_of_two_ranks_stops_both(runner, tmp_path, rank):
     assert newest(tmp_path)[0] in (10, 11)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_stop_signal_during_the_last_save_stops_all_ranks(runner, tmp_path, processes, number, code):
+    signals = {"where": "save", "step": MAX_STEPS, "operation": 5, "signals": [number]}
+    assert runner.run(tmp_path, processes, signals)[0] == [code] * processes, runner.log.read_text()
+    assert newest(tmp_path)[0] == MAX_STEPS
+
+
 # --- a long run
 
 
