@@ -69,14 +69,13 @@ class Train:
             add_lora(model, lora, seed=config.seed)
         logger = RunLogger(command=command_line(self))
         trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=config, callbacks=[logger])
-        if choice is not None:
-            trainer.accelerator.print(choice)
+        if choice is not None and trainer.is_main_process:
+            _print(choice)
         trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
         if trainer.is_main_process:
             output_dir = self.trainer.output_dir
             sample = sample_command(output_dir, train_dataset.tokenizer)
-            with closing(BackgroundStream(sys.stdout)) as stream:  # the run shall end although nobody reads
-                print(f"The model is saved in {output_dir}. Try it: {sample}", file=stream)
+            _print(f"The model is saved in {output_dir}. Try it: {sample}")
 
     def _check_options(self, config: "TrainerConfig") -> None:
         """Check combinations of options before anything is loaded."""
@@ -170,3 +169,9 @@ class Train:
                 f"{names} has the tokenizer {name!r}, but {self.model.init_from} has the tokenizer "
                 f"{model_tokenizer.name!r}. Prepare the text with the model's tokenizer, or train a new model."
             )
+
+
+def _print(text: str) -> None:
+    """Print to standard output, as the progress display does: nobody has to read it, and it may be closed."""
+    with closing(BackgroundStream(sys.stdout)) as stream:
+        print(text, file=stream)
