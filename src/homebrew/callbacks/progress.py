@@ -151,7 +151,7 @@ class _LiveTable:
         self._live.stop()
 
     def _align(self, cells: list[tuple[str, str]]) -> str:
-        return "  ".join(value.rjust(max(len(name), self._widths[name])) for name, value in cells)
+        return "  ".join(value.rjust(max(len(name), self._widths.get(name, 0))) for name, value in cells)
 
 
 def format_metrics(metrics: StepMetrics, max_steps: int) -> list[tuple[str, str]]:
