@@ -194,8 +194,8 @@ def gradient_reductions(results, layout, num_steps=3):
     counts = results["collectives"]
     if LAYOUTS[layout].sharded:
         return counts["c10d::_reduce_scatter_base_"] / num_steps
-    # Per step: number of targets, loss, flags. Per run: the evaluation and the last flags.
-    return (counts["c10d::allreduce_"] - 3 * num_steps - 2) / num_steps
+    # Per step: number of targets, loss, flags. Per run: the evaluation and the last two flags.
+    return (counts["c10d::allreduce_"] - 3 * num_steps - 3) / num_steps
 
 
 @pytest.mark.parametrize(
