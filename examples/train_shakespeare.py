@@ -46,8 +46,8 @@ RECIPES = {
     "char": Recipe(
         GPTConfig.preset("char"),
         tokenizer="char",
-        max_steps=2_500,
-        settings={"global_batch_tokens": 1_536, "learning_rate": 5e-3, "log_every": 50, "eval_batches": 100},
+        max_steps=2_800,
+        settings={"global_batch_tokens": 1_536, "learning_rate": 5e-3, "log_every": 100, "eval_batches": 100},
     ),
     "gpt2": Recipe(
         GPTConfig.preset("gpt2", dropout=0.2),
