@@ -73,8 +73,8 @@ def make_trainer(
 
 
 def weights(trainer):
-    """Return a copy of the model's state dict."""
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    """Return a copy of the model's state dict, on the CPU."""
+    return {name: value.to("cpu", copy=True) for name, value in trainer.model.state_dict().items()}
 
 
 def checkpoint_path(output_dir, step):
@@ -94,7 +94,7 @@ def saved_steps(output_dir):
 def equal(a, b):
     """Return whether two dicts of tensors are bitwise equal."""
     return a.keys() == b.keys() and all(
-        a[name].shape == b[name].shape and torch.equal(_bytes(a[name]), _bytes(b[name])) for name in a
+        a[name].shape == b[name].shape and torch.equal(_bytes(a[name]).cpu(), _bytes(b[name]).cpu()) for name in a
     )
 
 

@@ -80,15 +80,17 @@ def test_more_models_are_compiled_than_the_default_limit_allows():
 
 
 class RandomModel(nn.Module):
-    """Draws random numbers in each pass and records its mode."""
+    """Draws random numbers and counts in each pass, and records its mode."""
 
     def __init__(self, error=None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
+        self.register_buffer("num_calls", torch.zeros(()))
         self.error, self.modes = error, []
 
     def forward(self, input_ids, targets):
         self.modes.append(self.training)
+        self.num_calls += 1
         loss = (self.weight * torch.rand(len(input_ids)) * (input_ids - targets)).sum()
         if self.error is not None:
             raise self.error
@@ -109,4 +111,5 @@ def test_warm_up_leaves_no_trace(error):
             warm_up_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True)
     assert model.training
     assert model.weight.grad is None
+    assert model.num_calls == 0
     assert torch.equal(torch.get_rng_state(), rng_state)

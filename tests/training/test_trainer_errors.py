@@ -86,7 +86,7 @@ def test_a_model_must_return_a_scalar_loss(tmp_path, change, where):
         def forward(self, input_ids, targets=None):
             return change(super().forward(input_ids, targets))
 
-    trainer = make_trainer(tmp_path, model=Changed(ONE_LAYER))
+    trainer = make_trainer(tmp_path, model=Changed(ONE_LAYER), compile=False)
     with pytest.raises(ModelError, match=r"forward\(input_ids, targets\) returned .* scalar"):
         trainer.train() if where == "training" else trainer.evaluate(token_dataset())
 

@@ -162,7 +162,7 @@ def test_optimizer_of_a_finished_run_trains_on_with_its_peak_learning_rate(tmp_p
     model = GPT(ONE_LAYER)
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3), amsgrad=True, foreach=False)
     make_trainer(tmp_path, model=model, optimizer=optimizer).train()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3)
     trainer = make_trainer(tmp_path, model=model, optimizer=optimizer, max_steps=8)
     trainer.train(resume=True, accept_changes=["schedule"])
     assert trainer.step == 8

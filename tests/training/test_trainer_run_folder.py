@@ -141,6 +141,7 @@ def test_a_callback_can_save_and_a_dataset_can_fork_during_the_run(tmp_path):
     assert saved_steps(tmp_path) == list(range(7))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use the GPU")
 def test_of_runs_started_at_once_one_trains_and_the_others_say_which(tmp_path):
     start, let_start = os.pipe()
     torch.set_num_threads(1)

@@ -72,7 +72,8 @@ def test_max_grad_norm_may_be_disabled(tmp_path, max_grad_norm, clips):
         make_trainer(tmp_path / name, model=model, optimizer=sgd, max_steps=1, max_grad_norm=max_grad_norm).train()
         return model.transformer.wte.weight
 
-    assert torch.equal(train("run", max_grad_norm), train("expected", 1e9)) is not clips
+    # Not bitwise: the order of a GPU's sums varies.
+    assert torch.allclose(train("run", max_grad_norm), train("expected", 1e9), atol=1e-5) is not clips
 
 
 def test_log_with_tensorboard_writes_event_files(tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 
 from homebrew.data.loader import Batch
 from homebrew.distributed.fsdp import uses_fsdp
+from homebrew.evaluation.mean_loss import check_loss
 from homebrew.model.gpt import GPT
 from homebrew.training.batch_size import BatchPlan
 from homebrew.training.global_settings import raise_recompile_limit
@@ -71,23 +72,27 @@ def compile_model(
 
 
 def warm_up_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates: bool) -> None:
-    """Compile before the first step, with passes that change neither weights, gradients nor random states.
+    """Compile before the first step, with passes that change neither weights, buffers, gradients nor random states.
 
     Under FSDP nothing is done: its passes are collective, and compile with the first step.
     """
     if uses_fsdp(accelerator):
         return
     input_ids, targets = batch
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), accelerator.no_sync(model):
-            model(input_ids, targets).backward()
+            check_loss(model(input_ids, targets)).backward()  # type: ignore[no-untyped-call]
             if evaluates:
                 with torch.no_grad():
                     model.eval()(input_ids, targets)
     finally:
         model.train()
         model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _gradients_fit_twice(model: GPT) -> bool:

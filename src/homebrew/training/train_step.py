@@ -92,7 +92,7 @@ class TrainStep:
             TrainingError: A parameter has been frozen or unfrozen, and that is not supported here.
             ConfigError: A parameter has been unfrozen that the optimizer does not hold.
         """
-        self._check_trainable()
+        self.check_parameters()
         self._is_incomplete = True
         if self._accumulate_in_place:
             self._allocate_gradients()
@@ -104,8 +104,13 @@ class TrainStep:
         self._is_incomplete = False
         return result
 
-    def _check_trainable(self) -> None:
-        """Check parameters that have been frozen or unfrozen since the last step, for example by a callback."""
+    def check_parameters(self) -> None:
+        """Check parameters that have been frozen or unfrozen since the last step, for example by a callback.
+
+        Raises:
+            TrainingError: A parameter has been frozen or unfrozen, and that is not supported here.
+            ConfigError: No parameter is trainable, or the optimizer does not hold one that has been unfrozen.
+        """
         trainable = [parameter.requires_grad for parameter in self._parameters]
         if trainable == self._trainable:
             return

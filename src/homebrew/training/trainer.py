@@ -308,6 +308,7 @@ class Trainer:
         """Compile before the first step, so that compiling does not count as a step's time."""
         if self._needs_warm_up:
             self._needs_warm_up = False
+            self._train_step.check_parameters()
             evaluates = self.eval_dataset is not None and not self._evaluates_eagerly
             with self._logger.paused():
                 warm_up_compiled(self.accelerator, self._wrapped, micro_batch, evaluates=evaluates)
