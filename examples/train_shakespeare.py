@@ -47,7 +47,7 @@ RECIPES = {
         GPTConfig.preset("char"),
         tokenizer="char",
         max_steps=2_800,
-        settings={"global_batch_tokens": 1_536, "learning_rate": 5e-3, "log_every": 100, "eval_batches": 100},
+        settings={"global_batch_tokens": 1_536, "learning_rate": 5e-3, "log_every": 25, "eval_batches": 100},
     ),
     "gpt2": Recipe(
         GPTConfig.preset("gpt2", dropout=0.2),

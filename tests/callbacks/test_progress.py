@@ -1,3 +1,4 @@
+import contextlib
 import io
 import re
 from dataclasses import replace
@@ -8,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 from rich.console import Console
 
-from homebrew import GPTConfig, ProgressDisplay, StepMetrics, TokenDataset, Trainer, TrainerConfig
+from homebrew import Callback, GPTConfig, ProgressDisplay, StepMetrics, TokenDataset, Trainer, TrainerConfig
 from homebrew.callbacks.progress import format_metrics
 
 METRICS = StepMetrics(
@@ -67,13 +68,14 @@ def show(steps, max_steps, *, console=None, **changes):
     """Return the screen after a run of which these steps were logged."""
     console = console or terminal()
     display = ProgressDisplay(console)
-    trainer = Mock(is_main_process=True, step=max_steps, compile_mode="kernels")
+    trainer = Mock(is_main_process=True, step=0, compile_mode="kernels")
     trainer.config.max_steps = max_steps
     trainer.model.parameters.return_value = []
     trainer.model.num_parameters.return_value = trainer.batch.global_batch_size = 1
     display.on_train_begin(trainer)
     for step in steps:
         display.on_log(trainer, replace(METRICS, step=step, **changes))
+    trainer.step = max_steps
     display.on_train_end(trainer)
     output = console.file.getvalue()
     assert "compiling" in output
@@ -140,3 +142,34 @@ def test_format_metrics_leaves_out_what_is_unknown():
     assert not {"MFU", "memory"} & dict(format_metrics(METRICS, max_steps=100)).keys()
     on_gpu = dict(format_metrics(replace(METRICS, mfu=0.4, memory_bytes=2**30), max_steps=100))
     assert (on_gpu["MFU"], on_gpu["memory"]) == ("40.0%", "1.0 GiB")
+
+
+def run_output(tmp_path, capsys, *callbacks, resume=False):
+    data = TokenDataset.from_text("To be, or not to be. " * 40, 16, tokenizer="bytes")
+    config = TrainerConfig(output_dir=tmp_path, max_steps=4, micro_batch_size=2, mixed_precision="no", save_every=2)
+    model = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=8)
+    with contextlib.suppress(KeyboardInterrupt):
+        Trainer(model, data, config=config, callbacks=callbacks).train(resume=resume)
+    return capsys.readouterr().out
+
+
+class Interrupt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, trainer):
+        if trainer.step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_the_end_of_a_stopped_run_says_what_is_saved(tmp_path, capsys):
+    assert "stopped early; nothing is saved" in run_output(tmp_path / "a", capsys, Interrupt(1))
+    assert "stopped early; resume to continue from step 2" in run_output(tmp_path / "b", capsys, Interrupt(3))
+
+
+def test_resuming_says_where_and_that_a_run_is_finished(tmp_path, capsys):
+    run_output(tmp_path, capsys, Interrupt(3))
+    assert "resumes at step 2/4" in run_output(tmp_path, capsys, resume=True)
+    output = run_output(tmp_path, capsys, resume=True)
+    assert "already has all its steps" in output
+    assert "first step…" not in output

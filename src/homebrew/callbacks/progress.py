@@ -35,6 +35,7 @@ class ProgressDisplay(Callback):
         self._given_console = console
         self._console: Console | None = None  # on rank 0, during a run
         self._table: _LiveTable | None = None  # on a terminal
+        self._saved_step: int | None = None
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         """Print a summary of the run and start the table."""
@@ -44,12 +45,21 @@ class ProgressDisplay(Callback):
         self._file = self._console.file
         self._stream = BackgroundStream(self._file)
         self._console.file = cast("IO[str]", self._stream)
+        self._saved_step = trainer.step or None
         self._print(_summary(trainer))
+        if trainer.step >= trainer.config.max_steps:
+            self._print('The run already has all its steps. To train longer, raise max_steps and accept "schedule".')
+            return
         waiting = "compiling the model…" if trainer.compile_mode != "none" else "taking the first step…"
         if self._console.is_terminal:
             self._table = _LiveTable(self._console, waiting, trainer.config.max_steps)
         else:
             self._print(waiting)
+
+    def on_step_end(self, trainer: "Trainer") -> None:
+        """Show that steps are taken before the first one is logged."""
+        if self._table is not None:
+            self._table.wait(f"step {trainer.step}/{trainer.config.max_steps}…")
 
     def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Show the metrics of a step."""
@@ -68,6 +78,7 @@ class ProgressDisplay(Callback):
 
     def on_save(self, trainer: "Trainer", path: Path) -> None:
         """Print the path of a checkpoint."""
+        self._saved_step = trainer.step
         self._print(f"step {trainer.step} | saving {path}")
 
     def on_step_skipped(self, trainer: "Trainer", steps: Sequence[SkippedStep]) -> None:
@@ -86,10 +97,10 @@ class ProgressDisplay(Callback):
             self._table.stop()
             self._table = None
         if trainer.step < trainer.config.max_steps:
-            self._print(
-                f"step {trainer.step}/{trainer.config.max_steps} | stopped early; resume to continue from the last "
-                f"checkpoint"
+            saved = (
+                "nothing is saved" if self._saved_step is None else f"resume to continue from step {self._saved_step}"
             )
+            self._print(f"step {trainer.step}/{trainer.config.max_steps} | stopped early; {saved}")
         self._console.file = self._file
         self._console = None
         self._stream.close()
@@ -122,6 +133,11 @@ class _LiveTable:
         self._live = Live(Text(waiting), console=console, auto_refresh=False, transient=True)
         self._live.start(refresh=True)
 
+    def wait(self, text: str) -> None:
+        """Show a text until there is a row."""
+        if self._first_step is None:
+            self._refresh(Text(text))
+
     def update(self, step: int, cells: list[tuple[str, str]]) -> None:
         """Replace the live row."""
         self.keep_row()
@@ -133,8 +149,11 @@ class _LiveTable:
         if self._stays:
             interval = max(1, min((step - self._first_step) // 2, self._max_steps // 20))
             self._next_step = (step // interval + 1) * interval
+        self._refresh(self._row)
+
+    def _refresh(self, live: Text) -> None:
         refresh = time.monotonic() - self._refreshed_at > _REFRESH_SECONDS
-        self._live.update(self._row, refresh=refresh)
+        self._live.update(live, refresh=refresh)
         if refresh:
             self._refreshed_at = time.monotonic()
 
@@ -182,7 +201,7 @@ def _summary(trainer: "Trainer") -> str:
         f"{describe_precision(accelerator, trainer.config.mixed_precision)} | "
         f"batch {batch.global_batch_size} × {trainer.sequence_length} tokens "
         f"(micro-batch {batch.micro_batch_size}, accumulation {batch.accumulation_steps}) | "
-        f"step {trainer.step}/{trainer.config.max_steps}"
+        f"{'resumes at ' if trainer.step else ''}step {trainer.step}/{trainer.config.max_steps}"
     )
 
 

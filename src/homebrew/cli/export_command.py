@@ -58,13 +58,12 @@ class Export:
         if self.folder is not None:
             model.save_pretrained(self.folder, tokenizer)
             print(f"Exported and verified {self.folder}. Try it:")
-            if tokenizer is None:  # which transformers' pipeline needs
-                print(f"  {sample_command(self.folder, tokenizer)}")
-            else:
+            print(f"  {sample_command(self.folder, tokenizer)}")
+            if tokenizer is not None:  # which transformers' pipeline needs
                 # The pipeline's default number of tokens is more than a small model's block size.
                 max_new_tokens = max(1, min(50, model.config.block_size // 2))
                 print(
-                    f"  transformers.pipeline('text-generation', {str(self.folder)!r})"
+                    f"In Python: transformers.pipeline('text-generation', {str(self.folder)!r})"
                     f"('Once', max_new_tokens={max_new_tokens})"
                 )
         if self.push_to_hub is not None:

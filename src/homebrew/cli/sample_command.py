@@ -22,7 +22,8 @@ class Sample(SavedModel):
 
     In interactive mode:
       - Each line you type is appended to the text so far.
-      - The model continues the text until an empty line or a --stop string.
+      - The model continues it, and stops when it writes an empty line or a --stop string.
+      - Enter without a text continues further.
       - Ctrl-D exits.
     """
 
@@ -74,7 +75,7 @@ class Sample(SavedModel):
         input_prompt = ""
         if sys.stdin.isatty():
             input_prompt = "> "
-            print("Type the beginning of a text, and the model continues it. Enter goes on, Ctrl-D exits.")
+            print("Type the beginning of a text, and the model continues it. Press Enter for more, Ctrl-D to exit.")
         text, turn = "", 0
         while True:
             try:

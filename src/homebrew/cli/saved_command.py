@@ -57,8 +57,10 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     parser.add_argument("--eval-data", "--eval_data", nargs="?")
     parser.add_argument("--init-from", "--init_from", nargs="?")
     given, _ = parser.parse_known_args(arguments[1:])
-    if not given.resume or given.output_dir is None:
+    if not given.resume or set(arguments) & {"-h", "--help"}:
         return None
+    if given.output_dir is None:
+        raise ConfigError("--resume needs the folder of the run. Add --output-dir.")
     command = _read_command(given.output_dir)
     if command is None and given.max_steps is None:
         raise ConfigError(

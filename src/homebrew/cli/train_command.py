@@ -1,5 +1,6 @@
 """`homebrew train`: train a new model, or fine-tune a pretrained one."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -71,7 +72,13 @@ class Train:
         trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=config, callbacks=[logger])
         if choice is not None and trainer.is_main_process:
             _print(choice)
-        trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
+        try:
+            trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
+        except (SystemExit, KeyboardInterrupt):
+            if trainer.is_main_process:
+                resume = shlex.join(["homebrew", "train", "--resume", "--output-dir", str(self.trainer.output_dir)])
+                _print(f"To resume: {resume}")
+            raise
         if trainer.is_main_process:
             output_dir = self.trainer.output_dir
             sample = sample_command(output_dir, train_dataset.tokenizer)
