@@ -81,7 +81,6 @@ JSON_FILES = [
     (write_checkpoint, "manifest.json", CorruptCheckpoint),
     (write_checkpoint, "state.json", CorruptCheckpoint),
     (write_model, "config.json", ModelError),
-    (write_model, "tokenizer.json", ModelError),
     (write_model, "homebrew_tokenizer.json", ModelError),
     (write_model_with_index, "model.safetensors.index.json", ModelError),
     (write_vocabulary, "vocab.json", ModelError),

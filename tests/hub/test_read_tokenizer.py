@@ -1,6 +1,7 @@
 import contextlib
 import json
 import shutil
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -79,14 +80,101 @@ def test_other_kinds_of_tokenizer_are_not_recognized(tmp_path, model):
     assert read_tokenizer(tmp_path, vocab_size=50_257) is None
 
 
-@pytest.mark.parametrize("saved", [{}, {"name": "other"}, {"name": "char"}, {"name": "char", "alphabet": 5}])
+@pytest.mark.parametrize("num_merges", [300_000, 800_000])
+def test_a_large_vocabulary_is_not_recognized(tmp_path, bounded_memory, num_merges):
+    """Such as Llama's, beside a GPT-2 that was trained with it."""
+    GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=4)).save_pretrained(tmp_path)
+    merges = ",".join(['["Ġtoken", "Ġtoken"]'] * num_merges)
+    (tmp_path / "tokenizer.json").write_text(f'{{"model": {{"vocab": {{"a": 0}}, "merges": [{merges}]}}}}')
+    with bounded_memory():
+        assert load_model(tmp_path)[1] is None
+
+
+def export(folder, tokenizer):
+    GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=4)).save_pretrained(folder, tokenizer)
+
+
+def train_new(folder):
+    text = ["the cat sat on the mat " * 50] * 4
+    AutoTokenizer.from_pretrained(folder).train_new_from_iterator(text, vocab_size=280).save_pretrained(folder)
+
+
+def edit(folder, name, change):
+    values = json.loads((folder / name).read_text(encoding="utf-8"))
+    change(values)
+    (folder / name).write_text(json.dumps(values), encoding="utf-8")
+
+
+def permute(vocabulary):
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+def add_merge(folder):
+    edit(folder, "vocab.json", lambda vocabulary: vocabulary.update(th=256))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\n")
+
+
+STALE = {
+    "trained anew": ("bytes", train_new, "other tokens or merges.*'bytes'"),
+    "merge added": ("bytes", add_merge, "other tokens or merges"),
+    "vocab.json permuted": ("bytes", lambda folder: edit(folder, "vocab.json", permute), "other tokens or merges"),
+    "merges missing": ("bytes", lambda folder: (folder / "merges.txt").unlink(), "other tokens or merges"),
+    "no model": ("bytes", lambda folder: (folder / "tokenizer.json").write_text("{}"), "other tokens or merges"),
+    "tokenizer.json permuted": (
+        "char",
+        lambda folder: edit(folder, "tokenizer.json", lambda t: permute(t["model"]["vocab"])),
+        "other tokens or merges.*'char'",
+    ),
+    "large": ("char", lambda folder: (folder / "tokenizer.json").write_text(" " * 2**23), "other tokens or merges"),
+    **{
+        name: (
+            "char",
+            lambda folder, part=part, new=new: edit(folder, "tokenizer.json", lambda t: t[part].update(new)),
+            name,
+        )
+        for name, part, new in [
+            ("pre_tokenizer.pattern", "pre_tokenizer", {"pattern": {"Regex": r"\s"}}),
+            ("pre_tokenizer.behavior", "pre_tokenizer", {"behavior": "Removed"}),
+            ("pre_tokenizer.invert", "pre_tokenizer", {"invert": True}),
+            ("model.unk_token", "model", {"unk_token": "a"}),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("case", STALE)
+def test_a_description_that_contradicts_the_tokenizers_files_is_refused(tmp_path, case):
+    """transformers reads the files, so the description must not win over them."""
+    name, change, message = STALE[case]
+    export(tmp_path, get_tokenizer(name, text="abc \n"))
+    change(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path)
+
+
+def test_an_export_of_gpt2s_tokenizer_with_other_ids_is_refused(gpt2_export, tmp_path):
+    folder = shutil.copytree(gpt2_export, tmp_path / "export")
+    edit(folder, "vocab.json", permute)
+    with pytest.raises(ModelError, match="other tokens or merges.*'gpt2'"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("saved", [{}, {"name": "other"}, {"name": ["bytes"], "tokens": ["a"]}])
+def test_a_custom_tokenizers_description_is_none_with_a_warning(tmp_path, saved):
+    export(tmp_path, get_tokenizer("bytes"))
+    (tmp_path / HOMEBREW_FILE).write_text(json.dumps(saved))
+    with pytest.warns(UserWarning, match="custom tokenizer"):
+        assert load_model(tmp_path)[1] is None
+
+
+@pytest.mark.parametrize("saved", [{"name": "bytes", "a": 1}, {"name": "char"}, {"name": "char", "alphabet": 5}])
 def test_an_invalid_description_raises_a_model_error(tmp_path, saved):
     (tmp_path / HOMEBREW_FILE).write_text(json.dumps(saved))
     with pytest.raises(ModelError, match=HOMEBREW_FILE):
         read_tokenizer(tmp_path, vocab_size=50_257)
 
 
-@pytest.mark.parametrize("name", ["merges.txt", "vocab.json", "tokenizer.json", HOMEBREW_FILE])
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json", HOMEBREW_FILE])
 @pytest.mark.parametrize("content", ["too large", b"\xff"])
 def test_invalid_files_are_rejected_in_bounded_memory(tmp_path, bounded_memory, name, content):
     for other in ("merges.txt", "vocab.json"):
@@ -112,6 +200,6 @@ def test_arbitrary_tokenizer_files_are_rejected_or_not_recognized(tmp_path_facto
     for name, content in (("tokenizer.json", {"model": model}), (HOMEBREW_FILE, model), ("vocab.json", model["vocab"])):
         (folder / "merges.txt").write_bytes(merges)
         (folder / name).write_text(json.dumps(content))
-        with contextlib.suppress(ModelError):
+        with contextlib.suppress(ModelError), warnings.catch_warnings(action="ignore"):
             assert read_tokenizer(folder, vocab_size=50_257) is None
         (folder / name).unlink()

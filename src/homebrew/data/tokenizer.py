@@ -1,5 +1,6 @@
 """Tokenizers: the `Tokenizer` protocol, and the three that homebrew ships: GPT-2's, bytes and characters."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -104,6 +105,9 @@ class CharTokenizer:
         return {"name": self.name, "alphabet": self.alphabet}
 
 
+_BUILT_IN = ("gpt2", "bytes", "char")
+
+
 def get_tokenizer(name: str, *, text: str | None = None) -> Tokenizer:
     """Create a built-in tokenizer.
 
@@ -131,6 +135,18 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[str]) -> Iterator[NDArr
     if isinstance(tokenizer, GPT2Tokenizer):
         return tokenizer.encode_chunks(chunks)
     return map(tokenizer.encode, chunks)  # no token of bytes or characters spans two chunks
+
+
+def saved_tokenizer(description: dict[str, Any]) -> Tokenizer | None:
+    """Create the tokenizer that was saved with a model. A custom one is None, with a warning."""
+    if (name := description.get("name")) in _BUILT_IN:
+        return tokenizer_from_json(description)
+    warnings.warn(
+        f"The model was saved with the custom tokenizer {name!r}, which its description cannot restore. Use an object "
+        f"of its class.",
+        stacklevel=4,
+    )
+    return None
 
 
 def tokenizer_from_json(description: dict[str, Any]) -> Tokenizer:

@@ -12,13 +12,13 @@ import torch
 from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.checkpoint.tensor_check import check_tensors
-from homebrew.data.tokenizer import Tokenizer, tokenizer_from_json
+from homebrew.data.tokenizer import Tokenizer, saved_tokenizer
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, ModelError, TokenizerError
 from homebrew.hub.from_pretrained import local_model_folder
 from homebrew.hub.model_folder import find_file, read_json
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE, load_adapter
 from homebrew.hub.read_tokenizer import read_tokenizer
-from homebrew.hub.tokenizer_files import HOMEBREW_FILE
+from homebrew.hub.tokenizer_files import TOKENIZER_FILES
 from homebrew.io import local_path_or_name
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, GPTConfig
@@ -47,7 +47,7 @@ def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[G
 
     Returns:
         The model and its tokenizer. The tokenizer is None if the source has none, or one that is neither GPT-2's nor
-        exported by homebrew.
+        exported by homebrew, and for a custom one, with a warning.
 
     Raises:
         CheckpointError: The run has no valid checkpoint, or an adapter's base is missing or has other weights.
@@ -126,7 +126,7 @@ def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Toke
     with _explain_missing_base(folder, base):
         model, tokenizer = load_model(source)
     load_adapter(model, folder)
-    if find_file(folder, HOMEBREW_FILE) is not None:  # save_adapter writes it; the base may have no tokenizer
+    if any(find_file(folder, name) for name in TOKENIZER_FILES):  # the base's tokenizer may be another one, or none
         tokenizer = read_tokenizer(folder, vocab_size=model.config.vocab_size)
     return model.eval(), tokenizer
 
@@ -145,9 +145,9 @@ def _explain_missing_base(adapter: Path, base: str | Path | None) -> Iterator[No
         ) from error
 
 
-def _tokenizer(description: Any, checkpoint: Checkpoint) -> Tokenizer:  # noqa: ANN401 - any JSON value
+def _tokenizer(description: Any, checkpoint: Checkpoint) -> Tokenizer | None:  # noqa: ANN401 - any JSON value
     try:
-        return tokenizer_from_json(description)
+        return saved_tokenizer(description)
     except TokenizerError:  # a valid description, but GPT-2's vocabulary is not available
         raise
     except (AttributeError, TypeError, DataError) as error:

@@ -7,14 +7,20 @@ from typing import Any
 
 from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
-from homebrew.data.tokenizer import Tokenizer, tokenizer_from_json
+from homebrew.data.tokenizer import Tokenizer, saved_tokenizer
 from homebrew.errors import DataError, ModelError, TokenizerError
 from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
-from homebrew.hub.tokenizer_files import HOMEBREW_FILE
+from homebrew.hub.tokenizer_files import HOMEBREW_FILE, tokenizer_files
 from homebrew.hub.tokenizer_settings import unsupported_settings
 
 _Encoding = tuple[Mapping[str, Any], list[str]]
-"""A byte-pair encoding: the vocabulary with the end-of-text token, and the merges as "a b"."""
+"""The vocabulary of a tokenizer, and its merges as "a b"."""
+
+_OTHER: _Encoding = {}, []
+"""Encoding of a tokenizer of another kind."""
+
+_MAX_BYTES = 5 * 2**20
+"""Size up to which a `tokenizer.json` is read. GPT-2's has 3.6 MB; larger ones are those of other tokenizers."""
 
 
 def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
@@ -23,21 +29,27 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     Tokenizers exported by homebrew are supported, and GPT-2's, which is recognized by its vocabulary and merges.
 
     Returns:
-        The tokenizer, or None if the folder has none or one with another vocabulary.
+        The tokenizer, or None if the folder has none or one with another vocabulary, and for a custom one, with a
+        warning.
 
     Raises:
         ModelError: A file is invalid, the tokenizer is a variant of a supported one, such as one with added tokens,
-            or it has more ids than the model.
+            it has more ids than the model, or the folder's files contradict each other.
         TokenizerError: GPT-2's vocabulary is not available.
     """
-    tokenizer: Tokenizer | None = None
-    if (path := find_file(folder, HOMEBREW_FILE)) is not None:
+    encoding = _read_encoding(folder)
+    tokenizer: Tokenizer | None
+    if (path := find_file(folder, HOMEBREW_FILE)) is None:
+        tokenizer = GPT2Tokenizer() if _is_gpt2(encoding) else None
+    else:
         tokenizer = _read_homebrew_tokenizer(path)
-    elif _is_gpt2(_read_encoding(folder)):
-        tokenizer = GPT2Tokenizer()
     if tokenizer is None:
         return None
-    # Also of an export, whose files transformers may have saved again.
+    if path is not None and encoding not in (None, _exported_encoding(tokenizer)):
+        raise ModelError(  # transformers has saved another tokenizer in the folder
+            f"The tokenizer in {folder} has other tokens or merges than the tokenizer {tokenizer.name!r} in "
+            f"{HOMEBREW_FILE}. Restore the tokenizer's files, or remove {HOMEBREW_FILE}."
+        )
     if settings := unsupported_settings(folder, tokenizer):
         raise ModelError(
             f"The tokenizer in {folder} has the vocabulary of {tokenizer.name!r}, but is not supported because of "
@@ -52,9 +64,9 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     return tokenizer
 
 
-def _read_homebrew_tokenizer(path: Path) -> Tokenizer:
+def _read_homebrew_tokenizer(path: Path) -> Tokenizer | None:
     try:
-        return tokenizer_from_json(read_json(path))
+        return saved_tokenizer(read_json(path))
     except TokenizerError:  # a valid description, but GPT-2's vocabulary is not available
         raise
     except DataError as error:
@@ -62,36 +74,48 @@ def _read_homebrew_tokenizer(path: Path) -> Tokenizer:
 
 
 def _read_encoding(folder: Path) -> _Encoding | None:
-    """Read a byte-pair encoding from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
-    vocabulary: Any
-    merges: Any
+    """Read `tokenizer.json`, or `vocab.json` and `merges.txt`. Returns None if the folder has none of them."""
     if (path := find_file(folder, "tokenizer.json")) is not None:  # AutoTokenizer prefers this file too
-        model = read_json(path).get("model")
-        model = model if isinstance(model, dict) else {}
-        vocabulary, merges = model.get("vocab"), model.get("merges")
-    else:
-        path, merges_path = find_file(folder, "vocab.json"), find_file(folder, "merges.txt")
-        if path is None or merges_path is None:
-            return None
-        vocabulary = read_json(path)
-        lines = read_bounded_text(merges_path).split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
-        return None
-    pairs = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges]
-    if not _is_string_list(pairs):
-        return None
-    return {END_OF_TEXT: GPT2Tokenizer.end_of_text_id, **vocabulary}, pairs
+        return _pipeline_encoding(read_json(path)) if path.stat().st_size <= _MAX_BYTES else _OTHER
+    path, merges_path = find_file(folder, "vocab.json"), find_file(folder, "merges.txt")
+    if path is not None and merges_path is not None:
+        return read_json(path), _split_merges(read_bounded_text(merges_path))
+    return None if path is merges_path is None else _OTHER
+
+
+def _pipeline_encoding(pipeline: Mapping[str, Any]) -> _Encoding:
+    """Return the encoding of the contents of a `tokenizer.json`."""
+    match pipeline:
+        case {"model": {"vocab": dict(vocabulary), **model}}:
+            merges = model.get("merges", [])
+        case _:
+            return _OTHER
+    pairs = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges] if isinstance(merges, list) else None
+    return (vocabulary, pairs) if _is_string_list(pairs) else _OTHER
+
+
+def _is_gpt2(encoding: _Encoding | None) -> bool:
+    if encoding is None:
+        return False
+    vocabulary, merges = {END_OF_TEXT: GPT2Tokenizer.end_of_text_id, **encoding[0]}, encoding[1]
+    is_as_large = len(vocabulary) == GPT2Tokenizer.vocab_size  # otherwise, GPT-2's files are not needed
+    return is_as_large and (vocabulary, merges) == _exported_encoding(GPT2Tokenizer())
+
+
+def _exported_encoding(tokenizer: Tokenizer) -> _Encoding:
+    """Return the encoding of a tokenizer's exported files."""
+    if isinstance(tokenizer, GPT2Tokenizer):  # from its source, because to derive its merges takes seconds
+        source = gpt2_vocabulary_files()
+        return json.loads(source["encoder.json"]), _split_merges(source["vocab.bpe"].decode())
+    files = tokenizer_files(tokenizer, model_max_length=1)
+    if "tokenizer.json" in files:
+        return _pipeline_encoding(json.loads(files["tokenizer.json"]))
+    return json.loads(files["vocab.json"]), _split_merges(files["merges.txt"])
+
+
+def _split_merges(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line and not line.startswith("#version")]
 
 
 def _is_string_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _is_gpt2(encoding: _Encoding | None) -> bool:
-    if encoding is None or len(encoding[0]) != GPT2Tokenizer.vocab_size:
-        return False
-    files = gpt2_vocabulary_files()
-    vocabulary = json.loads(files["encoder.json"])
-    merges = [line for line in files["vocab.bpe"].decode().split("\n")[1:] if line]
-    return encoding == (vocabulary, merges)

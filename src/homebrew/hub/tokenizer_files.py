@@ -27,15 +27,28 @@ TOKENIZER_FILES = (
 """All files that AutoTokenizer reads. A stale one of another tokenizer would change the ids."""
 
 
+ANY_CHARACTER = r"[\s\S]"
+"""Regular expression by which an exported `CharTokenizer` splits a text into characters."""
+
+UNKNOWN_CHARACTER = "<unk>"
+"""Its unknown token, which is not in the vocabulary, so that an unknown character is an error, as in `CharTokenizer`."""
+
+
 def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str]:
     """Return the contents of a tokenizer's files by file name.
 
     Raises:
         ModelError: transformers cannot represent the tokenizer: tokens are neither all characters nor each the
-            merge of two others.
+            merge of two others, or several have the same bytes.
     """
     end_of_text_id = tokenizer.end_of_text_id
-    ids = {tokenizer.decode_bytes([i]): i for i in range(tokenizer.vocab_size) if i != end_of_text_id}
+    ids: dict[bytes, int] = {}
+    for i in range(tokenizer.vocab_size):
+        if i != end_of_text_id and (first := ids.setdefault(token := tokenizer.decode_bytes([i]), i)) != i:
+            raise ModelError(
+                f"The tokens {first} and {i} of the tokenizer {tokenizer.name!r} are both {token!r}, which "
+                f"transformers' tokenizers cannot represent. Save the model without the tokenizer."
+            )
     char_ids = {token.decode(errors="replace"): i for token, i in ids.items()}
     if end_of_text_id is None and all(len(char) == 1 and char.encode() in ids for char in char_ids):
         tokenizer_class, files = "PreTrainedTokenizerFast", {"tokenizer.json": to_json(_character_tokenizer(char_ids))}
@@ -59,15 +72,14 @@ def to_json(value: Mapping[str, Any]) -> str:
 
 def _character_tokenizer(char_ids: Mapping[str, int]) -> dict[str, Any]:
     """Return a `tokenizer.json` in which every character is a word."""
-    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": ANY_CHARACTER}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
         "added_tokens": [],
         "pre_tokenizer": split,
         "decoder": {"type": "Fuse"},
-        # "<unk>" is not in the vocabulary, so an unknown character is an error, as in CharTokenizer.
-        "model": {"type": "WordLevel", "vocab": dict(char_ids), "unk_token": "<unk>"},
+        "model": {"type": "WordLevel", "vocab": dict(char_ids), "unk_token": UNKNOWN_CHARACTER},
     }
 
 

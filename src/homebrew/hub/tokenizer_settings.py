@@ -7,6 +7,7 @@ from typing import Any
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tokenizer import CharTokenizer, Tokenizer
 from homebrew.hub.model_folder import find_file, read_json
+from homebrew.hub.tokenizer_files import ANY_CHARACTER, UNKNOWN_CHARACTER
 
 _Json = Mapping[str, Any]
 
@@ -28,8 +29,12 @@ _PIPELINE: dict[str, tuple[Any, ...]] = {
 _CHAR_PIPELINE: dict[str, tuple[Any, ...]] = {
     "normalizer": (None,),
     "pre_tokenizer.type": ("Split",),
+    "pre_tokenizer.pattern": ({"Regex": ANY_CHARACTER},),
+    "pre_tokenizer.behavior": ("Isolated",),
+    "pre_tokenizer.invert": (False,),
     "decoder.type": ("Fuse",),
     "model.type": ("WordLevel",),
+    "model.unk_token": (UNKNOWN_CHARACTER,),
 }
 """The same for an exported `CharTokenizer`."""
 
