@@ -114,6 +114,18 @@ class NoMergeTokenizer:
         return {}
 
 
+class RepeatingTokenizer(NoMergeTokenizer):
+    """Tokenizer with two ids for the same token."""
+
+    def decode_bytes(self, ids):
+        return b"".join([b"a", b"b", b"a"][i] for i in ids)
+
+
+def test_tokens_with_equal_bytes_are_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match=r"tokens 0 and 2 of the tokenizer 'no-merge' are both b'a'"):
+        tiny_gpt().save_pretrained(tmp_path / "a", RepeatingTokenizer())
+
+
 def test_unsupported_tokenizers_are_rejected(tmp_path):
     model = tiny_gpt(vocab_size=8)
     with pytest.raises(ModelError, match=r"Token 1 \('é'\)"):
@@ -227,6 +239,30 @@ def test_non_finite_weights_are_not_exported(tmp_path):
     with pytest.raises(ModelError, match=r"transformer.ln_f.bias.*not finite"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def untie(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+
+
+def overflow(model):
+    model.transformer.ln_f.weight.data.fill_(3e38)
+    model.transformer.wte.weight.data.fill_(3e38)
+
+
+def change_epsilon(model):
+    model.transformer.ln_f.eps = 10.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(untie, "lm_head.*wte.*tied"), (overflow, "logits are not finite"), (change_epsilon, "such as an epsilon")],
+)
+def test_a_changed_model_is_not_blamed_on_the_disk(tmp_path, change, message):
+    model = randomize(tiny_gpt())
+    change(model)
+    with pytest.raises(ModelError, match=message):
+        model.save_pretrained(tmp_path)
 
 
 def test_verification_finds_changed_weights(tmp_path, monkeypatch):

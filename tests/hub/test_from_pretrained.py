@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from homebrew.data.tokenizer import ByteTokenizer
 from homebrew.errors import HomebrewError, ModelError
 from homebrew.hub import from_pretrained
 from homebrew.model.gpt import GPT
@@ -182,6 +183,20 @@ def test_dropout_is_read_from_the_config(folder):
     assert GPT.from_pretrained(folder).config.dropout == 0.0
 
 
+@pytest.mark.parametrize("changes", [{"resid_pdrop": 0.3}, {"embd_pdrop": 0.0, "attn_pdrop": 0.2}])
+def test_different_dropouts_are_named(folder, changes):
+    edit_json(folder / "config.json", **changes)
+    with pytest.warns(UserWarning, match="resid_pdrop=.*embd_pdrop=.*attn_pdrop="):
+        model = GPT.from_pretrained(folder)
+    assert model.config.dropout == max(changes.values())
+
+
+def test_settings_of_generation_that_an_export_leaves_out_are_named(folder):
+    edit_json(folder / "generation_config.json", repetition_penalty=1.7, suppress_tokens=[3], max_length=None)
+    with pytest.warns(UserWarning, match=r"leaves out: repetition_penalty=1\.7, suppress_tokens=\[3\]\."):
+        GPT.from_pretrained(folder)
+
+
 def test_pickled_weights_are_rejected(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"Pickled weights .* are not supported"):
@@ -249,6 +264,9 @@ def test_fields_without_effect_are_ignored(folder):
     assert GPT.from_pretrained(folder).config == expected.config
 
 
+BAD_DROPOUTS = [("resid_pdrop", 7), ("embd_pdrop", -0.1), ("attn_pdrop", float("nan")), ("attn_pdrop", True)]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -277,7 +295,7 @@ def test_fields_without_effect_are_ignored(folder):
         ({"n_positions": -3}, "requires"),
         ({"n_head": 3}, "n_embd=16 is not a multiple of n_head=3"),
         ({"resid_pdrop": []}, "must be numbers"),
-        ({"resid_pdrop": 7}, "dropout=7.0"),
+        *(({name: value}, f"{name}.*must be numbers") for name, value in BAD_DROPOUTS),
     ],
 )
 def test_unsupported_architectures_are_rejected(folder, changes, message):
@@ -364,14 +382,22 @@ def test_a_folder_without_a_config_is_rejected(folder):
         GPT.from_pretrained(folder)
 
 
+class EndingTokenizer(ByteTokenizer):
+    """Tokenizer with a token that ends a text, unless the model says otherwise."""
+
+    vocab_size, end_of_text_id = 5, 4
+
+
 @pytest.mark.parametrize(
     ("config", "generation_config", "expected"),
     [
         ({"eos_token_id": 7}, None, 7),
         ({"eos_token_id": [7]}, None, 7),
         ({"eos_token_id": None}, None, None),
-        ({"eos_token_id": 7}, {"eos_token_id": 8, "do_sample": True}, 8),
-        ({"eos_token_id": 7}, {"do_sample": True}, 7),
+        ({"eos_token_id": 7}, {"eos_token_id": 8}, 8),
+        ({"eos_token_id": 7}, {"eos_token_id": None}, None),
+        ({"eos_token_id": 7}, {"bos_token_id": 3}, None),
+        ({"eos_token_id": 7}, {}, None),
         ({"eos_token_id": 70}, None, None),  # outside the vocabulary, so no text ends
     ],
 )
@@ -380,10 +406,12 @@ def test_the_models_own_end_of_text_survives_an_export(folder, tmp_path, config,
     edit_json(folder / "config.json", **config)
     if generation_config is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    expected_by_transformers = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    assert expected_by_transformers in (expected, [expected], 70)
     model = GPT.from_pretrained(folder)
-    assert model.config.eos_token_id == expected
-    model.save_pretrained(tmp_path / "out")
-    assert GPT.from_pretrained(tmp_path / "out").config.eos_token_id == expected
+    assert model.config.end_of_text_id(EndingTokenizer()) == expected
+    model.save_pretrained(tmp_path / "out", tokenizer=EndingTokenizer())
+    assert GPT.from_pretrained(tmp_path / "out").config.end_of_text_id(EndingTokenizer()) == expected
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == expected
 
 
@@ -402,4 +430,4 @@ def test_the_default_end_of_text_is_that_of_gpt2(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["eos_token_id"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert GPT.from_pretrained(folder).config.eos_token_id is None  # 50,256 is outside the vocabulary of 70
+    assert GPT.from_pretrained(folder).config.eos_token_id == -1  # 50,256 is outside the vocabulary of 70

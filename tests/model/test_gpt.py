@@ -218,7 +218,7 @@ def test_inputs_that_are_not_tensors_are_rejected(inputs):
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"dropout": float("nan")}, "dropout=nan"),
         *(({"dropout": value}, "dropout=") for value in (None, "0.1", False)),
-        *(({"vocab_size": 256, "eos_token_id": value}, "eos_token_id=") for value in (-1, 256, True, 7.0, "7")),
+        *(({"vocab_size": 256, "eos_token_id": value}, "eos_token_id=") for value in (-2, 256, True, 7.0, "7")),
     ],
 )
 def test_invalid_config_is_rejected(changes, message):

@@ -110,7 +110,6 @@ class Sample(SavedModel):
         from homebrew.data.tokenizer import default_prompt
         from homebrew.generation.streaming import generate_text
 
-        eos = model.config.eos_token_id
         return generate_text(
             model,
             tokenizer,
@@ -118,7 +117,7 @@ class Sample(SavedModel):
             self.max_new_tokens,
             sampling=sampling,
             stop=stop,
-            eos_token_id=tokenizer.end_of_text_id if eos is None else eos,
+            eos_token_id=model.config.end_of_text_id(tokenizer),
             seed=None if self.seed is None else self.seed + turn,
         )
 

@@ -24,7 +24,7 @@ from homebrew.hub.peft import ADAPTER_CONFIG_FILE
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, TOKENIZER_FILES, to_json, tokenizer_files
 from homebrew.io import absolute_path, atomic_replace
 from homebrew.model.eval_mode import eval_mode
-from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, GPTConfig
 from homebrew.model.lora import merged_state_dict
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ def export_model(
     vocab_size = config["vocab_size"]
     weights = {name: _to_hf_layout(name, t, vocab_size) for name, t in state_dict.items() if name != LM_HEAD}
     hf_config = _to_hf_config(config, next(iter(weights.values())).dtype)
+    if not torch.equal(state_dict[LM_HEAD][:vocab_size], state_dict[EMBEDDING][:vocab_size]):
+        raise ModelError(
+            f"{LM_HEAD} and {EMBEDDING} differ. Only models with a tied head can be exported: set "
+            f"model.lm_head.weight = model.transformer.wte.weight."
+        )
     texts = {}
     if tokenizer is not None:
         if tokenizer.vocab_size > vocab_size:
@@ -68,8 +73,7 @@ def export_model(
             )
         texts = tokenizer_files(tokenizer, model_max_length=config["block_size"])
         hf_config["bos_token_id"] = tokenizer.end_of_text_id
-        if hf_config["eos_token_id"] is None:
-            hf_config["eos_token_id"] = tokenizer.end_of_text_id
+    hf_config["eos_token_id"] = GPTConfig(**config).end_of_text_id(tokenizer)
     texts[CONFIG_FILE] = to_json(hf_config)
     forbidden_files = {"manifest.json": "a checkpoint", ADAPTER_CONFIG_FILE: "an adapter"}
     with output_folder(folder, forbidden_files=forbidden_files):
@@ -104,12 +108,15 @@ def verify_export(folder: str | Path, model: "GPT", reloaded: "GPT") -> None:
     with eval_mode(model):
         # The class's forward, because model.forward may be compiled or run under Accelerate's autocast.
         expected = type(model).forward(model, ids.to(model.device)).float().cpu()
+    if not expected.isfinite().all():
+        raise ModelError("The model's logits are not finite, although its weights are. Export an earlier checkpoint.")
     logits = reloaded(ids)
     # The weights are bit-identical, so only rounding remains: TF32 on a GPU, or half precision.
     tolerance = 1e-2 if model.lm_head.weight.dtype == torch.float32 else 1e-1
     if not (logits - expected).abs().max() <= tolerance * expected.abs().max():
         raise ModelError(
-            f"The export in {folder} has the model's weights but computes different logits. Please report this bug."
+            f"The export in {folder} has the model's weights but computes different logits. The model was changed in a "
+            f"way that GPTConfig does not describe, such as an epsilon or an activation: undo the change."
         )
 
 
@@ -158,6 +165,6 @@ def _to_hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, An
         **dict.fromkeys(DROPOUT_FIELDS, config["dropout"]),
         **{name: supported[0] for name, supported in FIXED_FIELDS.items()},
         "bos_token_id": None,
-        "eos_token_id": config["eos_token_id"],
+        "eos_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),
     }

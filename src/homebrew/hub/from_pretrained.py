@@ -5,6 +5,7 @@ shapes are checked before a tensor is read.
 """
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from homebrew.errors import ConfigError, ModelError
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, read_json
 from homebrew.hub.tokenizer_files import TOKENIZER_FILES
 from homebrew.hub.wrong_folder import not_a_model
-from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, GPTConfig
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, NO_EOS, POSITION_EMBEDDING, GPTConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -96,7 +97,16 @@ SIZE_ALIASES = {
 """Other names of fields of GPT2Config. As in transformers, the alias wins over the field."""
 
 _DEFAULT_EOS_TOKEN_ID = 50_256
-"""Default of GPT2Config."""
+_DEFAULT_DROPOUT = 0.1
+"""Defaults of GPT2Config."""
+
+_KNOWN_GENERATION_FIELDS = frozenset(
+    {
+        *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"),
+        *("use_cache", "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
+    }
+)
+"""Fields of `generation_config.json` that are read, or do not change the generated text."""
 
 
 class TensorLocation(NamedTuple):
@@ -215,6 +225,7 @@ def open_pretrained(
         GPTConfig(**config)
     except ConfigError as error:
         raise ModelError(f"{config_path} does not describe a GPT-2: {error}") from error
+    _warn_of_lost_settings(folder)
     return weights
 
 
@@ -242,24 +253,42 @@ def _read_config(folder: Path) -> dict[str, Any]:
     unsupported += [f"{name}={size!r} (must be an integer)" for name, size in config.items() if type(size) is not int]
     if not unsupported and values.get("n_inner") not in (None, 4 * config["n_embd"]):
         unsupported.append(f"n_inner={values['n_inner']!r} (must be 4 times n_embd={config['n_embd']})")
-    dropouts = [values.get(name, 0.1) for name in DROPOUT_FIELDS]
-    if not all(isinstance(value, float | int) for value in dropouts):
-        unsupported.append(f"{', '.join(DROPOUT_FIELDS)}={dropouts!r} (must be numbers)")
+    dropouts = [values.get(name, _DEFAULT_DROPOUT) for name in DROPOUT_FIELDS]
+    if not all(type(value) in (float, int) and 0 <= value < 1 for value in dropouts):
+        unsupported.append(f"{', '.join(DROPOUT_FIELDS)}={dropouts!r:.100} (must be numbers of at least 0, below 1)")
     eos = _eos_token_id(folder, values)
     if eos is not None and type(eos) is not int:
         unsupported.append(f"eos_token_id={eos!r} (must be an id or null)")
     if unsupported:
         raise ModelError(f"{path} has unsupported values: {', '.join(unsupported)}. Use another model.")
     # transformers writes GPT-2's id also for a smaller vocabulary, in which no text ends.
-    config["eos_token_id"] = eos if isinstance(eos, int) and 0 <= eos < config["vocab_size"] else None
-    return {**config, "dropout": float(min(max(dropouts), 1e9))}  # min, because float() of a huge int overflows
+    config["eos_token_id"] = eos if isinstance(eos, int) and 0 <= eos < config["vocab_size"] else NO_EOS
+    return {**config, "dropout": float(max(dropouts))}
 
 
 def _eos_token_id(folder: Path, config: Mapping[str, Any]) -> object:
     """Return the id that ends a text. transformers prefers that of `generation_config.json`, if the file exists."""
     path = find_file(folder, GENERATION_CONFIG_FILE)
-    eos = {**config, **(read_json(path) if path else {})}.get("eos_token_id", _DEFAULT_EOS_TOKEN_ID)
+    eos = config.get("eos_token_id", _DEFAULT_EOS_TOKEN_ID) if path is None else read_json(path).get("eos_token_id")
     return eos[0] if isinstance(eos, list) and len(eos) == 1 else eos
+
+
+def _warn_of_lost_settings(folder: Path) -> None:
+    """Name the settings of the files that `GPT` does not have, so that an export does not have them either."""
+    path = find_file(folder, GENERATION_CONFIG_FILE)
+    generation = read_json(path) if path is not None else {}
+    lost = {name: value for name, value in generation.items() if name not in _KNOWN_GENERATION_FIELDS and value}
+    values = read_json(folder / CONFIG_FILE)
+    dropouts = {name: values.get(name, _DEFAULT_DROPOUT) for name in DROPOUT_FIELDS}
+    if len(set(dropouts.values())) > 1:
+        lost |= dropouts
+    if lost:
+        warnings.warn(
+            f"{folder} has settings that GPT does not have, and that an export leaves out: "
+            f"{', '.join(f'{name}={value!r:.100}' for name, value in lost.items())}. GPT uses "
+            f"the highest dropout everywhere; pass settings of generation to generate().",
+            stacklevel=4,
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:

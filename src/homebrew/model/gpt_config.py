@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from homebrew.errors import ConfigError
+
+if TYPE_CHECKING:
+    from homebrew.data.tokenizer import Tokenizer
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, so that the head's matrix product fills whole tiles on a GPU."""
@@ -17,6 +20,9 @@ POSITION_EMBEDDING = "transformer.wpe.weight"
 
 LM_HEAD = "lm_head.weight"
 """State dict key of the output head, which shares the token embedding's weight."""
+
+NO_EOS = -1
+"""Value of `eos_token_id` for a model in which no id ends a text."""
 
 _PRESETS: dict[str, dict[str, int]] = {
     "char": {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64},
@@ -50,7 +56,8 @@ class GPTConfig:
     dropout: float = 0.0
     """Dropout probability for embeddings, attention weights and residual branches during training."""
     eos_token_id: int | None = field(default=None, compare=False)  # changes no computation of the model
-    """Id that ends a generated text. If None, it is the tokenizer's end-of-text token, if there is one."""
+    """Id that ends a generated text. If None, it is the tokenizer's end-of-text token, if there is one; if -1, no id
+    does."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -66,9 +73,10 @@ class GPTConfig:
         if isinstance(self.dropout, bool) or not (isinstance(self.dropout, Real) and 0.0 <= self.dropout < 1.0):
             raise ConfigError(f"dropout={self.dropout!r} is not valid. Use a number of at least 0 and less than 1.")
         eos = self.eos_token_id
-        if eos is not None and not (type(eos) is int and 0 <= eos < self.vocab_size):
+        if eos is not None and not (type(eos) is int and NO_EOS <= eos < self.vocab_size):
             raise ConfigError(
-                f"eos_token_id={eos!r} is not valid. Use an id of the vocabulary, 0 to {self.vocab_size - 1}, or None."
+                f"eos_token_id={eos!r} is not valid. Use an id of the vocabulary, 0 to {self.vocab_size - 1}, None, or "
+                f"{NO_EOS}, with which no text ends."
             )
 
     @classmethod
@@ -86,6 +94,12 @@ class GPTConfig:
         if name not in _PRESETS:
             raise ConfigError(f"There is no preset {name!r}. Choose one of: {', '.join(_PRESETS)}.")
         return replace(cls(**_PRESETS[name]), **changes)
+
+    def end_of_text_id(self, tokenizer: "Tokenizer | None") -> int | None:
+        """Return the id that ends a text: the model's own, or that of the tokenizer it was trained with."""
+        if self.eos_token_id is None:
+            return None if tokenizer is None else tokenizer.end_of_text_id
+        return None if self.eos_token_id == NO_EOS else self.eos_token_id
 
     @property
     def padded_vocab_size(self) -> int:
