@@ -14,6 +14,11 @@ def test_export_without_tokenizer(run, invoke, invoke_error, tmp_path):
     assert invoke("sample", tmp_path, *greedy, "--tokenizer", "bytes") == invoke("sample", run, *greedy)
 
 
+def test_an_export_that_keeps_an_earlier_tokenizer_does_not_ask_for_one(run, invoke, tmp_path):
+    invoke("export", run, tmp_path)
+    assert "--tokenizer" not in invoke("export", run, tmp_path, "--no-tokenizer")
+
+
 @pytest.fixture
 def bare_base(run, tmp_path):
     """Folder of a model without a tokenizer."""

@@ -2,9 +2,11 @@ import contextlib
 import itertools
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -243,6 +245,71 @@ def test_an_adapter_may_bring_the_tokenizer_that_its_base_lacks(adapted):
     for saved in (tokenizer, None):  # without a tokenizer, an earlier one is kept
         save_adapter(trained, folder / "adapter", base_model=trained.source, tokenizer=saved)
         assert load_model(folder / "adapter")[1].to_json() == tokenizer.to_json()
+
+
+@pytest.mark.parametrize("removed", ["homebrew_tokenizer.json", "vocab.json"])
+def test_the_tokenizer_that_transformers_saved_beside_an_adapter_is_checked(gpt2_export, tmp_path, removed):
+    model = GPT.from_pretrained(gpt2_export, lora=LoRAConfig(rank=2))
+    save_adapter(model, tmp_path, base_model=str(gpt2_export))
+    for name in {"homebrew_tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"} - {removed}:
+        shutil.copy(gpt2_export / name, tmp_path)
+    if removed == "vocab.json":
+        with pytest.raises(ModelError, match="other tokens or merges"):
+            load_model(tmp_path)
+        return
+    assert load_model(tmp_path)[1].name == "gpt2"
+    (tmp_path / "added_tokens.json").write_text('{"World": 10603}')
+    with pytest.raises(ModelError, match="added token='World'"):
+        load_model(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("{}")
+    assert load_model(tmp_path)[1] is None
+
+
+def test_a_saved_adapter_leaves_no_other_tokenizer_in_its_folder(adapted):
+    folder, trained = adapted
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "tokenizer.json").write_text("{}")
+    save_adapter(trained, folder / "adapter", base_model=trained.source, tokenizer=CharTokenizer("abc"))
+    assert load_model(folder / "adapter")[1].name == "char"
+
+
+class WordTokenizer:
+    """Custom tokenizer with two words."""
+
+    name, vocab_size, end_of_text_id = "words", 2, None
+
+    def encode(self, text):
+        return np.array([0 if char == "a" else 1 for char in text])
+
+    def decode_bytes(self, ids):
+        return b"".join([b"a", b"b"][i] for i in ids)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode()
+
+    def to_json(self):
+        return {"name": self.name}
+
+
+@pytest.mark.parametrize("kind", ["run", "export", "adapter"])
+def test_a_model_with_a_custom_tokenizer_is_loaded_without_it(tmp_path, kind):
+    tokenizer = WordTokenizer()
+    model = GPT(GPTConfig(**CONFIG | {"vocab_size": 2}))
+    if kind == "run":
+        data = TokenDataset.from_text("ab" * 20, 8, tokenizer=tokenizer)
+        options = {"max_steps": 1, "micro_batch_size": 2, "mixed_precision": "no", "compile": False}
+        Trainer(model, data, config=TrainerConfig(output_dir=tmp_path / kind, **options)).train()
+    elif kind == "export":
+        model.save_pretrained(tmp_path / kind, tokenizer)
+    else:
+        model.save_pretrained(tmp_path / "base")
+        add_lora(model, LoRAConfig(rank=2))
+        save_adapter(model, tmp_path / kind, base_model=str(tmp_path / "base"), tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match="custom tokenizer 'words'"):
+        loaded, tokenizer = load_model(tmp_path / kind)
+    assert loaded.config == model.config
+    assert tokenizer is None
 
 
 def test_an_adapter_is_not_loaded_onto_another_base(adapted):

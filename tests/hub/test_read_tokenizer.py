@@ -155,7 +155,7 @@ def test_a_description_that_contradicts_the_tokenizers_files_is_refused(tmp_path
 def test_an_export_of_gpt2s_tokenizer_with_other_ids_is_refused(gpt2_export, tmp_path):
     folder = shutil.copytree(gpt2_export, tmp_path / "export")
     edit(folder, "vocab.json", permute)
-    with pytest.raises(ModelError, match="other tokens or merges.*'gpt2'"):
+    with pytest.raises(ModelError, match=r"other tokens or merges.*'gpt2'"):
         load_model(folder)
 
 

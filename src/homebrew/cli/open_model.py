@@ -52,6 +52,11 @@ class SavedModel:
             dtype = "bfloat16" if has_bf16 else "float32"
         model, saved_tokenizer = load_model(self.checkpoint, base=self.base)
         tokenizer = resolve_tokenizer(self.checkpoint, saved_tokenizer, self.tokenizer)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ConfigError(
+                f"The tokenizer {tokenizer.name!r} has {tokenizer.vocab_size:,} ids, but {self.checkpoint} has "
+                f"{model.config.vocab_size:,}. Use the tokenizer the model was trained with."
+            )
         try:
             torch.zeros(1, device=device).item()  # fails on a device without data, such as meta
             model = model.to(device, getattr(torch, dtype))
@@ -69,7 +74,10 @@ class SavedModel:
 
 def sample_command(folder: Path, tokenizer: "Tokenizer | None") -> str:
     """Return the command that samples from a model, for messages."""
-    option = "" if tokenizer is not None else " --tokenizer gpt2  (or bytes, whichever the model was trained with)"
+    from homebrew.hub.tokenizer_files import HOMEBREW_FILE
+
+    is_recorded = tokenizer is not None or (folder / HOMEBREW_FILE).exists()  # that of an earlier export is kept
+    option = "" if is_recorded else " --tokenizer gpt2  (or bytes, whichever the model was trained with)"
     return f"homebrew sample {shlex.quote(str(folder))}{option}"
 
 

@@ -16,7 +16,7 @@ from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, ModelError
 from homebrew.hub.from_pretrained import WRAPPERS
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, output_folder, read_json
-from homebrew.hub.tokenizer_files import HOMEBREW_FILE, to_json
+from homebrew.hub.tokenizer_files import HOMEBREW_FILE, TOKENIZER_FILES, to_json
 from homebrew.io import absolute_path, atomic_replace, local_path_or_name, strict_json
 from homebrew.model.lora import (
     TARGET_MODULES,
@@ -61,7 +61,8 @@ def save_adapter(
         folder: Folder to write to. Existing files of the same names are replaced.
         base_model: Hub repository id or folder of the base model, recorded in the adapter's configuration. The path of
             a folder is made absolute.
-        tokenizer: Tokenizer the model was trained with, if its base may have none. `load_model` reads it.
+        tokenizer: Tokenizer the model was trained with, if its base may have none. `load_model` reads it. Files of
+            another tokenizer in the folder are removed.
 
     Raises:
         ModelError: The model has no adapter, or the folder is not writable or contains a checkpoint or a model.
@@ -95,6 +96,8 @@ def save_adapter(
         if tokenizer is not None:
             with atomic_replace(folder / HOMEBREW_FILE) as path:
                 path.write_text(to_json(tokenizer.to_json()), encoding="utf-8")
+            for name in set(TOKENIZER_FILES) - {HOMEBREW_FILE}:  # those of another tokenizer would contradict it
+                (folder / name).unlink(missing_ok=True)
 
 
 def load_adapter(
@@ -182,7 +185,11 @@ def _target_modules(
         raise ModelError(f"{path} has layers_to_transform={blocks!r:.200}. It must be a list of integers.")
     if targets and _is_string_list(targets) and _is_string_list(excluded):
         prefixes = tuple(f"transformer.h.{block}." for block in blocks) or ("",)
-        selected = [layer for layer in layers if ends_with_any(layer, targets) and layer.startswith(prefixes)]
+        selected = [  # as in PEFT, layers_to_transform does not apply to a full name
+            layer
+            for layer in layers
+            if layer in targets or (ends_with_any(layer, targets) and layer.startswith(prefixes))
+        ]
         adapted = {layer for layer in selected if not ends_with_any(layer, excluded)}
     else:  # a regular expression, which can take forever to match, or PEFT's default: the tensors show the layers
         adapted = {name.rpartition(".")[0] for name in tensor_names}

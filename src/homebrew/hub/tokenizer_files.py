@@ -31,7 +31,7 @@ ANY_CHARACTER = r"[\s\S]"
 """Regular expression by which an exported `CharTokenizer` splits a text into characters."""
 
 UNKNOWN_CHARACTER = "<unk>"
-"""Its unknown token, which is not in the vocabulary, so that an unknown character is an error, as in `CharTokenizer`."""
+"""Its unknown token. As the vocabulary lacks it, an unknown character is an error, as in `CharTokenizer`."""
 
 
 def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str]:
