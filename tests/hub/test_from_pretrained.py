@@ -193,7 +193,7 @@ def test_different_dropouts_are_named(folder, changes):
 
 def test_settings_of_generation_that_an_export_leaves_out_are_named(folder):
     edit_json(folder / "generation_config.json", repetition_penalty=1.7, suppress_tokens=[3], max_length=None)
-    with pytest.warns(UserWarning, match=r"leaves out: repetition_penalty=1\.7, suppress_tokens=\[3\]\."):
+    with pytest.warns(UserWarning, match=r"sets repetition_penalty=1\.7, suppress_tokens=\[3\], which"):
         GPT.from_pretrained(folder)
 
 

@@ -144,7 +144,7 @@ def saved_tokenizer(description: dict[str, Any]) -> Tokenizer | None:
     warnings.warn(
         f"The model was saved with the custom tokenizer {name!r}, which its description cannot restore. Use an object "
         f"of its class.",
-        stacklevel=4,
+        stacklevel=5,  # the caller of load_model
     )
     return None
 

@@ -59,6 +59,7 @@ def export_model(
     vocab_size = config["vocab_size"]
     weights = {name: _to_hf_layout(name, t, vocab_size) for name, t in state_dict.items() if name != LM_HEAD}
     hf_config = _to_hf_config(config, next(iter(weights.values())).dtype)
+    hf_config["eos_token_id"] = GPTConfig(**config).end_of_text_id(tokenizer)
     if not torch.equal(state_dict[LM_HEAD][:vocab_size], state_dict[EMBEDDING][:vocab_size]):
         raise ModelError(
             f"{LM_HEAD} and {EMBEDDING} differ. Only models with a tied head can be exported: set "
@@ -73,7 +74,6 @@ def export_model(
             )
         texts = tokenizer_files(tokenizer, model_max_length=config["block_size"])
         hf_config["bos_token_id"] = tokenizer.end_of_text_id
-    hf_config["eos_token_id"] = GPTConfig(**config).end_of_text_id(tokenizer)
     texts[CONFIG_FILE] = to_json(hf_config)
     forbidden_files = {"manifest.json": "a checkpoint", ADAPTER_CONFIG_FILE: "an adapter"}
     with output_folder(folder, forbidden_files=forbidden_files):

@@ -274,21 +274,27 @@ def _eos_token_id(folder: Path, config: Mapping[str, Any]) -> object:
 
 
 def _warn_of_lost_settings(folder: Path) -> None:
-    """Name the settings of the files that `GPT` does not have, so that an export does not have them either."""
+    """Name the settings that `GPT` does not have, so that an export does not have them either."""
     path = find_file(folder, GENERATION_CONFIG_FILE)
     generation = read_json(path) if path is not None else {}
     lost = {name: value for name, value in generation.items() if name not in _KNOWN_GENERATION_FIELDS and value}
-    values = read_json(folder / CONFIG_FILE)
-    dropouts = {name: values.get(name, _DEFAULT_DROPOUT) for name in DROPOUT_FIELDS}
-    if len(set(dropouts.values())) > 1:
-        lost |= dropouts
     if lost:
         warnings.warn(
-            f"{folder} has settings that GPT does not have, and that an export leaves out: "
-            f"{', '.join(f'{name}={value!r:.100}' for name, value in lost.items())}. GPT uses "
-            f"the highest dropout everywhere; pass settings of generation to generate().",
+            f"{path} sets {_describe(lost)}, which GPT neither applies nor exports. Pass a Sampling to generate().",
             stacklevel=4,
         )
+    config = read_json(folder / CONFIG_FILE)
+    dropouts = {name: config.get(name, _DEFAULT_DROPOUT) for name in DROPOUT_FIELDS}
+    if len(set(dropouts.values())) > 1:
+        warnings.warn(
+            f"{folder / CONFIG_FILE} has {_describe(dropouts)}. GPT has one dropout: training uses, and an export has, "
+            f"the highest.",
+            stacklevel=4,
+        )
+
+
+def _describe(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r:.100}" for name, value in settings.items())
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -86,12 +86,11 @@ def _read_encoding(folder: Path) -> _Encoding | None:
 def _pipeline_encoding(pipeline: Mapping[str, Any]) -> _Encoding:
     """Return the encoding of the contents of a `tokenizer.json`."""
     match pipeline:
-        case {"model": {"vocab": dict(vocabulary), **model}}:
-            merges = model.get("merges", [])
-        case _:
-            return _OTHER
-    pairs = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges] if isinstance(merges, list) else None
-    return (vocabulary, pairs) if _is_string_list(pairs) else _OTHER
+        case {"model": {"vocab": dict(vocabulary), **model}} if isinstance(merges := model.get("merges", []), list):
+            pairs: list[Any] = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges]
+            if _is_string_list(pairs):
+                return vocabulary, pairs
+    return _OTHER
 
 
 def _is_gpt2(encoding: _Encoding | None) -> bool:
