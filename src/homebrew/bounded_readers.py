@@ -157,6 +157,8 @@ def _check_depth(value: object) -> None:
     """Reject deep nesting, which functions that recurse, such as `repr`, do not survive."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
+        if not level:
+            return
         parents = [item for item in level if isinstance(item, dict | list)]
         level = [child for item in parents for child in (item.values() if isinstance(item, dict) else item)]
     if level:

@@ -272,3 +272,15 @@ def test_repr_describes_the_windows_and_their_origin(tmp_path):
     for expected in ("TokenDataset(12 windows", "block_size=8", "vocab_size=256", "tokenizer='bytes'", "a.txt"):
         assert expected in description
     assert "tokenizer=None" in repr(TokenDataset.from_tokens(range(100), 8))
+
+
+def test_a_split_keeps_the_attributes_of_a_subclass():
+    class Masked(TokenDataset):
+        probability = 0.1
+
+    dataset = Masked.from_tokens(range(100), 4)
+    dataset.probability = 0.5
+    first, second = dataset.split(0.5)
+    assert type(first) is type(second) is Masked
+    assert first.probability == second.probability == 0.5
+    assert len({dataset.fingerprint, first.fingerprint, second.fingerprint}) == 3

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
+from homebrew import bounded_readers
 from homebrew.data.tokenizer import ByteTokenizer
 from homebrew.errors import HomebrewError, ModelError
 from homebrew.hub import from_pretrained
@@ -431,3 +432,13 @@ def test_the_default_end_of_text_is_that_of_gpt2(folder):
     del config["eos_token_id"]
     (folder / "config.json").write_text(json.dumps(config))
     assert GPT.from_pretrained(folder).config.eos_token_id == -1  # 50,256 is outside the vocabulary of 70
+
+
+def test_each_file_of_weights_is_opened_twice_to_find_and_to_read_its_tensors(folder, monkeypatch):
+    opened = []
+    read_header = bounded_readers.read_header
+    monkeypatch.setattr(
+        bounded_readers, "read_header", lambda file, path, error: opened.append(path) or read_header(file, path, error)
+    )
+    GPT.from_pretrained(folder)
+    assert len(opened) == 2

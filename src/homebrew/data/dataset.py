@@ -1,5 +1,6 @@
 """`TokenDataset`: fixed-length windows over a sequence of token ids."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -296,15 +297,10 @@ class TokenDataset(Dataset[Sample]):
         return digest.hexdigest()
 
     def _with_starts(self, starts: Tensor) -> Self:
-        return type(self)(
-            self.tokens,
-            starts,
-            block_size=self.block_size,
-            vocab_size=self.vocab_size,
-            tokenizer=self.tokenizer,
-            num_text_bytes=self.num_text_bytes,
-            source=self.source,
-        )
+        other = copy.copy(self)  # with the attributes of a subclass
+        other.__dict__.pop("fingerprint", None)
+        other.starts = starts
+        return other
 
 
 def _window_starts(num_tokens: int, block_size: int, stride: int | None) -> Tensor:

@@ -7,6 +7,7 @@ shapes are checked before a tensor is read.
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,21 +143,33 @@ class PretrainedWeights:
                 f"The weights in {self.folder} do not match its {CONFIG_FILE}: missing {_summarize(missing)}; unknown "
                 f"{_summarize(unknown)}. Copy or download the folder again."
             )
+        with ExitStack() as stack:  # each file is opened once, because checking its header takes time
+            paths = {location.path for location in self.locations.values()}
+            files = {path: stack.enter_context(open_tensors(path))[0] for path in paths}
+            return self._read_tensors(files, expected, dtype)
+
+    def _read_tensors(
+        self, files: Mapping[Path, Any], expected: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        def read(name: str, shape: list[int]) -> Tensor:
+            self.check_shape(name, shape)
+            location = self.locations[name]
+            return _check_values(files[location.path].get_tensor(location.key), location, dtype)
+
         state = {}
-        for name in sorted(names):
+        for name in sorted(expected.keys() - {LM_HEAD}):
             shape = list(expected[name].shape)
             if name == EMBEDDING:
                 num_padding = shape[0] - self.config["vocab_size"]
-                tensor = self._read_tensor(name, [self.config["vocab_size"], shape[1]], dtype)
-                state[name] = F.pad(tensor, (0, 0, 0, num_padding))
+                state[name] = F.pad(read(name, [self.config["vocab_size"], shape[1]]), (0, 0, 0, num_padding))
             elif CONV1D_WEIGHT.search(name):
-                state[name] = self._read_tensor(name, shape[::-1], dtype).T.contiguous()
+                state[name] = read(name, shape[::-1]).T.contiguous()
             else:
-                state[name] = self._read_tensor(name, shape, dtype)
+                state[name] = read(name, shape)
         embedding = state[EMBEDDING]
         if LM_HEAD in self.locations:
             rows = embedding[: self.config["vocab_size"]]
-            if not torch.equal(self._read_tensor(LM_HEAD, list(rows.shape), dtype), rows):
+            if not torch.equal(read(LM_HEAD, list(rows.shape)), rows):
                 raise ModelError(
                     f"{LM_HEAD} and {EMBEDDING} in {self.folder} differ. Only models with a tied head are supported."
                 )
@@ -173,17 +186,16 @@ class PretrainedWeights:
                 f"{tuple(shape)}. Copy or download the folder again."
             )
 
-    def _read_tensor(self, name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-        self.check_shape(name, shape)
-        path, key, _ = self.locations[name]
-        with open_tensors(path) as (file, _):
-            tensor: Tensor = file.get_tensor(key)
-        if not tensor.is_floating_point():
-            raise ModelError(f"{key} in {path} has dtype {tensor.dtype}. Weights must be floating-point.")
-        tensor = tensor.to(dtype)
-        if not tensor.isfinite().all():
-            raise ModelError(f"{key} in {path} has values that are not finite in {dtype}. Use other weights or dtype.")
-        return tensor
+
+def _check_values(tensor: Tensor, location: TensorLocation, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in the given dtype, in which its values must be finite."""
+    path, key, _ = location
+    if not tensor.is_floating_point():
+        raise ModelError(f"{key} in {path} has dtype {tensor.dtype}. Weights must be floating-point.")
+    tensor = tensor.to(dtype)
+    if not tensor.isfinite().all():
+        raise ModelError(f"{key} in {path} has values that are not finite in {dtype}. Use other weights or dtype.")
+    return tensor
 
 
 def local_model_folder(
