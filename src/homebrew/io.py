@@ -24,10 +24,17 @@ def absolute_path(path: str | Path) -> Path:
     Links are kept. Public functions call this, or `local_path_or_name`, once for each path that they are given.
 
     Raises:
-        ConfigError: The path is an empty string, which `Path` would turn into the current folder.
+        ConfigError: The path is an empty string, which `Path` would turn into the current folder; is neither a
+            string nor a `Path`; or has characters that no path can have.
     """
     if path == "":
         raise ConfigError("A path is an empty string. Give a path; the current folder is '.'.")
+    try:
+        is_valid = isinstance(path, str | Path) and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        is_valid = False
+    if not is_valid:
+        raise ConfigError(f"{path!r:.200} is not a valid path. Use a string without NUL and surrogates, or a Path.")
     return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - unlike Path.expanduser, no error for ~nobody
 
 

@@ -139,3 +139,15 @@ def test_a_character_is_yielded_once_its_last_byte_has_arrived():
             num_read += 1
 
     assert [(text, num_read) for text in decode_stream(chunks())] == [("a", 0), ("é", 2), ("€", 5), ("b", 6)]
+
+
+def test_overlapping_streams_of_one_model_are_independent():
+    config = GPTConfig(block_size=32, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_embd=16, dropout=0.5)
+    model = GPT(config)
+    expected = list(generate_text(model, TOKENIZER, "b", 20, seed=1))
+    first, second = (generate_text(model, TOKENIZER, prompt, 20, seed=1) for prompt in "ab")
+    next(first)
+    pieces = [next(second)]
+    first.close()
+    assert [*pieces, *second] == expected
+    assert model.training

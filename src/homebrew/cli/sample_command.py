@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import UseAppendAction, arg
 
 from homebrew.cli.open_model import SavedModel
-from homebrew.errors import DataError
+from homebrew.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
@@ -50,6 +50,8 @@ class Sample(SavedModel):
         """Run the command."""
         from homebrew.generation.sampling import Sampling
 
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k {self.top_k} is not valid. Use an integer of at least 0; 0 keeps all tokens.")
         sampling = Sampling(  # checks the options: before loading the model, which takes longer
             temperature=self.temperature,
             top_k=self.top_k or None,

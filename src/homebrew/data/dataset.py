@@ -2,9 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from numbers import Integral
 from typing import Self
 
 import numpy as np
@@ -15,11 +14,12 @@ from torch.utils.data import Dataset
 
 from homebrew.data.text_file import read_text
 from homebrew.data.text_paths import Paths, describe_files, expand_folders, text_files
-from homebrew.data.token_ids import as_token_ids, check_token_ids
+from homebrew.data.token_ids import MAX_VOCAB_SIZE, as_token_ids, check_token_ids
 from homebrew.data.token_source import FileTokens, MemoryTokens, TokenSource
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json
 from homebrew.data.utf8 import encode_utf8
 from homebrew.errors import DataError
+from homebrew.integers import as_integer
 
 Sample = tuple[Tensor, Tensor]
 """(input_ids, targets)."""
@@ -62,7 +62,7 @@ class TokenDataset(Dataset[Sample]):
     @classmethod
     def from_text(
         cls,
-        text: str | Sequence[str],
+        text: str | Iterable[str],
         block_size: int,
         *,
         tokenizer: str | Tokenizer = "gpt2",
@@ -82,7 +82,9 @@ class TokenDataset(Dataset[Sample]):
         Raises:
             DataError: If the text is empty, shorter than one window, or not valid Unicode.
         """
-        texts = [text] if isinstance(text, str) else text
+        if not isinstance(text, Iterable):
+            raise DataError(f"The text is of type {type(text).__name__}, but must be a string, or several.")
+        texts = [text] if isinstance(text, str) else list(text)
         if not any(texts):
             raise DataError("The text is empty. Give a text to train on.")
         num_text_bytes = sum(len(encode_utf8(text)) for text in texts)
@@ -148,7 +150,9 @@ class TokenDataset(Dataset[Sample]):
         array = as_token_ids(ids)
         starts = _window_starts(len(array), block_size, stride)
         _check_not_empty(starts, len(array), block_size)
-        vocab_size = int(array.max()) + 1 if vocab_size is None else vocab_size
+        vocab_size = as_integer(
+            "vocab_size", int(array.max()) + 1 if vocab_size is None else vocab_size, 1, MAX_VOCAB_SIZE, error=DataError
+        )
         check_token_ids(array, vocab_size)
         # int32 is the smallest dtype that both PyTorch's indexing and the CUDA kernels support.
         tokens = MemoryTokens(torch.from_numpy(array.astype(np.int32)))
@@ -305,10 +309,8 @@ class TokenDataset(Dataset[Sample]):
 
 def _window_starts(num_tokens: int, block_size: int, stride: int | None) -> Tensor:
     """Return the position of the first token of each window, (num_windows,), int64."""
-    stride = block_size if stride is None else stride
-    for name, value in (("block_size", block_size), ("stride", stride)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-            raise DataError(f"{name}={value!r} is not valid. Use an integer of at least 1.")
+    block_size = as_integer("block_size", block_size, error=DataError)
+    stride = as_integer("stride", block_size if stride is None else stride, error=DataError)
     return torch.arange(0, max(0, num_tokens - block_size), stride)
 
 

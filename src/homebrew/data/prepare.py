@@ -12,6 +12,7 @@ from homebrew.data.text_paths import Paths, describe_files, text_files
 from homebrew.data.token_file import TokenMetadata, check_output_path, is_token_file, write_tokens
 from homebrew.data.tokenizer import Tokenizer, encode_chunks, get_tokenizer
 from homebrew.errors import DataError
+from homebrew.integers import as_integer
 from homebrew.io import absolute_path
 
 
@@ -31,7 +32,7 @@ def prepare(
         paths: Path of a UTF-8 text file, of a folder, of which all .txt files are read, or a sequence of such paths.
         output: Path of the `.npy` file to write. An existing token file, valid or damaged, is replaced.
         tokenizer: "gpt2", "bytes" or "char" (the characters that occur in the texts).
-        chunk_characters: Number of characters to read at a time.
+        chunk_characters: Number of characters to encode at a time.
 
     Returns:
         The token file's metadata.
@@ -39,6 +40,7 @@ def prepare(
     Raises:
         DataError: If a file cannot be read as UTF-8 text, all files are empty, or `output` cannot be written.
     """
+    chunk_characters = as_integer("chunk_characters", chunk_characters, error=DataError)
     output = absolute_path(output)
     check_output_path(output)
     files = text_files(paths)

@@ -18,13 +18,23 @@ _MAX_CONTROL_CHARACTERS = 0.1
 """Share of control characters above which a file is binary. Texts extracted from other formats have a few."""
 
 
+_MAX_CONTROL_BYTES = 0.05
+"""Share of control bytes above which a file that is not UTF-8 is binary. Compressed data has about 0.1."""
+
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""The first bytes of most UTF-16 files."""
+
+_BLOCK_CHARACTERS = 2**20
+"""Number of characters to read and check at a time. A device without an end, such as /dev/zero, fails the check."""
+
+
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file."""
-    return "".join(text_chunks(path, -1))
+    return "".join(text_chunks(path, _BLOCK_CHARACTERS))
 
 
 def text_chunks(path: str | Path, chunk_characters: int) -> Iterator[str]:
-    """Read a UTF-8 text file in chunks of `chunk_characters`; -1 reads all of it at once.
+    """Read a UTF-8 text file in chunks of at most `chunk_characters`. Which files are text does not depend on it.
 
     Raises:
         DataError: If the file cannot be read, is not UTF-8, or is binary.
@@ -32,15 +42,14 @@ def text_chunks(path: str | Path, chunk_characters: int) -> Iterator[str]:
     num_characters = num_control = 0
     try:
         with absolute_path(path).open(encoding="utf-8", newline="") as file:
-            while chunk := file.read(chunk_characters):
-                num_characters += len(chunk)
-                num_control += sum(map(chunk.count, _CONTROL_CHARACTERS))
-                if "\0" in chunk or num_control > _MAX_CONTROL_CHARACTERS * num_characters:
+            while block := file.read(_BLOCK_CHARACTERS):
+                num_characters += len(block)
+                num_control += sum(map(block.count, _CONTROL_CHARACTERS))
+                if "\0" in block or num_control > _MAX_CONTROL_CHARACTERS * num_characters:
                     raise _binary_error(path)
-                yield chunk
-    except DataError:  # which is a ValueError
-        raise
-    except (OSError, ValueError) as error:
+                for start in range(0, len(block), chunk_characters):
+                    yield block[start : start + chunk_characters]
+    except (OSError, UnicodeDecodeError) as error:
         raise read_error(path, error) from error
 
 
@@ -48,24 +57,32 @@ def check_regular_file(path: str | Path) -> None:
     """Raise an error for a missing file, a directory or a pipe. Opening a pipe could block."""
     try:
         absolute_path(path).stat()
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise read_error(path, error) from error
     if not absolute_path(path).is_file():
         raise DataError(f"{str(path)!r} is not a regular file. If it is a pipe, write its content to a file first.")
 
 
-def read_error(path: str | Path, error: OSError | ValueError) -> DataError:
+def read_error(path: str | Path, error: OSError | UnicodeDecodeError) -> DataError:
     """Build the error for a file that could not be read."""
     if isinstance(error, OSError):
         return DataError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions.")
-    if isinstance(error, UnicodeDecodeError):
-        # Most text files that are not in Unicode are in Latin-1.
-        encoding = "utf-16" if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
-        return DataError(
-            f"{str(path)!r} cannot be read as UTF-8 text: {error}. If it is text in another encoding, such as "
-            f"{encoding}, convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > converted.txt"
-        )
-    return DataError(f"{str(path)!r} cannot be read: {error}. Check the path.")
+    if _has_binary_bytes(error.object):
+        return _binary_error(path)
+    # Most text files that are not in Unicode are in Latin-1.
+    encoding = "utf-16" if error.object.startswith(_UTF16_MARKS) else "latin1"
+    return DataError(
+        f"{str(path)!r} cannot be read as UTF-8 text: {error}. If it is text in another encoding, such as "
+        f"{encoding}, convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > converted.txt"
+    )
+
+
+def _has_binary_bytes(data: bytes) -> bool:
+    """Return whether bytes that are not UTF-8 are not text in another encoding either."""
+    if data.startswith(_UTF16_MARKS):
+        return False  # UTF-16 has NUL bytes
+    num_control = sum(data.count(ord(character)) for character in _CONTROL_CHARACTERS)
+    return 0 in data or num_control > _MAX_CONTROL_BYTES * len(data)
 
 
 def _binary_error(path: str | Path) -> DataError:

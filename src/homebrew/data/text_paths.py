@@ -1,7 +1,7 @@
 """Which files are meant where texts are given: a file, several, or folders of them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from homebrew.data.text_file import read_text
@@ -23,7 +23,8 @@ def expand_folders(paths: Paths, *suffixes: str) -> list[Path]:
         DataError: A folder has no such file.
     """
     files: list[Path] = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
+    is_one = isinstance(paths, str | bytes | Path) or not isinstance(paths, Iterable)
+    for path in [paths] if is_one else paths:
         folder = absolute_path(path)
         # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
         is_folder = os.path.isdir(folder) and str(path) != ""  # noqa: PTH112

@@ -10,7 +10,7 @@ The array is memory-mapped, so opening a file does not load it. The mapped pages
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from homebrew.bounded_readers import open_file, parse_json, read_bytes
 from homebrew.data.text_file import check_regular_file, read_error
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, TokenIds, as_token_ids, check_token_ids
 from homebrew.errors import DataError
+from homebrew.integers import as_integer
 from homebrew.io import absolute_path, atomic_replace, is_disk_full, strict_json
 
 FORMAT_VERSION = 1
@@ -57,6 +58,15 @@ class TokenMetadata:
     sha256: str
     """SHA-256 of the `.npy` file, in hexadecimal."""
 
+    def __post_init__(self) -> None:
+        for name, types in _FIELD_TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise DataError(
+                    f"{name}={value!r:.200} is of type {type(value).__name__}, but must be of type "
+                    f"{getattr(types, '__name__', types)}."
+                )
+
     def to_json(self) -> str:
         """Return the text of the JSON file."""
         fields = {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -66,7 +76,11 @@ class TokenMetadata:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read and validate a JSON file. It must be what `to_json` returns, so that no changed byte goes unnoticed."""
-        data = read_bytes(path, DataError)
+        return cls.parse(read_bytes(path, DataError), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Self:
+        """Validate the contents of the JSON file `path`."""
         fields = parse_json(data, path, DataError)
         version = fields.pop("format_version", None)
         if version is None or fields.pop("metadata_sha256", None) is None:
@@ -76,14 +90,12 @@ class TokenMetadata:
                 f"{path} has format version {version!r}, but this version of homebrew reads {FORMAT_VERSION}. Run "
                 f"`homebrew prepare` again."
             )
-        if fields.keys() != _FIELD_TYPES.keys() or not all(
-            isinstance(fields[name], types) and not isinstance(fields[name], bool)
-            for name, types in _FIELD_TYPES.items()
-        ):
-            raise DataError(
-                f"{path} must have the fields {', '.join(_FIELD_TYPES)} with values of the right types. {_REMEDY}"
-            )
-        metadata = cls(**fields)
+        if fields.keys() != _FIELD_TYPES.keys():
+            raise DataError(f"{path} must have the fields {', '.join(_FIELD_TYPES)}. {_REMEDY}")
+        try:
+            metadata = cls(**fields)
+        except DataError as error:
+            raise DataError(f"{path} is not valid: {error} {_REMEDY}") from error
         if metadata.to_json().encode() != data:
             raise DataError(f"{path} was modified: its metadata_sha256 is that of other bytes. {_REMEDY}")
         return metadata
@@ -183,12 +195,21 @@ def write_tokens(
         source: Description of the text's origin.
 
     Raises:
-        DataError: If an id is outside the vocabulary, there are no ids, or the files cannot be written.
+        DataError: If an id is outside the vocabulary, there are no ids, an argument has the wrong type, or the files
+            cannot be written.
     """
     path = absolute_path(path)
     check_output_path(path)
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise DataError(f"vocab_size={vocab_size} is not supported. It must be between 1 and {MAX_VOCAB_SIZE:,}.")
+    vocab_size = as_integer("vocab_size", vocab_size, 1, MAX_VOCAB_SIZE, error=DataError)
+    if num_text_bytes is not None:
+        num_text_bytes = as_integer("num_text_bytes", num_text_bytes, 0, error=DataError)
+    metadata = TokenMetadata(vocab_size, 0, num_text_bytes, tokenizer_json, source, sha256="")
+    try:
+        TokenMetadata.parse(metadata.to_json().encode(), metadata_path(path))  # what `TokenFile` will read
+    except (TypeError, RecursionError) as error:
+        raise DataError(
+            f"tokenizer_json cannot be written as JSON: {error}. Use strings, numbers and lists."
+        ) from error
     dtype, num_tokens = token_dtype(vocab_size), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +226,7 @@ def write_tokens(
                 file.write(_npy_header(dtype, num_tokens))
                 file.seek(0)
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            metadata = TokenMetadata(vocab_size, num_tokens, num_text_bytes, tokenizer_json, source, sha256)
+            metadata = replace(metadata, num_tokens=num_tokens, sha256=sha256)
             new_metadata.write_text(metadata.to_json(), encoding="utf-8")
     except OSError as error:
         remedy = "Free some disk space." if is_disk_full(error) else "Check the directory and its permissions."
@@ -283,7 +304,7 @@ def _npy_header(dtype: np.dtype[Any], num_tokens: int) -> bytes:
 def _chunks(
     ids: TokenIds | Tensor | Iterable[TokenIds | Tensor], vocab_size: int, dtype: np.dtype[Any]
 ) -> Iterator[TokenIds]:
-    for array in [ids] if isinstance(ids, np.ndarray | Tensor) else ids:
+    for array in [ids] if isinstance(ids, np.ndarray | Tensor) or not isinstance(ids, Iterable) else ids:
         array = as_token_ids(array)
         for start in range(0, len(array), _CHUNK_TOKENS):
             chunk = array[start : start + _CHUNK_TOKENS]

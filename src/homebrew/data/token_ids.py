@@ -4,10 +4,11 @@ import operator
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from homebrew.errors import DataError
+from homebrew.errors import DataError, HomebrewError
 
 TokenIds = NDArray[np.integer]
 
@@ -15,9 +16,20 @@ MAX_VOCAB_SIZE = 2**31
 """Token ids are int32 on the device."""
 
 
+def check_dense(ids: Tensor, name: str, error: type[HomebrewError]) -> None:
+    """Raise `error` for a sparse, nested or quantized tensor."""
+    if ids.layout != torch.strided or ids.is_nested or ids.is_quantized:
+        kind = "nested" if ids.is_nested else "quantized" if ids.is_quantized else str(ids.layout)
+        raise error(f"{name} must be a dense tensor of integers, but are {kind}. Use a tensor of dtype torch.int64.")
+
+
 def as_token_ids(ids: Tensor | TokenIds | Sequence[int]) -> TokenIds:
     """Convert token ids to a NumPy array (num_tokens,) without changing their integer dtype."""
     rule = "must be a one-dimensional sequence of integers. Convert them first."
+    if isinstance(ids, Tensor):
+        check_dense(ids, "Token ids", DataError)
+        if ids.is_meta:
+            raise DataError("Token ids are on the device meta, so they have no values. Give them on a real device.")
     try:
         array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     except (TypeError, ValueError) as error:

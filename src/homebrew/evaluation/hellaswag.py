@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from homebrew.bounded_readers import parse_json
 from homebrew.data.download import cache_dir, download, read_file, read_if_verified
 from homebrew.data.tokenizer import Tokenizer
-from homebrew.errors import ConfigError, DataError
+from homebrew.errors import DataError
 from homebrew.evaluation.perplexity import ProgressFn
-from homebrew.generation.sampling import is_integer
+from homebrew.integers import as_integer
 from homebrew.io import absolute_path
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
@@ -93,8 +93,7 @@ def score_hellaswag(
         ConfigError: `batch_size` is less than 1.
         DataError: There are no questions, or an ending does not fit in the model's block size.
     """
-    if not (is_integer(batch_size) and batch_size >= 1):
-        raise ConfigError(f"batch_size={batch_size!r}: must be an integer of at least 1.")
+    batch_size = as_integer("batch_size", batch_size)
     if not questions:
         raise DataError("questions is empty. Pass at least one question, such as those of load_hellaswag().")
     num_correct = torch.zeros(2, dtype=torch.int64)  # by total loss, by mean loss

@@ -9,7 +9,7 @@ import torch
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError, ModelError
-from homebrew.generation.sampling import is_integer
+from homebrew.integers import as_integer, is_integer
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 
@@ -79,8 +79,7 @@ def score_text(
     stride = max(1, block_size // 2) if stride is None else stride
     if not (is_integer(stride) and 1 <= stride <= block_size):
         raise ConfigError(f"stride={stride!r}: must be an integer from 1 to the model's block_size, {block_size}.")
-    if not (is_integer(batch_size) and batch_size >= 1):
-        raise ConfigError(f"batch_size={batch_size!r}: must be an integer of at least 1.")
+    batch_size = as_integer("batch_size", batch_size)
     ids = torch.from_numpy(tokenizer.encode(text))
     if len(ids) < 2:
         raise DataError(f"The text has {len(ids)} token(s), but scoring needs at least 2. Use a longer text.")

@@ -7,9 +7,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from homebrew.data.token_ids import check_dense
 from homebrew.errors import ConfigError, ModelError
 from homebrew.generation.decoder import Decoder
-from homebrew.generation.sampling import Sampling, is_integer
+from homebrew.generation.sampling import Sampling
+from homebrew.integers import SEED_RANGE, as_integer
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 
@@ -140,6 +142,9 @@ def stream_tokens(
 def _to_lists(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     if not isinstance(prompts, Tensor):
         return _as_integers(prompts)
+    check_dense(prompts, "The prompts", ModelError)
+    if prompts.is_meta:
+        raise ModelError("The prompts are on the device meta, so they have no values. Give them on a real device.")
     dtype = prompts.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise ModelError(f"The prompts are a tensor of {dtype}, not of token ids. Use torch.int64.")
@@ -160,7 +165,7 @@ def _as_integers(prompts: Iterable[Iterable[int]]) -> list[list[int]]:
 
 
 def _as_integer(token: int) -> int:
-    if isinstance(token, bool):  # which operator.index accepts
+    if isinstance(token, bool) or (isinstance(token, Tensor) and token.dtype == torch.bool):  # operator.index takes it
         raise TypeError("'bool' object cannot be interpreted as an id")
     return operator.index(token)
 
@@ -200,18 +205,13 @@ def _check_options(
         raise ConfigError(f"sampling={sampling!r} is not valid. Use a Sampling, such as Sampling(top_k=50), or None.")
     if overflow not in ("slide", "stop"):
         raise ConfigError(f'overflow={overflow!r} is not valid. Use "slide" or "stop".')
-    _check_integer("max_new_tokens", max_new_tokens, 0, 2**63 - 1)
+    as_integer("max_new_tokens", max_new_tokens, 0)
     if vocab_size is not None:
-        _check_integer("vocab_size", vocab_size, 1, 2**63 - 1)
+        as_integer("vocab_size", vocab_size)
     if eos_token_id is not None:
-        _check_integer("eos_token_id", eos_token_id, 0, model.config.vocab_size - 1)
+        as_integer("eos_token_id", eos_token_id, 0, model.config.vocab_size - 1)
     if seed is not None:
-        _check_integer("seed", seed, -(2**63), 2**64 - 1)
-
-
-def _check_integer(name: str, value: int, smallest: int, largest: int) -> None:
-    if not (is_integer(value) and smallest <= operator.index(value) <= largest):
-        raise ConfigError(f"{name}={value!r} is not valid. Use an integer from {smallest} to {largest}.")
+        as_integer("seed", seed, *SEED_RANGE)
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, block_size: int, overflow: str) -> None:

@@ -1,20 +1,14 @@
 """Sampling: choose the next token from the logits."""
 
 import math
-import operator
 from dataclasses import dataclass
 from numbers import Real
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from homebrew.errors import ConfigError
-
-
-def is_integer(value: object) -> bool:
-    """Return whether a value is an integer of Python or NumPy. Booleans and tensors are not."""
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
+from homebrew.integers import is_integer
 
 
 def _is_number(value: object) -> bool:
@@ -63,7 +57,7 @@ class Sampling:
             )
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value <= 1):
+            if value is not None and not (_is_number(value) and 0 < value <= 1 and float(value) > 0):
                 raise ConfigError(
                     f"{name}={value!r} is not valid. Use a number above 0 and at most 1, or None to keep all tokens."
                 )
@@ -86,7 +80,7 @@ class Sampling:
         # Relative to the largest logit, so that a tiny temperature gives -inf for the others instead of inf.
         logits = (logits - logits.amax(-1, keepdim=True)) / _factor(self.temperature)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kth = logits.topk(operator.index(self.top_k), sorted=False).values.amin(-1, keepdim=True)
+            kth = logits.topk(int(self.top_k), sorted=False).values.amin(-1, keepdim=True)
             logits = logits.masked_fill(logits < kth, -torch.inf)
         if self.top_p is not None:
             ordered, order = logits.sort(descending=True)

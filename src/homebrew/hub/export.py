@@ -52,10 +52,12 @@ def export_model(
         tokenizer: Tokenizer the model was trained with. If None, no tokenizer files are written.
 
     Raises:
-        ModelError: A weight is not finite, the tokenizer does not match the model, or the folder is not writable or
-            contains a checkpoint or an adapter.
+        ModelError: The model has no weights, a weight is not finite, the tokenizer does not match the model, or the
+            folder is not writable or contains a checkpoint or an adapter.
     """
     folder = absolute_path(folder)
+    if any(tensor.is_meta for tensor in state_dict.values()):
+        raise ModelError("The model is on the meta device, so it has no weights. Load or initialize it on a device.")
     vocab_size = config["vocab_size"]
     weights = {name: _to_hf_layout(name, t, vocab_size) for name, t in state_dict.items() if name != LM_HEAD}
     hf_config = _to_hf_config(config, next(iter(weights.values())).dtype)

@@ -16,6 +16,7 @@ from homebrew.io import open_regular, strict_json
 MAX_BYTES = 1 << 30
 """Size of the largest log that a run appends to, about four million events."""
 _MAX_LINE_BYTES = 1 << 16
+_LINE_START = b'{"event": '
 
 
 class MetricsLog:
@@ -28,7 +29,8 @@ class MetricsLog:
         path: File to append to. An incomplete last line, left by a killed run, is removed.
 
     Raises:
-        OSError: The file cannot be opened for writing, is not a regular file, or is not a metrics log.
+        OSError: The file cannot be opened for writing, is not a regular file, has another name (a hard link), or is
+            not a metrics log.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,6 +38,8 @@ class MetricsLog:
         self._has_warned = False
         self._file = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
+            if os.fstat(self._file).st_nlink > 1:
+                raise OSError(errno.EMLINK, "Has a hard link, so another file would change too: copy it", str(path))
             self._remove_incomplete_line()
         except BaseException:
             self.close()
@@ -81,7 +85,11 @@ class MetricsLog:
         end = os.pread(self._file, _MAX_LINE_BYTES, start)
         if b"\n" not in end and len(end) == _MAX_LINE_BYTES:
             raise OSError(errno.EINVAL, "Its last line is too long: not a metrics log", str(self._path))
-        os.ftruncate(self._file, start + end.rfind(b"\n") + 1)
+        last_newline = end.rfind(b"\n")
+        last_line = end[last_newline + 1 :].lstrip(b"\0")  # a power failure can leave zeros
+        if not _LINE_START.startswith(last_line[: len(_LINE_START)]):
+            raise OSError(errno.EINVAL, "Its last line is not an event: not a metrics log", str(self._path))
+        os.ftruncate(self._file, start + last_newline + 1)
 
 
 def past_eval_losses(path: Path, step: int) -> list[float]:

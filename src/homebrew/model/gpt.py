@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from homebrew.constants import IGNORE_INDEX
-from homebrew.errors import ModelError
+from homebrew.data.token_ids import check_dense
+from homebrew.errors import ConfigError, ModelError
+from homebrew.integers import SEED_RANGE, as_integer
 from homebrew.io import local_path_or_name
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
     from homebrew.generation.generate import Overflow, Prompts
     from homebrew.generation.sampling import Sampling
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Supported dtypes of weights in memory."""
 
 
 class GPT(nn.Module):
@@ -48,7 +54,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _init_weights(self, seed: int) -> None:
         """Initialize as GPT-2: normal with std 0.02, and 0.02 / sqrt(2 * n_layer) for residual projections."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(as_integer("seed", seed, *SEED_RANGE))
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -75,8 +81,8 @@ class GPT(nn.Module):
 
         Raises:
             ModelError: The sequence is longer than `block_size`, a shape is not (B, T), a dtype is not an integer
-                dtype, or an id is outside the vocabulary. Ids on a GPU are not checked, because that would wait for
-                the device.
+                dtype, a tensor is on another device than the weights, or an id is outside the vocabulary. Ids on a
+                GPU are not checked, because that would wait for the device.
         """
         self._check_inputs(input_ids, targets)
         hidden = self.transformer(input_ids)  # (B, T, C)
@@ -90,6 +96,15 @@ class GPT(nn.Module):
                 f"input_ids and targets must be tensors, but are {type(input_ids).__name__} and "
                 f"{type(targets).__name__}. Use torch.tensor(ids)."
             )
+        for name, ids in (("input_ids", input_ids), ("targets", targets)):
+            if ids is None:
+                continue
+            check_dense(ids, name, ModelError)
+            if ids.device != self.device:
+                raise ModelError(
+                    f"{name} are on the device {ids.device}, but the model is on {self.device}. Move one of them "
+                    f"with .to(device)."
+                )
         if input_ids.dim() != 2 or (targets is not None and targets.shape != input_ids.shape):
             shapes = " and ".join(str(tuple(ids.shape)) for ids in (input_ids, targets) if ids is not None)
             raise ModelError(f"input_ids and targets must have the same shape (B, T), but got {shapes}.")
@@ -138,8 +153,11 @@ class GPT(nn.Module):
             The model on the CPU, in evaluation mode.
 
         Raises:
+            ConfigError: `dtype` is not one of float32, float16, bfloat16 and float64, or `lora` is not a `LoRAConfig`.
             ModelError: The weights are not found, or are not those of a supported GPT-2.
         """
+        if dtype not in _DTYPES:
+            raise ConfigError(f"dtype={dtype!r} is not valid. Use {', '.join(map(str, _DTYPES))}.")
         from homebrew.hub.from_pretrained import open_pretrained
 
         pretrained = open_pretrained(name_or_folder, revision=revision, local_files_only=local_files_only)

@@ -1,7 +1,6 @@
 """The configuration of a GPT."""
 
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 from homebrew.errors import ConfigError
@@ -23,6 +22,9 @@ LM_HEAD = "lm_head.weight"
 
 NO_EOS = -1
 """Value of `eos_token_id` for a model in which no id ends a text."""
+
+MAX_SIZE = 2**24
+"""Far above the size of any model. Products of sizes must not overflow int64."""
 
 _PRESETS: dict[str, dict[str, int]] = {
     "char": {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64},
@@ -62,16 +64,15 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}={value!r} is not valid. Use an integer of at least 1.")
+            if type(value) is not int or not 1 <= value <= MAX_SIZE:
+                raise ConfigError(f"{name}={value!r:.100} is not valid. Use an integer from 1 to {MAX_SIZE:,}.")
         if self.n_embd % self.n_head:
             lower = self.n_embd // self.n_head * self.n_head
             raise ConfigError(
                 f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}, so the heads cannot have equal "
                 f"widths. The nearest multiples are {lower} and {lower + self.n_head}."
             )
-        if isinstance(self.dropout, bool) or not (isinstance(self.dropout, Real) and 0.0 <= self.dropout < 1.0):
-            raise ConfigError(f"dropout={self.dropout!r} is not valid. Use a number of at least 0 and less than 1.")
+        check_dropout(self.dropout)
         eos = self.eos_token_id
         if eos is not None and not (type(eos) is int and NO_EOS <= eos < self.vocab_size):
             raise ConfigError(
@@ -105,3 +106,9 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         """Number of rows of the embedding and the head in memory. Rows from `vocab_size` on are padding."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def check_dropout(dropout: object) -> None:
+    """Check that a value is a probability that PyTorch's dropout takes."""
+    if isinstance(dropout, bool) or not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
+        raise ConfigError(f"dropout={dropout!r} is not valid. Use a float of at least 0 and less than 1.")

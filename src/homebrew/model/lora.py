@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from homebrew.errors import ConfigError, ModelError
+from homebrew.integers import SEED_RANGE, as_integer
+from homebrew.model.gpt_config import check_dropout
+
+MAX_RANK = 2**16
+"""Far above any useful rank. Memory for a larger one, such as from a typing error, could not be allocated."""
 
 MAX_ALPHA = 1e6
 """Far above any useful scale. A larger alpha from a file could turn finite weights into infinities."""
@@ -44,17 +49,17 @@ class LoRAConfig:
     """Names of the linear layers to adapt, from `TARGET_MODULES`, or layers of one block, such as "h.0.attn.c_attn"."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ConfigError(f"rank={self.rank!r} is not valid. Use an integer of at least 1.")
-        if self.alpha is not None and not 0 < self.alpha <= MAX_ALPHA:
+        if type(self.rank) is not int or not 1 <= self.rank <= MAX_RANK:
+            raise ConfigError(f"rank={self.rank!r:.100} is not valid. Use an integer from 1 to {MAX_RANK}.")
+        is_number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if self.alpha is not None and not (is_number and 0 < self.alpha <= MAX_ALPHA):
             raise ConfigError(
-                f"alpha={self.alpha!r} is not valid. Use a number above 0 and at most {MAX_ALPHA:g}, or None for "
+                f"alpha={self.alpha!r:.100} is not valid. Use a number above 0 and at most {MAX_ALPHA:g}, or None for "
                 f"2 * rank."
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout!r} is not valid. Use a number of at least 0 and less than 1.")
-        unknown = set(self.target_modules) - set(TARGET_MODULES)
-        if not self.target_modules or not all(map(_BLOCK_TARGET.fullmatch, unknown)):
+        check_dropout(self.dropout)
+        names = self.target_modules
+        if not names or not isinstance(names, tuple | list) or not all(map(_is_target, names)):
             raise ConfigError(
                 f"target_modules={self.target_modules!r:.500} is not valid. Use one or more of "
                 f"{', '.join(TARGET_MODULES)}, or a layer of one block, such as h.0.attn.c_attn."
@@ -133,11 +138,12 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 42) -> None:
         seed: Random seed for the initial values. PyTorch's global random state is neither used nor changed.
 
     Raises:
+        ConfigError: `config` is not a `LoRAConfig`.
         ModelError: The model already has an adapter, or no layer matches `config.target_modules`.
     """
     layers = _target_layers(model, config)
     model.requires_grad_(requires_grad=False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(as_integer("seed", seed, *SEED_RANGE))
     for name, linear in layers.items():
         model.set_submodule(name, LoRALinear(linear, config, generator).train(linear.training))
 
@@ -219,6 +225,8 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def _target_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Linear]:
+    if not isinstance(config, LoRAConfig):
+        raise ConfigError(f"{config!r:.100} is not a configuration of an adapter. Use a LoRAConfig.")
     if lora_layers(model):
         raise ModelError("The model already has an adapter. Merge it and save the model, or load the base model again.")
     layers = {
@@ -246,6 +254,10 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, T
             f"{len(wrong)} adapter tensors, such as {wrong[0]}, are missing, unexpected or have another shape than "
             f"the LoRAConfig requires. Use the LoRAConfig that the adapter was trained with."
         )
+
+
+def _is_target(name: object) -> bool:
+    return isinstance(name, str) and (name in TARGET_MODULES or _BLOCK_TARGET.fullmatch(name) is not None)
 
 
 def _is_adapter_name(name: str) -> bool:
