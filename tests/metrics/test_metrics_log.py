@@ -47,6 +47,34 @@ def test_a_link_is_not_followed(tmp_path, use, content):
     assert target.read_text() == content
 
 
+def test_a_hard_link_is_not_written_through(tmp_path):
+    target = tmp_path / "precious"
+    target.write_text('{"event": "begin", "step": 0}\n{"event": "st')
+    os.link(target, tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match=r"hard link.*metrics\.jsonl"):
+        MetricsLog(tmp_path / "metrics.jsonl")
+    assert target.read_text().endswith("st")
+
+
+@pytest.mark.parametrize("end", ["precious, no newline", '{"a": 1}', "[1]", "\0notes", "0", '{"event"}'])
+@pytest.mark.parametrize("start", ["", "a line\n", '{"event": "begin", "step": 0}\n'])
+def test_only_the_beginning_of_an_event_is_removed(tmp_path, start, end):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(start + end)
+    with pytest.raises(OSError, match=r"not a metrics log.*metrics\.jsonl"):
+        MetricsLog(path)
+    assert path.read_text() == start + end
+
+
+@pytest.mark.parametrize("end", ["{", '{"event": "step", "step": 1}', "\0\0\0", '{"ev\0\0'])
+def test_what_a_killed_run_or_a_power_failure_leaves_is_removed(tmp_path, end):
+    path = tmp_path / "metrics.jsonl"
+    start = '{"event": "begin", "step": 0}\n'
+    path.write_text(start + end)
+    MetricsLog(path).close()
+    assert path.read_text() == start
+
+
 @pytest.mark.parametrize("kind", ["link to a device", "dangling link", "pipe", "socket", "folder"])
 @pytest.mark.parametrize("use", [MetricsLog, lambda path: past_eval_losses(path, 9)], ids=["write", "read"])
 def test_only_a_regular_file_is_opened(tmp_path, monkeypatch, use, kind):

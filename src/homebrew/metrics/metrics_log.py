@@ -86,7 +86,7 @@ class MetricsLog:
         if b"\n" not in end and len(end) == _MAX_LINE_BYTES:
             raise OSError(errno.EINVAL, "Its last line is too long: not a metrics log", str(self._path))
         last_newline = end.rfind(b"\n")
-        last_line = end[last_newline + 1 :].lstrip(b"\0")  # a power failure can leave zeros
+        last_line = end[last_newline + 1 :].strip(b"\0")  # a power failure can leave zeros
         if not _LINE_START.startswith(last_line[: len(_LINE_START)]):
             raise OSError(errno.EINVAL, "Its last line is not an event: not a metrics log", str(self._path))
         os.ftruncate(self._file, start + last_newline + 1)
