@@ -160,3 +160,26 @@ def test_the_base_of_an_adapter_is_found(home, monkeypatch):
 def test_an_invalid_output_dir_is_an_error(value):
     with pytest.raises(ConfigError, match=r"output_dir=.*: must be a path"):
         TrainerConfig(output_dir=value, max_steps=1)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800", 5, b"run"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        absolute_path,
+        TokenFile,
+        load_hellaswag,
+        load_model,
+        GPT(CONFIG).save_pretrained,
+        GPT.from_pretrained,
+        lambda path: load_corpus(path=path),
+        lambda path: TokenDataset.from_file(path, 4),
+        lambda path: TokenDataset.from_shards([path], 4),
+        lambda path: prepare(path, "out.npy"),
+        lambda path: write_tokens(path, [[1, 2]], vocab_size=5),
+    ],
+)
+def test_what_is_not_a_path_is_an_error(tmp_path, monkeypatch, use, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="not a valid path"):
+        use(path)

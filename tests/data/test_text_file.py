@@ -1,5 +1,9 @@
 """Text files: what counts as text, in every function that reads one; and line endings."""
 
+import bz2
+import gzip
+import pickle
+
 import numpy as np
 import pytest
 
@@ -15,6 +19,11 @@ BINARY_FILES = {
     "uint8 ids of characters": np.tile(np.arange(1, 65, dtype=np.uint8), 50).tobytes(),
     "int64 ids": np.arange(60).tobytes(),
     "UTF-16 without a byte order mark": "To be, or not to be".encode("utf-16-le"),
+    "uint16 ids of GPT-2": np.arange(0, 50_000, 7, dtype=np.uint16).tobytes(),
+    "random uint16 ids without zeros": np.random.default_rng(0).integers(1, 255, 3000, dtype=np.uint8).tobytes(),
+    "gzip": gzip.compress(b"To be, or not to be"),
+    "bzip2": bz2.compress(bytes(range(256)) * 9),
+    "pickle": pickle.dumps({"ids": list(range(500))}),
     "a NUL at the end of a text": b"To be, or not to be\n" * 20 + b"\0",
 }
 
@@ -36,6 +45,46 @@ def test_binary_files_are_not_text(tmp_path, read, content):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"^'.*train.bin' is a binary file"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_text,
+        lambda path: load_corpus(path=path),
+        lambda path: TokenDataset.from_file(path, 4, tokenizer="bytes"),
+        lambda path: TokenDataset.from_file([path], 4, tokenizer="char"),
+    ],
+)
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/urandom"])
+def test_a_device_without_an_end_raises(bounded_memory, read, device):
+    with bounded_memory(), pytest.raises(DataError, match=device):
+        read(device)
+
+
+@pytest.mark.parametrize("start", ["\x01", "\x01\x02" * 9, "a\x7f"])
+def test_whether_a_file_is_text_does_not_depend_on_the_chunk_size(tmp_path, start):
+    path, text = tmp_path / "text", start + "To be, or not to be. " * 50
+    path.write_text(text)
+    for chunk_characters in (1, 7, 10**6):
+        assert "".join(text_chunks(path, chunk_characters)) == text
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("latin1", "café "),
+        ("cp1252", "“café” "),
+        ("shift_jis", "日本語テキスト"),
+        ("gb18030", "漢字"),
+        ("koi8-r", "Привет"),
+    ],
+)
+def test_text_in_another_encoding_is_not_called_binary(tmp_path, encoding, text):
+    path = tmp_path / "text"
+    path.write_bytes((text * 20).encode(encoding))
+    with pytest.raises(DataError, match=r"another encoding.*iconv"):
+        read_text(path)
 
 
 @pytest.mark.parametrize(

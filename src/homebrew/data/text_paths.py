@@ -23,8 +23,7 @@ def expand_folders(paths: Paths, *suffixes: str) -> list[Path]:
         DataError: A folder has no such file.
     """
     files: list[Path] = []
-    is_one = isinstance(paths, str | bytes | Path) or not isinstance(paths, Iterable)
-    for path in [paths] if is_one else paths:
+    for path in [paths] if isinstance(paths, str | bytes | Path) or not isinstance(paths, Iterable) else paths:
         folder = absolute_path(path)
         # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
         is_folder = os.path.isdir(folder) and str(path) != ""  # noqa: PTH112

@@ -120,10 +120,10 @@ def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Toke
             f"The adapter in {folder} does not record its base model. Pass base=, the folder, run or repository of the "
             f"base model."
         )
-    source = local_path_or_name(source)
-    if _is_adapter(source):  # an error rather than recursion, which might not end
-        raise CheckpointError(f"{source} contains only an adapter. Pass base=, a model without an adapter.")
     with _explain_missing_base(folder, base):
+        source = local_path_or_name(source)
+        if _is_adapter(source):  # an error rather than recursion, which might not end
+            raise CheckpointError(f"{source} contains only an adapter. Pass base=, a model without an adapter.")
         model, tokenizer = load_model(source)
     load_adapter(model, folder)
     if any(find_file(folder, name) for name in TOKENIZER_FILES):  # the base's tokenizer may be another one, or none
@@ -136,7 +136,7 @@ def _explain_missing_base(adapter: Path, base: str | Path | None) -> Iterator[No
     """Add to an error in loading the recorded base that it may have moved."""
     try:
         yield
-    except ModelError as error:
+    except (ConfigError, ModelError) as error:  # a ConfigError for a text that is not a path
         if base is not None:
             raise
         raise CheckpointError(
@@ -184,8 +184,8 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
             f"run or repository of the base model."
         )
     config, fingerprint = _adapter_config(checkpoint)
-    source = local_path_or_name(source)
     with _explain_missing_base(checkpoint.path, base):
+        source = local_path_or_name(source)
         model = _base_model(source)
     model.source = str(source)
     if (actual := base_fingerprint(model)) != fingerprint:
