@@ -284,3 +284,27 @@ def test_a_split_keeps_the_attributes_of_a_subclass():
     assert type(first) is type(second) is Masked
     assert first.probability == second.probability == 0.5
     assert len({dataset.fingerprint, first.fingerprint, second.fingerprint}) == 3
+
+
+@pytest.mark.parametrize("value", [5.5, True, "5", 0, 2**32])
+def test_an_invalid_vocab_size_raises(value):
+    with pytest.raises(DataError, match="vocab_size="):
+        counting(4, 2, vocab_size=value)
+
+
+@pytest.mark.parametrize("block_size", [10**30, 2**63])
+def test_sizes_beyond_int64_raise(block_size):
+    for options in ({"block_size": block_size}, {"stride": block_size}):
+        with pytest.raises(DataError, match=r"(block_size|stride)="):
+            counting(**options)
+
+
+@pytest.mark.parametrize("text", [5, None, 1.5, ["a", None], iter([5])])
+def test_a_text_that_is_no_string_raises(text):
+    with pytest.raises(DataError, match="must be a string"):
+        TokenDataset.from_text(text, 2, tokenizer="bytes")
+
+
+def test_texts_may_be_an_iterator():
+    dataset = TokenDataset.from_text(iter(["abc", "def"]), 2, tokenizer="bytes")
+    assert dataset.tokens.ids.tolist() == [*b"abcdef"]

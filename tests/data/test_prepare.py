@@ -108,3 +108,10 @@ def test_a_pipe_raises_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="pipe' is not a regular file"):
         prepare([tmp_path / "pipe"], tmp_path / "out.npy")
+
+
+@pytest.mark.parametrize("chunk_characters", [0, -1, 1.5, True, "7", None])
+def test_an_invalid_chunk_size_raises(tmp_path, chunk_characters):
+    (tmp_path / "text").write_text("To be, or not to be")
+    with pytest.raises(DataError, match="chunk_characters="):
+        prepare(tmp_path / "text", tmp_path / "out.npy", tokenizer="bytes", chunk_characters=chunk_characters)

@@ -119,6 +119,7 @@ def test_numbers_of_numpy_are_accepted():
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"min_p": -0.1}, "min_p=-0.1"),
+        *(({name: Fraction(1, 10**400)}, f"{name}=") for name in ("top_p", "min_p")),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
     ],
 )

@@ -312,3 +312,13 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="empty string"):
             write()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_without_weights_is_not_exported(tmp_path, lora):
+    model = tiny_gpt()
+    if lora:
+        add_lora(model, LoRAConfig(rank=2))
+    with pytest.raises(ModelError, match="meta device"):
+        model.to("meta").save_pretrained(tmp_path / "export")
+    assert not (tmp_path / "export").exists()

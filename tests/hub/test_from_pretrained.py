@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2
 
 from homebrew import bounded_readers
 from homebrew.data.tokenizer import ByteTokenizer
-from homebrew.errors import HomebrewError, ModelError
+from homebrew.errors import ConfigError, HomebrewError, ModelError
 from homebrew.hub import from_pretrained
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
@@ -442,3 +442,15 @@ def test_each_file_of_weights_is_opened_twice_to_find_and_to_read_its_tensors(fo
     )
     GPT.from_pretrained(folder)
     assert len(opened) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float16", None, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_an_unsupported_dtype_is_rejected(folder, dtype):
+    with pytest.raises(ConfigError, match="dtype="):
+        GPT.from_pretrained(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("lora", [5, {"rank": 2}])
+def test_an_adapter_configuration_of_another_type_is_rejected(folder, lora):
+    with pytest.raises(ConfigError, match="LoRAConfig"):
+        GPT.from_pretrained(folder, lora=lora)

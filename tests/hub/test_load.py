@@ -456,7 +456,7 @@ def test_an_adapters_rank_is_checked_before_memory_is_allocated(adapted, bounded
     identity = checkpoint.state["identity"]
     wrong_state = checkpoint.state | {"identity": identity | {"adapter": identity["adapter"] | {"rank": rank}}}
     path = CheckpointStore(folder / "other").save(1, {"adapter": checkpoint.tensors("adapter")}, wrong_state)
-    with bounded_memory(), pytest.raises(CorruptCheckpoint, match=r"adapter\.safetensors does not match"):
+    with bounded_memory(), pytest.raises(CorruptCheckpoint, match=r"adapter\.safetensors does not match|rank="):
         load_model(path)
 
 

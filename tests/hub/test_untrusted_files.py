@@ -198,7 +198,7 @@ def test_an_adapters_rank_is_checked_before_memory_is_allocated(folder, bounded_
     config = json.loads((folder / "valid" / "adapter_config.json").read_text())
     (folder / "corrupt" / "adapter_config.json").write_text(json.dumps(config | {"r": rank}))
     model = GPT(CONFIG)
-    with bounded_memory(), pytest.raises(ModelError, match="lora_A"):
+    with bounded_memory(), pytest.raises(ModelError, match="rank="):
         load_adapter(model, folder / "corrupt")
     assert not lora_layers(model)
     shutil.copyfile(folder / "valid" / "adapter_config.json", folder / "corrupt" / "adapter_config.json")

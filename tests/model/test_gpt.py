@@ -1,5 +1,6 @@
 import math
 from dataclasses import asdict
+from fractions import Fraction
 
 import pytest
 import torch
@@ -200,6 +201,36 @@ def test_inputs_of_another_dtype_are_rejected(dtype):
             model(*inputs)
 
 
+def test_inputs_on_another_device_than_the_weights_are_rejected():
+    ids = random_ids(TINY, 1, 4)
+    for model, inputs in [
+        (GPT(TINY), (ids.to("meta"),)),
+        (GPT(TINY), (ids, ids.to("meta"))),
+        (GPT(TINY).to("meta"), (ids, ids)),
+    ]:
+        for forward in (model, torch.compile(model, backend="eager")):
+            with pytest.raises(ModelError, match=r"(?s)(cpu.*meta|meta.*cpu)"):
+                forward(*inputs)
+
+
+NOT_DENSE = {
+    "sparse": lambda ids: ids.to_sparse(),
+    "CSR": lambda ids: ids.to_sparse_csr(),
+    "nested": lambda ids: torch.nested.nested_tensor([ids[0], ids[0, :1]]),
+    "jagged": lambda ids: torch.nested.nested_tensor([ids[0], ids[0, :1]], layout=torch.jagged),
+    "quantized": lambda ids: torch.quantize_per_tensor(ids.float(), 1.0, 0, torch.quint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of experimental layouts
+@pytest.mark.parametrize("convert", NOT_DENSE.values(), ids=NOT_DENSE)
+def test_inputs_that_are_not_dense_are_rejected(convert):
+    model, ids = GPT(TINY), random_ids(TINY, 1, 4)
+    for use in (model, lambda targets: model(ids, targets), lambda prompts: model.generate(prompts, 2)):
+        with pytest.raises(ModelError, match="dense"):
+            use(convert(ids))
+
+
 @pytest.mark.parametrize("inputs", [([[1, 2]],), (None,), (torch.zeros(1, 2, dtype=torch.int64), [[1, 2]])])
 def test_inputs_that_are_not_tensors_are_rejected(inputs):
     with pytest.raises(ModelError, match="must be tensors"):
@@ -213,11 +244,12 @@ def test_inputs_that_are_not_tensors_are_rejected(inputs):
         ({"vocab_size": -1}, "vocab_size=-1"),
         ({"block_size": 2.5}, "block_size=2.5"),
         ({"n_head": True}, "n_head=True"),
+        *(({name: 2**62}, f"{name}=") for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")),
         ({"n_embd": 100, "n_head": 3}, r"n_embd=100 is not a multiple of n_head=3.*99 and 102"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"dropout": float("nan")}, "dropout=nan"),
-        *(({"dropout": value}, "dropout=") for value in (None, "0.1", False)),
+        *(({"dropout": value}, "dropout=") for value in (None, "0.1", False, Fraction(1, 3))),
         *(({"vocab_size": 256, "eos_token_id": value}, "eos_token_id=") for value in (-2, 256, True, 7.0, "7")),
     ],
 )
@@ -233,3 +265,9 @@ def test_unknown_preset_error_lists_the_presets():
 
 def test_preset_fields_can_be_overridden():
     assert GPTConfig.preset("gpt2-medium", dropout=0.1) == GPTConfig(n_layer=24, n_head=16, n_embd=1024, dropout=0.1)
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**64), "1", 1.5, True])
+def test_invalid_seeds_are_rejected(seed):
+    with pytest.raises(ConfigError, match="seed="):
+        GPT(TINY, seed=seed)

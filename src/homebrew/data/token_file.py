@@ -9,7 +9,7 @@ The array is memory-mapped, so opening a file does not load it. The mapped pages
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -58,15 +58,6 @@ class TokenMetadata:
     sha256: str
     """SHA-256 of the `.npy` file, in hexadecimal."""
 
-    def __post_init__(self) -> None:
-        for name, types in _FIELD_TYPES.items():
-            value = getattr(self, name)
-            if not isinstance(value, types) or isinstance(value, bool):
-                raise DataError(
-                    f"{name}={value!r:.200} is of type {type(value).__name__}, but must be of type "
-                    f"{getattr(types, '__name__', types)}."
-                )
-
     def to_json(self) -> str:
         """Return the text of the JSON file."""
         fields = {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -93,9 +84,10 @@ class TokenMetadata:
         if fields.keys() != _FIELD_TYPES.keys():
             raise DataError(f"{path} must have the fields {', '.join(_FIELD_TYPES)}. {_REMEDY}")
         try:
-            metadata = cls(**fields)
+            _check_types(fields)
         except DataError as error:
             raise DataError(f"{path} is not valid: {error} {_REMEDY}") from error
+        metadata = cls(**fields)
         if metadata.to_json().encode() != data:
             raise DataError(f"{path} was modified: its metadata_sha256 is that of other bytes. {_REMEDY}")
         return metadata
@@ -204,6 +196,7 @@ def write_tokens(
     if num_text_bytes is not None:
         num_text_bytes = as_integer("num_text_bytes", num_text_bytes, 0, error=DataError)
     metadata = TokenMetadata(vocab_size, 0, num_text_bytes, tokenizer_json, source, sha256="")
+    _check_types(vars(metadata))
     try:
         TokenMetadata.parse(metadata.to_json().encode(), metadata_path(path))  # what `TokenFile` will read
     except (TypeError, RecursionError) as error:
@@ -271,6 +264,15 @@ def metadata_path(path: Path) -> Path:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the dtype of a token file for a vocabulary of the given size."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def _check_types(fields: Mapping[str, Any]) -> None:
+    """Check the types of a `TokenMetadata`'s fields."""
+    for name, types in _FIELD_TYPES.items():
+        value = fields[name]
+        if not isinstance(value, types) or isinstance(value, bool):
+            expected = getattr(types, "__name__", types)
+            raise DataError(f"{name}={value!r:.200} is of type {type(value).__name__}, but must be {expected}.")
 
 
 def _is_token_array(path: Path) -> bool:
