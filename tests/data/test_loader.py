@@ -39,14 +39,18 @@ class CustomDataset(Dataset):
         return self.transform(index, (ids, ids + 1))
 
 
+DEFAULTS = {
+    "seed": 3,
+    "global_batch_size": 8,
+    "vocab_size": 1000,
+    "device": CPU,
+    "num_workers": 0,
+    "timeout_seconds": 0,
+}
+
+
 def loader(dataset=TOKENS, rank=0, num_ranks=1, micro_batch_size=2, **options):
-    return StepLoader(
-        dataset,
-        **{"seed": 3, "global_batch_size": 8, "vocab_size": 1000, "device": CPU} | options,
-        micro_batch_size=micro_batch_size,
-        rank=rank,
-        num_ranks=num_ranks,
-    )
+    return StepLoader(dataset, rank=rank, num_ranks=num_ranks, micro_batch_size=micro_batch_size, **DEFAULTS | options)
 
 
 def sample_ids(step, seed=3):
@@ -87,10 +91,8 @@ def test_micro_batches_alternate_between_ranks():
 @pytest.mark.parametrize("dataset", [TOKENS, CustomDataset()])
 def test_training_and_evaluation_batches_have_the_same_layout(dataset, micro):
     """Otherwise torch.compile would compile the model twice."""
-    settings = {"micro_batch_size": micro, "device": CPU, "vocab_size": 500}
-    loader = StepLoader(dataset, seed=0, global_batch_size=micro, rank=0, num_ranks=1, **settings)
-    train_batch = next(loader.steps(0))[0]
-    eval_batch = next(eval_batches(dataset, rank=0, num_ranks=1, **settings))
+    train_batch = next(loader(dataset, global_batch_size=micro, micro_batch_size=micro).steps(0))[0]
+    eval_batch = next(eval_batches(dataset, micro_batch_size=micro, rank=0, num_ranks=1, device=CPU, vocab_size=500))
     for tensor in (*train_batch, *eval_batch):
         assert tensor.stride() == (tensor.shape[1], 1)
 
@@ -124,11 +126,8 @@ def test_starting_at_a_step_equals_skipping_the_steps_before(options, first):
 def test_gathering_several_batches_at_a_time_gives_the_same_batches(monkeypatch, max_tokens):
     monkeypatch.setattr(loader_module, "MAX_GATHERED_TOKENS", max_tokens)
     monkeypatch.setattr(loader_module, "SAMPLES_PER_BLOCK", 40)  # five steps
-    loader = StepLoader(
-        TOKENS, seed=1, global_batch_size=8, micro_batch_size=4, rank=0, num_ranks=1, device=CPU, vocab_size=401
-    )
-    for step, micro_batches in enumerate(islice(loader.steps(0), 12)):
-        for ids, (input_ids, targets) in zip(sample_ids(step, seed=1).reshape(2, 4), micro_batches, strict=True):
+    for step, micro_batches in enumerate(islice(loader(micro_batch_size=4).steps(0), 12)):
+        for ids, (input_ids, targets) in zip(sample_ids(step).reshape(2, 4), micro_batches, strict=True):
             expected = TOKENS.batch(torch.from_numpy(ids))
             assert torch.equal(input_ids, expected[0])
             assert torch.equal(targets, expected[1])
@@ -248,6 +247,12 @@ def test_random_numbers_of_a_dataset_depend_on_seed_and_step_only(num_workers):
     assert len({tuple(row) for row in noise.tolist()}) == 72, "random numbers differ between samples and between epochs"
 
 
+def test_a_dataset_that_reads_batches_is_seeded_by_the_first_sample_of_each():
+    assert not torch.equal(*(targets(1, dataset=each)[0] for each in (NOISY, BatchedDataset())))
+    one_by_one = [targets(9, dataset=each, micro_batch_size=1) for each in (NOISY, BatchedDataset())]
+    assert all(map(torch.equal, *one_by_one))
+
+
 @pytest.mark.parametrize("dataset", [NOISY, Subset(NOISY, range(50)), random_split(NOISY, [40, 10])[0]])
 def test_random_numbers_of_a_dataset_do_not_depend_on_the_number_of_ranks(dataset):
     expected = targets(3, dataset=dataset, micro_batch_size=8)
@@ -326,6 +331,19 @@ def test_a_worker_that_dies_during_a_step_raises_there():
 
     with pytest.raises(DataError, match="worker died"):
         step()
+    batches.close()
+
+
+def test_workers_ignore_signals_that_a_run_handles():
+    """A terminal and a scheduler send them to every process, but the run still needs its workers to finish a step."""
+    options = {"dataset": CustomDataset(), "timeout_seconds": 30}
+    batches = loader(num_workers=1, **options).steps(0)
+    read = [ids(next(batches))]
+    (worker,) = torch.multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    read += [ids(next(batches)) for _ in range(8)]
+    assert all(map(torch.equal, read, steps(9, **options)))
     batches.close()
 
 

@@ -30,12 +30,18 @@ def test_every_epoch_and_seed_has_a_different_order():
     assert order(0, 0) != tuple(range(1000))
 
 
-EXPECTED_ORDER = [0, 8, 5, 1, 9, 7, 4, 2, 6, 3, 1, 3]
-
-
-def test_the_order_never_changes():
+@pytest.mark.parametrize(
+    ("num_samples", "seed", "order"),
+    [
+        (1, 42, [0, 0, 0]),
+        (3, 42, [2, 1, 0, 0, 1, 2, 0, 1, 2, 0, 2, 1]),
+        (10, 42, [0, 8, 5, 1, 9, 7, 4, 2, 6, 3, 1, 3]),
+        (2**32 + 1, 2**64 - 1, [3827590502, 708643511, 3418401892, 2682956030]),
+    ],
+)
+def test_the_order_never_changes(num_samples, seed, order):
     """A resumed run must continue with the same samples, also after an update of homebrew."""
-    assert sample_indices(np.arange(12), 10, 42).tolist() == EXPECTED_ORDER
+    assert sample_indices(np.arange(len(order)), num_samples, seed).tolist() == order
 
 
 @pytest.mark.parametrize("num_samples", [50, 64, 65])

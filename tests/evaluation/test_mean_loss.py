@@ -4,10 +4,47 @@ from accelerate import Accelerator
 
 from homebrew import GPT, GPTConfig, TokenDataset
 from homebrew.constants import IGNORE_INDEX
-from homebrew.errors import DataError
-from homebrew.evaluation.mean_loss import mean_loss
+from homebrew.errors import DataError, ModelError
+from homebrew.evaluation.mean_loss import check_loss, mean_loss
 
 CONFIG = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
+
+
+class FirstId(torch.nn.Module):
+    """A model whose loss is the first id of the micro-batch."""
+
+    def forward(self, input_ids, targets):
+        return input_ids[0, 0].float()
+
+
+def evaluate(model, samples, **options):
+    """Return the mean loss and number of targets of samples given as (token id, number of targets that count)."""
+    dataset = [
+        (torch.full((4,), token_id), torch.tensor([1] * num_targets + [IGNORE_INDEX] * (4 - num_targets)))
+        for token_id, num_targets in samples
+    ]
+    options = {"micro_batch_size": 1, "vocab_size": 2**25, "max_batches": None, "eager": False} | options
+    return mean_loss(Accelerator(cpu=True), model, dataset, **options)
+
+
+def test_each_target_counts_once():
+    samples = [(10, 4), (20, 1), (30, 0), (40, 2), (50, 3)]
+    assert evaluate(FirstId(), samples) == ((10 * 4 + 20 + 40 * 2 + 50 * 3) / 10, 10)
+    assert evaluate(FirstId(), samples, micro_batch_size=2) == ((10 * 5 + 30 * 2 + 50 * 3) / 10, 10)
+    assert evaluate(FirstId(), samples, max_batches=2) == ((10 * 4 + 20) / 5, 5)
+
+
+def test_the_total_is_exact_beyond_the_precision_of_float32():
+    assert evaluate(FirstId(), [(2**24, 1), (1, 1)]) == ((2**24 + 1) / 2, 2)
+
+
+def test_dropout_is_disabled_and_the_gradient_is_not_computed():
+    model = FirstId().train()
+    modes = []
+    model.register_forward_pre_hook(lambda *_: modes.append((model.training, torch.is_grad_enabled())))
+    evaluate(model, [(1, 1)])
+    assert modes == [(False, False)]
+    assert model.training
 
 
 def test_eager_bypasses_a_compiled_model():
@@ -23,12 +60,27 @@ def test_eager_bypasses_a_compiled_model():
     model.compile(backend=backend)
     results = {}
     for eager in (True, False):
-        results[eager] = mean_loss(accelerator, model, dataset, micro_batch_size=4, vocab_size=64, eager=eager)
+        results[eager] = mean_loss(
+            accelerator, model, dataset, micro_batch_size=4, vocab_size=64, max_batches=None, eager=eager
+        )
         assert bool(compiled_graphs) is not eager
     assert results[True] == results[False]
 
 
 def test_a_dataset_without_targets_is_an_error():
-    dataset = [(torch.zeros(8, dtype=torch.int64), torch.full((8,), IGNORE_INDEX))] * 2
     with pytest.raises(DataError, match=f"all are {IGNORE_INDEX}"):
-        mean_loss(Accelerator(cpu=True), GPT(CONFIG), dataset, micro_batch_size=2, vocab_size=64)
+        evaluate(FirstId(), [(1, 0), (2, 0)])
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (torch.zeros(2), r"a torch.float32 tensor of shape \(2,\)"),
+        (torch.tensor(1), r"a torch.int64 tensor of shape \(\)"),
+        ((1.0, None), r"\(1.0, None\)"),
+        (1.0, "1.0"),
+    ],
+)
+def test_a_loss_that_is_not_a_scalar_tensor_is_an_error(loss, kind):
+    with pytest.raises(ModelError, match=f"returned {kind}, but must"):
+        check_loss(loss)

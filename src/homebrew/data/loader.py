@@ -67,8 +67,8 @@ class StepLoader:
         rank: int,
         num_ranks: int,
         device: torch.device,
-        num_workers: int = 0,
-        timeout_seconds: float = 0.0,
+        num_workers: int,
+        timeout_seconds: float,
         vocab_size: int,
     ) -> None:
         if type(dataset) is TokenDataset and device.type == "cuda" and dataset.nbytes <= MAX_RESIDENT_BYTES:
@@ -134,7 +134,9 @@ def eval_batches(
     positions = np.arange(num_batches * num_ranks * micro_batch_size)
     positions = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
     block = SampleBlock(positions, np.minimum(positions, num_samples - 1))
-    batches = _read_batches(dataset, iter([block]), device, seed=0, vocab_size=vocab_size)
+    batches = _read_batches(
+        dataset, iter([block]), device, seed=0, vocab_size=vocab_size, num_workers=0, timeout_seconds=0
+    )
     for batch_positions, (input_ids, targets) in zip(positions, batches, strict=True):
         num_real = int((batch_positions < num_samples).sum())
         targets[num_real:] = IGNORE_INDEX
@@ -166,8 +168,8 @@ def _read_batches(
     *,
     seed: int,
     vocab_size: int,
-    num_workers: int = 0,
-    timeout_seconds: float = 0.0,
+    num_workers: int,
+    timeout_seconds: float,
 ) -> Iterator[Batch]:
     """Yield each batch of the blocks, on the device."""
     if type(dataset) is TokenDataset:  # a subclass may override __getitem__

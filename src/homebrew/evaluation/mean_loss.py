@@ -23,8 +23,8 @@ def mean_loss(
     *,
     micro_batch_size: int,
     vocab_size: int,
-    max_batches: int | None = None,
-    eager: bool = False,
+    max_batches: int | None,
+    eager: bool,
 ) -> tuple[float, int]:
     """Compute the mean loss per target over a dataset. Must be called on all ranks.
 
