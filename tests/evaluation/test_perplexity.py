@@ -5,6 +5,7 @@ import torch
 
 from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig, get_tokenizer, score_text
 from homebrew.errors import ConfigError, DataError, ModelError
+from homebrew.evaluation.perplexity import TextScore
 
 BLOCK_SIZE = 12
 TEXT = "Now is the winter of our discontent — made glorious summer by this sun of York; And all the clouds"
@@ -34,8 +35,15 @@ def test_each_token_is_scored_once_by_the_first_window_that_contains_it(hf_model
     assert score.bits_per_byte == pytest.approx(sum(losses) / len(losses) / math.log(2), rel=1e-5)
 
 
-def test_the_default_stride_is_half_the_block_size(model):
-    assert score_text(model, BYTES, TEXT).nats == score_text(model, BYTES, TEXT, stride=BLOCK_SIZE // 2).nats
+@pytest.mark.parametrize(("block_size", "stride"), [(1, 1), (3, 1), (BLOCK_SIZE, BLOCK_SIZE // 2)])
+def test_the_default_stride_is_half_the_block_size(block_size, stride):
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+    assert score_text(model, BYTES, TEXT).nats == score_text(model, BYTES, TEXT, stride=stride).nats
+
+
+@pytest.mark.parametrize(("nats", "perplexity"), [(0.0, 1.0), (1.0, math.e), (699.0, math.exp(699)), (1e4, math.inf)])
+def test_perplexity_is_infinite_where_exp_would_overflow(nats, perplexity):
+    assert TextScore(nats, num_tokens=1, num_bytes=1).perplexity == perplexity
 
 
 def test_a_text_shorter_than_the_block_size_is_one_window(hf_model, model):
@@ -83,6 +91,8 @@ def test_invalid_arguments_are_rejected(model, text, options, error, message):
         score_text(model, BYTES, text, **options)
 
 
-def test_another_models_tokenizer_is_rejected(model):
-    with pytest.raises(ModelError, match=r"vocab_size is 256"):
-        score_text(model, get_tokenizer("gpt2"), "Hello world")
+@pytest.mark.parametrize(("tokenizer", "vocab_size"), [("gpt2", 256), ("bytes", ord("z"))])
+def test_another_models_tokenizer_is_rejected(tokenizer, vocab_size):
+    model = GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8))
+    with pytest.raises(ModelError, match=rf"The text has token id .*vocab_size is {vocab_size}"):
+        score_text(model, get_tokenizer(tokenizer), "Hello wizards")

@@ -113,9 +113,35 @@ def test_running_moments_are_those_of_the_losses():
     assert variance == pytest.approx(losses.var(correction=0).item(), rel=1e-4)
 
 
-def test_reset_unblocks_updates():
+def test_old_losses_are_forgotten_after_about_fifty_steps():
+    run = GuardedRun("skip", zscore=100.0)
+    losses = [3.0] * 50 + [2.0] * 50
+    for loss in losses:
+        run.step(loss=loss)
+    mean, _, count = run.guard.state_dict()["history"].tolist()
+    assert count == 100
+    assert mean == pytest.approx(2.0 + 0.98**50, rel=1e-5)
+
+
+def test_the_host_never_decides_on_an_update_of_a_fused_optimizer():
+    """Reading the decision would wait for the device; the kernel reads it there."""
+    bad = torch.tensor(math.nan)
+    for fused in (True, False):
+        run = GuardedRun("skip", fused=fused)
+        assert run.guard.allows_update(run.guard.check(bad, bad)) is fused
+        assert getattr(run.optimizer, "found_inf", None) == (1.0 if fused else None)
+
+
+def test_reset_unblocks_updates_and_forgets_the_steps_before():
     run = GuardedRun("raise")
     run.step(loss=math.nan)
     run.guard.reset()
     assert run.step() == (None, None)
     assert run.changes()
+    new = GuardedRun("skip", limit=1, zscore=3.0)
+    used = GuardedRun("skip", limit=1, zscore=3.0)
+    used.step(loss=2.0)
+    used.step(loss=math.nan)
+    used.guard.reset()
+    assert all(map(torch.equal, used.guard.state_dict().values(), new.guard.state_dict().values()))
+    assert used.step(loss=math.nan)[1] is None

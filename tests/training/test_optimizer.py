@@ -1,3 +1,5 @@
+import torch
+
 from homebrew import GPT, GPTConfig
 from homebrew.training.optimizer import adamw, decay_groups
 
@@ -27,3 +29,9 @@ def test_adamw_is_fused_and_accepts_integer_betas():
     optimizer = adamw(GPT(GPT2_SMALL_DEPTH), learning_rate=1e-3, betas=(0, 0.95), weight_decay=0.1)
     assert optimizer.defaults["fused"]
     assert optimizer.defaults["betas"] == (0.0, 0.95)
+
+
+def test_adamw_is_not_fused_where_pytorch_has_no_fused_kernel():
+    unsupported = torch.nn.Linear(2, 2, dtype=torch.complex64), torch.nn.Linear(2, 2, device="meta")
+    for model in unsupported:
+        assert not adamw(model, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1).defaults["fused"]

@@ -50,12 +50,20 @@ def test_warmup_may_take_no_step_or_all_steps():
     assert [schedule(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 0.1]
 
 
+@pytest.mark.parametrize(("floor", "multipliers"), [(0.0, [0.5, 1.0, 0.5, 0.0]), (1.0, [0.5, 1.0, 1.0, 1.0])])
+def test_the_floor_may_be_zero_or_the_peak(floor, multipliers):
+    schedule = warmup_cosine(warmup_steps=2, max_steps=4, min_lr_ratio=floor)
+    assert [schedule(step) for step in (0, 2, 3, 4)] == pytest.approx(multipliers)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         {"warmup_steps": 11, "max_steps": 10},
         {"warmup_steps": -1, "max_steps": 10},
-        {"warmup_steps": 1, "max_steps": 10, "min_lr_ratio": 1.5},
+        {"warmup_steps": 1, "max_steps": 10, "min_lr_ratio": 1.01},
+        {"warmup_steps": 1, "max_steps": 10, "min_lr_ratio": -0.01},
+        {"warmup_steps": 1, "max_steps": 10, "min_lr_ratio": math.nan},
     ],
 )
 def test_arguments_out_of_range_are_an_error(arguments):
