@@ -43,10 +43,10 @@ class Steps:
             before_step()
             for index, group in enumerate(self.optimizer.param_groups):
                 group["lr"] = 1e-2 / (len(self.results) + 1 + index)
-            learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+            options = [dict(group) for group in self.optimizer.param_groups]
             micro_batches = [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in ids]
             self.results.append(self.train_step(micro_batches))
-            assert [group["lr"] for group in self.optimizer.param_groups] == learning_rates
+            assert self.optimizer.param_groups == options
             assert all(type(group["lr"]) is float for group in self.optimizer.param_groups)
         return self
 
@@ -178,3 +178,15 @@ def test_start_clears_the_gradients_of_a_step_that_raised():
     assert any(parameter.grad is not None for parameter in steps.model.parameters())
     steps.train_step.reset()
     assert all(parameter.grad is None for parameter in steps.model.parameters())
+
+
+def test_a_graph_reads_learning_rates_from_tensors(captured):
+    steps = Steps("cpu", use_graphs=True, num_micro_batches=2)
+    read = []
+    steps.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: read.append([group["lr"] for group in optimizer.param_groups])
+    )
+    steps.take(4)
+    assert captured
+    assert all(isinstance(rate, torch.Tensor) for rates in read for rate in rates)
+    assert len({id(rates[0]) for rates in read}) == 1, "a replay reads the address that was captured"

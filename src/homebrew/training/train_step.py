@@ -45,8 +45,8 @@ class TrainStep:
         accelerator: Accelerator,
         *,
         max_grad_norm: float,
-        accumulate_in_place: bool = False,
-        capture_update: bool = False,
+        accumulate_in_place: bool,
+        capture_update: bool,
     ) -> None:
         self._model = model
         self._names, self._parameters = zip(*model.named_parameters(), strict=True)
@@ -172,14 +172,11 @@ class TrainStep:
         is_capturing = loss.is_cuda and torch.cuda.is_current_stream_capturing()
         try:
             for group, tensor in zip(groups, self._learning_rates, strict=True):
-                group["lr"], group["capturable"] = (
-                    tensor,
-                    is_capturing,
-                )  # PyTorch warns if set outside
+                group.update(lr=tensor, capturable=is_capturing)  # PyTorch warns about capturable outside of a capture
             return self._apply(loss)
         finally:
             for group, learning_rate in zip(groups, learning_rates, strict=True):
-                group["lr"], group["capturable"] = learning_rate, False
+                group.update(lr=learning_rate, capturable=False)
 
     def _graph_dependencies(self) -> list[object]:
         """Return everything that the captured update reads or writes. It is captured again if any of it changes."""
