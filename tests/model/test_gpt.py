@@ -147,6 +147,16 @@ def test_dropout_applies_during_training_only():
     assert torch.equal(model(ids), model(ids))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_residual_stream_has_the_dtype_of_autocast(dtype):
+    model, dtypes = GPT(TINY), []
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(lambda _, inputs: dtypes.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(random_ids(TINY, 1, 4))
+    assert dtypes == [dtype] * TINY.n_layer
+
+
 def test_sequence_longer_than_block_size_is_rejected():
     with pytest.raises(ModelError, match=r"17 tokens.*block_size is 16"):
         GPT(TINY)(random_ids(TINY, 1, 17))
