@@ -124,6 +124,7 @@ def test_starting_at_a_step_equals_skipping_the_steps_before(options, first):
 
 @pytest.mark.parametrize("max_tokens", [1, 3 * 4 * 8, 2**18])
 def test_gathering_several_batches_at_a_time_gives_the_same_batches(monkeypatch, max_tokens):
+    monkeypatch.setattr(loader_module, "DataLoader", None)  # which reads sample by sample
     monkeypatch.setattr(loader_module, "MAX_GATHERED_TOKENS", max_tokens)
     monkeypatch.setattr(loader_module, "SAMPLES_PER_BLOCK", 40)  # five steps
     for step, micro_batches in enumerate(islice(loader(micro_batch_size=4).steps(0), 12)):
