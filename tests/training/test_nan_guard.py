@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from homebrew.errors import NonFiniteError
+from homebrew.metrics.step_metrics import SkippedStep
 from homebrew.training.nan_guard import SPIKE_WARMUP, NanGuard
 
 
@@ -83,8 +84,7 @@ def test_a_loss_spike_is_skipped_and_does_not_enter_the_running_mean(policy, fus
         assert run.step(loss=2.0 + 0.1 * (step % 2)) == (None, None)
     history = run.guard.state_dict()["history"]
     before = run.state()
-    skipped, error = run.step(loss=4.0)
-    assert (skipped.step, skipped.reason, error) == (SPIKE_WARMUP, "loss_spike", None)
+    assert run.step(loss=4.0, grad_norm=2.0) == (SkippedStep(SPIKE_WARMUP, "loss_spike", 4.0, 2.0), None)
     assert all(torch.equal(a, b) for a, b in zip(before, run.state(), strict=True))
     assert torch.equal(history, run.guard.state_dict()["history"])
     assert run.changes(loss=2.0)
