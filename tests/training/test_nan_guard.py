@@ -5,7 +5,10 @@ import torch
 
 from homebrew.errors import NonFiniteError
 from homebrew.metrics.step_metrics import SkippedStep
-from homebrew.training.nan_guard import SPIKE_WARMUP, NanGuard
+from homebrew.training.nan_guard import NanGuard
+
+NUM_WARMUP = 50
+"""A spike is recognized from the 51st accepted step on."""
 
 
 class GuardedRun:
@@ -80,11 +83,11 @@ def test_too_many_consecutive_skipped_steps_are_an_error():
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_loss_spike_is_skipped_and_does_not_enter_the_running_mean(policy, fused):
     run = GuardedRun(policy, fused=fused, zscore=5.0)
-    for step in range(SPIKE_WARMUP):
+    for step in range(NUM_WARMUP):
         assert run.step(loss=2.0 + 0.1 * (step % 2)) == (None, None)
     history = run.guard.state_dict()["history"]
     before = run.state()
-    assert run.step(loss=4.0, grad_norm=2.0) == (SkippedStep(SPIKE_WARMUP, "loss_spike", 4.0, 2.0), None)
+    assert run.step(loss=4.0, grad_norm=2.0) == (SkippedStep(NUM_WARMUP, "loss_spike", 4.0, 2.0), None)
     assert all(torch.equal(a, b) for a, b in zip(before, run.state(), strict=True))
     assert torch.equal(history, run.guard.state_dict()["history"])
     assert run.changes(loss=2.0)
@@ -92,7 +95,7 @@ def test_a_loss_spike_is_skipped_and_does_not_enter_the_running_mean(policy, fus
 
 def test_state_dict_restores_the_spike_rule_and_the_number_of_consecutive_skips():
     run = GuardedRun("skip", zscore=5.0, limit=1)
-    for step in range(SPIKE_WARMUP):
+    for step in range(NUM_WARMUP):
         run.step(loss=2.0 + 0.1 * (step % 2))
     run.step(loss=9.0)
     resumed = GuardedRun("skip", zscore=5.0, limit=1)

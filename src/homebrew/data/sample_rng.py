@@ -47,12 +47,8 @@ def _reads_batches(dataset_class: type) -> bool:
 
     A class that overrides only `__getitem__` is read one by one, and so is `Subset`, whose samples may be random.
     """
-    for cls in dataset_class.__mro__:
-        if "__getitems__" in vars(cls):
-            return cls is not Subset
-        if "__getitem__" in vars(cls):
-            return False
-    return False
+    nearest = next(cls for cls in dataset_class.__mro__ if vars(cls).keys() & {"__getitem__", "__getitems__"})
+    return "__getitems__" in vars(nearest) and nearest is not Subset
 
 
 @contextmanager
