@@ -248,6 +248,11 @@ def test_random_numbers_of_a_dataset_depend_on_seed_and_step_only(num_workers):
     assert len({tuple(row) for row in noise.tolist()}) == 72, "random numbers differ between samples and between epochs"
 
 
+def test_random_numbers_of_a_sample_depend_on_the_seed():
+    one_sample = CustomDataset(1, noisy)  # its order is the same for every seed
+    assert not torch.equal(*(targets(1, dataset=one_sample, seed=seed)[0] for seed in (3, 4)))
+
+
 def test_a_dataset_that_reads_batches_is_seeded_by_the_first_sample_of_each():
     assert not torch.equal(*(targets(1, dataset=each)[0] for each in (NOISY, BatchedDataset())))
     one_by_one = [targets(9, dataset=each, micro_batch_size=1) for each in (NOISY, BatchedDataset())]
