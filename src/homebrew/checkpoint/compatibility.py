@@ -1,7 +1,7 @@
 """Whether a checkpoint may resume a run: the identity of a run, and the comparison of two."""
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -20,8 +20,13 @@ Schedule = Callable[[int], float]  # as `training.schedule.Schedule`, which this
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
 _NUM_PROBES = 16
-_IMPLEMENTATION_OPTIONS = ("fused", "foreach", "capturable", "differentiable")
-"""Optimizer options that change its speed, not its result, and differ between devices."""
+"""Number of learning rates that are saved, for messages."""
+
+_NUM_HASHED = 1000
+"""Number of steps, at the start and evenly spaced, whose learning rates are compared by hash."""
+
+_NOT_SETTINGS = {"params", "param_names", "lr", "initial_lr", "fused", "foreach", "capturable", "differentiable"}
+"""Keys of a parameter group that are compared elsewhere, or change an optimizer's speed and not its result."""
 _HARMLESS_KEYS: Mapping[Aspect, set[str]] = {
     "model": {"dropout", "n_head"},
     "adapter": {"alpha", "base_sha256", "dropout"},
@@ -43,12 +48,13 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return everything that determines a run's steps: one JSON value for each of `ASPECTS`.
 
-    The schedule can be any function; it is identified by its learning rates at evenly spaced steps.
+    The schedule can be any function; it is identified by its learning rates at the first and at evenly spaced steps.
 
     Raises:
         DataError: The dataset's `fingerprint` is not a string.
     """
-    probes = sorted({max_steps * i // _NUM_PROBES for i in range(_NUM_PROBES + 1)})
+    probes = _evenly_spaced(max_steps, _NUM_PROBES)
+    hashed = sorted({*range(min(max_steps, _NUM_HASHED)), *_evenly_spaced(max_steps, _NUM_HASHED)})
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     peaks = peaks[:1] if len(set(peaks)) == 1 else peaks
     return {
@@ -59,10 +65,20 @@ def run_identity(
         "schedule": {
             "max_steps": max_steps,
             "learning rate": [[step, *(peak * schedule(step) for peak in peaks)] for step in probes],
+            "multipliers": _hash([f"{schedule(step):.6g}" for step in hashed]),  # rounded: libraries' cosines differ
         },
         "global_batch_size": global_batch_size,
         "seed": seed,
     }
+
+
+def _evenly_spaced(max_steps: int, number: int) -> list[int]:
+    """Return step 0, `max_steps`, and up to `number` - 1 steps between them."""
+    return sorted({max_steps * i // number for i in range(number + 1)})
+
+
+def _hash(strings: Iterable[str]) -> str:
+    return "#" + hashlib.sha256("\n".join(strings).encode()).hexdigest()[:8]
 
 
 def _fingerprint(dataset: Dataset[Any]) -> str:
@@ -76,21 +92,22 @@ def _fingerprint(dataset: Dataset[Any]) -> str:
 
 
 def _optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the class, and each group's settings and parameters, without the learning rate and without state."""
-    names = optimizer.defaults.keys() - {"lr", *_IMPLEMENTATION_OPTIONS}
+    """Return the class, and each group's settings and parameters, without the learning rate."""
+    names = {str(name) for group in optimizer.param_groups for name in group} - _NOT_SETTINGS
     values = {name: [_canonical(group.get(name)) for group in optimizer.param_groups] for name in sorted(names)}
     parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
     values["parameters"] = [
         _describe_names([parameter_names.get(id(parameter), "unknown") for parameter in group["params"]])
         for group in optimizer.param_groups
     ]
-    return {"class": type(optimizer).__name__} | {name: ", ".join(strings) for name, strings in values.items()}
+    package = type(optimizer).__module__.partition(".")[0]
+    class_name = type(optimizer).__name__ if package == "torch" else f"{package}.{type(optimizer).__name__}"
+    return {"class": class_name} | {name: ", ".join(strings) for name, strings in values.items()}
 
 
 def _describe_names(names: Collection[str]) -> str:
     """Return the number of names and a hash that does not depend on their order."""
-    digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
-    return f"{len(names)} tensors #{digest[:8]}"
+    return f"{len(names)} tensors {_hash(sorted(names))}"
 
 
 def _canonical(value: object) -> str:
@@ -134,11 +151,7 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
     check_accept_changes(accept_changes)
     saved = saved if isinstance(saved, dict) else {}
     differing = [name for name in ASPECTS if saved.get(name) != ours[name]]
-    unfit = {
-        name
-        for name, harmless in _HARMLESS_KEYS.items()
-        if not harmless.issuperset(_differing_keys(saved.get(name), ours[name]))
-    }
+    unfit = {name for name in _HARMLESS_KEYS if not _state_fits(name, saved.get(name), ours[name])}
     has_other_weights = not unfit.isdisjoint(("model", "adapter"))
     refused = [name for name in differing if name not in accept_changes]
     if refused or has_other_weights:
@@ -155,15 +168,27 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
     return set(differing) - (_HARMLESS_KEYS.keys() - unfit)
 
 
-def _differing_keys(saved: object, ours: object) -> list[str]:
+def _state_fits(aspect: Aspect, saved: Any, ours: Any) -> bool:  # noqa: ANN401 - JSON values
+    """Return whether saved state is valid with our settings. For a setting of another length, such as betas, it isn't."""
+    keys = differing_keys(saved, ours)
+    return _HARMLESS_KEYS[aspect].issuperset(keys) and all(
+        str(saved.get(key)).count(",") == str(ours.get(key)).count(",") for key in keys
+    )
+
+
+def differing_keys(saved: object, ours: object) -> list[str]:
+    """Return the keys whose values differ in two dictionaries; other JSON values count as empty."""
     saved, ours = (value if isinstance(value, dict) else {} for value in (saved, ours))
     return [key for key in saved | ours if saved.get(key) != ours.get(key)]
 
 
 def _difference(saved: object, ours: object) -> str:
     if isinstance(saved, dict) and isinstance(ours, dict):
-        differences = {key: _difference(saved.get(key), ours.get(key)) for key in _differing_keys(saved, ours)}
-        return ", ".join(f"{key} {difference}" for key, difference in differences.items() if difference)
+        differences = {key: _difference(saved.get(key), ours.get(key)) for key in differing_keys(saved, ours)}
+        shown = [f"{key} {difference}" for key, difference in differences.items() if difference]
+        return ", ".join(shown or [f"{key} differ" for key in differences])
+    if isinstance(ours, str) and ours.startswith("#"):
+        return ""  # a hash says nothing to a user
     if _is_curve(saved) and _is_curve(ours):
         return _curve_difference(saved, ours)  # type: ignore[arg-type]
     return f"was {saved!r}, is {ours!r}"
@@ -173,7 +198,8 @@ def _curve_difference(saved: list[list[float]], ours: list[list[float]]) -> str:
     """Compare two lists of [step, learning rates...] at the first step where they differ; "" if there is none."""
     for (step, *old), (our_step, *new) in zip(saved, ours, strict=False):
         if step == our_step and old != new:
-            old_rates, new_rates = (" and ".join(f"{rate:.6g}" for rate in rates) for rates in (old, new))
+            digits = 6 if [f"{rate:.6g}" for rate in old] != [f"{rate:.6g}" for rate in new] else 17
+            old_rates, new_rates = (" and ".join(f"{rate:.{digits}g}" for rate in rates) for rates in (old, new))
             return f"at step {step} was {old_rates}, is {new_rates}"
     return ""  # the runs have other numbers of steps, which are compared separately
 
