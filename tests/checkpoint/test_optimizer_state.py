@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from homebrew.checkpoint.optimizer_state import (
     check_optimizer_state,
     group_settings,
+    initial_state,
     load_optimizer_state,
     optimizer_json,
     state_tensors,
@@ -25,9 +26,9 @@ def make(**group):
     return model, optimizer, group_settings(optimizer)
 
 
-def load(state, tensors, model, optimizer):
+def load(state, tensors, model, optimizer, initial=None):
     check_optimizer_state(Path("step"), state, tensors, model, optimizer)
-    load_optimizer_state(Accelerator(cpu=True), model, optimizer, tensors, state)
+    load_optimizer_state(Accelerator(cpu=True), model, optimizer, tensors, state, initial or {})
 
 
 def test_numbers_are_restored_and_settings_are_the_runs():
@@ -95,16 +96,44 @@ def test_a_tensor_in_a_group_is_named():
     assert optimizer_json(*make(scale=torch.ones(2)))[1] == ["scale"]  # it may be changed in place
 
 
-def test_initial_state_is_kept_and_that_of_a_used_optimizer_is_not():
-    """Adagrad creates its state when it is built, and fails without it."""
+class SlowWeights(torch.optim.SGD):
+    """Creates its state when it is built, without a step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["slow"] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["slow"].lerp_(parameter - parameter.grad, 0.5)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adagrad, SlowWeights])
+def test_the_state_with_which_an_optimizer_was_built_is_restored_and_that_of_a_used_one_is_not(optimizer):
     model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.Adagrad(model.parameters())
-    load({"tensors": {}, "parameters": {}, "groups": [{}]}, {}, model, optimizer)
+    optimizer = optimizer(model.parameters())
+    initial = initial_state(model, optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    load({"tensors": {}, "parameters": {}, "groups": [{}]}, {}, model, optimizer)
-    assert not optimizer.state
+    for _ in range(2):  # a second time, the restored state has been changed too
+        optimizer.step()
+        load(VALID, {}, model, optimizer, initial)
+        torch.testing.assert_close(initial_state(model, optimizer), initial, rtol=0, atol=0)
+    for values in optimizer.state.values():
+        values["step"] = torch.tensor(1.0)
+    assert initial_state(model, optimizer) == {}
+
+
+@pytest.mark.parametrize("key", ["a//b", "/a", "", "__metadata__", "β", "a\nb"])
+def test_any_text_can_be_a_key(key):
+    model, optimizer, initial = make()
+    optimizer.state[model.weight][key] = torch.ones(2)
+    (state, _), tensors = optimizer_json(model, optimizer, initial), state_tensors(model, optimizer)
+    model, optimizer, _ = make()
+    load(state, tensors, model, optimizer)
+    assert list(optimizer.state[model.weight]) == [key]
 
 
 VALID = {"tensors": {}, "parameters": {}, "groups": [{}]}

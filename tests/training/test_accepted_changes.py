@@ -30,6 +30,21 @@ class NumberState(torch.optim.Optimizer):
                 parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
 
 
+class SlowWeights(torch.optim.SGD):
+    """Creates its state when it is built, without a step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=1e-3)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["slow"] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.copy_(self.state[parameter]["slow"].lerp_(parameter, 0.5))
+
+
 def split(parameters):
     """Return two groups of parameters."""
     parameters = list(parameters)
@@ -45,6 +60,7 @@ OPTIMIZERS = {
     "RMSprop momentum": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.9),
     "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3),
     "numbers": lambda parameters: NumberState(split(parameters)),
+    "slow weights": SlowWeights,
 }
 
 
@@ -108,6 +124,20 @@ def test_an_optimizer_that_has_been_used_starts_without_state(tmp_path, runs):
     with pytest.warns(UserWarning, match="optimizer state"):
         trainer.train(resume=runs("SGD")[0], accept_changes=["optimizer", "schedule"])
     assert {float(state["step"]) for state in optimizer.state.values()} == {3.0}
+
+
+@pytest.mark.parametrize(("weight_decay", "expected"), [(0.1, 0.5), (0.3, 0.3)])
+def test_a_setting_that_the_run_has_changed_is_restored_unless_another_was_accepted(tmp_path, weight_decay, expected):
+    class ChangeDecay(Callback):
+        def on_step_end(self, trainer):
+            optimizer.param_groups[0]["weight_decay"] = 0.5
+
+    for decay, callbacks in ((0.1, [ChangeDecay(), StopAt(2)]), (weight_decay, [])):
+        model = GPT(ONE_LAYER)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=decay)
+        trainer = make_trainer(tmp_path, model=model, optimizer=optimizer, max_steps=4, callbacks=callbacks)
+        trainer.train(resume=True, accept_changes=["optimizer"])
+    assert optimizer.param_groups[0]["weight_decay"] == expected
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Optimizers with modes, learning rates in tensors, and state that a checkpoint cannot hold."""
 
+import warnings
+
 import pytest
 import torch
 from custom_optimizers import AdamW8bit, ScheduleFreeAdamW
@@ -172,11 +174,34 @@ class InitialState(torch.optim.SGD):
             self.state[parameter]["factors"] = {"rows": torch.zeros(1)}
 
 
+def keeps(name, key, value):
+    """Return an optimizer class whose state has this key and value."""
+
+    def step(self, closure=None):
+        torch.optim.SGD.step(self)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter][key] = value()
+
+    return type(name, (torch.optim.SGD,), {"step": step})
+
+
+def quantized():
+    with warnings.catch_warnings(action="ignore"):  # deprecated
+        return torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)
+
+
 REFUSED = [
     (AdamW8bit, "exp_avg.*Quantized"),
     (ListState, "moments.*list"),
     (Wrapper, "inner"),
     (InitialState, "factors"),
+    (keeps("Int8", "codes", quantized), "codes.*qint8"),
+    (keeps("Counter", "count", lambda: torch.zeros(3, dtype=torch.uint64)), "count.*uint64"),
+    (keeps("Sparse", "rows", lambda: torch.eye(3).to_sparse()), "rows.*sparse"),
+    (keeps("Offloaded", "moment", lambda: torch.zeros(3, device="meta")), "moment.*without values"),
+    (keeps("Numbered", 0, lambda: torch.zeros(3)), "key 0"),
+    (keeps("Tuples", ("a", 1), lambda: 1.0), "key.*'a', 1"),
+    (keeps("Surrogate", "\udc80", lambda: 1.0), "key.*udc80"),
 ]
 
 

@@ -102,8 +102,25 @@ class DropHook(CastHook):
         del state["transformer.ln_f.bias"]
 
 
+def with_buffer(tensor):
+    def build(config):
+        model = GPT(config)
+        model.register_buffer("odd", tensor)
+        return model
+
+    return build
+
+
 @pytest.mark.parametrize(
-    ("model", "name"), [(ExtraState, "_extra_state"), (CastHook, "ln_f.bias"), (DropHook, "ln_f.bias")]
+    ("model", "name"),
+    [
+        (ExtraState, "_extra_state"),
+        (CastHook, "ln_f.bias"),
+        (DropHook, "ln_f.bias"),
+        (with_buffer(torch.zeros(3, dtype=torch.uint64)), "odd.*uint64"),
+        (with_buffer(torch.zeros(3, dtype=torch.complex128)), "odd.*complex128"),
+        (with_buffer(torch.eye(3).to_sparse()), "odd.*sparse"),
+    ],
 )
 def test_a_state_dict_that_a_checkpoint_cannot_restore_is_refused_at_construction(tmp_path, model, name):
     with pytest.raises(ModelError, match=name):

@@ -11,7 +11,6 @@ from torch import Tensor
 from homebrew.bounded_readers import parse_json, read_header
 from homebrew.checkpoint.manifest import MANIFEST, STATE, Entry, Manifest, state_to_json
 from homebrew.checkpoint.safetensors_writer import serialize
-from homebrew.checkpoint.tensor_check import check_finite
 from homebrew.checkpoint.verified_files import is_regular
 from homebrew.errors import CheckpointError
 from homebrew.io import fsync_directory, write_durably
@@ -35,13 +34,11 @@ def write_checkpoint(
     Raises:
         OSError: A file could not be written.
         CheckpointError: A shard is missing, or a file exceeds the limits of `bounded_readers`.
-        NonFiniteError: A tensor has values that are not finite.
     """
     entries = dict(shards)
     for name, tensors in files.items():
         path, buffers = folder / f"{name}.safetensors", serialize(tensors)
         read_header(io.BytesIO(buffers[0]), path, CheckpointError)  # what exceeds the reader's limits is not written
-        check_finite(step, name, tensors)
         entries[path.name] = _write(path, *buffers)
     state_json = state_to_json(state, step, score)
     parse_json(state_json, folder / STATE, CheckpointError)

@@ -14,9 +14,9 @@ from accelerate.utils import set_seed
 
 from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
-from homebrew.checkpoint.compatibility import check_accept_changes, check_identity
+from homebrew.checkpoint.compatibility import check_accept_changes, check_identity, differing_keys
 from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
-from homebrew.checkpoint.optimizer_state import check_state, group_settings, optimizer_json
+from homebrew.checkpoint.optimizer_state import check_state, group_settings, initial_state, optimizer_json
 from homebrew.checkpoint.resume_state import load_state
 from homebrew.checkpoint.run_folder import RunLock, move_run_aside
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
@@ -24,6 +24,7 @@ from homebrew.checkpoint.state_dict import (
     Stateful,
     check_savable,
     checkpoint_bytes,
+    constant_weights,
     gather_run,
     gather_small_state,
     reserve_staging,
@@ -31,6 +32,7 @@ from homebrew.checkpoint.state_dict import (
     sharded_tensors,
 )
 from homebrew.checkpoint.store import CheckpointStore
+from homebrew.checkpoint.tensor_check import check_finite
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
@@ -84,6 +86,7 @@ class CheckpointManager:
         self._model = model
         self._optimizer = optimizer
         self._initial_settings = group_settings(optimizer)
+        self._initial_state = initial_state(model, optimizer)
         self._guard = guard
         self._output_dir = output_dir
         self._seed = seed
@@ -154,8 +157,16 @@ class CheckpointManager:
         step: int = start["step"] if start else 0
         self._saved_step = step if start and start["in_store"] else None
         if start:
-            state = start["optimizer"]
-            scatter_run(accelerator, self._model, self._optimizer, self._guard, files, state, seed=self._seed + step)
+            scatter_run(
+                accelerator,
+                self._model,
+                self._optimizer,
+                self._guard,
+                files,
+                start["optimizer"],
+                initial=self._initial_state,
+                seed=self._seed + step,
+            )
         if self._sharded:
             check_shared_folder(accelerator, self._store, step)
         else:
@@ -182,9 +193,14 @@ class CheckpointManager:
                     stacklevel=6,
                 )
             return None
-        changed = check_identity(checkpoint.state.get("identity"), self._identity, accept_changes)
+        saved = checkpoint.state.get("identity")
+        changed = check_identity(saved, self._identity, accept_changes)
         self._warn_if_not_bitwise(checkpoint)
         tensors, start = load_state(checkpoint, changed, self._model, self._optimizer, self._guard)
+        saved_settings = saved.get("optimizer") if isinstance(saved, dict) else None
+        for key in differing_keys(saved_settings, self._identity["optimizer"]):
+            for group in start["optimizer"]["groups"]:
+                group.pop(key, None)  # this run's setting was accepted, even if the saved run has changed its own since
         files.update(tensors)
         in_store = checkpoint.path.resolve() == self._store.path(checkpoint.step).resolve()
         if in_store:
@@ -250,20 +266,25 @@ class CheckpointManager:
         Raises:
             ConfigError: The optimizer has state that a checkpoint cannot hold.
             CheckpointError: An earlier checkpoint, or this sharded one, could not be written.
-            NonFiniteError: A weight or an optimizer state is not finite.
+            NonFiniteError: A trained weight is not finite, or an optimizer state is NaN.
         """
         self.wait()
         check_state(self._optimizer)
         accelerator, store = self._accelerator, self._store
         state = self._state(num_samples) if accelerator.is_main_process else {}
+        constants = constant_weights(self._model)
         if self._sharded:
             files = gather_small_state(accelerator, self._guard)
             shards = sharded_tensors(self._model, self._optimizer)
-            save_sharded(accelerator, store, step, shards, files, state, score=eval_loss)
+            save_sharded(accelerator, store, step, shards, files, state, score=eval_loss, constants=constants)
         else:
             files = gather_run(accelerator, self._model, self._optimizer, self._guard)
             if accelerator.is_main_process:
-                write = partial(store.save, step, files, state, score=eval_loss)
+
+                def write() -> None:
+                    check_finite(step, files, constants)
+                    store.save(step, files, state, score=eval_loss)
+
                 self._writer.start(write, name=f"checkpoint-{step}")
         self._saved_step = step
 

@@ -106,30 +106,30 @@ class Checkpoint:
         return tuple(self.manifest.tensor_files())
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """Load all tensors onto the CPU, by file name and tensor name.
+        """Load all tensors onto the CPU, by file name and tensor name; `state_dict.check_files` checks them.
 
         Raises:
-            CorruptCheckpoint: A file has changed, is not a safetensors file, or has non-finite values; or shards are
-                missing.
+            CorruptCheckpoint: A file has changed, or is not a safetensors file; or shards are missing.
         """
-        return {name: self.tensors(name) for name in self.names}
+        return {name: self._load(name) for name in self.names}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Load the full tensors of one of `names`, like `files`."""
+        """Load the full tensors of one of `names`, like `files`; raise CorruptCheckpoint unless they are finite."""
+        tensors = self._load(name)
+        if bad := find_non_finite(name, tensors):
+            raise CorruptCheckpoint(f"{self.path}: {bad} in {name} has values that are not finite.")
+        return tensors
+
+    def _load(self, name: str) -> dict[str, Tensor]:
         files = self.manifest.tensor_files()[name]
         path = self.path / files[0]
         if path.parent == self.path:
             data = read_verified(path, **asdict(self.manifest.files[files[0]]))
-            tensors = parse_tensors(data, path, CorruptCheckpoint)
-        else:
-            path = path.parent
-            for file in files:  # again: the files are not read at the same time as they were verified
-                verify(self.path / file, **asdict(self.manifest.files[file]))
-            max_bytes = sum(self.manifest.files[file].size for file in files)
-            tensors = load_shards(path, {Path(file).name for file in files}, max_bytes=max_bytes)
-        if bad := find_non_finite(name, tensors):
-            raise CorruptCheckpoint(f"{path}: {bad} has values that are not finite.")
-        return tensors
+            return parse_tensors(data, path, CorruptCheckpoint)
+        for file in files:  # again: the files are not read at the same time as they were verified
+            verify(self.path / file, **asdict(self.manifest.files[file]))
+        max_bytes = sum(self.manifest.files[file].size for file in files)
+        return load_shards(path.parent, {Path(file).name for file in files}, max_bytes=max_bytes)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

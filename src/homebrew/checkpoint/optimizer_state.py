@@ -5,6 +5,7 @@ take a step to create it, which changes the numbers of some optimizers and the w
 for exactly the trainable parameters.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from homebrew.checkpoint.tensor_check import describe, is_savable
 from homebrew.distributed.collectives import broadcast_tensors
 from homebrew.distributed.fsdp import shard_like
 from homebrew.errors import ConfigError, CorruptCheckpoint, ResumeMismatch
@@ -25,17 +27,23 @@ _NOT_SAVED = ("params", "lr")
 
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ConfigError if an optimizer has tensors in its state that a checkpoint cannot hold.
+    """Raise ConfigError if an optimizer has state that a checkpoint cannot hold.
 
-    These are tensor subclasses, such as quantized moments; tensors in containers; and the state of an inner optimizer.
+    This is state in tensor subclasses, such as quantized moments; in tensors of other dtypes and layouts; in
+    containers of tensors; under keys that are not text; and in an inner optimizer.
     """
     name = type(optimizer).__name__
     for values in optimizer.state.values():
         for key, value in values.items() if isinstance(values, dict) else ():
             if _holds_other_tensors(value):
+                kind = describe(value) if isinstance(value, Tensor) else type(value).__name__
                 raise ConfigError(
-                    f"{name} keeps its state {key!r} in a {type(value).__name__}, which a checkpoint cannot hold. Use "
-                    f"an optimizer whose state is plain tensors and numbers."
+                    f"{name} keeps its state {key!r} in a {kind}, which a checkpoint cannot hold. Use an optimizer "
+                    f"whose state is plain tensors and numbers."
+                )
+            if not isinstance(key, str) or key.encode(errors="ignore").decode() != key:
+                raise ConfigError(
+                    f"{name} keeps state under the key {key!r}, which a checkpoint cannot hold. Use a string."
                 )
     for key, value in vars(optimizer).items():
         inner = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.optim.Optimizer)]
@@ -54,6 +62,15 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         for key, value in values.items()
         if isinstance(value, Tensor)
     }
+
+
+def initial_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Copy the state that an optimizer has created when it was built, as Adagrad does, by parameter name.
+
+    State at a later step than 0 is that of an earlier run, and not copied.
+    """
+    named = _named_states(model, optimizer)
+    return {name: copy.deepcopy(values) for name, values in named.items() if not values.get("step")}
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
@@ -121,7 +138,7 @@ def check_optimizer_state(
             )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameters = {name: p for name, p in model.named_parameters() if id(p) in held}
-    owners = {name.rpartition(_SEPARATOR)[0] for name in saved} | state["parameters"].keys()  # type: ignore[index]
+    owners = {name.partition(_SEPARATOR)[0] for name in saved} | state["parameters"].keys()  # type: ignore[index]
     if unknown := sorted(owners - parameters.keys()):
         raise ResumeMismatch(
             f"{path} has optimizer state of {unknown[0]}, which this run's optimizer does not hold. Build the same "
@@ -129,7 +146,7 @@ def check_optimizer_state(
         )
     if _is_fused(optimizer):  # PyTorch's kernels do not check shapes: a wrong one corrupts memory
         for name, shape in shapes.items():
-            if shape and shape != list(parameters[name.rpartition(_SEPARATOR)[0]].shape):
+            if shape and shape != list(parameters[name.partition(_SEPARATOR)[0]].shape):
                 raise CorruptCheckpoint(
                     f"{path / 'optimizer.safetensors'}: {name} does not have its parameter's shape."
                 )
@@ -141,11 +158,11 @@ def load_optimizer_state(
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    initial: Mapping[str, dict[str, Any]],
 ) -> None:
     """Replace an optimizer's state by one that `check_optimizer_state` has accepted; collective.
 
-    Of its own state it keeps what is not a parameter's, and that of parameters at step 0, which some optimizers, like
-    Adagrad, create when they are built.
+    Of its own state it keeps what is not a parameter's. Parameters without saved state get their initial one.
 
     Args:
         accelerator: The run's accelerator.
@@ -153,6 +170,7 @@ def load_optimizer_state(
         optimizer: Optimizer without Accelerate's wrapper.
         tensors: Full tensors; used on rank 0 only.
         state: Result of `optimizer_json`, on every rank.
+        initial: Result of `initial_state`, before the first step.
     """
     named = dict(model.named_parameters())
     indices = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
@@ -161,14 +179,11 @@ def load_optimizer_state(
         for name, numbers in state["parameters"].items()
     }
     for name, tensor in broadcast_tensors(accelerator, tensors):
-        parameter, _, key = name.rpartition(_SEPARATOR)
+        parameter, _, key = name.partition(_SEPARATOR)
         states.setdefault(parameter, {})[key] = shard_like(tensor, named[parameter])
+    states = {name: copy.deepcopy(values) for name, values in initial.items() if name not in states} | states
     state_dict = optimizer.state_dict()
-    kept = {
-        key: values
-        for key, values in state_dict["state"].items()
-        if not isinstance(key, int) or ("step" in values and not values["step"])
-    }
+    kept = {key: values for key, values in state_dict["state"].items() if not isinstance(key, int)}
     state_dict["state"] = kept | {indices[id(named[name])]: values for name, values in states.items()}
     optimizer.load_state_dict(state_dict)  # moves tensors to the right device, but casts them to the weights' dtype
     if not _is_fused(optimizer):  # PyTorch's kernels need the weights' dtype
@@ -194,9 +209,9 @@ def _named_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def _holds_other_tensors(value: object) -> bool:
-    """Return whether a value contains tensors but is not a plain tensor, or a sharded one."""
-    if type(value) in (Tensor, nn.Parameter) or hasattr(value, "device_mesh"):
-        return False
+    """Return whether a value contains tensors but is not a plain tensor, or a sharded one, that can be saved."""
+    if isinstance(value, Tensor) and (type(value) in (Tensor, nn.Parameter) or hasattr(value, "device_mesh")):
+        return not is_savable(value)
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 

@@ -32,6 +32,7 @@ def save_sharded(
     state: Mapping[str, Any],
     *,
     score: float | None,
+    constants: Collection[str] = (),
 ) -> None:
     """Write a checkpoint on all ranks, and commit it on rank 0; collective.
 
@@ -43,13 +44,14 @@ def save_sharded(
         files: Small CPU tensors; used on rank 0 only.
         state: JSON object; used on rank 0 only.
         score: Evaluation loss, or None.
+        constants: Names of tensors that need not be finite.
 
     Raises:
         CheckpointError: On every rank, if any rank could not write; earlier checkpoints are unchanged.
         NonFiniteError: On every rank, if a tensor on any rank has values that are not finite.
     """
     folder = store.temporary_path(step)
-    run_on_all(accelerator, partial(_check_all_finite, step, shards))
+    run_on_all(accelerator, partial(check_finite, step, shards | files, constants))
     run_on_main(accelerator, partial(store.begin, step))
     try:
         for name, tensors in shards.items():
@@ -91,11 +93,6 @@ def check_shared_folder(accelerator: Accelerator, store: CheckpointStore, step: 
             f"{', '.join(missing)}. Ranks that write a checkpoint together need an output_dir on a shared file "
             f"system; or raise gather_limit_bytes, so that rank 0 writes alone."
         )
-
-
-def _check_all_finite(step: int, shards: TensorFiles) -> None:
-    for name, tensors in shards.items():
-        check_finite(step, name, tensors)
 
 
 def _measure(folder: Path, names: Collection[str], rank: int) -> dict[str, dict[str, Any]]:

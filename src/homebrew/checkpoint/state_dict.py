@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.optimizer_state import check_optimizer_state, load_optimizer_state, state_tensors
 from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
-from homebrew.checkpoint.tensor_check import check_tensors
+from homebrew.checkpoint.tensor_check import check_tensors, describe, find_non_finite, is_savable
 from homebrew.distributed.collectives import broadcast_bytes, broadcast_tensors, gather_bytes
 from homebrew.distributed.fsdp import full_tensor, shard_like, uses_fsdp
 from homebrew.errors import CorruptCheckpoint, ModelError
@@ -42,7 +42,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 
 def check_savable(model: nn.Module) -> None:
-    """Raise ModelError unless a model's state dict is its parameters and buffers, which is what a checkpoint holds."""
+    """Raise ModelError unless a model's state dict is its parameters and buffers, and a checkpoint can hold them."""
     state = model.state_dict(keep_vars=True)
     known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     saved = {id(value) for value in state.values()}
@@ -54,6 +54,17 @@ def check_savable(model: nn.Module) -> None:
             f"{problem} in the model's state dict, so a checkpoint could not restore it. Use only parameters and "
             f"buffers, without extra state and state dict hooks."
         )
+    for name, tensor in _saved_weights(model).items():
+        if not is_savable(tensor):
+            raise ModelError(
+                f"The model's {name} is a {describe(tensor)}, which a checkpoint cannot hold. Use a dense tensor of "
+                f"another dtype, or register it with persistent=False."
+            )
+
+
+def constant_weights(model: nn.Module) -> set[str]:
+    """Return the names of the saved weights that are not trained, such as a mask: they need not be finite."""
+    return {name for name, tensor in _saved_weights(model).items() if not tensor.requires_grad}
 
 
 @torch.no_grad()
@@ -95,16 +106,18 @@ def scatter_run(
     files: TensorFiles,
     optimizer_state: Mapping[str, Any],
     *,
+    initial: Mapping[str, dict[str, Any]],
     seed: int,
 ) -> None:
     """Restore the state of a run from rank 0's `files`, which `check_files` has accepted.
 
-    Ranks without a saved random state are seeded with `seed`.
+    Parameters without saved optimizer state get the `initial` one. Ranks without a saved random state are seeded with
+    `seed`.
     """
     weights = _saved_weights(model)
     for name, tensor in broadcast_tensors(accelerator, files.get(_weights_name(model), {})):
         weights[name].copy_(shard_like(tensor, weights[name]))
-    load_optimizer_state(accelerator, model, optimizer, files.get("optimizer", {}), optimizer_state)
+    load_optimizer_state(accelerator, model, optimizer, files.get("optimizer", {}), optimizer_state, initial)
     guard.load_state_dict(load(broadcast_bytes(accelerator, save(files.get("guard", {})))))
     for rank in range(accelerator.num_processes):
         state = broadcast_bytes(accelerator, save(files.get(f"rng-{rank}", {})))
@@ -140,7 +153,7 @@ def check_files(
         optimizer: Optimizer without Accelerate's wrapper.
 
     Raises:
-        CorruptCheckpoint: A file or tensor is missing, unknown, or of another shape or kind.
+        CorruptCheckpoint: A file or tensor is missing, unknown, not finite, or of another shape or kind.
         ResumeMismatch: The optimizer does not hold a parameter whose state was saved.
     """
     weights = _weights_name(model)
@@ -148,6 +161,9 @@ def check_files(
         if name not in files:
             raise CorruptCheckpoint(f"{path} has no {name}.safetensors, which this run needs.")
     _check_weights(path / f"{weights}.safetensors", files[weights], _saved_weights(model))
+    for file, tensors in files.items():
+        if bad := find_non_finite(file, tensors, constant_weights(model)):
+            raise CorruptCheckpoint(f"{path}: {bad} in {file} has values that are not finite.")
     # Without state there is no file of shards.
     check_optimizer_state(path, optimizer_state, files.get("optimizer", {}), model, optimizer)
     guard = dict(files["guard"])

@@ -105,7 +105,6 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: The checkpoint could not be written; earlier checkpoints are unchanged.
-            NonFiniteError: A tensor has values that are not finite; earlier checkpoints are unchanged.
         """
         self.begin(step)
         return self.commit(step, files, state, score=score)

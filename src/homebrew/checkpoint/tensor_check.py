@@ -1,10 +1,12 @@
 """Checks tensors: names and shapes against what a model needs, and values for NaN and infinity."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from homebrew.bounded_readers import SAFETENSORS_DTYPES
 from homebrew.errors import CorruptCheckpoint, NonFiniteError
 
 
@@ -23,20 +25,38 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
             )
 
 
-def find_non_finite(file: str, tensors: Mapping[str, Tensor]) -> str | None:
+def is_savable(tensor: Tensor) -> bool:
+    """Return whether a tensor's dtype and layout can be saved, and it has values."""
+    return tensor.dtype in SAFETENSORS_DTYPES and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def describe(tensor: Tensor) -> str:
+    """Return the properties for which a tensor may not be savable."""
+    return f"{tensor.dtype} {type(tensor).__name__} ({tensor.layout}{', without values' if tensor.is_meta else ''})"
+
+
+def find_non_finite(file: str, tensors: Mapping[str, Tensor], constants: Collection[str] = ()) -> str | None:
     """Return the name of the first tensor that has a NaN, an infinity or a value above float32's range, or None.
 
-    Random states (files `rng-0`, ...) may hold NaN and are not checked. Of sharded tensors, the local shard is checked.
+    Random states (files `rng-0`, ...) and `constants`, such as a mask of -inf, may have any values. An optimizer's
+    state may be infinite, such as the smallest loss so far. Of sharded tensors, the local shard is checked.
     """
     if file.startswith("rng-"):
         return None
-    return next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+    is_valid = _has_no_nan if file == "optimizer" else _is_finite
+    return next((name for name, tensor in tensors.items() if name not in constants and not is_valid(tensor)), None)
 
 
-def check_finite(step: int, file: str, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(step: int, files: Mapping[str, Mapping[str, Tensor]], constants: Collection[str]) -> None:
     """Raise NonFiniteError if `find_non_finite` finds a tensor that is about to be saved."""
-    if bad := find_non_finite(file, tensors):
-        raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {file} is not finite.")
+    for file, tensors in files.items():
+        if bad := find_non_finite(file, tensors, constants):
+            raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {file} is not finite.")
+
+
+def _has_no_nan(tensor: Tensor) -> bool:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return not local.isnan().any()
 
 
 def _is_finite(tensor: Tensor) -> bool:
