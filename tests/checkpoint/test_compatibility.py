@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
+from accelerate import Accelerator
 
 from homebrew import GPT, GPTConfig
-from homebrew.checkpoint.compatibility import ASPECTS, check_identity, run_identity
-from homebrew.errors import ConfigError, ResumeMismatch
+from homebrew.checkpoint.compatibility import ASPECTS, check_identity, check_ranks, run_identity
+from homebrew.errors import ConfigError, LaunchError, ResumeMismatch
 from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training.schedule import warmup_cosine
 
@@ -71,6 +74,15 @@ def test_a_difference_is_named_and_can_be_accepted(aspect):
     assert f"accept_changes=('{aspect}',)" in str(caught.value)
     keeps_all_state = aspect in ("model", "adapter")
     assert check_identity(saved, ours, (aspect,)) == (set() if keeps_all_state else {aspect})
+
+
+@pytest.mark.parametrize("aspect", CHANGES)
+def test_ranks_must_have_the_same_settings(monkeypatch, aspect):
+    other = json.dumps({"result": make(**CHANGES[aspect][0])}).encode()
+    check_ranks(Accelerator(cpu=True), make())
+    monkeypatch.setattr("homebrew.distributed.collectives.gather_bytes", lambda _, data: [data, data, other])
+    with pytest.raises(LaunchError, match=rf"Rank 2 (?s:.*){aspect}: "):
+        check_ranks(Accelerator(cpu=True), make())
 
 
 @pytest.mark.parametrize(

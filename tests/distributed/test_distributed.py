@@ -426,6 +426,14 @@ def test_the_trainable_parameters_cannot_change_on_several_processes(fork, forks
     assert all(error.startswith(expected) for error in errors), errors
 
 
+@pytest.mark.parametrize("rank_1", [{"max_steps": 5}, {"optimizer": "row_rms"}], ids=["max_steps", "optimizer"])
+def test_ranks_with_different_settings_do_not_train(fork, forks, tmp_path, rank_1):
+    assert fork(tmp_path, "ddp2", run={"max_steps": 4, "rank_1": rank_1}) == [1, 1]
+    errors = error_lines(forks.log.read_text())
+    assert len(errors) == 2
+    assert all(error.startswith("homebrew.errors.LaunchError: Rank 1 has other settings") for error in errors), errors
+
+
 def processes_of(folder):
     """Return the ids of processes with this folder on their command line."""
     pids = []

@@ -231,6 +231,7 @@ def resume_after_interruption(trainer):
 
 
 def build(task, rank):
+    task = task | (task.get("rank_1", {}) if rank == 1 else {})
     broken = task.get("break") if rank == 1 else None
     train = [] if broken == "startup" else Ragged(breaks_at=40 + 1 if broken == "data" else None)
     recorder, poison = Recorder(task), Poison(**task.get("poison", {}) if rank == 1 else {})

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import RaiseAt, Recorder, StopAt, make_trainer, saved_steps, token_dataset
+from tiny_runs import RaiseAt, Recorder, StopAt, equal, make_trainer, saved_steps, token_dataset, weights
 
 from homebrew import GPT, ProgressDisplay
 from homebrew.callbacks import background_stream
@@ -77,7 +77,9 @@ def test_a_callback_may_save_in_on_log(tmp_path, log_every, save_every):
     assert saved_steps(tmp_path) == recorder.saved
 
 
-@pytest.mark.parametrize(("event", "value"), [("on_step_end", True), ("on_log", -1), ("on_train_begin", "control")])
+@pytest.mark.parametrize(
+    ("event", "value"), [("on_step_end", True), ("on_log", -1), ("on_train_begin", "control"), ("on_train_end", 0)]
+)
 def test_a_callback_must_not_return_a_value(tmp_path, event, value):
     callback = Callback()
     setattr(callback, event, lambda trainer, *_: value)
@@ -94,6 +96,50 @@ def test_should_stop_may_be_any_true_value(tmp_path, value):
     trainer = make_trainer(tmp_path, callbacks=[Stop()])
     trainer.train()
     assert trainer.step == 2
+
+
+class TrainsInside(Callback):
+    """Trains in the middle of the first step's event, in this or in another thread."""
+
+    def __init__(self, train):
+        self.train = train
+
+    def on_step_end(self, trainer):
+        if trainer.step == 1:
+            self.train()
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 4, 8])
+def test_a_callback_can_train_another_model(tmp_path, micro_batch_size):
+    alone = make_trainer(tmp_path / "alone", micro_batch_size=2)
+    alone.train()
+    inner = make_trainer(tmp_path / "inner", micro_batch_size=micro_batch_size)
+    outer = make_trainer(tmp_path / "outer", micro_batch_size=2, callbacks=[TrainsInside(inner.train)])
+    outer.train()
+    assert equal(weights(outer), weights(alone))
+    assert inner.step == outer.step
+
+
+def test_a_second_thread_cannot_train(tmp_path):
+    """Accelerate's gradient state is shared by the threads: both runs would have wrong gradients."""
+    errors = []
+
+    def train():
+        try:
+            make_trainer(tmp_path / "second").train()
+        except ConfigError as error:
+            errors.append(str(error))
+
+    def train_in_thread():
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+
+    make_trainer(tmp_path / "first", callbacks=[TrainsInside(train_in_thread)]).train()
+    assert len(errors) == 1
+    assert "Another thread" in errors[0]
+    train_in_thread()
+    assert len(errors) == 1
 
 
 def test_should_stop_ends_the_run_and_saves_it(tmp_path):

@@ -56,12 +56,14 @@ def test_a_schedule_must_return_numbers(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, None, -1.0])
 def test_a_schedule_that_fails_later_leaves_the_weights_unchanged(tmp_path, value):
-    """Steps between those that a Trainer checks at its start."""
-    trainer = make_trainer(tmp_path, max_steps=1000, schedule=lambda step: value if step == 3 else 1.0)
+    """The multipliers that a Trainer checks at its start were valid."""
+    failures = []
+    trainer = make_trainer(tmp_path, schedule=lambda step: value if failures else 1.0)
     trainer.callbacks.append(StopAt(3))
     trainer.train()
     before = weights(trainer)
     trainer.callbacks.pop()
+    failures.append("every step")
     with pytest.raises(ConfigError, match=r"schedule\(3\) returned"):
         trainer.train(resume=True)
     assert equal(weights(trainer), before)
@@ -130,6 +132,21 @@ def test_the_fingerprint_of_a_dataset_must_be_a_string(tmp_path, fingerprint):
     dataset.fingerprint = fingerprint
     with pytest.raises(DataError, match=r"fingerprint is .*string"):
         make_trainer(tmp_path, train_dataset=dataset)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "link"], ids=["dangling", "loop"])
+def test_an_output_dir_that_is_a_link_to_nothing_is_an_error(tmp_path, target):
+    (tmp_path / "link").symlink_to(target)
+    for output_dir in (tmp_path / "link", tmp_path / "link" / "run"):
+        with pytest.raises(ConfigError, match="link: a symbolic link to nothing"):
+            make_trainer(output_dir).train()
+
+
+@pytest.mark.parametrize("aspects", [["optimizer"], ("seed", "schedule")])
+def test_changes_can_be_accepted_only_on_resume(tmp_path, aspects):
+    with pytest.raises(ConfigError, match="resume=True"):
+        make_trainer(tmp_path).train(accept_changes=aspects)
+    make_trainer(tmp_path, max_steps=1).train(resume=True, accept_changes=aspects)
 
 
 def test_an_output_dir_that_is_a_file_is_an_error(tmp_path):

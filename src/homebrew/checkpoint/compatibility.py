@@ -6,11 +6,13 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from homebrew.constants import Aspect
-from homebrew.errors import ConfigError, DataError, ResumeMismatch
+from homebrew.distributed.collectives import run_on_all
+from homebrew.errors import ConfigError, DataError, LaunchError, ResumeMismatch
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import base_fingerprint, lora_layers
 
@@ -137,6 +139,23 @@ def check_accept_changes(accept_changes: Collection[str]) -> None:
         raise ConfigError(f"accept_changes={accept_changes!r}: must be a list of names among {', '.join(ASPECTS)}.")
 
 
+def check_ranks(accelerator: Accelerator, identity: Mapping[str, Any]) -> None:
+    """Check that all ranks have the same `run_identity`; collective.
+
+    Otherwise their weights would differ: gradients are averaged, but each rank takes its own optimizer's steps.
+
+    Raises:
+        LaunchError: On every rank, if the identities differ.
+    """
+    first, *others = run_on_all(accelerator, lambda: identity)
+    for rank, other in enumerate(others, start=1):
+        if differing := [name for name in ASPECTS if first[name] != other[name]]:
+            raise LaunchError(
+                f"Rank {rank} has other settings than rank 0 ('was' is rank 0's):\n  "
+                f"{_differences(differing, first, other)}.\nBuild the same Trainer on every rank."
+            )
+
+
 def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Collection[str]) -> set[Aspect]:
     """Check that a checkpoint belongs to this run: its `run_identity`, any JSON value, must equal this run's.
 
@@ -155,7 +174,7 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
     has_other_weights = not unfit.isdisjoint(("model", "adapter"))
     refused = [name for name in differing if name not in accept_changes]
     if refused or has_other_weights:
-        lines = ";\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in differing)
+        lines = _differences(differing, saved, ours)
         remedy = (
             "or choose a new output_dir: the saved weights do not fit this model."
             if has_other_weights
@@ -169,7 +188,7 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
 
 
 def _state_fits(aspect: Aspect, saved: Any, ours: Any) -> bool:  # noqa: ANN401 - JSON values
-    """Return whether saved state is valid with our settings. For a setting of another length, such as betas, it isn't."""
+    """Return whether saved state fits our settings. For a setting of another length, such as betas, it not."""
     keys = differing_keys(saved, ours)
     return _HARMLESS_KEYS[aspect].issuperset(keys) and all(
         str(saved.get(key)).count(",") == str(ours.get(key)).count(",") for key in keys
@@ -180,6 +199,10 @@ def differing_keys(saved: object, ours: object) -> list[str]:
     """Return the keys whose values differ in two dictionaries; other JSON values count as empty."""
     saved, ours = (value if isinstance(value, dict) else {} for value in (saved, ours))
     return [key for key in saved | ours if saved.get(key) != ours.get(key)]
+
+
+def _differences(names: Iterable[Aspect], saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    return ";\n  ".join(f"{name}: {_difference(saved.get(name), ours[name])}" for name in names)
 
 
 def _difference(saved: object, ours: object) -> str:

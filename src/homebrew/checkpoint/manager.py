@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 
 from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
-from homebrew.checkpoint.compatibility import check_accept_changes, check_identity, differing_keys
+from homebrew.checkpoint.compatibility import check_accept_changes, check_identity, check_ranks, differing_keys
 from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
 from homebrew.checkpoint.optimizer_state import check_state, group_settings, initial_state, optimizer_json
 from homebrew.checkpoint.resume_state import load_state
@@ -137,10 +137,14 @@ class CheckpointManager:
 
         Raises:
             ConfigError: The folder cannot be written to; it holds a run, and neither `resume` nor `overwrite` is
-                given; or it holds a newer checkpoint than the one named.
+                given; it holds a newer checkpoint than the one named; or `accept_changes` is given without `resume`.
+            LaunchError: The ranks have different settings.
             CheckpointError: A checkpoint is corrupt, or belongs to another run.
         """
         check_accept_changes(accept_changes)
+        if accept_changes and not resume:
+            raise ConfigError(f"accept_changes={accept_changes!r} applies to resuming a run. Pass resume=True as well.")
+        check_ranks(self._accelerator, self._identity)
         accelerator = self._accelerator
         files: TensorFiles = {}  # stays empty on other ranks
         if overwrite:

@@ -49,8 +49,10 @@ class RunLock:
             make_directory(self._folder)
             descriptor = open_regular(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
         except OSError as error:
+            is_link = isinstance(error, FileExistsError) and Path(error.filename).is_symlink()
+            reason = "a symbolic link to nothing" if is_link else error.strerror
             raise ConfigError(
-                f"output_dir={str(self._folder)!r} cannot be written to: {error.filename}: {error.strerror}. Choose "
+                f"output_dir={str(self._folder)!r} cannot be written to: {error.filename}: {reason}. Choose "
                 f"another folder."
             ) from error
         try:

@@ -1,6 +1,14 @@
-"""Changes process-wide PyTorch settings. The number of CPU threads is set in distributed/accelerator.py."""
+"""Process-wide state of PyTorch and Accelerate. The number of CPU threads is set in distributed/accelerator.py."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from homebrew.errors import ConfigError
+
+_TRAINING = threading.RLock()
 
 RECOMPILE_LIMIT = 64
 """Compiled variants of one function. PyTorch's limit is 8, beyond which the function silently runs uncompiled. All
@@ -15,6 +23,23 @@ def allow_tf32(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def one_training_thread() -> Iterator[None]:
+    """Raise ConfigError if another thread is in such a block: Accelerate's gradient state belongs to the process.
+
+    A callback can train another model, because that is the same thread and happens between two steps.
+    """
+    if not _TRAINING.acquire(blocking=False):
+        raise ConfigError(
+            "Another thread of this process is training, and Accelerate supports one at a time. Train one model after "
+            "the other, or use a process for each."
+        )
+    try:
+        yield
+    finally:
+        _TRAINING.release()
 
 
 def raise_recompile_limit() -> None:

@@ -26,6 +26,7 @@ from homebrew.model.gpt_config import GPTConfig
 from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.batch_size import explain_out_of_memory
 from homebrew.training.compile import warm_up_compiled
+from homebrew.training.global_settings import one_training_thread
 from homebrew.training.optimizer import set_learning_rates
 from homebrew.training.optimizer_modes import OptimizerModes
 from homebrew.training.schedule import Schedule, multiplier_at
@@ -132,11 +133,17 @@ class Trainer:
         Raises:
             ConfigError: `output_dir` is not writable, is used by another run, or holds a run and neither `resume` nor
                 `overwrite` is given, or `resume` is older.
+            ConfigError: Another thread of this process is training.
+            LaunchError: The ranks have different settings.
             CheckpointError: The checkpoint is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
         """
         check_start(resume, overwrite=overwrite)
-        with SignalHandler(announce=self.is_main_process) as signals, self._checkpoints.locked():
+        with (
+            one_training_thread(),
+            SignalHandler(announce=self.is_main_process) as signals,
+            self._checkpoints.locked(),
+        ):
             self._start(resume, accept_changes, overwrite=overwrite)
             self._run(signals)
 
@@ -289,7 +296,7 @@ class Trainer:
         first = error
         for callback in self.callbacks:
             try:
-                callback.on_train_end(self)
+                self._call(callback, "on_train_end")
             except Exception as raised:
                 if first is None:
                     first = raised
@@ -355,8 +362,11 @@ class Trainer:
         overlaps = event in ("on_step_end", "on_log", "on_step_skipped")
         with nullcontext() if overlaps else self._paused():
             for callback in self.callbacks:
-                if (value := getattr(callback, event)(self, *arguments)) is not None:
-                    raise ConfigError(
-                        f"{type(callback).__name__}.{event} returned {value!r:.100}, but the results of callbacks are "
-                        f"not used. Return nothing; to stop the run, set trainer.should_stop = True."
-                    )
+                self._call(callback, event, *arguments)
+
+    def _call(self, callback: Callback, event: str, *arguments: object) -> None:
+        if (value := getattr(callback, event)(self, *arguments)) is not None:
+            raise ConfigError(
+                f"{type(callback).__name__}.{event} returned {value!r:.100}, but the results of callbacks are not "
+                f"used. Return nothing; to stop the run, set trainer.should_stop = True."
+            )
