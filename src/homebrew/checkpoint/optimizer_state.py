@@ -43,7 +43,7 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
                 )
             if not isinstance(key, str) or key.encode(errors="ignore").decode() != key:
                 raise ConfigError(
-                    f"{name} keeps state under the key {key!r}, which a checkpoint cannot hold. Use a string."
+                    f"{name} keeps state under the key {key!r}, which a checkpoint cannot hold. Use a valid string."
                 )
     for key, value in vars(optimizer).items():
         inner = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.optim.Optimizer)]
