@@ -188,7 +188,7 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
 
 
 def _state_fits(aspect: Aspect, saved: Any, ours: Any) -> bool:  # noqa: ANN401 - JSON values
-    """Return whether saved state fits our settings. For a setting of another length, such as betas, it not."""
+    """Return whether saved state fits our settings. With more betas, for example, an optimizer has more state."""
     keys = differing_keys(saved, ours)
     return _HARMLESS_KEYS[aspect].issuperset(keys) and all(
         str(saved.get(key)).count(",") == str(ours.get(key)).count(",") for key in keys
