@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from homebrew.constants import IGNORE_INDEX
-from homebrew.errors import ModelError
+from homebrew.errors import ConfigError, ModelError
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 
