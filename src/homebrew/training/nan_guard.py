@@ -18,8 +18,9 @@ SPIKE_WARMUP = 50
 class NanGuard:
     """Decides on the device whether a step's update is applied.
 
-    The decision is passed to a fused optimizer as `found_inf`, as `torch.amp.GradScaler` does: the kernel then leaves
-    weights, moments and step counts unchanged. The host reads the results later, in `handle`.
+    The decision is passed to PyTorch's fused Adam, AdamW and Adagrad as `found_inf`, as `torch.amp.GradScaler` does:
+    the kernel then leaves weights, moments and step counts unchanged. The host reads the results later, in `handle`.
+    Other optimizers are not called for a skipped step, for which the host waits for the device.
 
     Args:
         optimizer: Optimizer whose updates are guarded.
@@ -44,10 +45,20 @@ class NanGuard:
         self.policy = policy
         self.limit = limit
         self.spike_zscore = spike_zscore
-        self._is_fused = bool(optimizer.defaults.get("fused"))
         self._blocked = torch.zeros((), device=device)  # 1 after a non-finite step, if the policy is "raise"
         self._history = torch.zeros(3, device=device)  # accepted losses: mean, variance, count
         self._num_consecutive = 0
+        if not self._is_fused:  # a GradScaler then skips steps itself, too
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether the optimizer's kernels skip an update themselves.
+
+        Not SGD's: if the first step is skipped, its momentum starts from uninitialized memory.
+        """
+        is_known = type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+        return is_known and all(group.get("fused") for group in self.optimizer.param_groups)
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Decide on the device whether a step's update is applied, and pass the decision to a fused optimizer.
