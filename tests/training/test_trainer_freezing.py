@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_runs import ONE_LAYER, StopAt, checkpoint_path, equal, make_trainer, weights
+from torch import nn
 
 from homebrew import GPT, LoRAConfig
 from homebrew.callbacks.base import Callback
@@ -121,3 +122,52 @@ def test_an_adapter_added_by_a_callback_is_an_error(tmp_path):
 
     with pytest.raises(TrainingError, match="requires_grad"):
         train(tmp_path, None, AddLoRA())
+
+
+def replace(model):
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def untie(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def remove(model):
+    del model.transformer.ln_f.bias
+    model.transformer.ln_f.bias = None
+
+
+STRUCTURE_CHANGES = {
+    "replaced": (replace, r"transformer|lm_head"),
+    "untied": (untie, "lm_head.weight"),
+    "removed": (remove, "transformer.ln_f.bias"),
+    "added": (lambda model: model.register_parameter("gain", nn.Parameter(torch.ones(()))), "gain"),
+    "module added": (lambda model: model.transformer.h[0].add_module("extra", nn.Linear(2, 2)), "extra.bias"),
+    "frozen added": (lambda model: setattr(model, "gain", nn.Parameter(torch.ones(1), requires_grad=False)), "gain"),
+}
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("name", STRUCTURE_CHANGES)
+def test_a_parameter_added_replaced_or_removed_is_an_error(tmp_path, name, step):
+    change, parameter = STRUCTURE_CHANGES[name]
+
+    class Change(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == step:
+                change(trainer.model)
+
+    trainer = make_trainer(tmp_path, model=GPT(ONE_LAYER), callbacks=[Change()])
+    if step == 0:
+        change(trainer.model)
+    with pytest.raises(TrainingError, match=f"{parameter}.* has been added, replaced or removed"):
+        trainer.train()
+    assert trainer.step == step
+
+
+def test_modules_without_parameters_may_change(tmp_path):
+    class AddModule(Callback):
+        def on_step_end(self, trainer):
+            trainer.model.add_module(f"step{trainer.step}", nn.Dropout(0.0))
+
+    make_trainer(tmp_path, model=GPT(ONE_LAYER), callbacks=[AddModule()]).train()

@@ -1,6 +1,7 @@
 """One optimizer step: forward and backward passes, gradient clipping, the guard, and the optimizer."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,8 +52,11 @@ class TrainStep:
         self._model = model
         self._names, self._parameters = zip(*model.named_parameters(), strict=True)
         self._trainable = [parameter.requires_grad for parameter in self._parameters]
+        self._modules = [] if uses_fsdp(accelerator) else list(model.modules())  # FSDP itself replaces parameters
+        self._members = [members for m in self._modules for members in (m._modules, m._parameters)]
         self._optimizer = optimizer
         self._guard = guard
+        self._module_ids, self._group_ids = self._identities()
         self._accelerator = accelerator
         self._max_grad_norm = max_grad_norm
         self._keeps_weights_gathered = keeps_weights_gathered(accelerator)
@@ -89,7 +93,7 @@ class TrainStep:
             on all ranks; its gradient norm is the one before clipping.
 
         Raises:
-            TrainingError: A parameter has been frozen or unfrozen, and that is not supported here.
+            TrainingError: The parameters are not those of the Trainer's construction, or the optimizer's step failed.
             ConfigError: A parameter has been unfrozen that the optimizer does not hold.
         """
         self.check_parameters()
@@ -105,15 +109,44 @@ class TrainStep:
         return result
 
     def check_parameters(self) -> None:
-        """Check parameters that have been frozen or unfrozen since the last step, for example by a callback.
+        """Check what has been changed since the last step, for example by a callback.
 
         Raises:
-            TrainingError: A parameter has been frozen or unfrozen, and that is not supported here.
+            TrainingError: A parameter has been added, replaced, removed, or, where that is not supported, frozen or
+                unfrozen; or the optimizer's parameter groups have changed.
             ConfigError: No parameter is trainable, or the optimizer does not hold one that has been unfrozen.
         """
         trainable = [parameter.requires_grad for parameter in self._parameters]
-        if trainable == self._trainable:
-            return
+        if trainable != self._trainable:
+            self._check_trainable(trainable)
+        module_ids, group_ids = self._identities()
+        if group_ids != self._group_ids:
+            raise TrainingError(
+                "The optimizer's parameter groups have changed since the Trainer was built, so that its checkpoints "
+                "would not fit. Build the optimizer with all groups, and a new Trainer to change them."
+            )
+        if module_ids != self._module_ids:
+            before = {id(parameter): name for name, parameter in zip(self._names, self._parameters, strict=True)}
+            now = {id(parameter): name for name, parameter in self._model.named_parameters()}
+            changed = [(before | now)[number] for number in before.keys() ^ now.keys()]
+            if changed:
+                raise TrainingError(
+                    f"The model's parameter {min(changed).removeprefix('module.')} has been added, replaced or removed "
+                    f"since the Trainer was built, which the optimizer does not know. Change values in place, for "
+                    f"example with load_state_dict(..., assign=False), or build a new Trainer."
+                )
+            self._module_ids = module_ids
+
+    def _identities(self) -> tuple[list[int], list[list[int]]]:
+        """Return the identities of the modules' children and parameters, and of each group's parameters.
+
+        This is several times faster than `named_parameters`.
+        """
+        members = chain.from_iterable(map(dict.values, self._members))
+        groups = self._guard.optimizer.param_groups
+        return list(map(id, members)), [list(map(id, group["params"])) for group in groups]
+
+    def _check_trainable(self, trainable: list[bool]) -> None:
         if self._accelerator.distributed_type != DistributedType.NO or lora_layers(self._model):
             before_and_now = zip(self._names, self._trainable, trainable, strict=True)
             changed = next(name for name, before, now in before_and_now if before != now)
@@ -157,11 +190,12 @@ class TrainStep:
         if self._guard.allows_update(result) or self._accelerator.scaler is not None:
             try:
                 self._optimizer.step()
-            except (AssertionError, NotImplementedError, TypeError) as error:
-                name = type(self._guard.optimizer).__name__
+            except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader"):
+                    raise  # the Trainer explains these
                 raise TrainingError(
-                    f"{name}.step() failed: {error!r}. The Trainer calls step() without a closure, once the gradients "
-                    f"are computed: change the optimizer's options, or use another one."
+                    f"{type(self._guard.optimizer).__name__}.step() failed: {error!r}. Use options that the optimizer "
+                    f"supports for these parameters, for example fused=False, or another optimizer."
                 ) from error
         return result
 
