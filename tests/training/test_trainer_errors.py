@@ -168,3 +168,23 @@ def test_a_launch_that_accelerate_does_not_join_is_an_error(tmp_path, monkeypatc
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match="process"):
         make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)])
+def test_training_without_gradients_is_an_error(tmp_path, disabled):
+    trainer = make_trainer(tmp_path, model=ONE_LAYER)
+    with disabled(), pytest.raises(ConfigError, match=r"no_grad.*inference_mode"):
+        trainer.train()
+    torch.set_grad_enabled(True)
+
+
+def test_a_model_built_under_inference_mode_is_an_error(tmp_path):
+    with torch.inference_mode():
+        model = GPT(ONE_LAYER)
+    with pytest.raises(ConfigError, match="inference_mode"):
+        make_trainer(tmp_path, model=model)
+
+
+def test_eval_every_without_an_eval_dataset_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"eval_every=2.*eval_dataset"):
+        make_trainer(tmp_path, eval_every=2)

@@ -61,12 +61,16 @@ def check_model(model: GPT) -> None:
     """Check that a model has weights that can be trained.
 
     Raises:
-        ConfigError: A weight has no data, or is in float16.
+        ConfigError: A weight has no data, is in float16, or was created under inference_mode.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ConfigError(
                 f"The model's {name} is on the meta device and has no values. Build it on another device."
+            )
+        if parameter.is_inference():
+            raise ConfigError(
+                f"The model's {name} is a tensor without gradients of torch.inference_mode(). Build the model outside."
             )
         if parameter.dtype == torch.float16:
             raise ConfigError(
@@ -84,7 +88,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if isinstance(optimizer, AcceleratedOptimizer):
         raise ConfigError("The optimizer was returned by Accelerator.prepare. Pass the optimizer itself.")
-    if not _can_be_called(optimizer.step):
+    if not _can_be_called(type(optimizer).step, optimizer):  # an LRScheduler replaces the instance's step
         raise ConfigError(
             f"{name}.step() needs arguments, such as a closure that computes the loss again, but the Trainer computes "
             f"the loss once and calls step(). Use an optimizer whose step() needs no arguments, such as AdamW."
@@ -104,6 +108,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
                 f"{name} has lr={learning_rate!r} in a parameter group, but the schedule needs a finite number of at "
                 f"least 0 to multiply. Set lr in the optimizer; for transformers' Adafactor, also relative_step=False."
             )
+    if not any(float(group["lr"]) for group in optimizer.param_groups):
+        raise ConfigError(
+            f"{name} has lr=0, with which nothing is trained. Set lr; an LRScheduler with a warm-up sets it to 0: pass "
+            f"a function as the Trainer's schedule instead."
+        )
 
 
 def check_schedule(schedule: Schedule) -> None:
@@ -142,8 +151,11 @@ def check_start(resume: bool | str | Path, *, overwrite: bool) -> None:
     """Check how `Trainer.train` is to start.
 
     Raises:
-        ConfigError: `resume` is neither a bool nor a path, `overwrite` is not a bool, or both are given.
+        ConfigError: `resume` is neither a bool nor a path, `overwrite` is not a bool, or both are given; or gradients
+            are disabled.
     """
+    if not torch.is_grad_enabled():
+        raise ConfigError("Under torch.no_grad() or torch.inference_mode() nothing is trained. Call train() outside.")
     if not isinstance(resume, bool | str | Path) or resume == "":
         raise ConfigError(f"resume={resume!r}: must be True, False, or the path of a checkpoint.")
     if not isinstance(overwrite, bool):
