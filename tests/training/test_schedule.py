@@ -4,12 +4,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from tiny_runs import equal, make_trainer, weights
 
 from homebrew.errors import ConfigError
 from homebrew.training.schedule import multiplier_at, warmup_cosine
 
 
-@pytest.mark.parametrize("value", [0.25, 0, True, np.float32(0.25), torch.tensor(0.25), Fraction(1, 4)])
+@pytest.mark.parametrize("value", [0.25, 0, np.float32(0.25), torch.tensor(0.25), Fraction(1, 4)])
 def test_a_schedule_may_return_any_real_number(value):
     multiplier = multiplier_at(lambda step: value, 3)
     assert type(multiplier) is float
@@ -18,11 +19,53 @@ def test_a_schedule_may_return_any_real_number(value):
 
 @pytest.mark.parametrize(
     "value",
-    [None, math.nan, math.inf, -0.1, "0.5", [0.5], 1j, 10**400, torch.tensor([0.5, 0.5]), torch.tensor(math.nan)],
+    [
+        None,
+        math.nan,
+        math.inf,
+        -0.1,
+        "0.5",
+        b"0.5",
+        True,
+        [0.5],
+        1j,
+        10**400,
+        torch.tensor([0.5, 0.5]),
+        torch.tensor(math.nan),
+    ],
 )
 def test_a_schedule_must_return_a_finite_number(value):
     with pytest.raises(ConfigError, match=r"schedule\(3\) returned .*finite"):
         multiplier_at(lambda step: value, 3)
+
+
+def exhausted(step):
+    return next(iter([]))
+
+
+@pytest.mark.parametrize("schedule", [exhausted, max, [1.0].__getitem__, {0: 1.0}.__getitem__, lambda step: 1 // 0])
+def test_an_exception_of_a_schedule_names_it(schedule):
+    with pytest.raises(ConfigError, match=r"schedule\(3\) raised"):
+        multiplier_at(schedule, 3)
+
+
+@pytest.mark.parametrize(("multiplier", "peak"), [(1e308, 10.0), (1e38, 10.0), (1.0, math.inf), (0.0, math.nan)])
+def test_a_learning_rate_must_not_overflow(multiplier, peak):
+    with pytest.raises(ConfigError, match=r"schedule\(3\) returned .*lr="):
+        multiplier_at(lambda step: multiplier, 3, peak)
+
+
+def test_a_schedule_is_called_for_the_steps_of_the_run_only(tmp_path):
+    multipliers = [1.0] * 6
+    make_trainer(tmp_path, schedule=lambda step: multipliers[step], max_steps=6).train()
+
+
+def test_a_learning_rate_that_overflows_later_leaves_the_weights_as_they_are(tmp_path):
+    trainer = make_trainer(tmp_path, schedule=lambda step: 1e300 if step == 33 else 0.0, max_steps=100)
+    before = weights(trainer)
+    with pytest.raises(ConfigError, match=r"schedule\(33\)"):
+        trainer.train()
+    assert equal(before, weights(trainer))
 
 
 def reference_learning_rate(step, max_lr=3e-4, warmup_steps=10, max_steps=50):

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from homebrew.errors import ConfigError
 
 
@@ -14,21 +16,42 @@ class Schedule(Protocol):
         """Return the multiplier at `step`."""
 
 
-def multiplier_at(schedule: Schedule, step: int) -> float:
+_MAX_LEARNING_RATE = float(torch.finfo(torch.float32).max)
+"""Above it, a learning rate is infinite in the precision of the weights."""
+
+
+def multiplier_at(schedule: Schedule, step: int, peak: float = 1.0) -> float:
     """Return a schedule's multiplier at a step.
 
+    Args:
+        schedule: Schedule, which can be a custom function.
+        step: Step, counted from 0.
+        peak: Largest learning rate that is multiplied.
+
     Raises:
-        ConfigError: The schedule, which can be a custom function, did not return a finite number of at least 0.
+        ConfigError: The schedule raised an exception, did not return a finite number of at least 0, or its product
+            with the learning rate overflows.
     """
-    value: Any = schedule(step)
     try:
-        multiplier = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # a RuntimeError for a tensor of several numbers
+        value: Any = schedule(step)
+    except Exception as error:
+        raise ConfigError(
+            f"schedule({step}) raised {error!r:.200}: it must return the multiplier of the learning rate at every "
+            f"step. Correct the schedule."
+        ) from error
+    try:
+        multiplier = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # a RuntimeError for a tensor of several numbers
         multiplier = math.nan
     if not 0.0 <= multiplier < math.inf:
         raise ConfigError(
             f"schedule({step}) returned {value!r:.100}: it must return the multiplier of the learning rate, a finite "
             f"number of at least 0. Correct the schedule."
+        )
+    if not peak * multiplier <= _MAX_LEARNING_RATE:
+        raise ConfigError(
+            f"schedule({step}) returned {multiplier:g}: multiplied by lr={peak:g}, the learning rate is not finite. "
+            f"Correct the schedule or the optimizer's lr."
         )
     return multiplier
 

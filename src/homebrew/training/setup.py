@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.data.validation import check_dataset
 from homebrew.distributed.accelerator import build_accelerator, check_accelerator
 from homebrew.distributed.fsdp import configure_fsdp, meta_copy, uses_fsdp
+from homebrew.errors import ConfigError
 from homebrew.metrics.throughput import ThroughputMeter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
@@ -81,7 +81,7 @@ def build_parts(
     device = accelerator.device
     allow_tf32(device)
     bare = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
-    sequence_length = check_datasets(bare.config, train_dataset, eval_dataset)
+    sequence_length = check_datasets(bare.config, train_dataset, eval_dataset, eval_every=config.eval_every)
     bare.to(device)
     meta = meta_copy(bare) if uses_fsdp(accelerator) else None
     if configure_fsdp(accelerator) or config.activation_checkpointing:
@@ -97,12 +97,13 @@ def build_parts(
     bare_optimizer = optimizer or adamw(
         bare, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
+    peak = max(float(group["lr"]) for group in bare_optimizer.param_groups)
     max_grad_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
     identity = run_identity(  # before FSDP shards the weights
         dataset=train_dataset,
         model=bare,
         optimizer=bare_optimizer,
-        schedule=partial(multiplier_at, schedule),
+        schedule=lambda step: multiplier_at(schedule, min(step, config.max_steps - 1), peak),  # the last step's
         max_steps=config.max_steps,
         max_grad_norm=max_grad_norm,
         global_batch_size=batch.global_batch_size,
@@ -170,10 +171,16 @@ def resolve_accelerator(accelerator: Accelerator | None, config: TrainerConfig) 
     )
 
 
-def check_datasets(model_config: GPTConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None) -> int:
+def check_datasets(
+    model_config: GPTConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None, *, eval_every: int | None
+) -> int:
     """Check that the model can read the datasets; return the sequence length in tokens."""
     limits = {"block_size": model_config.block_size, "vocab_size": model_config.vocab_size}
     sequence_length = check_dataset(train_dataset, "train_dataset", **limits)
+    if eval_dataset is None and eval_every is not None:
+        raise ConfigError(
+            f"eval_every={eval_every}, but there is no eval_dataset. Pass eval_dataset, or remove eval_every."
+        )
     if eval_dataset is not None:
         check_dataset(eval_dataset, "eval_dataset", **limits)
     return sequence_length
