@@ -295,3 +295,16 @@ def test_throughput_excludes_compiling_evaluating_and_saving(tmp_path, clock, mo
     trainer.model.register_forward_hook(lambda *_: advance(0.5))  # in evaluation too
     trainer.train()
     assert [metrics.tokens_per_second for metrics in recorder.metrics.values()] == [8 * 16 / 0.5] * 5
+
+
+@pytest.mark.filterwarnings("ignore:.*step 0:UserWarning")
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end", "on_save", "on_train_end"])
+def test_train_in_a_callback_is_an_error(tmp_path, event):
+    callback = Callback()
+    setattr(callback, event, lambda trainer, *_: trainer.train(resume=True))
+    trainer = make_trainer(tmp_path, callbacks=[callback])
+    with pytest.raises(ConfigError, match=r"train\(\) was called while"):
+        trainer.train()
+    setattr(callback, event, lambda *_: None)
+    trainer.train(resume=True)
+    assert trainer.step == 6

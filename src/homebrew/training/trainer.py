@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -42,9 +43,10 @@ class Trainer:
         train_dataset: A `TokenDataset`, or any map-style dataset of (input_ids, targets), each (T,), int64.
         eval_dataset: A dataset of the same kind to evaluate on.
         config: Training configuration.
-        optimizer: Optimizer over the model's parameters, to use instead of AdamW. Its `lr` is then the peak, and the
-            config's `learning_rate`, `betas` and `weight_decay` are not used.
-        schedule: Function from the step to the multiplier of the learning rate, to use instead of `warmup_cosine`.
+        optimizer: Optimizer over the model's parameters, to use instead of AdamW. The config's `learning_rate`, `betas`
+            and `weight_decay` are then not used.
+        schedule: Function from the step to the multiplier of the learning rate, to use instead of `warmup_cosine`. It
+            multiplies the learning rates that the optimizer has when `train()` is called.
         accelerator: Accelerator to use, with its precision and trackers, instead of one with the launcher's settings.
         callbacks: Callbacks that receive training events, after the built-in ones. A `ProgressDisplay` or `RunLogger`
             among them replaces the built-in one.
@@ -96,7 +98,6 @@ class Trainer:
         self._meta_copy = parts.meta_copy
         self._optimizer = parts.optimizer
         self._modes = OptimizerModes(parts.optimizer)
-        self._peak_learning_rates = [float(group["lr"]) for group in parts.optimizer.param_groups]
         self._guard = parts.guard
         self._train_step = parts.train_step
         self._loader = parts.loader
@@ -105,6 +106,7 @@ class Trainer:
         self._evaluates_eagerly = parts.evaluates_eagerly
         self._needs_warm_up = self.compile_mode != "none"
         self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
+        self._train_lock = Lock()
         self._is_running = False
         self._stop_agreed = False  # whether all processes know that the run must end
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
@@ -132,8 +134,8 @@ class Trainer:
 
         Raises:
             ConfigError: `output_dir` is not writable, is used by another run, or holds a run and neither `resume` nor
-                `overwrite` is given, or `resume` is older.
-            ConfigError: Another thread of this process is training.
+                `overwrite` is given, or `resume` names a checkpoint older than the newest. Or this Trainer, or another
+                thread of this process, is training already.
             LaunchError: The ranks have different settings.
             CheckpointError: The checkpoint is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
@@ -141,6 +143,7 @@ class Trainer:
         check_start(resume, overwrite=overwrite)
         with (
             one_training_thread(),
+            self._not_training(),
             SignalHandler(announce=self.is_main_process) as signals,
             self._checkpoints.locked(),
         ):
@@ -164,7 +167,7 @@ class Trainer:
                     if self.step >= self.config.max_steps or self._stop_agreed:
                         break
                     self._warm_up(micro_batches[0])
-                    multiplier = multiplier_at(self.schedule, self.step)
+                    multiplier = multiplier_at(self.schedule, self.step, max(self._peak_learning_rates))
                     set_learning_rates(self._optimizer, self._peak_learning_rates, multiplier)
                     result = self._train_step(micro_batches)  # stays on the device
                     self.step += 1
@@ -278,6 +281,7 @@ class Trainer:
 
     def _start(self, resume: bool | str | Path, accept_changes: Collection[str], *, overwrite: bool) -> None:
         """Restore the checkpoint, or start from step 0."""
+        self._peak_learning_rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
         self.step, self._num_samples = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
@@ -304,6 +308,19 @@ class Trainer:
                     warnings.warn(f"{type(callback).__name__}.on_train_end failed too: {raised!r}", stacklevel=4)
         if first is not None and first is not error:
             raise first
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Raise ConfigError if this Trainer is training, in this block of another call."""
+        if not self._train_lock.acquire(blocking=False):
+            raise ConfigError(
+                "train() was called while this Trainer is training, for example in a callback. Call it after the run, "
+                "which ends if a callback sets trainer.should_stop = True."
+            )
+        try:
+            yield
+        finally:
+            self._train_lock.release()
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
