@@ -372,6 +372,17 @@ def test_errors_of_the_dataset_are_not_converted(num_workers):
     assert not isinstance(caught.value, DataError)
 
 
+def exhausted(index, sample):
+    raise StopIteration
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_exhausted_iterator_in_the_dataset_is_named(num_workers):
+    """Otherwise Python reports that a generator raised it."""
+    with pytest.raises(DataError, match=r"sample \d+ cannot be read: StopIteration"):
+        steps(1, dataset=CustomDataset(transform=exhausted), num_workers=num_workers, timeout_seconds=30)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
     ("transform", "message"),

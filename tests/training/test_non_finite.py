@@ -223,7 +223,8 @@ GUARD_SETTINGS = [{}, {"non_finite": "skip"}, {"loss_spike_zscore": 5.0}]
 
 
 @pytest.mark.parametrize("settings", GUARD_SETTINGS)
-def test_a_step_reads_no_value_from_the_device(tmp_path, settings):
+def test_a_step_reads_no_value_from_the_device(tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(GPT, "_check_range", lambda *_: None)  # reads the ids, on a CPU only
     counts = []
 
     class RecordCount(Callback):

@@ -41,6 +41,17 @@ def test_default_save_every_is_500(tmp_path):
         ("activation_checkpointing", "no"),
         ("mixed_precision", ["bf16"]),
         ("compile", None),
+        ("compile", 1),
+        ("compile", np.array(["auto", "no"])),
+        ("mixed_precision", np.array(["bf16", "no"])),
+        ("non_finite", np.array(["skip", "raise"])),
+        ("micro_batch_size", np.array([2, 4])),
+        ("micro_batch_size", 10**12),
+        ("global_batch_tokens", 10**12),
+        ("betas", np.array([0.9, 0.95])),
+        ("max_grad_norm", 10**400),
+        ("weight_decay", 10**400),
+        ("learning_rate", 10**400),
     ],
 )
 def test_one_error_lists_all_invalid_settings(name, value):

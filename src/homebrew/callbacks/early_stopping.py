@@ -1,6 +1,6 @@
 """`EarlyStopping`: stops a run when the evaluation loss no longer improves."""
 
-import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ class EarlyStopping(Callback):
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
         if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
             raise ConfigError(f"patience={patience!r}: must be an integer of at least 1, a number of evaluations.")
-        if not isinstance(min_delta, int | float) or not 0 <= min_delta < math.inf:
+        if not isinstance(min_delta, int | float) or not 0 <= min_delta <= sys.float_info.max:
             raise ConfigError(f"min_delta={min_delta!r}: must be a finite number of at least 0, in nats per token.")
         self.patience = patience
         self.min_delta = min_delta
@@ -40,10 +40,11 @@ class EarlyStopping(Callback):
 
     def on_init_end(self, trainer: "Trainer") -> None:
         """Check that the trainer evaluates."""
-        if trainer.eval_dataset is None or trainer.config.eval_every is None:
+        eval_every = trainer.config.eval_every
+        if trainer.eval_dataset is None or eval_every is None or eval_every >= trainer.config.max_steps:
             raise ConfigError(
                 "EarlyStopping can never stop this run, because it has no evaluations before its end. Pass "
-                "eval_dataset to Trainer and set eval_every in its config, or remove EarlyStopping."
+                "eval_dataset to Trainer and set eval_every below max_steps in its config, or remove EarlyStopping."
             )
 
     def on_train_begin(self, trainer: "Trainer") -> None:

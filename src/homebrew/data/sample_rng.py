@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
+from homebrew.errors import DataError
+
 
 class SeededDataset(Dataset[Any]):
     """Seeds the global random generators of Python, NumPy and PyTorch before each sample is read.
@@ -33,7 +35,13 @@ class SeededDataset(Dataset[Any]):
             samples = []
             for position, index in batch:
                 self._seed_generators(position)
-                samples.append(self._dataset[index])
+                try:
+                    samples.append(self._dataset[index])
+                except StopIteration as error:  # Python would raise a RuntimeError, without its origin
+                    raise DataError(
+                        f"The dataset's sample {index} cannot be read: {error!r}. __getitem__ must return a sample for "
+                        f"every index below the dataset's length."
+                    ) from error
             return samples
 
     def _seed_generators(self, position: int) -> None:

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 
-from homebrew.distributed.launch import check_launch, check_parallelism_sizes, set_num_threads
+from homebrew.distributed.launch import check_environment, check_launch, check_parallelism_sizes, set_num_threads
 from homebrew.distributed.precision import resolve_mixed_precision
-from homebrew.errors import ConfigError
+from homebrew.errors import ConfigError, LaunchError
 
 _GLOO_CLEANUP_SECONDS = 0.1
 
@@ -35,6 +35,7 @@ def build_accelerator(
         ConfigError: If this process already has an Accelerator with another precision, or the tracker is unavailable.
         LaunchError: If the launch is inconsistent or not supported, see `check_accelerator`.
     """
+    check_environment()
     check_parallelism_sizes()
     if log_with is not None:
         _check_tracker(log_with)
@@ -51,6 +52,10 @@ def build_accelerator(
             ),
         )
     except ValueError as error:
+        if "torch.distributed" in str(error):
+            raise LaunchError(
+                f"{error}. Start several processes with accelerate launch; for one process, unset LOCAL_RANK."
+            ) from error
         if "already been initialized" not in str(error):
             raise
         raise ConfigError(
@@ -87,6 +92,7 @@ def check_accelerator(
             f"log_with={log_with!r} has no effect on an Accelerator that is already built. Build it as "
             f"Accelerator(log_with={log_with!r}, project_dir=…), and leave the config's log_with at None."
         )
+    check_environment()
     check_launch(accelerator)
     _register_exit_delay(accelerator)
     return accelerator

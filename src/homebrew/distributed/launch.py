@@ -13,6 +13,22 @@ from homebrew.errors import LaunchError
 _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
+def check_environment() -> None:
+    """Check the launcher's environment variables before Accelerate reads them.
+
+    Raises:
+        LaunchError: One is not an integer.
+    """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        try:
+            int(os.environ.get(name, "0"))
+        except ValueError:
+            raise LaunchError(
+                f"The environment variable {name} is {os.environ[name]!r}, but must be an integer, which the launcher "
+                f"sets. Unset {name} to run one process, or use accelerate launch."
+            ) from None
+
+
 def check_launch(accelerator: Accelerator) -> None:
     """Raise where Accelerate would silently run something else than what the launcher was asked for.
 

@@ -1,6 +1,7 @@
 """Training configuration."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ class TrainerConfig:
             for name in names.split()
             if not holds(value := getattr(self, name))
         ]
-        if self.micro_batch_size == "auto" and self.global_batch_tokens is None:
+        if _is_one_of(self.micro_batch_size, "auto") and self.global_batch_tokens is None:
             problems.append("micro_batch_size='auto': needs global_batch_tokens.")
         if problems:
             raise ConfigError("Invalid settings:\n  " + "\n  ".join(problems))
@@ -110,7 +111,17 @@ def _is_count(value: object, *, minimum: int) -> bool:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max  # a larger one overflows
+    return isinstance(value, float)
+
+
+def _is_batch(value: object) -> bool:
+    return _is_count(value, minimum=1) and value <= _MAX_BATCH  # type: ignore[operator]
+
+
+def _is_one_of(value: object, *choices: str) -> bool:
+    return isinstance(value, str) and value in choices  # an array cannot be compared
 
 
 def _is_positive(value: object) -> bool:
@@ -119,6 +130,8 @@ def _is_positive(value: object) -> bool:
 
 _MAX_NUMBER = 1e9
 """Upper bound of learning rates and timeouts; `timedelta` overflows far above it."""
+_MAX_BATCH = 1_000_000_000
+"""Upper bound of a step's tokens, whose samples' indices have to fit in memory."""
 _MAX_SEED = 4_000_000_000
 """NumPy's seeds are below 2**32, and the rank and the step are added to the seed."""
 
@@ -130,14 +143,19 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("max_steps log_every keep_last", "an integer of at least 1", lambda value: _is_count(value, minimum=1)),
     (
-        "global_batch_tokens eval_every eval_batches save_every keep_every",
+        "eval_every eval_batches save_every keep_every",
         "an integer of at least 1, or None",
         lambda value: value is None or _is_count(value, minimum=1),
     ),
     (
+        "global_batch_tokens",
+        f"an integer from 1 to {_MAX_BATCH}, or None",
+        lambda value: value is None or _is_batch(value),
+    ),
+    (
         "micro_batch_size",
-        "an integer of at least 1, 'auto' or None",
-        lambda value: value in (None, "auto") or _is_count(value, minimum=1),
+        f"an integer from 1 to {_MAX_BATCH}, 'auto' or None",
+        lambda value: value is None or _is_one_of(value, "auto") or _is_batch(value),
     ),
     (
         "non_finite_limit gather_limit_bytes num_workers",
@@ -177,8 +195,12 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         ),
     ),
     ("activation_checkpointing", "True or False", lambda value: isinstance(value, bool)),
-    ("compile", "one of 'auto', True, False", lambda value: value in ("auto", True, False)),
-    ("mixed_precision", "one of 'auto', 'no', 'bf16', 'fp16'", lambda value: value in ("auto", "no", "bf16", "fp16")),
-    ("non_finite", "one of 'raise', 'skip'", lambda value: value in ("raise", "skip")),
+    ("compile", "one of 'auto', True, False", lambda value: isinstance(value, bool) or _is_one_of(value, "auto")),
+    (
+        "mixed_precision",
+        "one of 'auto', 'no', 'bf16', 'fp16'",
+        lambda value: _is_one_of(value, "auto", "no", "bf16", "fp16"),
+    ),
+    ("non_finite", "one of 'raise', 'skip'", lambda value: _is_one_of(value, "raise", "skip")),
 )
 """Names of settings, the rule their values must follow, and a predicate for the rule."""
