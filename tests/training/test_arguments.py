@@ -51,6 +51,7 @@ OPTIMIZERS = {
     "lr=None": lambda parameters: Adafactor(parameters, relative_step=True),
     "lr=nan": lambda parameters: torch.optim.Adagrad([{"params": parameters, "lr": math.nan}]),
     "lr=inf": lambda parameters: torch.optim.AdamW([{"params": parameters, "lr": math.inf}]),
+    "lr=1000": lambda parameters: torch.optim.SGD([{"params": parameters, "lr": 10**400}], lr=0.1),
     "lr=-1": lambda parameters: torch.optim.SGD([{"params": parameters, "lr": -1.0}], lr=0.1),
     "lr=None (removed)": group_without_lr,
     "sparse": lambda parameters: torch.optim.SparseAdam(list(parameters)),

@@ -147,7 +147,7 @@ STRUCTURE_CHANGES = {
 }
 
 
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("step", [0, 2, 6])
 @pytest.mark.parametrize("name", STRUCTURE_CHANGES)
 def test_a_parameter_added_replaced_or_removed_is_an_error(tmp_path, name, step):
     change, parameter = STRUCTURE_CHANGES[name]

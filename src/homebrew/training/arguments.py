@@ -101,7 +101,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         learning_rate = group.get("lr")
         try:
             is_valid = 0 <= float(learning_rate) < math.inf  # type: ignore[arg-type]  # None, for example
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):
             is_valid = False
         if not is_valid:
             raise ConfigError(

@@ -119,6 +119,14 @@ class TrainStep:
         trainable = [parameter.requires_grad for parameter in self._parameters]
         if trainable != self._trainable:
             self._check_trainable(trainable)
+        self.check_identities()
+
+    def check_identities(self) -> None:
+        """Check that the parameters and parameter groups are those of the Trainer's construction.
+
+        Raises:
+            TrainingError: They are not.
+        """
         module_ids, group_ids = self._identities()
         if group_ids != self._group_ids:
             raise TrainingError(

@@ -226,6 +226,7 @@ class Trainer:
             ConfigError: Another run uses `output_dir`.
             CheckpointError: An earlier checkpoint could not be written.
             NonFiniteError: A step was not finite; nothing is saved.
+            TrainingError: Parameters have been added, replaced or removed since the Trainer was built.
         """
         path = self._checkpoints.path(self.step)
         with self._checkpoints.locked():
@@ -233,6 +234,7 @@ class Trainer:
             if not self._checkpoints.is_saved(self.step):
                 evaluated_step, loss = self._last_evaluation or (None, None)
                 eval_loss = loss if evaluated_step == self.step else None
+                self._train_step.check_identities()
                 with self._paused():
                     self._checkpoints.save(self.step, self._num_samples, eval_loss=eval_loss)
                 self._emit("on_save", path)
