@@ -17,7 +17,8 @@ class EarlyStopping(Callback):
     """Stops the run when the evaluation loss no longer improves.
 
     A resumed run continues counting from its past evaluations, which are read from `metrics.jsonl` in `output_dir`.
-    If a run stopped early is resumed, it trains until its next evaluation.
+    If a run stopped early is resumed, it trains until its next evaluation. A run of at most `patience` + 1 evaluations,
+    such as a short trial, is never stopped.
 
     Args:
         patience: Number of consecutive evaluations without improvement after which the run stops.
@@ -40,11 +41,10 @@ class EarlyStopping(Callback):
 
     def on_init_end(self, trainer: "Trainer") -> None:
         """Check that the trainer evaluates."""
-        eval_every = trainer.config.eval_every
-        if trainer.eval_dataset is None or eval_every is None or eval_every >= trainer.config.max_steps:
+        if trainer.eval_dataset is None or trainer.config.eval_every is None:
             raise ConfigError(
                 "EarlyStopping can never stop this run, because it has no evaluations before its end. Pass "
-                "eval_dataset to Trainer and set eval_every below max_steps in its config, or remove EarlyStopping."
+                "eval_dataset to Trainer and set eval_every in its config, or remove EarlyStopping."
             )
 
     def on_train_begin(self, trainer: "Trainer") -> None:
