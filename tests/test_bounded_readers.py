@@ -26,7 +26,7 @@ CONFIG = GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=8)
 
 
 def load_checkpoint(path):
-    open_checkpoint(path).files()
+    open_checkpoint(path).tensors("model")
 
 
 def write_checkpoint(folder):

@@ -4,7 +4,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from tiny_runs import equal, make_trainer, weights
+from tiny_runs import make_trainer
 
 from homebrew.errors import ConfigError
 from homebrew.training.schedule import multiplier_at, warmup_cosine
@@ -60,12 +60,9 @@ def test_a_schedule_is_called_for_the_steps_of_the_run_only(tmp_path):
     make_trainer(tmp_path, schedule=lambda step: multipliers[step], max_steps=6).train()
 
 
-def test_a_learning_rate_that_overflows_later_leaves_the_weights_as_they_are(tmp_path):
-    trainer = make_trainer(tmp_path, schedule=lambda step: 1e300 if step == 33 else 0.0, max_steps=100)
-    before = weights(trainer)
+def test_a_learning_rate_that_overflows_at_a_later_step_is_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match=r"schedule\(33\)"):
-        trainer.train()
-    assert equal(before, weights(trainer))
+        make_trainer(tmp_path, schedule=lambda step: 1e300 if step == 33 else 0.0, max_steps=100)
 
 
 def reference_learning_rate(step, max_lr=3e-4, warmup_steps=10, max_steps=50):

@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from homebrew.errors import ConfigError
 
 
@@ -16,8 +14,8 @@ class Schedule(Protocol):
         """Return the multiplier at `step`."""
 
 
-_MAX_LEARNING_RATE = float(torch.finfo(torch.float32).max)
-"""Above it, a learning rate is infinite in the precision of the weights."""
+_MAX_LEARNING_RATE = 3.4028234663852886e38
+"""The largest number of float32, the precision of the weights. The command line's --help does not import PyTorch."""
 
 
 def multiplier_at(schedule: Schedule, step: int, peak: float = 1.0) -> float:
