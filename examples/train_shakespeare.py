@@ -17,7 +17,7 @@ class Options:
     text: Path | None = None
     """Text to train on: a file or a folder. Default: Tiny Shakespeare."""
     recipe: Literal["auto", "gpt2", "char", "notebook"] = "auto"
-    """gpt2: GPT-2 small, for a GPU. char: a small model of characters, for a CPU. notebook: GPT-2 small with GPT-3's
+    """gpt2: GPT-2 small, for a GPU. char: a small character-level model, for a CPU. notebook: GPT-2 small with GPT-3's
     batch of half a million tokens, which is more than Tiny Shakespeare has. auto: gpt2 on a GPU, char on a CPU."""
     output_dir: Path = Path("runs/shakespeare")
     """Folder for checkpoints, metrics and run.json."""

@@ -99,6 +99,7 @@ def as_json(value):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")  # such as for three different dropouts
 @pytest.mark.parametrize(
     ("kind", "name", "fields"),
     [("model", "config.json", MODEL_FIELDS), ("adapter", "adapter_config.json", ADAPTER_FIELDS)],

@@ -183,7 +183,7 @@ class CheckpointManager:
         """On rank 0, find and check the checkpoint to resume from, and load its tensors into `files`.
 
         Returns:
-            What all ranks need to know of it, or None without a checkpoint.
+            Step, data position and optimizer numbers for all ranks, or None without a checkpoint.
         """
         self._store.prepare()
         if not resume:
@@ -240,7 +240,7 @@ class CheckpointManager:
         return checkpoint
 
     def _warn_if_not_bitwise(self, checkpoint: Checkpoint) -> None:
-        """Warn of differences with which a run can resume, but not bitwise."""
+        """Warn about differences that prevent a bitwise resume."""
         effects = {
             "mixed_precision": "Results will differ from those of the original run; check how the run was launched.",
             "num_processes": "It reads the same samples, but sums in another order: results may not be bitwise equal.",
@@ -350,7 +350,7 @@ class CheckpointManager:
         return False
 
     def finish(self) -> None:
-        """Wait as `wait` does, outside of a run: the writer has finished on return even if a collective fails."""
+        """Wait for the writer outside of training, even if a collective operation fails."""
         with self:
             self.wait()
 

@@ -1,4 +1,4 @@
-"""The state that a run takes from a checkpoint: checked, and without what accepted changes have made invalid."""
+"""Load and check the state of a checkpoint. State that accepted changes have made invalid is dropped."""
 
 import warnings
 from collections.abc import Collection

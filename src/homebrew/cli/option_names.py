@@ -89,7 +89,7 @@ def _similar(name: str, options: Sequence[str]) -> list[str]:
 
 
 def in_terms_of_options(message: str, command: type) -> str:
-    """Rewrite an error of the library, which speaks of arguments: "max_steps=0" becomes "--max-steps 0"."""
+    """Replace argument names in an error message by option names: "max_steps=0" becomes "--max-steps 0"."""
     call = r"train\((resume|overwrite)=True(?:, accept_changes=[(\[]([^)\]]*)[)\]])?\)"
     message = re.sub(call, _options_of_call, message)
     for option in option_names(command):

@@ -1,4 +1,4 @@
-"""Which files are meant where texts are given: a file, several, or folders of them."""
+"""Resolve file and folder arguments to lists of files: a file, several, or folders of them."""
 
 import os
 from collections.abc import Iterable, Sequence

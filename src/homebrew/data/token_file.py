@@ -89,7 +89,7 @@ class TokenMetadata:
             raise DataError(f"{path} is not valid: {error} {_REMEDY}") from error
         metadata = cls(**fields)
         if metadata.to_json().encode() != data:
-            raise DataError(f"{path} was modified: its metadata_sha256 is that of other bytes. {_REMEDY}")
+            raise DataError(f"{path} was modified: its contents do not match its metadata_sha256. {_REMEDY}")
         return metadata
 
 

@@ -83,7 +83,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """Check that the Trainer can step an optimizer and set its learning rate.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: The optimizer is not supported.
     """
     name = type(optimizer).__name__
     if isinstance(optimizer, AcceleratedOptimizer):
@@ -119,7 +119,7 @@ def check_schedule(schedule: Schedule) -> None:
     """Check that a schedule is a function of the step.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: The schedule is not callable with a step.
     """
     if not callable(schedule) or not _can_be_called(schedule, 0):
         raise ConfigError(
@@ -129,10 +129,10 @@ def check_schedule(schedule: Schedule) -> None:
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Check that callbacks are Callbacks, and that none would do its work twice.
+    """Check the types of callbacks, and reject duplicates.
 
     Raises:
-        ConfigError: One is not, or would.
+        ConfigError: An item is not a Callback, or occurs twice.
     """
     for callback in callbacks:
         if not isinstance(callback, Callback):
@@ -148,7 +148,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
 
 
 def check_start(resume: bool | str | Path, *, overwrite: bool) -> None:
-    """Check how `Trainer.train` is to start.
+    """Check the arguments of `Trainer.train`.
 
     Raises:
         ConfigError: `resume` is neither a bool nor a path, `overwrite` is not a bool, or both are given; or gradients

@@ -1,4 +1,4 @@
-"""Optimizers with modes: schedule-free ones train other weights than those to evaluate and save."""
+"""Optimizers with train and eval modes, such as schedule-free AdamW, whose training and evaluation weights differ."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

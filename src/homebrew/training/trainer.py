@@ -246,7 +246,8 @@ class Trainer:
         """Return the model with full (unsharded) weights. Every process calls this.
 
         Without FSDP this is the model itself; under FSDP it is a copy, in evaluation mode. With a schedule-free
-        optimizer it has the weights to train in `on_step_end`, and else those to evaluate.
+        optimizer it has the training weights in `on_step_end`, `on_log` and `on_step_skipped`, elsewhere its
+        evaluation weights.
         """
         return self.model if self._meta_copy is None else gather_full_model(self._meta_copy, self._wrapped)
 
