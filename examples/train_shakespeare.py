@@ -90,7 +90,8 @@ def main(options: Options) -> None:
     trainer = Trainer(model, train, val, config=config, callbacks=[EarlyStopping(patience=2)])
     trainer.accelerator.print(f"Recipe: {name}. Text: {corpus.source}; {dataset.num_tokens:,} tokens.")
     trainer.train(resume=options.resume)
-    sample = trainer.sample("ROMEO:", max_new_tokens=200, sampling=Sampling(top_k=50), seed=options.seed)
+    sampling = Sampling(temperature=0.8, top_k=50)
+    sample = trainer.sample("ROMEO:", max_new_tokens=200, sampling=sampling, seed=options.seed)
     trainer.accelerator.print(f"\n{sample}\n\nCheckpoints, metrics.jsonl and run.json are in {options.output_dir}.")
 
 
