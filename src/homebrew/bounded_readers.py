@@ -1,7 +1,7 @@
 """Bounded readers of JSON and safetensors files, which may be corrupt or hostile.
 
 All files of checkpoints, model folders, adapters and token files that have a structure are read here, within the same
-limits: on size, and on the number of objects that PyTorch or Python create of it. Each function takes the class of the
+limits: on size, and on the number of objects that are created from the file. Each function takes the class of the
 error that it raises.
 """
 

@@ -89,6 +89,6 @@ def _write_bytes(descriptor: int, data: bytes) -> None:
     try:
         while data:
             data = data[os.write(descriptor, data) :]
-    except BrokenPipeError:  # the reader has exited, as `head` does; other prints shall not fail, either
+    except BrokenPipeError:  # the reader has exited, as `head` does; later prints must not fail
         with Path(os.devnull).open("wb") as devnull:
             os.dup2(devnull.fileno(), descriptor)

@@ -158,7 +158,7 @@ class _LiveTable:
             self._refreshed_at = time.monotonic()
 
     def keep_row(self) -> None:
-        """Print the live row as one that stays, if it is due."""
+        """Print the current row permanently, if it is due."""
         if self._row is not None and self._stays:
             self._console.print(self._row)
             self._row = None

@@ -34,7 +34,7 @@ _HARMLESS_KEYS: Mapping[Aspect, set[str]] = {
     "adapter": {"alpha", "base_sha256", "dropout"},
     "optimizer": {"betas", "eps", "max_grad_norm", "weight_decay"},
 }
-"""Settings with which the saved weights, or the optimizer's saved state, still fit. Others may change their shapes."""
+"""Settings that can change while the saved weights and optimizer state remain valid."""
 
 
 def run_identity(
@@ -160,12 +160,11 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
     """Check that a checkpoint belongs to this run: its `run_identity`, any JSON value, must equal this run's.
 
     Returns:
-        The aspects whose change was accepted, without those for which all saved state is still valid.
+        The accepted aspects whose saved state is no longer valid.
 
     Raises:
         ConfigError: `accept_changes` has an unknown aspect.
-        ResumeMismatch: An aspect differs. The message names each difference, and how to resume anyway, which a model
-            or an adapter with other weights cannot.
+        ResumeMismatch: An aspect differs and was not accepted, or the saved weights do not fit the model.
     """
     check_accept_changes(accept_changes)
     saved = saved if isinstance(saved, dict) else {}

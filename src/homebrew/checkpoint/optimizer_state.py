@@ -89,7 +89,7 @@ def optimizer_json(
 ) -> tuple[dict[str, Any], list[str]]:
     """Describe an optimizer's state: the shapes of its tensors, and all plain numbers, such as step counts.
 
-    Of the groups' settings, only those that differ from `initial`, `group_settings` before the first step, are state.
+    Group settings are saved only if they differ from `initial`, the `group_settings` before the first step.
 
     Returns:
         The state as JSON, and the keys of everything that is neither in it nor in `state_tensors`.
@@ -162,7 +162,7 @@ def load_optimizer_state(
 ) -> None:
     """Replace an optimizer's state by one that `check_optimizer_state` has accepted; collective.
 
-    Of its own state it keeps what is not a parameter's. Parameters without saved state get their initial one.
+    State that belongs to no parameter is kept. Parameters without saved state get their initial state.
 
     Args:
         accelerator: The run's accelerator.

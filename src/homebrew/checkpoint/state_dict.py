@@ -195,7 +195,7 @@ def _weights_name(model: nn.Module) -> str:
 def _saved_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers that a checkpoint holds, by name.
 
-    Of tied weights, the first name is saved; of a model with LoRA, the adapter and everything else that is trained.
+    Tied weights are saved under their first name. With LoRA, the adapter and other trained weights are saved.
     """
     adapter = adapter_state_dict(model).keys()
     first: dict[int, str] = {}

@@ -14,7 +14,7 @@ from homebrew.io import absolute_path, local_path_or_name
 
 
 def command_line(train: Train) -> str:
-    """Return the command that gives the options, except those of resuming, with absolute paths."""
+    """Return the `homebrew train` command of these options, with absolute paths and without those of resuming."""
     words = ["homebrew", "train", *(str(absolute_path(path)) for path in train.data.files)]
     for options in (train.data, train.model, train.trainer):
         for field in dataclasses.fields(options):
@@ -36,7 +36,7 @@ def _option_words(name: str, value: object) -> list[str]:
 
 
 def saved_options(arguments: Sequence[str]) -> Train | None:
-    """Return the options of the run that a command line resumes, for those that it does not give.
+    """Load the options of the run that a command line resumes: the defaults of that command line.
 
     Args:
         arguments: The command line's words after `homebrew`.

@@ -44,7 +44,7 @@ class GPT2Tokenizer:
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[NDArray[np.int64]]:
         """Encode a text that is given in chunks, cut anywhere. The ids are those of the entire text.
 
-        The last tokens of a chunk may depend on the text that follows, so they are held back and encoded again with
+        The last tokens of a chunk may depend on the text that follows, so they are kept and encoded again with
         the next chunk. The others are final: later words do not matter, and a later part of the same word changes
         only a few tokens before it, since a merge depends only on earlier merges next to it. A word whose first
         tokens are cut off keeps its other tokens.

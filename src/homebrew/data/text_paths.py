@@ -58,5 +58,5 @@ def _files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
         if found := [path for path in files if path.suffix.lower() == suffix]:
             return found
     raise DataError(
-        f"The folder {str(folder)!r} has no {' or '.join(suffixes)} files. Give the files themselves, or another one."
+        f"The folder {str(folder)!r} has no {' or '.join(suffixes)} files. Pass the files, or another folder."
     )

@@ -30,7 +30,7 @@ def check_environment() -> None:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raise where Accelerate would silently run something else than what the launcher was asked for.
+    """Raise if Accelerate would silently ignore the launcher's settings.
 
     Raises:
         LaunchError: The number of processes is not the launcher's, or the engine or precision is not supported.

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 _NUM_COMPARED_TOKENS = 8
 
 _MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors", "generation_config.json")
-"""Files from which transformers loads a model. An export removes those of an earlier one that it does not replace."""
+"""Files from which transformers loads a model. Files of an earlier export are removed if the new export
+does not replace them."""
 
 
 def export_model(

@@ -87,7 +87,7 @@ SIZE_FIELDS = {
     "n_head": "n_head",
     "n_embd": "n_embd",
 }
-"""For each size the field of GPTConfig and that of GPT2Config."""
+"""Names of the size fields in GPTConfig and in GPT2Config."""
 
 SIZE_ALIASES = {
     "n_positions": "max_position_embeddings",
@@ -273,7 +273,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         unsupported.append(f"eos_token_id={eos!r} (must be an id or null)")
     if unsupported:
         raise ModelError(f"{path} has unsupported values: {', '.join(unsupported)}. Use another model.")
-    # transformers writes GPT-2's id also for a smaller vocabulary, in which no text ends.
+    # transformers writes GPT-2's id even for a smaller vocabulary. Such an id ends no text.
     config["eos_token_id"] = eos if isinstance(eos, int) and 0 <= eos < config["vocab_size"] else NO_EOS
     return {**config, "dropout": float(max(dropouts))}
 

@@ -1,4 +1,4 @@
-"""Checks the settings of a tokenizer in transformers' format, which are all but its vocabulary and merges."""
+"""Checks a tokenizer's settings in transformers' format: every field except vocabulary and merges."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ _CHAR_PIPELINE: dict[str, tuple[Any, ...]] = {
     "model.type": ("WordLevel",),
     "model.unk_token": (UNKNOWN_CHARACTER,),
 }
-"""The same for an exported `CharTokenizer`."""
+"""Supported values in `tokenizer.json` of an exported `CharTokenizer`."""
 
 _CONFIG: dict[str, tuple[Any, ...]] = {
     "tokenizer_class": ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", None),
@@ -45,7 +45,7 @@ _CONFIG: dict[str, tuple[Any, ...]] = {
     "add_bos_token": (False, None),
     "add_eos_token": (False, None),
 }
-"""The same for `tokenizer_config.json`, of any tokenizer."""
+"""Supported values in `tokenizer_config.json` of any tokenizer."""
 
 
 def unsupported_settings(folder: Path, tokenizer: Tokenizer) -> list[str]:

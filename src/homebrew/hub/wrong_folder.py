@@ -12,7 +12,7 @@ _MAX_LISTED = 8
 
 
 def no_folder(name: str) -> str:
-    """Return the sentence that there is no such folder, with the folder of the most similar name beside it."""
+    """Return the message that a folder does not exist, with the most similar name beside it as a suggestion."""
     path = Path(name)
     close = difflib.get_close_matches(path.name, [folder.name for folder in _subfolders(path.parent)], n=1)
     return f"There is no folder {name}." + (f" Did you mean {path.parent / close[0]}?" if close else "")
