@@ -9,6 +9,9 @@ import torch
 from homebrew.errors import ConfigError
 
 _TRAINING = threading.RLock()
+"""Held by the thread that is training."""
+_TRAINERS: list[object] = []
+"""Trainers that are training, each in a callback of the one before."""
 
 RECOMPILE_LIMIT = 64
 """Compiled variants of one function. PyTorch's limit is 8, beyond which the function silently runs uncompiled. All
@@ -26,10 +29,11 @@ def allow_tf32(device: torch.device) -> None:
 
 
 @contextmanager
-def one_training_thread() -> Iterator[None]:
-    """Raise ConfigError if another thread is in such a block: Accelerate's gradient state belongs to the process.
+def exclusive_training(trainer: object) -> Iterator[None]:
+    """Raise ConfigError if `trainer` is in such a block, or any trainer in another thread is.
 
-    A callback can train another model, because that is the same thread and happens between two steps.
+    Accelerate's gradient state belongs to the process. A callback can train another model, because that is the same
+    thread and happens between two steps.
     """
     if not _TRAINING.acquire(blocking=False):
         raise ConfigError(
@@ -37,7 +41,16 @@ def one_training_thread() -> Iterator[None]:
             "the other, or use a process for each."
         )
     try:
-        yield
+        if trainer in _TRAINERS:
+            raise ConfigError(
+                "train() was called while this Trainer is training, for example in a callback. Call it after the run, "
+                "which ends if a callback sets trainer.should_stop = True."
+            )
+        _TRAINERS.append(trainer)
+        try:
+            yield
+        finally:
+            _TRAINERS.pop()
     finally:
         _TRAINING.release()
 

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from homebrew.model.gpt_config import GPTConfig
 from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.batch_size import explain_out_of_memory
 from homebrew.training.compile import warm_up_compiled
-from homebrew.training.global_settings import one_training_thread
+from homebrew.training.global_settings import exclusive_training
 from homebrew.training.optimizer import set_learning_rates
 from homebrew.training.optimizer_modes import OptimizerModes
 from homebrew.training.schedule import Schedule, multiplier_at
@@ -106,7 +105,6 @@ class Trainer:
         self._evaluates_eagerly = parts.evaluates_eagerly
         self._needs_warm_up = self.compile_mode != "none"
         self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
-        self._train_lock = Lock()
         self._is_running = False
         self._stop_agreed = False  # whether all processes know that the run must end
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
@@ -142,8 +140,7 @@ class Trainer:
         """
         check_start(resume, overwrite=overwrite)
         with (
-            one_training_thread(),
-            self._not_training(),
+            exclusive_training(self),
             SignalHandler(announce=self.is_main_process) as signals,
             self._checkpoints.locked(),
         ):
@@ -311,19 +308,6 @@ class Trainer:
                     warnings.warn(f"{type(callback).__name__}.on_train_end failed too: {raised!r}", stacklevel=4)
         if first is not None and first is not error:
             raise first
-
-    @contextmanager
-    def _not_training(self) -> Iterator[None]:
-        """Raise ConfigError if this Trainer is training, in this block of another call."""
-        if not self._train_lock.acquire(blocking=False):
-            raise ConfigError(
-                "train() was called while this Trainer is training, for example in a callback. Call it after the run, "
-                "which ends if a callback sets trainer.should_stop = True."
-            )
-        try:
-            yield
-        finally:
-            self._train_lock.release()
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
