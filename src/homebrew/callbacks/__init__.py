@@ -1,6 +1,7 @@
 """Callbacks: the `Callback` base class and the built-in callbacks.
 
 - `base`: `Callback`, which documents every training event.
+- `events`: calls a method of every callback.
 - `progress`: `ProgressDisplay`, the live table on a terminal or plain lines elsewhere.
 - `background_stream`: `BackgroundStream`, through which the display prints without waiting for a reader.
 - `run_logger`: `RunLogger`, which writes `run.json` and `metrics.jsonl` and feeds Accelerate's trackers.

@@ -1,7 +1,7 @@
 """Training: the Trainer, one optimizer step, and what they are built from.
 
-trainer.py holds the loop, train_step.py one step, and setup.py assembles the parts from arguments that arguments.py has
-checked. To add
+trainer.py holds the loop, train_step.py one step, and run_requests.py what signals and other ranks ask of the loop.
+setup.py assembles the parts from arguments that arguments.py has checked. To add
 
 - an optimizer: pass it to the Trainer; built-in ones are in optimizer.py and chosen by `build_parts` in setup.py;
 - a schedule: pass a function to the Trainer; the built-in one is in schedule.py;

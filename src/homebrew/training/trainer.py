@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from homebrew.callbacks.base import Callback
+from homebrew.callbacks.events import emit, emit_train_end
 from homebrew.data.loader import Batch, explain_worker_errors
 from homebrew.data.tokenizer import dataset_tokenizer, default_prompt
 from homebrew.data.validation import check_dataset
-from homebrew.distributed.collectives import FlagExchange
 from homebrew.distributed.fsdp import gather_full_model
-from homebrew.distributed.signals import HANDLED_SIGNALS, SignalHandler, ends_run, exit_for_signal
+from homebrew.distributed.signals import SignalHandler
 from homebrew.errors import ConfigError, HomebrewError
 from homebrew.evaluation.mean_loss import mean_loss
 from homebrew.generation.sampling import Sampling
@@ -29,6 +29,7 @@ from homebrew.training.compile import warm_up_compiled
 from homebrew.training.global_settings import exclusive_training
 from homebrew.training.optimizer import set_learning_rates
 from homebrew.training.optimizer_modes import OptimizerModes
+from homebrew.training.run_requests import RunRequests
 from homebrew.training.schedule import Schedule, multiplier_at
 from homebrew.training.setup import build_callbacks, build_parts
 from homebrew.training.trainer_config import TrainerConfig
@@ -106,7 +107,6 @@ class Trainer:
         self._needs_warm_up = self.compile_mode != "none"
         self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
         self._is_running = False
-        self._stop_agreed = False  # whether all processes know that the run must end
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
         self._emit("on_init_end")
 
@@ -145,9 +145,9 @@ class Trainer:
             self._checkpoints.locked(),
         ):
             self._start(resume, accept_changes, overwrite=overwrite)
-            self._run(signals)
+            self._run(RunRequests(self.accelerator, signals, self._checkpoints))
 
-    def _run(self, signals: SignalHandler) -> None:
+    def _run(self, requests: RunRequests) -> None:
         """Train from the current step."""
         try:
             self._emit("on_train_begin")
@@ -159,9 +159,8 @@ class Trainer:
                 explain_worker_errors(self.config.loader_timeout_seconds),
                 closing(self._loader.steps(self._num_samples)) as steps,
             ):
-                flags = FlagExchange(self.accelerator)
                 for micro_batches in steps:
-                    if self.step >= self.config.max_steps or self._stop_agreed:
+                    if self.step >= self.config.max_steps or requests.stop_agreed:
                         break
                     self._warm_up(micro_batches[0])
                     multiplier = multiplier_at(self.schedule, self.step, max(self._peak_learning_rates))
@@ -172,11 +171,10 @@ class Trainer:
                     self._logger.submit(self.step, result, self._peak_learning_rates[0] * multiplier, self._emit)
                     self._emit("on_step_end")
                     self._evaluate_and_save_if_due()
-                    self._handle_requests(signals, flags)
+                    requests.handle(self)
                 self.save()
                 self._checkpoints.wait()
-                for _ in range(2):  # for requests made since; other processes' flags arrive with the second exchange
-                    self._handle_requests(signals, flags)
+                requests.handle_last(self)
         except BaseException as error:
             self._end(error)
             raise
@@ -287,27 +285,17 @@ class Trainer:
         self.step, self._num_samples = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
         self.accelerator.step = 0  # Accelerate's count of micro-batches; an interrupted step leaves it in the middle
         self._wrapped.train()
-        self.should_stop = self._stop_agreed = False
+        self.should_stop = False
         self._last_evaluation = None
         self._logger.start(self.step)
 
     def _end(self, error: BaseException | None) -> None:
-        """Call every `on_train_end`, even if one raises. Raise the first error, unless `error` has ended the run."""
+        """End the run: successfully, or because of `error`."""
         self._is_running = False
         self._modes.eval()
         self._logger.cancel()
         set_learning_rates(self._optimizer, self._peak_learning_rates, 1.0)  # restore the peaks
-        first = error
-        for callback in self.callbacks:
-            try:
-                self._call(callback, "on_train_end")
-            except Exception as raised:
-                if first is None:
-                    first = raised
-                else:
-                    warnings.warn(f"{type(callback).__name__}.on_train_end failed too: {raised!r}", stacklevel=4)
-        if first is not None and first is not error:
-            raise first
+        emit_train_end(self, error)
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -347,30 +335,8 @@ class Trainer:
         if save_is_due:
             self.save()
 
-    def _handle_requests(self, signals: SignalHandler, flags: FlagExchange) -> None:
-        """Act on signals, stop requests and writer errors of any process, on all processes at the same step."""
-        own = [*signals.pop_flags(), float(bool(self.should_stop)), float(self._checkpoints.failed)]
-        *received, stop, writer_failed = flags.exchange(own)
-        self._stop_agreed = self._stop_agreed or stop
-        self.should_stop = self.should_stop or self._stop_agreed  # for the user to read, on every process
-        if writer_failed:
-            self._checkpoints.wait()  # raises the error, on every process
-        for number in (number for number, flag in zip(HANDLED_SIGNALS, received, strict=True) if flag):
-            self.save()
-            if ends_run(number):
-                self._checkpoints.wait()
-                exit_for_signal(number)
-
     def _emit(self, event: str, *arguments: object) -> None:
         """Call a method of every callback; training is paused, except in the events that happen while the GPU works."""
         overlaps = event in ("on_step_end", "on_log", "on_step_skipped")
         with nullcontext() if overlaps else self._paused():
-            for callback in self.callbacks:
-                self._call(callback, event, *arguments)
-
-    def _call(self, callback: Callback, event: str, *arguments: object) -> None:
-        if (value := getattr(callback, event)(self, *arguments)) is not None:
-            raise ConfigError(
-                f"{type(callback).__name__}.{event} returned {value!r:.100}, but the results of callbacks are not "
-                f"used. Return nothing; to stop the run, set trainer.should_stop = True."
-            )
+            emit(self, event, *arguments)
