@@ -1,10 +1,10 @@
 """Emits training events: calls a method of every callback, in the order of the Trainer's list."""
 
-import warnings
 from typing import TYPE_CHECKING
 
 from homebrew.callbacks.base import Callback
 from homebrew.errors import ConfigError
+from homebrew.user_warnings import warn
 
 if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer
@@ -26,7 +26,7 @@ def emit_train_end(trainer: "Trainer", error: BaseException | None) -> None:
             if first is None:
                 first = raised
             else:
-                warnings.warn(f"{type(callback).__name__}.on_train_end failed too: {raised!r}", stacklevel=5)
+                warn(f"{type(callback).__name__}.on_train_end failed too: {raised!r}")
     if first is not None and first is not error:
         raise first
 

@@ -1,6 +1,5 @@
 """Tokenizers: the `Tokenizer` protocol, and the three that homebrew ships: GPT-2's, bytes and characters."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +10,7 @@ from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.token_ids import validated_ids
 from homebrew.data.utf8 import check_is_string, encode_utf8
 from homebrew.errors import DataError
+from homebrew.user_warnings import warn
 
 
 @runtime_checkable
@@ -141,10 +141,9 @@ def saved_tokenizer(description: dict[str, Any]) -> Tokenizer | None:
     """Create the tokenizer that was saved with a model. A custom one is None, with a warning."""
     if (name := description.get("name")) in _BUILT_IN:
         return tokenizer_from_json(description)
-    warnings.warn(
+    warn(
         f"The model was saved with the custom tokenizer {name!r}, which its description cannot restore. Use an object "
-        f"of its class.",
-        stacklevel=5,  # the caller of load_model
+        f"of its class."
     )
     return None
 

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from homebrew.bounded_readers import parse_json
 from homebrew.errors import DataError
 from homebrew.io import open_regular, strict_json
+from homebrew.user_warnings import warn
 
 MAX_BYTES = 1 << 30
 """Size of the largest log that a run appends to, about four million events."""
@@ -57,7 +57,7 @@ class MetricsLog:
         except OSError as error:
             if not self._has_warned:
                 problem = f"{self._path} could not be written: {error.strerror}."
-                warnings.warn(f"{problem} Training continues without logging metrics. Free some space.", stacklevel=5)
+                warn(f"{problem} Training continues without logging metrics. Free some space.")
             self._has_warned = True
         else:
             self._has_warned = False

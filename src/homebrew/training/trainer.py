@@ -1,6 +1,5 @@
 """The Trainer: public methods and the training loop."""
 
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -33,6 +32,7 @@ from homebrew.training.run_requests import RunRequests
 from homebrew.training.schedule import Schedule, multiplier_at
 from homebrew.training.setup import build_callbacks, build_parts
 from homebrew.training.trainer_config import TrainerConfig
+from homebrew.user_warnings import warn
 
 
 class Trainer:
@@ -330,7 +330,7 @@ class Trainer:
                     try:
                         self.save()
                     except HomebrewError as error:
-                        warnings.warn(f"This step could not be saved either: {error}", stacklevel=4)
+                        warn(f"This step could not be saved either: {error}")
                 raise
         if save_is_due:
             self.save()
