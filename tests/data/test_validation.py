@@ -1,3 +1,6 @@
+import random
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +65,28 @@ class NoLength(Dataset):
 )
 def test_valid_datasets_pass(dataset):
     assert check_dataset(dataset, "train_dataset", block_size=8, vocab_size=9) == 8
+
+
+class Draws(CustomDataset):
+    """Draws a random number for every sample, and then perhaps fails."""
+
+    def __init__(self, draw, sample):
+        super().__init__(sample, length=3)
+        self.draw = draw
+
+    def __getitem__(self, index):
+        self.draw()
+        return self.sample[0], self.sample[1]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: torch.rand(1)])
+@pytest.mark.parametrize("sample", [(IDS, IDS), (IDS,)], ids=["valid", "fails"])
+def test_a_check_does_not_change_the_global_generators(draw, sample):
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+    with nullcontext() if len(sample) == 2 else pytest.raises(DataError, match="cannot be read"):
+        check_dataset(Draws(draw, sample), "dataset", block_size=8, vocab_size=9)
+    after = random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+    assert after == before
 
 
 @pytest.mark.parametrize(

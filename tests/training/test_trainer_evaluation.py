@@ -1,17 +1,24 @@
 """Evaluation: its result, its errors, and the checkpoints beside it."""
 
 import math
+import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import (
+    CONFIG,
     Recorder,
     UnevenTargets,
     checkpoint_path,
+    equal,
     make_trainer,
     saved_steps,
     token_dataset,
+    weights,
 )
+from torch.utils.data import Subset
 
 from homebrew.callbacks.base import Callback
 from homebrew.checkpoint.manifest import open_checkpoint
@@ -46,6 +53,32 @@ def test_eval_batches_limits_the_evaluated_micro_batches(tmp_path):
 def test_evaluate_without_a_dataset_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="eval_dataset"):
         make_trainer(tmp_path).evaluate()
+
+
+class RandomInputs(UnevenTargets):
+    """Draws from the global generators of Python, NumPy and PyTorch for every sample."""
+
+    def __getitem__(self, i):
+        noise = random.randrange(9) + np.random.randint(9) + torch.randint(9, (16,))  # noqa: NPY002
+        return (self.input_ids[i] + noise) % 50, self.targets[i]
+
+
+class EvaluatesEveryStep(Callback):
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_step_end(self, trainer):
+        trainer.evaluate(self.dataset)
+
+
+@pytest.mark.parametrize("dataset", [RandomInputs(), Subset(RandomInputs(), range(5))], ids=["dataset", "subset"])
+def test_evaluating_a_dataset_that_draws_random_numbers_does_not_change_the_run(tmp_path, dataset):
+    options = {"model": replace(CONFIG, dropout=0.5), "max_steps": 3}
+    alone = make_trainer(tmp_path / "alone", **options)
+    alone.train()
+    evaluated = make_trainer(tmp_path / "evaluated", **options, callbacks=[EvaluatesEveryStep(dataset)])
+    evaluated.train()
+    assert equal(weights(evaluated), weights(alone))
 
 
 def test_evaluation_without_scored_targets_is_an_error(tmp_path):

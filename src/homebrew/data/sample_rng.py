@@ -28,7 +28,7 @@ class SeededDataset(Dataset[Any]):
 
     def __getitems__(self, batch: Sequence[tuple[int, int]]) -> list[Any]:
         """Read samples, given as pairs of a position in the run and an index in the dataset."""
-        with _restore_generators():
+        with restore_generators():
             if _reads_batches(type(self._dataset)):
                 self._seed_generators(batch[0][0])
                 return list(self._dataset.__getitems__([index for _, index in batch]))  # type: ignore[attr-defined]
@@ -60,8 +60,8 @@ def _reads_batches(dataset_class: type) -> bool:
 
 
 @contextmanager
-def _restore_generators() -> Iterator[None]:
-    """Restore the states of the global random generators on exit."""
+def restore_generators() -> Iterator[None]:
+    """Restore the states of the global random generators of Python, NumPy and PyTorch (CPU) on exit."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from homebrew.constants import IGNORE_INDEX
+from homebrew.data.sample_rng import restore_generators
 from homebrew.errors import DataError, HomebrewError
 
 _ATTRIBUTES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
@@ -78,7 +79,8 @@ def _num_samples(dataset: Dataset[Any], name: str) -> int:
 
 def _read_sample(dataset: Dataset[Any], index: int, name: str, num_samples: int) -> tuple[Tensor, Tensor]:
     try:
-        sample = dataset[index]
+        with restore_generators():  # the dataset may draw from them, and a check must not change the run's dropout
+            sample = dataset[index]
     except HomebrewError:
         raise
     except Exception as error:
