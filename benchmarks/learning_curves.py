@@ -1,0 +1,150 @@
+"""Learning curves of several variants: the best of them, steps and seconds to a target loss, tables and a plot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from harness import GIB, format_number
+from timed_training import Record
+
+from homebrew.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Run(Record):
+    """A run of one variant with one seed."""
+
+    variant: str
+    seed: int
+    settings: dict[str, Any]
+    """The variant's fields of `TrainerConfig`, and `dropout`."""
+    experiment: dict[str, Any]
+    """What all variants have in common: model, batch and corpus."""
+    machine: str
+
+    def reached(self, target: float) -> tuple[float, float] | None:
+        """Return the step and the seconds at which the validation loss reached a target, or None."""
+        steps = first_reached(self.steps, self.losses, target)
+        seconds = first_reached(self.seconds, self.losses, target)
+        return None if steps is None or seconds is None else (steps, seconds)
+
+
+Variants = dict[str, list[Run]]
+"""The runs of each variant, one per seed."""
+
+
+def by_variant(runs: Sequence[Run]) -> Variants:
+    """Group runs by variant, in the order of the first run of each."""
+    variants: Variants = {}
+    for run in runs:
+        variants.setdefault(run.variant, []).append(run)
+    return variants
+
+
+def first_reached(positions: Sequence[float], losses: Sequence[float], target: float) -> float | None:
+    """Return where a curve first reaches a target, with linear interpolation between evaluations, or None.
+
+    Args:
+        positions: Steps or seconds of the evaluations, increasing.
+        losses: Loss of each evaluation.
+        target: Loss to reach.
+    """
+    for i, loss in enumerate(losses):
+        if loss <= target:
+            if i == 0:
+                return positions[0]
+            fraction = (losses[i - 1] - target) / (losses[i - 1] - loss)
+            return positions[i - 1] + fraction * (positions[i] - positions[i - 1])
+    return None
+
+
+def best_adamw(variants: Variants) -> str | None:
+    """Return the AdamW variant with the lowest mean final loss, or None if there is none."""
+    names = [name for name, runs in variants.items() if runs[0].settings.get("optimizer", "adamw") == "adamw"]
+    return min(names, key=lambda name: final_loss(variants[name]), default=None)
+
+
+def final_loss(runs: Sequence[Run]) -> float:
+    """Return the mean loss of the last evaluation."""
+    return mean(run.losses[-1] for run in runs)
+
+
+def summary_rows(variants: Variants) -> list[dict[str, str]]:
+    """Return a table row for each variant: its losses, time and memory."""
+    rows = []
+    for name, runs in variants.items():
+        peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+        row = {
+            "variant": name,
+            "seeds": str(len(runs)),
+            "steps": str(runs[0].steps[-1]),
+            "final loss": with_spread([run.losses[-1] for run in runs], ".4f"),
+            "best loss": with_spread([min(run.losses) for run in runs], ".4f"),
+            "seconds": with_spread([run.seconds[-1] for run in runs], ".1f"),
+            "ms per step": format_number(mean(1000 * run.seconds[-1] / run.steps[-1] for run in runs)),
+            "peak GiB": f"{max(peaks) / GIB:.1f}" if peaks else "",
+        }
+        rows.append(row)
+    return rows
+
+
+def target_rows(variants: Variants, target: float, *, full_runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Return a table row for each variant: steps and seconds to a target loss, and their ratios to a full run.
+
+    Args:
+        variants: Runs of each variant.
+        target: Loss to reach.
+        full_runs: Runs of the variant to compare with, whose mean number of steps and seconds is a ratio of 1.
+    """
+    total_steps = mean(run.steps[-1] for run in full_runs)
+    total_seconds = mean(run.seconds[-1] for run in full_runs)
+    rows = []
+    for name, runs in variants.items():
+        reached = [point for run in runs if (point := run.reached(target)) is not None]
+        row = {"variant": name, "reached by": f"{len(reached)} of {len(runs)}"}
+        # The mean of some of the seeds would leave out the worst.
+        steps, seconds = zip(*reached, strict=True) if len(reached) == len(runs) else ((), ())
+        row["steps"] = with_spread(steps, ".1f")
+        row["steps ratio"] = with_spread([value / total_steps for value in steps], ".3f")
+        row["seconds"] = with_spread(seconds, ".1f")
+        row["seconds ratio"] = with_spread([value / total_seconds for value in seconds], ".3f")
+        rows.append(row)
+    return rows
+
+
+def with_spread(values: Sequence[float], style: str) -> str:
+    """Format the mean and, of several values, the standard deviation. No values give an empty string."""
+    spread = f" ± {stdev(values):{style}}" if len(values) > 1 else ""
+    return f"{mean(values):{style}}{spread}" if values else ""
+
+
+def plot(variants: Variants, path: Path, *, title: str, target: float | None) -> None:
+    """Draw validation loss against steps and against seconds, one line per run.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "The plot needs matplotlib, which is not installed. Run `pip install -e '.[plot]'`; with the same "
+            "--output, the script does not repeat the runs."
+        ) from error
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for color, (name, runs) in enumerate(variants.items()):
+        for run in runs:
+            for axes, positions in zip(panels, (run.steps, run.seconds), strict=True):
+                axes.plot(positions, run.losses, color=f"C{color}", linewidth=1, label=name if run is runs[0] else None)
+    for axes, label in zip(panels, ("steps", "seconds of training, without compilation"), strict=True):
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        if target is not None:
+            axes.axhline(target, color="black", linewidth=1, linestyle="--")
+    panels[0].set_ylabel("validation loss")
+    panels[1].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
