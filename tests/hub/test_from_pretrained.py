@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2
 from homebrew import bounded_readers
 from homebrew.data.tokenizer import ByteTokenizer
 from homebrew.errors import ConfigError, HomebrewError, ModelError
-from homebrew.hub import from_pretrained
+from homebrew.hub import hf_config
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 
@@ -244,9 +244,9 @@ def test_every_field_of_transformers_config_is_known(folder):
         "is_encoder_decoder",
         *(f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")),
     }
-    known = {*from_pretrained.SIZE_FIELDS.values(), *from_pretrained.FIXED_FIELDS, *from_pretrained.DROPOUT_FIELDS}
+    known = {*hf_config.SIZE_FIELDS.values(), *hf_config.FIXED_FIELDS, *hf_config.DROPOUT_FIELDS}
     assert {field.name for field in fields(GPT2Config)} == known | without_effect | {"n_inner"}
-    assert from_pretrained.SIZE_ALIASES == {name: alias for alias, name in GPT2Config.attribute_map.items()}
+    assert hf_config.SIZE_ALIASES == {name: alias for alias, name in GPT2Config.attribute_map.items()}
 
 
 def test_fields_without_effect_are_ignored(folder):
@@ -442,6 +442,14 @@ def test_each_file_of_weights_is_opened_twice_to_find_and_to_read_its_tensors(fo
     )
     GPT.from_pretrained(folder)
     assert len(opened) == 2
+
+
+def test_each_configuration_file_is_read_once(folder, monkeypatch):
+    read = []
+    read_json = hf_config.read_json
+    monkeypatch.setattr(hf_config, "read_json", lambda path: read.append(path.name) or read_json(path))
+    GPT.from_pretrained(folder)
+    assert read == ["config.json", "generation_config.json"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", None, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])

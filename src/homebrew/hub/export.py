@@ -10,21 +10,14 @@ from torch import Tensor
 
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ModelError
-from homebrew.hub.from_pretrained import (
-    CONFIG_FILE,
-    CONV1D_WEIGHT,
-    DROPOUT_FIELDS,
-    FIXED_FIELDS,
-    INDEX_FILE,
-    SIZE_FIELDS,
-    WEIGHTS_FILE,
-)
+from homebrew.hub.from_pretrained import CONV1D_WEIGHT, INDEX_FILE, WEIGHTS_FILE
+from homebrew.hub.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, to_hf_config
 from homebrew.hub.model_folder import output_folder
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, TOKENIZER_FILES, to_json, tokenizer_files
 from homebrew.io import absolute_path, atomic_replace
 from homebrew.model.eval_mode import eval_mode
-from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, GPTConfig
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
 from homebrew.model.lora import merged_state_dict
 
 if TYPE_CHECKING:
@@ -32,7 +25,7 @@ if TYPE_CHECKING:
 
 _NUM_COMPARED_TOKENS = 8
 
-_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors", "generation_config.json")
+_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors", GENERATION_CONFIG_FILE)
 """Files from which transformers loads a model. Files of an earlier export are removed if the new export
 does not replace them."""
 
@@ -61,8 +54,6 @@ def export_model(
         raise ModelError("The model is on the meta device, so it has no weights. Load or initialize it on a device.")
     vocab_size = config["vocab_size"]
     weights = {name: _to_hf_layout(name, t, vocab_size) for name, t in state_dict.items() if name != LM_HEAD}
-    hf_config = _to_hf_config(config, next(iter(weights.values())).dtype)
-    hf_config["eos_token_id"] = GPTConfig(**config).end_of_text_id(tokenizer)
     if not torch.equal(state_dict[LM_HEAD][:vocab_size], state_dict[EMBEDDING][:vocab_size]):
         raise ModelError(
             f"{LM_HEAD} and {EMBEDDING} differ. Only models with a tied head can be exported: set "
@@ -76,8 +67,7 @@ def export_model(
                 f"tokenizer the model was trained with."
             )
         texts = tokenizer_files(tokenizer, model_max_length=config["block_size"])
-        hf_config["bos_token_id"] = tokenizer.end_of_text_id
-    texts[CONFIG_FILE] = to_json(hf_config)
+    texts[CONFIG_FILE] = to_json(to_hf_config(config, next(iter(weights.values())).dtype, tokenizer))
     forbidden_files = {"manifest.json": "a checkpoint", ADAPTER_CONFIG_FILE: "an adapter"}
     with output_folder(folder, forbidden_files=forbidden_files):
         with atomic_replace(folder / WEIGHTS_FILE) as path:
@@ -158,16 +148,3 @@ def _to_hf_layout(name: str, tensor: Tensor, vocab_size: int) -> Tensor:
     elif CONV1D_WEIGHT.search(name):
         tensor = tensor.T
     return tensor.detach().cpu().contiguous()
-
-
-def _to_hf_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        **{hf_name: config[name] for name, hf_name in SIZE_FIELDS.items()},
-        **dict.fromkeys(DROPOUT_FIELDS, config["dropout"]),
-        **{name: supported[0] for name, supported in FIXED_FIELDS.items()},
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "dtype": str(dtype).removeprefix("torch."),
-    }

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from homebrew.errors import ConfigError, ModelError
+from homebrew.hub.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, PretrainedConfig, read_config
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, read_json
 from homebrew.hub.tokenizer_files import TOKENIZER_FILES
-from homebrew.hub.wrong_folder import not_a_model
-from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, NO_EOS, POSITION_EMBEDDING, GPTConfig
+from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, GPTConfig
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
 
 _MODEL_FILES = (
     CONFIG_FILE,
@@ -40,74 +39,11 @@ _MODEL_FILES = (
 CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 """Weights that transformers stores as Conv1D does, (in, out), which is the transpose of nn.Linear's."""
 
-DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-"""The three dropout fields of GPT2Config, for the single one of GPTConfig."""
-
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that DDP, torch.compile, FSDP and activation checkpointing add, at the start or after a dot."""
 
 _CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 """Buffers in files of older transformers versions. They are ignored."""
-
-FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-"""Fields of GPT2Config that change the computation, with their supported values. The first is the default."""
-
-_FOREIGN_FIELDS: dict[str, tuple[Any, ...]] = {
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-    "hidden_act": (None, *FIXED_FIELDS["activation_function"]),
-    "layer_norm_eps": (None, *FIXED_FIELDS["layer_norm_epsilon"]),
-    "intermediate_size": (None,),
-    "num_key_value_heads": (None,),
-    "multi_query": (None, False),
-    "position_embedding_type": (None, "absolute"),
-    "rope_theta": (None,),
-    "rope_scaling": (None,),
-    "rope_parameters": (None,),
-    "rotary_dim": (None,),
-    "alibi": (None, False),
-    "sliding_window": (None,),
-}
-"""Fields of other architectures and older versions that change the computation, with their supported values.
-
-transformers' GPT-2 ignores them, but weights that were trained with them are not those of a GPT-2.
-"""
-
-SIZE_FIELDS = {
-    "block_size": "n_positions",
-    "vocab_size": "vocab_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
-"""Names of the size fields in GPTConfig and in GPT2Config."""
-
-SIZE_ALIASES = {
-    "n_positions": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_embd": "hidden_size",
-}
-"""Other names of fields of GPT2Config. As in transformers, the alias wins over the field."""
-
-_DEFAULT_EOS_TOKEN_ID = 50_256
-_DEFAULT_DROPOUT = 0.1
-"""Defaults of GPT2Config."""
-
-_KNOWN_GENERATION_FIELDS = frozenset(
-    {
-        *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"),
-        *("use_cache", "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
-    }
-)
-"""Fields of `generation_config.json` that are read, or do not change the generated text."""
 
 
 class TensorLocation(NamedTuple):
@@ -198,16 +134,14 @@ def _check_values(tensor: Tensor, location: TensorLocation, dtype: torch.dtype) 
     return tensor
 
 
-def local_model_folder(
+def find_model(
     name_or_folder: str | Path, *, revision: str | None = None, local_files_only: bool = False
-) -> Path:
-    """Return the local folder of a GPT-2 and its tokenizer. A Hub repository is downloaded first.
-
-    The configuration is checked before the weights are downloaded, because those of another model may be huge.
-    """
-    folder = local_folder(name_or_folder, [CONFIG_FILE], revision=revision, local_files_only=local_files_only)
-    _read_config(folder)
-    return local_folder(name_or_folder, _MODEL_FILES, revision=revision, local_files_only=local_files_only)
+) -> tuple[Path, PretrainedConfig]:
+    """Return the local folder of a GPT-2 and its tokenizer, and its configuration. A Hub repository is downloaded."""
+    download = partial(local_folder, name_or_folder, revision=revision, local_files_only=local_files_only)
+    # The configuration is checked before the weights are downloaded, because those of another model may be huge.
+    config = read_config(download((CONFIG_FILE, GENERATION_CONFIG_FILE)))
+    return download(_MODEL_FILES), config
 
 
 def open_pretrained(
@@ -219,8 +153,7 @@ def open_pretrained(
         ModelError: There are no weights or only pickled ones, the architecture is not supported, or the files
             contradict each other.
     """
-    folder = local_model_folder(name_or_folder, revision=revision, local_files_only=local_files_only)
-    config_path, config = folder / CONFIG_FILE, _read_config(folder)
+    folder, (config, messages) = find_model(name_or_folder, revision=revision, local_files_only=local_files_only)
     weights = PretrainedWeights(folder, config, _locate_tensors(_weight_files(folder)))
     if EMBEDDING not in weights.locations:
         raise _unknown_names(folder, [location.key for location in weights.locations.values()])
@@ -228,85 +161,18 @@ def open_pretrained(
     num_layers = len({name.split(".")[2] for name in weights.locations if name.startswith("transformer.h.")})
     if num_layers != config["n_layer"]:
         raise ModelError(
-            f"{config_path} has n_layer={config['n_layer']!r}, but the weights have {num_layers} layers. Copy or "
-            f"download the folder again."
+            f"{folder / CONFIG_FILE} has n_layer={config['n_layer']!r}, but the weights have {num_layers} layers. Copy "
+            f"or download the folder again."
         )
     weights.check_shape(EMBEDDING, [config["vocab_size"], config["n_embd"]])
     weights.check_shape(POSITION_EMBEDDING, [config["block_size"], config["n_embd"]])
     try:
         GPTConfig(**config)
     except ConfigError as error:
-        raise ModelError(f"{config_path} does not describe a GPT-2: {error}") from error
-    _warn_of_lost_settings(folder)
+        raise ModelError(f"{folder / CONFIG_FILE} does not describe a GPT-2: {error}") from error
+    for message in messages:
+        warnings.warn(message, stacklevel=3)
     return weights
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Convert transformers' `config.json` to the fields of `GPTConfig`."""
-    path = find_file(folder, CONFIG_FILE)
-    if path is None:
-        raise ModelError(not_a_model(folder))
-    values = read_json(path)
-    if values.get("model_type") != "gpt2":
-        raise ModelError(
-            f"{path} has model_type {values.get('model_type')!r} and architectures {values.get('architectures')!r}. "
-            f"Only GPT-2 (model_type 'gpt2') is supported."
-        )
-    values |= {name: values[alias] for name, alias in SIZE_ALIASES.items() if alias in values}
-    # Without defaults: the number of heads does not show in the weights, so a wrong one would go unnoticed.
-    if missing := [name for name in SIZE_FIELDS.values() if name not in values]:
-        raise ModelError(f"{path} has no {', '.join(missing)}. Add the sizes that the model was trained with.")
-    config = {name: values[hf_name] for name, hf_name in SIZE_FIELDS.items()}
-    unsupported = [
-        f"{name}={values[name]!r:.100} (must be {' or '.join(map(repr, supported))})"
-        for name, supported in (FIXED_FIELDS | _FOREIGN_FIELDS).items()
-        if name in values and values[name] not in supported
-    ]
-    unsupported += [f"{name}={size!r} (must be an integer)" for name, size in config.items() if type(size) is not int]
-    if not unsupported and values.get("n_inner") not in (None, 4 * config["n_embd"]):
-        unsupported.append(f"n_inner={values['n_inner']!r} (must be 4 times n_embd={config['n_embd']})")
-    dropouts = [values.get(name, _DEFAULT_DROPOUT) for name in DROPOUT_FIELDS]
-    if not all(type(value) in (float, int) and 0 <= value < 1 for value in dropouts):
-        unsupported.append(f"{', '.join(DROPOUT_FIELDS)}={dropouts!r:.100} (must be numbers of at least 0, below 1)")
-    eos = _eos_token_id(folder, values)
-    if eos is not None and type(eos) is not int:
-        unsupported.append(f"eos_token_id={eos!r} (must be an id or null)")
-    if unsupported:
-        raise ModelError(f"{path} has unsupported values: {', '.join(unsupported)}. Use another model.")
-    # transformers writes GPT-2's id even for a smaller vocabulary. Such an id ends no text.
-    config["eos_token_id"] = eos if isinstance(eos, int) and 0 <= eos < config["vocab_size"] else NO_EOS
-    return {**config, "dropout": float(max(dropouts))}
-
-
-def _eos_token_id(folder: Path, config: Mapping[str, Any]) -> object:
-    """Return the id that ends a text. transformers prefers that of `generation_config.json`, if the file exists."""
-    path = find_file(folder, GENERATION_CONFIG_FILE)
-    eos = config.get("eos_token_id", _DEFAULT_EOS_TOKEN_ID) if path is None else read_json(path).get("eos_token_id")
-    return eos[0] if isinstance(eos, list) and len(eos) == 1 else eos
-
-
-def _warn_of_lost_settings(folder: Path) -> None:
-    """Name the settings that `GPT` does not have, so that an export does not have them either."""
-    path = find_file(folder, GENERATION_CONFIG_FILE)
-    generation = read_json(path) if path is not None else {}
-    lost = {name: value for name, value in generation.items() if name not in _KNOWN_GENERATION_FIELDS and value}
-    if lost:
-        warnings.warn(
-            f"{path} sets {_describe(lost)}, which GPT neither applies nor exports. Pass a Sampling to generate().",
-            stacklevel=4,
-        )
-    config = read_json(folder / CONFIG_FILE)
-    dropouts = {name: config.get(name, _DEFAULT_DROPOUT) for name in DROPOUT_FIELDS}
-    if len(set(dropouts.values())) > 1:
-        warnings.warn(
-            f"{folder / CONFIG_FILE} has {_describe(dropouts)}. GPT has one dropout: training uses, and an export has, "
-            f"the highest.",
-            stacklevel=4,
-        )
-
-
-def _describe(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r:.100}" for name, value in settings.items())
 
 
 def _weight_files(folder: Path) -> list[Path]:

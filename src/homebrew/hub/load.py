@@ -14,7 +14,7 @@ from homebrew.checkpoint.store import CheckpointStore
 from homebrew.checkpoint.tensor_check import check_tensors
 from homebrew.data.tokenizer import Tokenizer, saved_tokenizer
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, ModelError, TokenizerError
-from homebrew.hub.from_pretrained import local_model_folder
+from homebrew.hub.from_pretrained import find_model
 from homebrew.hub.model_folder import find_file, read_json
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE, load_adapter
 from homebrew.hub.read_tokenizer import read_tokenizer
@@ -67,7 +67,7 @@ def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[G
     elif _is_adapter(source):
         model, tokenizer = _load_peft_adapter(Path(source), base)
     else:
-        folder = local_model_folder(source)
+        folder, _ = find_model(source)
         model = GPT.from_pretrained(folder)
         tokenizer = read_tokenizer(folder, vocab_size=model.config.vocab_size)
     if not lora_layers(model):  # otherwise model.source is the adapter's base
