@@ -51,10 +51,7 @@ class RunLock:
         except OSError as error:
             is_link = isinstance(error, FileExistsError) and Path(error.filename).is_symlink()
             reason = "a symbolic link to nothing" if is_link else error.strerror
-            raise ConfigError(
-                f"output_dir={str(self._folder)!r} cannot be written to: {error.filename}: {reason}. Choose "
-                f"another folder."
-            ) from error
+            raise not_writable(self._folder, f"{error.filename}: {reason}") from error
         try:
             self._lock(descriptor)
         except BaseException:
@@ -104,6 +101,11 @@ class RunLock:
             f"output_dir={str(self._folder)!r} is in use by {_describe(holder)}. Wait until that run has ended, or "
             f"choose another output_dir."
         )
+
+
+def not_writable(folder: Path, reason: str) -> ConfigError:
+    """Return the error for the folder of a run that cannot be written to."""
+    return ConfigError(f"output_dir={str(folder)!r} cannot be written to: {reason}. Choose another folder.")
 
 
 def move_run_aside(folder: Path) -> None:

@@ -8,6 +8,7 @@ finds it there.
 """
 
 import contextlib
+import errno
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 from homebrew.checkpoint.checkpoint_files import TensorFiles, write_checkpoint
 from homebrew.checkpoint.manifest import FOLDER, Checkpoint, Entry, matches_listing, open_checkpoint, read_manifest
+from homebrew.checkpoint.run_folder import not_writable
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from homebrew.io import fsync_directory, is_disk_full, make_directory, remove_tree
 
@@ -45,18 +47,13 @@ class CheckpointStore:
 
     def prepare(self) -> None:
         """Create the folder, and clean it with `roll_back`; raise ConfigError if it cannot be written to."""
-        reason = "permission denied"
         try:
             make_directory(self.folder)
-            writable = os.access(self.folder, os.W_OK | os.X_OK)
-            if writable:
-                self.roll_back()
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "permission denied")
+            self.roll_back()
         except OSError as error:
-            writable, reason = False, str(error.strerror)
-        if not writable:
-            raise ConfigError(
-                f"output_dir={str(self.folder.parent)!r} cannot be written to: {reason}. Choose another folder."
-            )
+            raise not_writable(self.folder.parent, str(error.strerror)) from error
 
     def check_is_empty(self) -> None:
         """Raise ConfigError if there are checkpoints: a new run must not be mixed with an earlier one."""
