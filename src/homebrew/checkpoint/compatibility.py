@@ -163,10 +163,8 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
         The accepted aspects whose saved state is no longer valid.
 
     Raises:
-        ConfigError: `accept_changes` has an unknown aspect.
         ResumeMismatch: An aspect differs and was not accepted, or the saved weights do not fit the model.
     """
-    check_accept_changes(accept_changes)
     saved = saved if isinstance(saved, dict) else {}
     differing = [name for name in ASPECTS if saved.get(name) != ours[name]]
     unfit = {name for name in _HARMLESS_KEYS if not _state_fits(name, saved.get(name), ours[name])}
