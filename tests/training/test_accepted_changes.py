@@ -210,8 +210,9 @@ def test_another_batch_size_continues_the_epoch(tmp_path, stages):
 )
 def test_another_dataset_or_seed_starts_a_new_epoch(tmp_path, change, message):
     read(tmp_path / "run", until=3)
-    with pytest.warns(UserWarning, match=f"without its {message}"):
+    with pytest.warns(UserWarning, match=f"without its {message}") as warned:
         indices = read(tmp_path / "run", until=5, **change)
+    assert warned[0].filename == __file__
     expected = read(tmp_path / "expected", until=2, **change)
     assert indices == expected
     indices = read(tmp_path / "run", until=7, **change)  # resumed without a change

@@ -195,8 +195,9 @@ def test_resume_without_a_checkpoint_warns_and_starts_at_step_0(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path, callbacks=[RaiseAt(3, KeyboardInterrupt())]).train()
     recorder = Recorder()
-    with pytest.warns(UserWarning, match="no checkpoint"):
+    with pytest.warns(UserWarning, match="no checkpoint") as warned:
         make_trainer(tmp_path, callbacks=[recorder]).train(resume=True)
+    assert warned[0].filename == __file__
     assert min(recorder.losses) == 1
 
 
@@ -260,9 +261,10 @@ def test_another_precision_or_world_size_warns(tmp_path):
     store.save(3, checkpoint.files(), checkpoint.state | {"mixed_precision": "bf16", "num_processes": 2})
     with (
         pytest.warns(UserWarning, match="num_processes=2"),
-        pytest.warns(UserWarning, match="mixed_precision='bf16'"),
+        pytest.warns(UserWarning, match="mixed_precision='bf16'") as warned,
     ):
         make_trainer(tmp_path, max_steps=4).train(resume=True)
+    assert {warning.filename for warning in warned} == {__file__}
 
 
 def test_corrupt_checkpoints_are_an_error_and_not_a_new_run(tmp_path):

@@ -14,10 +14,9 @@ from accelerate.utils import set_seed
 
 from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
-from homebrew.checkpoint.compatibility import check_accept_changes, check_identity, check_ranks, differing_keys
-from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
+from homebrew.checkpoint.compatibility import check_accept_changes, check_ranks
 from homebrew.checkpoint.optimizer_state import check_state, group_settings, initial_state, optimizer_json
-from homebrew.checkpoint.resume_state import load_state
+from homebrew.checkpoint.restore import load_run
 from homebrew.checkpoint.run_folder import RunLock, move_run_aside
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
 from homebrew.checkpoint.state_dict import (
@@ -36,8 +35,7 @@ from homebrew.checkpoint.tensor_check import check_finite
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
-from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, HomebrewError
-from homebrew.io import absolute_path
+from homebrew.errors import CheckpointError, ConfigError, HomebrewError
 from homebrew.model.gpt import GPT
 
 _POLL_SECONDS = 1.0
@@ -146,17 +144,24 @@ class CheckpointManager:
             raise ConfigError(f"accept_changes={accept_changes!r} applies to resuming a run. Pass resume=True as well.")
         check_ranks(self._accelerator, self._identity)
         accelerator = self._accelerator
-        files: TensorFiles = {}  # stays empty on other ranks
+        files = TensorFiles()  # stays empty on other ranks
         if overwrite:
             run_on_main(accelerator, partial(move_run_aside, self._output_dir))
-        start = run_on_main(accelerator, lambda: self._load(resume, accept_changes, files))
+        load = partial(
+            load_run,
+            files,
+            self._store,
+            resume,
+            accept_changes,
+            identity=self._identity,
+            accelerator=accelerator,
+            model=self._model,
+            optimizer=self._optimizer,
+            guard=self._guard,
+            has_trained=self._restored,
+        )
+        start = run_on_main(accelerator, load)
         set_seed(self._seed, device_specific=True)
-        if self._restored and start is None and accelerator.is_main_process:
-            warnings.warn(
-                "This Trainer has trained before, and there is no checkpoint to resume from: it starts at step 0 with "
-                "its current weights and optimizer state. To start over, build a new model and Trainer.",
-                stacklevel=4,
-            )
         self._restored = True
         step: int = start["step"] if start else 0
         self._saved_step = step if start and start["in_store"] else None
@@ -176,80 +181,6 @@ class CheckpointManager:
         else:
             reserve_staging(accelerator, self._model)
         return step, start["num_samples"] if start else 0
-
-    def _load(
-        self, resume: bool | str | Path, accept_changes: Collection[str], files: TensorFiles
-    ) -> dict[str, Any] | None:
-        """On rank 0, find and check the checkpoint to resume from, and load its tensors into `files`.
-
-        Returns:
-            Step, data position and optimizer numbers for all ranks, or None without a checkpoint.
-        """
-        self._store.prepare()
-        if not resume:
-            self._store.check_is_empty()
-        checkpoint = self._find(resume)
-        if checkpoint is None:
-            if resume and not self._restored and Path(self._output_dir, "metrics.jsonl").exists():
-                warnings.warn(
-                    f"{self._output_dir} has metrics but no checkpoint: starting at step 0. A smaller save_every loses "
-                    f"fewer steps.",
-                    stacklevel=6,
-                )
-            return None
-        saved = checkpoint.state.get("identity")
-        changed = check_identity(saved, self._identity, accept_changes)
-        self._warn_if_not_bitwise(checkpoint)
-        tensors, start = load_state(checkpoint, changed, self._model, self._optimizer, self._guard)
-        saved_settings = saved.get("optimizer") if isinstance(saved, dict) else None
-        for key in differing_keys(saved_settings, self._identity["optimizer"]):
-            for group in start["optimizer"]["groups"]:
-                group.pop(key, None)  # this run's setting was accepted, even if the saved run has changed its own since
-        files.update(tensors)
-        in_store = checkpoint.path.resolve() == self._store.path(checkpoint.step).resolve()
-        if in_store:
-            self._store.prune(checkpoint.step)  # the saved run may have been killed before it did
-        return start | {"in_store": in_store}
-
-    def _find(self, resume: bool | str | Path) -> Checkpoint | None:
-        """Open the checkpoint to resume from, or return None to start at step 0."""
-        if not resume:
-            return None
-        if resume is True:
-            newest, reasons = self._store.latest()
-            if newest is None and reasons:
-                raise CorruptCheckpoint(
-                    f"No valid checkpoint in {self._store.folder}: {'; '.join(reasons)} To start over, move them away "
-                    f"or choose another output_dir."
-                )
-            for reason in reasons:
-                warnings.warn(f"Ignored an invalid checkpoint: {reason}", stacklevel=7)
-            return newest
-        resume = absolute_path(resume)
-        if Path(resume, "checkpoints").is_dir():
-            raise ConfigError(f"resume={str(resume)!r} is a run's folder. Use resume=True, or one of its checkpoints.")
-        checkpoint = open_checkpoint(resume)
-        if max(self._store.steps(), default=0) > checkpoint.step:
-            newest, _ = self._store.latest()
-            if newest is not None and newest.step > checkpoint.step:
-                raise ConfigError(
-                    f"resume={str(checkpoint.path)!r} is older than {newest.path}, from which a later "
-                    f"train(resume=True) would resume. Choose another output_dir, move the newer checkpoints away, or "
-                    f"use train(resume=True)."
-                )
-        return checkpoint
-
-    def _warn_if_not_bitwise(self, checkpoint: Checkpoint) -> None:
-        """Warn about differences that prevent a bitwise resume."""
-        effects = {
-            "mixed_precision": "Results will differ from those of the original run; check how the run was launched.",
-            "num_processes": "It reads the same samples, but sums in another order: results may not be bitwise equal.",
-        }
-        for name, effect in effects.items():
-            saved, ours = checkpoint.state.get(name), getattr(self._accelerator, name)
-            if saved != ours:
-                message = f"{checkpoint.path} was saved with {name}={saved!r}, this run has {name}={ours!r}. {effect}"
-                warnings.warn(message, stacklevel=7)
 
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint, whether or not it exists."""

@@ -1,0 +1,176 @@
+"""Finds the checkpoint to resume from, checks that it belongs to the run, and loads its state, on rank 0."""
+
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from homebrew.checkpoint.checkpoint_files import TensorFiles
+from homebrew.checkpoint.compatibility import check_identity, differing_keys
+from homebrew.checkpoint.manifest import STATE, Checkpoint, open_checkpoint
+from homebrew.checkpoint.state_dict import Stateful, check_files
+from homebrew.checkpoint.store import CheckpointStore
+from homebrew.constants import Aspect
+from homebrew.errors import ConfigError, CorruptCheckpoint
+from homebrew.io import absolute_path
+
+_STACKLEVEL = 7
+"""Stack level at which warnings name the line that called `Trainer.train`."""
+
+
+def load_run(
+    files: TensorFiles,
+    store: CheckpointStore,
+    resume: bool | str | Path,
+    accept_changes: Collection[str],
+    *,
+    identity: Mapping[str, Any],
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: Stateful,
+    has_trained: bool,
+) -> dict[str, Any] | None:
+    """Find and check the checkpoint to resume from, and load its tensors into `files`. The run is not changed.
+
+    Args:
+        files: Empty dictionary, which is filled for `scatter_run`.
+        store: The run's store, which is created if it does not exist.
+        resume: True for the newest valid checkpoint, if there is one; the path of a checkpoint; or False for a new run.
+        accept_changes: Aspects in which the checkpoint's run may differ from this one.
+        identity: Result of `compatibility.run_identity`.
+        accelerator: The run's accelerator.
+        model: Model without wrappers.
+        optimizer: Optimizer without Accelerate's wrapper.
+        guard: The run's update guard in its initial state.
+        has_trained: Whether the model has been trained before.
+
+    Returns:
+        `step`, `num_samples`, `optimizer` (its state) and `in_store` (whether the checkpoint is one of the store's) as
+        JSON values, or None to start at step 0.
+
+    Raises:
+        ConfigError: The store cannot be written to; it has checkpoints, and `resume` is False or names an older one; or
+            `resume` is a run's folder.
+        CorruptCheckpoint: The checkpoint is invalid, or every one in the store is.
+        ResumeMismatch: The checkpoint belongs to another run.
+    """
+    store.prepare()
+    checkpoint = _find_checkpoint(store, resume)
+    if checkpoint is None:
+        _warn_if_not_new(store.folder.parent, resume, has_trained=has_trained)
+        return None
+    saved = checkpoint.state.get("identity")
+    changed = check_identity(saved, identity, accept_changes)
+    _warn_if_not_bitwise(checkpoint, accelerator)
+    tensors, start = _load_state(checkpoint, changed, model, optimizer, guard)
+    saved_settings = saved.get("optimizer") if isinstance(saved, dict) else None
+    for key in differing_keys(saved_settings, identity["optimizer"]):
+        for group in start["optimizer"]["groups"]:
+            group.pop(key, None)  # this run's setting was accepted, even if the saved run has changed its own since
+    files.update(tensors)
+    in_store = checkpoint.path.resolve() == store.path(checkpoint.step).resolve()
+    if in_store:
+        store.prune(checkpoint.step)  # the saved run may have been killed before it did
+    return start | {"in_store": in_store}
+
+
+def _find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Checkpoint | None:
+    """Open the checkpoint to resume from, or return None to start at step 0."""
+    if not resume:
+        store.check_is_empty()
+        return None
+    if resume is True:
+        newest, reasons = store.latest()
+        if newest is None and reasons:
+            raise CorruptCheckpoint(
+                f"No valid checkpoint in {store.folder}: {'; '.join(reasons)} To start over, move them away or choose "
+                f"another output_dir."
+            )
+        for reason in reasons:
+            warnings.warn(f"Ignored an invalid checkpoint: {reason}", stacklevel=_STACKLEVEL)
+        return newest
+    path = absolute_path(resume)
+    if Path(path, "checkpoints").is_dir():
+        raise ConfigError(f"resume={str(path)!r} is a run's folder. Use resume=True, or one of its checkpoints.")
+    checkpoint = open_checkpoint(path)
+    if max(store.steps(), default=0) > checkpoint.step:
+        newest, _ = store.latest()
+        if newest is not None and newest.step > checkpoint.step:
+            raise ConfigError(
+                f"resume={str(checkpoint.path)!r} is older than {newest.path}, from which a later train(resume=True) "
+                f"would resume. Choose another output_dir, move the newer checkpoints away, or use train(resume=True)."
+            )
+    return checkpoint
+
+
+def _warn_if_not_new(output_dir: Path, resume: bool | str | Path, *, has_trained: bool) -> None:
+    """Warn if there is no checkpoint, but the run is not a new one."""
+    if has_trained:
+        warnings.warn(
+            "This Trainer has trained before, and there is no checkpoint to resume from: it starts at step 0 with its "
+            "current weights and optimizer state. To start over, build a new model and Trainer.",
+            stacklevel=_STACKLEVEL,
+        )
+    elif resume and (output_dir / "metrics.jsonl").exists():
+        warnings.warn(
+            f"{output_dir} has metrics but no checkpoint: starting at step 0. A smaller save_every loses fewer steps.",
+            stacklevel=_STACKLEVEL,
+        )
+
+
+def _warn_if_not_bitwise(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
+    """Warn about differences that prevent a bitwise resume."""
+    effects = {
+        "mixed_precision": "Results will differ from those of the original run; check how the run was launched.",
+        "num_processes": "It reads the same samples, but sums in another order: results may not be bitwise equal.",
+    }
+    for name, effect in effects.items():
+        saved, ours = checkpoint.state.get(name), getattr(accelerator, name)
+        if saved != ours:
+            message = f"{checkpoint.path} was saved with {name}={saved!r}, this run has {name}={ours!r}. {effect}"
+            warnings.warn(message, stacklevel=_STACKLEVEL)
+
+
+def _load_state(
+    checkpoint: Checkpoint,
+    changed: Collection[Aspect],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: Stateful,
+) -> tuple[TensorFiles, dict[str, Any]]:
+    """Load a checkpoint's tensors and numbers. State that accepted changes have made invalid is dropped.
+
+    With another dataset or seed, the data is read from the start of the first epoch. With another dataset, the guard
+    forgets past losses; with another seed, the random states are new. Another optimizer starts without state.
+    """
+    path, files = checkpoint.path, checkpoint.files()
+    num_samples, optimizer_state = (checkpoint.state.get(name) for name in ("num_samples", "optimizer"))
+    if type(num_samples) is not int or num_samples < 0:
+        raise CorruptCheckpoint(f"{path / STATE} does not hold the number of samples that the run has read.")
+    dropped = []
+    if "dataset" in changed or "seed" in changed:
+        num_samples = 0
+        dropped.append("data position")
+    if "dataset" in changed:
+        files["guard"] = guard.state_dict()
+        dropped.append("loss statistics")
+    if "optimizer" in changed:
+        files["optimizer"] = {}
+        optimizer_state = {"tensors": {}, "parameters": {}, "groups": [{} for _ in optimizer.param_groups]}
+        dropped.append("optimizer state")
+    check_files(path, files, optimizer_state, model, optimizer)
+    if "seed" in changed:
+        files = {name: tensors for name, tensors in files.items() if not name.startswith("rng-")}
+        dropped.append("random states")
+    if dropped:
+        warnings.warn(
+            f"{path} is resumed without its {', '.join(dropped)}, because of the accepted changes: "
+            f"{', '.join(sorted(changed))}.",
+            stacklevel=_STACKLEVEL,
+        )
+    return files, {"step": checkpoint.step, "num_samples": num_samples, "optimizer": optimizer_state}
