@@ -2,8 +2,8 @@
 
 - `tokenizer`, `gpt2_vocabulary`: the `Tokenizer` protocol and the built-in tokenizers.
 - `corpora`, `download`, `text_file`: texts by name, cached downloads, text files.
-- `prepare`, `token_file`, `token_ids`: tokenize text files of any size into token files (`.npy`).
-- `dataset`, `token_source`: `TokenDataset`, windows over tokens in memory or in token files.
+- `prepare`, `token_file`, `token_metadata`, `token_ids`: tokenize text files of any size into token files (`.npy`).
+- `dataset`, `windows`, `token_source`: `TokenDataset`, windows over tokens in memory or in token files.
 - `sampler`, `sample_rng`, `loader`, `validation`: sample order, random numbers of datasets, batches, checks.
 
 To train on another format, use one of three ways:

@@ -18,6 +18,7 @@ from homebrew.data.token_ids import MAX_VOCAB_SIZE, as_token_ids, check_token_id
 from homebrew.data.token_source import FileTokens, MemoryTokens, TokenSource
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json
 from homebrew.data.utf8 import encode_utf8
+from homebrew.data.windows import check_not_empty, split_starts, window_starts
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
 
@@ -148,8 +149,8 @@ class TokenDataset(Dataset[Sample]):
             DataError: If there are fewer ids than one window needs, or an id is outside the vocabulary.
         """
         array = as_token_ids(ids)
-        starts = _window_starts(len(array), block_size, stride)
-        _check_not_empty(starts, len(array), block_size)
+        starts = window_starts(len(array), block_size, stride)
+        check_not_empty(starts, len(array), block_size)
         vocab_size = as_integer(
             "vocab_size", int(array.max()) + 1 if vocab_size is None else vocab_size, 1, MAX_VOCAB_SIZE, error=DataError
         )
@@ -187,11 +188,11 @@ class TokenDataset(Dataset[Sample]):
         if tokenizer is None and metadata.tokenizer is not None:
             tokenizer = tokenizer_from_json(metadata.tokenizer)
         starts_by_file = [
-            offset + _window_starts(len(file), block_size, stride)
+            offset + window_starts(len(file), block_size, stride)
             for offset, file in zip(tokens.offsets, files, strict=True)
         ]
         starts = torch.cat(starts_by_file)
-        _check_not_empty(starts, max(map(len, files)), block_size)
+        check_not_empty(starts, max(map(len, files)), block_size)
         sizes = [file.metadata.num_text_bytes for file in files]
         origin = f" (from {metadata.source})" if metadata.source else ""
         return cls(
@@ -215,28 +216,8 @@ class TokenDataset(Dataset[Sample]):
         Raises:
             DataError: If a dataset would be empty, or the windows overlap and `seed` is not None.
         """
-        num_windows = len(self)
-        empty_error = DataError(
-            f"fraction={fraction!r} of {num_windows} windows leaves one of the two datasets empty. Choose a fraction "
-            f"between 0 and 1, or give more text."
-        )
-        num_first = round(num_windows * fraction) if 0 < fraction < 1 else 0
-        if not 0 < num_first < num_windows:
-            raise empty_error
-        if seed is None:
-            starts = self.starts.sort().values
-            first, second = starts[:num_first], starts[num_first:]
-            first = first[first + self.block_size <= second[0]]
-            if not len(first):
-                raise empty_error
-            return self._with_starts(first), self._with_starts(second)
-        if bool((self.starts.diff().abs() < self.block_size).any()):
-            raise DataError(
-                "The windows overlap, so after a random split the model would be evaluated on tokens that it was "
-                "trained on. Use split(fraction, seed=None), which cuts the text in two."
-            )
-        order = torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))
-        return self._with_starts(self.starts[order[:num_first]]), self._with_starts(self.starts[order[num_first:]])
+        first, second = split_starts(self.starts, self.block_size, fraction, seed)
+        return self._with_starts(first), self._with_starts(second)
 
     def __repr__(self) -> str:
         tokenizer = self.tokenizer and self.tokenizer.name
@@ -305,18 +286,3 @@ class TokenDataset(Dataset[Sample]):
         other.__dict__.pop("fingerprint", None)
         other.starts = starts
         return other
-
-
-def _window_starts(num_tokens: int, block_size: int, stride: int | None) -> Tensor:
-    """Return the position of the first token of each window, (num_windows,), int64."""
-    block_size = as_integer("block_size", block_size, error=DataError)
-    stride = as_integer("stride", block_size if stride is None else stride, error=DataError)
-    return torch.arange(0, max(0, num_tokens - block_size), stride)
-
-
-def _check_not_empty(starts: Tensor, num_tokens: int, block_size: int) -> None:
-    if len(starts) == 0:
-        raise DataError(
-            f"There are {num_tokens} tokens, but one window needs block_size + 1 = {block_size + 1}. Give more text, "
-            f"or use a smaller block_size."
-        )
