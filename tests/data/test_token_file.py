@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from homebrew.data.dataset import TokenDataset
-from homebrew.data.token_file import TokenFile, TokenMetadata, metadata_path, write_tokens
+from homebrew.data.token_file import TokenFile, write_tokens
+from homebrew.data.token_metadata import TokenMetadata, metadata_path
 from homebrew.data.tokenizer import CharTokenizer
 from homebrew.errors import DataError
 

@@ -9,10 +9,10 @@ The array is memory-mapped, so opening a file does not load it. The mapped pages
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,77 +20,15 @@ from torch import Tensor
 from homebrew.bounded_readers import open_file, parse_json, read_bytes
 from homebrew.data.text_file import check_regular_file, read_error
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, TokenIds, as_token_ids, check_token_ids
+from homebrew.data.token_metadata import REMEDY, TokenMetadata, metadata_path
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
-from homebrew.io import absolute_path, atomic_replace, is_disk_full, strict_json
+from homebrew.io import absolute_path, atomic_replace, is_disk_full
 
-FORMAT_VERSION = 1
 _NPY_MAGIC = b"\x93NUMPY"
 _HEADER_BYTES = 128
 _CHUNK_TOKENS = 2**20
 """Number of tokens validated and written at a time."""
-_REMEDY = "Restore both files, or run `homebrew prepare` again."
-
-_FIELD_TYPES: dict[str, Any] = {
-    "vocab_size": int,
-    "num_tokens": int,
-    "num_text_bytes": int | None,
-    "tokenizer": dict | None,
-    "source": str | None,
-    "sha256": str,
-}
-
-
-@dataclass(frozen=True)
-class TokenMetadata:
-    """Contents of a token file's JSON file."""
-
-    vocab_size: int
-    """Size of the vocabulary; all token ids are below it."""
-    num_tokens: int
-    """Length of the array."""
-    num_text_bytes: int | None
-    """Size of the text in UTF-8 bytes, or None if unknown."""
-    tokenizer: dict[str, Any] | None
-    """Description of the tokenizer (`Tokenizer.to_json`), or None if unknown."""
-    source: str | None
-    """Description of the text's origin, or None if unknown."""
-    sha256: str
-    """SHA-256 of the `.npy` file, in hexadecimal."""
-
-    def to_json(self) -> str:
-        """Return the text of the JSON file."""
-        fields = {"format_version": FORMAT_VERSION, **asdict(self)}
-        sha256 = hashlib.sha256(strict_json(fields, sort_keys=True).encode()).hexdigest()
-        return strict_json(fields | {"metadata_sha256": sha256}, indent=2) + "\n"
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read and validate a JSON file. It must be what `to_json` returns, so that no changed byte goes unnoticed."""
-        return cls.parse(read_bytes(path, DataError), path)
-
-    @classmethod
-    def parse(cls, data: bytes, path: Path) -> Self:
-        """Validate the contents of the JSON file `path`."""
-        fields = parse_json(data, path, DataError)
-        version = fields.pop("format_version", None)
-        if version is None or fields.pop("metadata_sha256", None) is None:
-            raise DataError(f"{path} is not the metadata of a token file. {_REMEDY}")
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{path} has format version {version!r}, but this version of homebrew reads {FORMAT_VERSION}. Run "
-                f"`homebrew prepare` again."
-            )
-        if fields.keys() != _FIELD_TYPES.keys():
-            raise DataError(f"{path} must have the fields {', '.join(_FIELD_TYPES)}. {_REMEDY}")
-        try:
-            _check_types(fields)
-        except DataError as error:
-            raise DataError(f"{path} is not valid: {error} {_REMEDY}") from error
-        metadata = cls(**fields)
-        if metadata.to_json().encode() != data:
-            raise DataError(f"{path} was modified: its contents do not match its metadata_sha256. {_REMEDY}")
-        return metadata
 
 
 class TokenFile:
@@ -124,7 +62,7 @@ class TokenFile:
             if file.read(len(header)) != header or size != len(header) + num_tokens * dtype.itemsize:
                 raise DataError(
                     f"{self.path} is corrupt: it is not an array of {dtype} with shape {(num_tokens,)}, as its "
-                    f"metadata says. {_REMEDY}"
+                    f"metadata says. {REMEDY}"
                 )
             array = np.memmap(file, dtype, mode="r", offset=len(header), shape=(num_tokens,))
         self._array: TokenIds = array.view(np.ndarray)  # slicing np.memmap takes twice as long
@@ -162,7 +100,7 @@ class TokenFile:
         if sha256 != self.metadata.sha256:
             raise DataError(
                 f"{self.path} is corrupt: its SHA-256 is {sha256}, but its metadata says {self.metadata.sha256}. "
-                f"{_REMEDY}"
+                f"{REMEDY}"
             )
 
 
@@ -196,13 +134,7 @@ def write_tokens(
     if num_text_bytes is not None:
         num_text_bytes = as_integer("num_text_bytes", num_text_bytes, 0, error=DataError)
     metadata = TokenMetadata(vocab_size, 0, num_text_bytes, tokenizer_json, source, sha256="")
-    _check_types(vars(metadata))
-    try:
-        TokenMetadata.parse(metadata.to_json().encode(), metadata_path(path))  # what `TokenFile` will read
-    except (TypeError, RecursionError) as error:
-        raise DataError(
-            f"tokenizer_json cannot be written as JSON: {error}. Use strings, numbers and lists."
-        ) from error
+    metadata.check(metadata_path(path))
     dtype, num_tokens = token_dtype(vocab_size), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,23 +188,9 @@ def check_output_path(path: Path) -> None:
             )
 
 
-def metadata_path(path: Path) -> Path:
-    """Return the path of the JSON file that belongs to a `.npy` file."""
-    return path.with_suffix(".json")
-
-
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the dtype of a token file for a vocabulary of the given size."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-
-
-def _check_types(fields: Mapping[str, Any]) -> None:
-    """Check the types of a `TokenMetadata`'s fields."""
-    for name, types in _FIELD_TYPES.items():
-        value = fields[name]
-        if not isinstance(value, types) or isinstance(value, bool):
-            expected = getattr(types, "__name__", types)
-            raise DataError(f"{name}={value!r:.200} is of type {type(value).__name__}, but must be {expected}.")
 
 
 def _is_token_array(path: Path) -> bool:
