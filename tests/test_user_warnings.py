@@ -5,7 +5,7 @@ import linecache
 import textwrap
 
 import pytest
-from tiny_runs import make_trainer
+from tiny_runs import checkpoint_path, make_trainer
 
 from homebrew import GPT, GPTConfig, load_model
 from homebrew.callbacks.base import Callback
@@ -83,6 +83,26 @@ def test_a_custom_tokenizer_shows_the_call_of_load_model(tmp_path, kind):
     with pytest.warns(UserWarning, match="custom tokenizer") as warned:
         load_model(tmp_path)
     assert line_of(warned) == "load_model(tmp_path)"
+
+
+def test_settings_that_a_model_loses_show_the_call_of_load_model(tmp_path):
+    GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
+    with pytest.warns(UserWarning, match="temperature") as warned:
+        load_model(tmp_path)
+    assert line_of(warned) == "load_model(tmp_path)"
+
+
+def test_an_invalid_checkpoint_shows_the_call_that_skips_it(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, save_every=2)
+    trainer.train()
+    (checkpoint_path(tmp_path, 4) / "manifest.json").write_text("{")
+    with pytest.warns(UserWarning, match="Skipped an invalid checkpoint") as warned:
+        load_model(tmp_path)
+    assert line_of(warned) == "load_model(tmp_path)"
+    with pytest.warns(UserWarning, match="Ignored an invalid checkpoint") as warned:
+        trainer.train(resume=True)
+    assert line_of(warned) == "trainer.train(resume=True)"
 
 
 PACKAGE = """

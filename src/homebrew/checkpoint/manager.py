@@ -1,6 +1,5 @@
 """Saves and restores a run: what the Trainer uses of this package."""
 
-import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,6 +36,7 @@ from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import CheckpointError, ConfigError, HomebrewError
 from homebrew.model.gpt import GPT
+from homebrew.user_warnings import warn
 
 _POLL_SECONDS = 1.0
 
@@ -228,11 +228,10 @@ class CheckpointManager:
         numbers, unsupported = optimizer_json(self._model, self._optimizer, self._initial_settings)
         if unsupported and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"Checkpoints do not contain {', '.join(unsupported)} of {type(self._optimizer).__name__}: a resumed "
                 f"run may differ from an uninterrupted one. Keep such state as tensors or plain numbers per parameter, "
-                f"or as plain numbers in parameter groups.",
-                stacklevel=6,
+                f"or as plain numbers in parameter groups."
             )
         return {
             "num_samples": num_samples,
@@ -295,4 +294,4 @@ class CheckpointManager:
             self._saved_step = None  # it is not known whether this step was written
         self._writer.close()
         if error is not None and (write_error := self._writer.take_error()):
-            warnings.warn(f"A checkpoint could not be written either: {write_error}", stacklevel=3)
+            warn(f"A checkpoint could not be written either: {write_error}")

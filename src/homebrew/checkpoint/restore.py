@@ -1,6 +1,5 @@
 """Finds the checkpoint to resume from, checks that it belongs to the run, and loads its state, on rank 0."""
 
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from homebrew.checkpoint.store import CheckpointStore
 from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, CorruptCheckpoint
 from homebrew.io import absolute_path
-
-_STACKLEVEL = 7
-"""Stack level at which warnings name the line that called `Trainer.train`."""
+from homebrew.user_warnings import warn
 
 
 def load_run(
@@ -92,7 +89,7 @@ def _find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Check
                 f"another output_dir."
             )
         for reason in reasons:
-            warnings.warn(f"Ignored an invalid checkpoint: {reason}", stacklevel=_STACKLEVEL)
+            warn(f"Ignored an invalid checkpoint: {reason}")
         return newest
     path = absolute_path(resume)
     if Path(path, "checkpoints").is_dir():
@@ -111,16 +108,12 @@ def _find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Check
 def _warn_if_not_new(output_dir: Path, resume: bool | str | Path, *, has_trained: bool) -> None:
     """Warn if there is no checkpoint, but the run is not a new one."""
     if has_trained:
-        warnings.warn(
+        warn(
             "This Trainer has trained before, and there is no checkpoint to resume from: it starts at step 0 with its "
-            "current weights and optimizer state. To start over, build a new model and Trainer.",
-            stacklevel=_STACKLEVEL,
+            "current weights and optimizer state. To start over, build a new model and Trainer."
         )
     elif resume and (output_dir / "metrics.jsonl").exists():
-        warnings.warn(
-            f"{output_dir} has metrics but no checkpoint: starting at step 0. A smaller save_every loses fewer steps.",
-            stacklevel=_STACKLEVEL,
-        )
+        warn(f"{output_dir} has metrics but no checkpoint: starting at step 0. A smaller save_every loses fewer steps.")
 
 
 def _warn_if_not_bitwise(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
@@ -132,8 +125,7 @@ def _warn_if_not_bitwise(checkpoint: Checkpoint, accelerator: Accelerator) -> No
     for name, effect in effects.items():
         saved, ours = checkpoint.state.get(name), getattr(accelerator, name)
         if saved != ours:
-            message = f"{checkpoint.path} was saved with {name}={saved!r}, this run has {name}={ours!r}. {effect}"
-            warnings.warn(message, stacklevel=_STACKLEVEL)
+            warn(f"{checkpoint.path} was saved with {name}={saved!r}, this run has {name}={ours!r}. {effect}")
 
 
 def _load_state(
@@ -168,9 +160,8 @@ def _load_state(
         files = {name: tensors for name, tensors in files.items() if not name.startswith("rng-")}
         dropped.append("random states")
     if dropped:
-        warnings.warn(
+        warn(
             f"{path} is resumed without its {', '.join(dropped)}, because of the accepted changes: "
-            f"{', '.join(sorted(changed))}.",
-            stacklevel=_STACKLEVEL,
+            f"{', '.join(sorted(changed))}."
         )
     return files, {"step": checkpoint.step, "num_samples": num_samples, "optimizer": optimizer_state}

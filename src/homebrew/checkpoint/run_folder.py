@@ -6,11 +6,11 @@ import os
 import re
 import socket
 import time
-import warnings
 from pathlib import Path
 
 from homebrew.errors import ConfigError
 from homebrew.io import fsync_directory, make_directory, open_regular
+from homebrew.user_warnings import warn
 
 LOCK_FILE = "run.lock"
 RUN_FILES = ("metrics.jsonl", "run.json", "logs", "checkpoints")
@@ -89,10 +89,9 @@ class RunLock:
                     break
                 time.sleep(_POLL_SECONDS)  # the holder is about to write its name, or to end
             except OSError as error:
-                warnings.warn(
+                warn(
                     f"The file system of output_dir={str(self._folder)!r} has no locks ({error.strerror}). Make sure "
-                    f"that no other run uses this folder.",
-                    stacklevel=2,
+                    f"that no other run uses this folder."
                 )
                 return
             else:

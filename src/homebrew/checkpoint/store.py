@@ -12,7 +12,6 @@ import errno
 import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ from homebrew.checkpoint.manifest import FOLDER, Checkpoint, Entry, matches_list
 from homebrew.checkpoint.run_folder import not_writable
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from homebrew.io import fsync_directory, is_disk_full, make_directory, remove_tree
+from homebrew.user_warnings import warn
 
 _TEMPORARY = re.compile(r"\.(step-\d{8})\.(writing|removing|aside)", re.ASCII)
 
@@ -246,4 +246,4 @@ def _remove(path: Path, rename_to: Path | None = None) -> None:
             fsync_directory(path.parent)  # else a power failure may undo the renaming, but not the removals
         remove_tree(rename_to or path)
     except OSError as error:
-        warnings.warn(f"{path} could not be removed: {error.strerror}.", stacklevel=2)
+        warn(f"{path} could not be removed: {error.strerror}.")

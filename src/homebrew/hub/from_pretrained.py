@@ -5,7 +5,6 @@ shapes are checked before a tensor is read.
 """
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from homebrew.hub.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, Pretrain
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, read_json
 from homebrew.hub.tokenizer_files import TOKENIZER_FILES
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, POSITION_EMBEDDING, GPTConfig
+from homebrew.user_warnings import warn
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -171,7 +171,7 @@ def open_pretrained(
     except ConfigError as error:
         raise ModelError(f"{folder / CONFIG_FILE} does not describe a GPT-2: {error}") from error
     for message in messages:
-        warnings.warn(message, stacklevel=3)
+        warn(message)
     return weights
 
 

@@ -1,7 +1,6 @@
 """Opens a trained model and its tokenizer from a run, a checkpoint, an adapter or a model in transformers' format."""
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from homebrew.model.lora import (
     load_adapter_state_dict,
     lora_layers,
 )
+from homebrew.user_warnings import warn
 
 _MODEL_FILE = "model"
 _ADAPTER_FILE = "adapter"
@@ -104,7 +104,7 @@ def _newest_checkpoint(folder: Path) -> Checkpoint:
     if checkpoint is None:
         raise CheckpointError(f"No valid checkpoint in {folder}. {' '.join(reasons) or 'None has been saved yet.'}")
     for reason in reasons:
-        warnings.warn(f"Skipped an invalid checkpoint: {reason}", stacklevel=4)
+        warn(f"Skipped an invalid checkpoint: {reason}")
     return checkpoint
 
 
