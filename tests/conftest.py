@@ -29,6 +29,8 @@ def fresh_accelerate(monkeypatch):
         if name.startswith(("ACCELERATE_", "FSDP_")):
             monkeypatch.delenv(name)
     reset_accelerate()
+    if torch.cuda.is_available():
+        torch.compiler.reset()  # all models of a process share Dynamo's limit of compiled variants
     torch.set_float32_matmul_precision("highest")  # a Trainer lowers it on a GPU
     torch.set_num_threads(1)  # the models are tiny
     yield
