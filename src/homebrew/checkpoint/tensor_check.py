@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from homebrew.bounded_readers import SAFETENSORS_DTYPES
+from homebrew.distributed.fsdp import local_shard
 from homebrew.errors import CorruptCheckpoint, NonFiniteError
 
 
@@ -54,19 +55,14 @@ def check_finite(step: int, files: Mapping[str, Mapping[str, Tensor]], constants
             raise NonFiniteError(f"The checkpoint of step {step} was not saved: {bad} in {file} is not finite.")
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a sharded tensor, or the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _has_no_nan(tensor: Tensor) -> bool:
-    return not _local(tensor).isnan().any()
+    return not local_shard(tensor).isnan().any()
 
 
 def _is_finite(tensor: Tensor) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    local = _local(tensor)
+    local = local_shard(tensor)
     if local.is_floating_point():
         # Training and inference load float64 as float32, where it may overflow. For float8, isfinite does not exist.
         local = local if local.element_size() in (2, 4) else local.float()

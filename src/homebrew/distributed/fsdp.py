@@ -96,6 +96,26 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def gather_like(shard: Tensor, parameter: Tensor) -> Tensor:
+    """Return the full tensor of which each rank has a shard, sharded as a parameter is; collective.
+
+    Tensors like an unsharded parameter are returned unchanged.
+    """
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    placements: list[Any] = parameter.placements  # type: ignore[attr-defined]
+    sharded = DTensor.from_local(shard, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+    return sharded.full_tensor()
+
+
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Shard a full tensor as a parameter is sharded; not collective, because every rank has the full tensor.
 

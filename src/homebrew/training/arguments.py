@@ -21,11 +21,13 @@ from homebrew.model.gpt_config import GPTConfig
 from homebrew.training.schedule import Schedule
 from homebrew.training.trainer_config import TrainerConfig
 
+_OPTIMIZER = "a torch.optim.Optimizer. Build it over the model's parameters."
+
 
 def check_arguments(
     model: GPT | GPTConfig,
     config: TrainerConfig,
-    optimizer: Optimizer | None,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
     schedule: Schedule | None,
     accelerator: Accelerator | None,
     callbacks: Sequence[Callback],
@@ -40,7 +42,7 @@ def check_arguments(
     rules: tuple[tuple[str, object, type | tuple[type, ...], str], ...] = (
         ("model", model, (GPT, GPTConfig), "a GPT or a GPTConfig. Pass the model without wrappers"),
         ("config", config, TrainerConfig, "a TrainerConfig. Pass TrainerConfig(output_dir=..., max_steps=...)"),
-        ("optimizer", optimizer, (Optimizer, NoneType), "a torch.optim.Optimizer. Build it over model.parameters()"),
+        ("optimizer", optimizer, (Optimizer, list, tuple, NoneType), f"{_OPTIMIZER} Several go into a list"),
         ("accelerator", accelerator, (Accelerator, NoneType), "an Accelerator. Pass None to build it from the config"),
         ("callbacks", callbacks, (list, tuple), "a list of Callbacks. Pass [] for none"),
         ("progress", progress, bool, "True or False. A custom ProgressDisplay belongs to callbacks"),
@@ -50,7 +52,9 @@ def check_arguments(
             raise ConfigError(f"{name} is {_describe(value)}, but must be {rule}.")
     if isinstance(model, GPT):
         check_model(model)
-    if optimizer is not None:
+    if isinstance(optimizer, Sequence):
+        check_optimizers(optimizer)
+    elif optimizer is not None:
         check_optimizer(optimizer)
     if schedule is not None:
         check_schedule(schedule)
@@ -77,6 +81,20 @@ def check_model(model: GPT) -> None:
                 f"The model's {name} is float16, in which small updates are lost. Call model.float(); with "
                 f"mixed_precision='fp16' the model still computes in float16."
             )
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Check a sequence of optimizers, of which each trains a part of the model.
+
+    Raises:
+        ConfigError: The sequence is empty, or an item is not an optimizer or not supported.
+    """
+    if not optimizers:
+        raise ConfigError("optimizer is an empty list. Pass None for the optimizer that the config names.")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(f"optimizer has {_describe(optimizer)}, but each item must be {_OPTIMIZER}")
+        check_optimizer(optimizer)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

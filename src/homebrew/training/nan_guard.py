@@ -7,6 +7,8 @@ from torch import Tensor
 
 from homebrew.errors import NonFiniteError
 from homebrew.metrics.step_metrics import SkippedStep
+from homebrew.optim.combined import members
+from homebrew.optim.muon import Muon
 from homebrew.training.trainer_config import NonFinitePolicy
 
 SPIKE_MEMORY = 0.98
@@ -18,9 +20,9 @@ SPIKE_WARMUP = 50
 class NanGuard:
     """Decides on the device whether a step's update is applied.
 
-    The decision is passed to PyTorch's fused Adam, AdamW and Adagrad as `found_inf`, as `torch.amp.GradScaler` does:
-    the kernel then leaves weights, moments and step counts unchanged. The host reads the results later, in `handle`.
-    Other optimizers are not called for a skipped step, for which the host waits for the device.
+    The decision is passed to Muon and to PyTorch's fused Adam, AdamW and Adagrad as `found_inf`, as
+    `torch.amp.GradScaler` does: they then leave weights, moments and step counts unchanged. The host reads the results
+    later, in `handle`. Other optimizers are not called for a skipped step, for which the host waits for the device.
 
     Args:
         optimizer: Optimizer whose updates are guarded.
@@ -53,12 +55,8 @@ class NanGuard:
 
     @property
     def _is_fused(self) -> bool:
-        """Whether the optimizer's kernels skip an update themselves.
-
-        Not SGD's: if the first step is skipped, its momentum starts from uninitialized memory.
-        """
-        is_known = type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
-        return is_known and all(group.get("fused") for group in self.optimizer.param_groups)
+        """Whether the optimizer skips an update itself, on the device."""
+        return all(map(_skips_on_device, members(self.optimizer)))
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Decide on the device whether a step's update is applied, and pass the decision to a fused optimizer.
@@ -82,7 +80,8 @@ class NanGuard:
             skipped = torch.maximum(skipped, self._is_spike(values[0], self.spike_zscore))
             self._update_history(values[0], accepted=1.0 - skipped)
         if self._is_fused:
-            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+            for optimizer in members(self.optimizer):
+                optimizer.found_inf = skipped  # type: ignore[attr-defined]
         return torch.cat([non_finite[None], skipped[None], values])
 
     def allows_update(self, result: Tensor) -> bool:
@@ -149,3 +148,14 @@ class NanGuard:
             [mean + weight * delta, (1.0 - weight) * (variance + weight * delta * delta), count + 1.0]
         )
         self._history.copy_(torch.where(accepted > 0, updated, self._history))
+
+
+def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer skips a step if `found_inf` is 1.
+
+    Not fused SGD: if the first step is skipped, its momentum starts from uninitialized memory.
+    """
+    if isinstance(optimizer, Muon):
+        return True
+    is_known = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+    return is_known and all(group.get("fused") for group in optimizer.param_groups)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from homebrew.optim.combined import members
+
 _TRAIN_WEIGHT = "train_mode_weight"
 """Key of a parameter's state: its weight in training mode, while the optimizer is in evaluation mode."""
 
@@ -20,33 +22,36 @@ class OptimizerModes:
         optimizer: Any optimizer, which is put in evaluation mode; for one without modes nothing is done.
     """
 
-    def __init__(self, optimizer: Any) -> None:  # noqa: ANN401 - an optimizer, perhaps with modes
-        self._optimizer = optimizer
-        self._has_modes = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizers: list[Any] = [
+            member
+            for member in members(optimizer)
+            if all(callable(getattr(member, name, None)) for name in ("train", "eval"))
+        ]
         self._is_training = False
-        if self._has_modes:
-            optimizer.eval()
+        for member in self._optimizers:
+            member.eval()
 
     @torch.no_grad()
     def train(self) -> None:
         """Switch to the weights to train."""
-        if not self._has_modes:
-            return
-        self._optimizer.train()
-        self._is_training = True
-        for parameter in self._parameters():
-            weight = self._optimizer.state.get(parameter, {}).pop(_TRAIN_WEIGHT, None)
-            if weight is not None:
-                parameter.copy_(weight)
+        self._is_training = bool(self._optimizers)
+        for optimizer in self._optimizers:
+            optimizer.train()
+            for parameter in _parameters(optimizer):
+                weight = optimizer.state.get(parameter, {}).pop(_TRAIN_WEIGHT, None)
+                if weight is not None:
+                    parameter.copy_(weight)
 
     @torch.no_grad()
     def eval(self) -> None:
         """Switch to the weights to evaluate and save."""
         if not self._is_training:
             return
-        for parameter in self._parameters():
-            self._optimizer.state[parameter][_TRAIN_WEIGHT] = parameter.detach().clone()
-        self._optimizer.eval()
+        for optimizer in self._optimizers:
+            for parameter in _parameters(optimizer):
+                optimizer.state[parameter][_TRAIN_WEIGHT] = parameter.detach().clone()
+            optimizer.eval()
         self._is_training = False
 
     @contextmanager
@@ -60,5 +65,6 @@ class OptimizerModes:
             if was_training:
                 self.train()
 
-    def _parameters(self) -> Iterator[torch.Tensor]:
-        return (parameter for group in self._optimizer.param_groups for parameter in group["params"])
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])

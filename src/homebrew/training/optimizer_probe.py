@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from homebrew.checkpoint.optimizer_state import check_state
+from homebrew.optim.combined import members
 from homebrew.training.optimizer_modes import OptimizerModes
 
 
@@ -16,10 +17,15 @@ def check_future_state(optimizer: torch.optim.Optimizer) -> None:
     """Raise ConfigError if an optimizer keeps state that a checkpoint cannot hold.
 
     Most optimizers create their state in their first step, so a copy takes one, with gradients of zero. An optimizer
-    that cannot be copied is checked when a checkpoint is saved. PyTorch's own have no such state.
+    that cannot be copied is checked when a checkpoint is saved. PyTorch's and homebrew's have no such state.
     """
+    for member in members(optimizer):
+        _check_future_state(member)
+
+
+def _check_future_state(optimizer: torch.optim.Optimizer) -> None:
     check_state(optimizer)
-    if type(optimizer).__module__.startswith("torch.optim."):
+    if type(optimizer).__module__.startswith(("torch.optim.", "homebrew.optim.")):
         return
     devices = {p.device for group in optimizer.param_groups for p in group["params"] if p.is_cuda}
     try:

@@ -214,11 +214,15 @@ class TrainStep:
         is_capturing = loss.is_cuda and torch.cuda.is_current_stream_capturing()
         try:
             for group, tensor in zip(groups, self._learning_rates, strict=True):
-                group.update(lr=tensor, capturable=is_capturing)  # PyTorch warns about capturable outside of a capture
+                group["lr"] = tensor
+                if "capturable" in group:  # PyTorch warns about it outside of a capture
+                    group["capturable"] = is_capturing
             return self._apply(loss)
         finally:
             for group, learning_rate in zip(groups, learning_rates, strict=True):
-                group.update(lr=learning_rate, capturable=False)
+                group["lr"] = learning_rate
+                if "capturable" in group:
+                    group["capturable"] = False
 
     def _graph_dependencies(self) -> list[object]:
         """Return everything that the captured update reads or writes. It is captured again if any of it changes."""

@@ -1,0 +1,1 @@
+"""Optimizers: Muon, and several optimizers as one."""
