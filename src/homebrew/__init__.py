@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from homebrew.model.gpt import GPT
     from homebrew.model.gpt_config import GPTConfig
     from homebrew.model.lora import LoRAConfig, add_lora, merge_lora, unmerge_lora
-    from homebrew.training.schedule import warmup_cosine
+    from homebrew.optim.muon import Muon
+    from homebrew.training.schedule import warmup_cosine, warmup_stable_decay
     from homebrew.training.trainer import Trainer
     from homebrew.training.trainer_config import TrainerConfig
 
@@ -71,7 +72,8 @@ _MODULES = {
     "model.gpt": ("GPT",),
     "model.gpt_config": ("GPTConfig",),
     "model.lora": ("LoRAConfig", "add_lora", "merge_lora", "unmerge_lora"),
-    "training.schedule": ("warmup_cosine",),
+    "optim.muon": ("Muon",),
+    "training.schedule": ("warmup_cosine", "warmup_stable_decay"),
     "training.trainer": ("Trainer",),
     "training.trainer_config": ("TrainerConfig",),
 }
@@ -93,6 +95,7 @@ __all__ = [
     "LaunchError",
     "LoRAConfig",
     "ModelError",
+    "Muon",
     "NonFiniteError",
     "ProgressDisplay",
     "ResumeMismatch",
@@ -120,6 +123,7 @@ __all__ = [
     "score_text",
     "unmerge_lora",
     "warmup_cosine",
+    "warmup_stable_decay",
 ]
 
 

@@ -31,7 +31,7 @@ def constant(step):
     return 1.0
 
 
-def make(*, seed=42, lr=0.1, momentum=0.0, **changes):
+def make(*, seed=42, lr=0.1, momentum=0.0, num_steps=100, **changes):
     arguments = {
         "dataset": Samples(range(10)),
         "model": gpt(),
@@ -42,7 +42,7 @@ def make(*, seed=42, lr=0.1, momentum=0.0, **changes):
         "seed": seed,
         "global_batch_size": 8,
     }
-    return run_identity(**arguments | changes)
+    return run_identity(**arguments | changes)(num_steps)
 
 
 CHANGES = {
@@ -110,19 +110,32 @@ def test_rates_that_differ_in_late_digits_are_shown_with_all_digits():
         check_identity(make(lr=0.10000001, schedule=constant), make(lr=0.1, schedule=constant), ())
 
 
-@pytest.mark.parametrize("max_steps", [100, 5000])
-@pytest.mark.parametrize("step", [1, 7, 99])
-def test_schedules_that_differ_at_one_step_are_different(max_steps, step):
-    saved = make(schedule=lambda s: 1.0 + (s == step), max_steps=max_steps)
-    ours = make(schedule=constant, max_steps=max_steps)
+@pytest.mark.parametrize("num_steps", [100, 5000])
+@pytest.mark.parametrize("step", [1, 7, 98])
+def test_schedules_that_differ_at_one_step_are_different(num_steps, step):
+    saved = make(schedule=lambda s: 1.0 + (s == step), num_steps=num_steps)
+    ours = make(schedule=constant, num_steps=num_steps)
     with pytest.raises(ResumeMismatch, match=r"schedule: multipliers differ\.\n"):
         check_identity(saved, ours, ())
     assert check_identity(saved, ours, ["schedule"]) == {"schedule"}
 
 
-def test_another_number_of_steps_is_one_difference():
-    with pytest.raises(ResumeMismatch, match=r"schedule: max_steps was 100, is 200\.\n"):
-        check_identity(make(schedule=constant), make(schedule=constant, max_steps=200), ())
+def test_another_number_of_steps_is_named_if_it_changes_the_past():
+    check_identity(make(schedule=constant), make(schedule=constant, max_steps=200), ())
+    longer = make(schedule=warmup_cosine(warmup_steps=5, max_steps=200), max_steps=200)
+    with pytest.raises(ResumeMismatch, match=r"schedule: max_steps was 100, is 200, learning rate at step 6 was"):
+        check_identity(make(), longer, ())
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 40, 5000])
+def test_only_steps_that_have_been_taken_count(num_steps):
+    ours = make(schedule=constant, num_steps=num_steps)
+    saved = make(schedule=lambda step: 1.0 + (step >= num_steps), num_steps=num_steps)
+    check_identity(saved, ours, ())
+    if num_steps:
+        other = make(schedule=lambda step: 1.0 + (step >= num_steps - 1), num_steps=num_steps)
+        with pytest.raises(ResumeMismatch, match="schedule"):
+            check_identity(other, ours, ())
 
 
 def sgd(*groups, model=MODEL, **defaults):

@@ -34,7 +34,8 @@ def build(tmp_path):
             keep_every=None,
             gather_limit_bytes=0,  # has no effect without FSDP
             seed=1,
-            identity=dict.fromkeys(ASPECTS, 1),
+            identity=lambda num_steps: dict.fromkeys(ASPECTS, 1),
+            max_steps=1,
             tokenizer=None,
         )
 

@@ -50,7 +50,10 @@ def make_trainer(
     progress=True,
     **config,
 ):
-    """Build a Trainer for six float32 steps of 8 sequences; `config` overrides fields of its TrainerConfig."""
+    """Build a Trainer for six float32 steps of 8 sequences; `config` overrides fields of its TrainerConfig.
+
+    `optimizer` is an optimizer, several, or the name of a built-in one.
+    """
     defaults = {
         "max_steps": 6,
         "global_batch_tokens": 8 * 16,
@@ -59,6 +62,8 @@ def make_trainer(
         "log_every": 1,
         "mixed_precision": "no",  # the same numbers on every device
     }
+    if isinstance(optimizer, str):
+        config, optimizer = config | {"optimizer": optimizer}, None
     return Trainer(
         model,
         token_dataset() if train_dataset is None else train_dataset,

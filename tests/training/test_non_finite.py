@@ -80,7 +80,7 @@ def make_small_trainer(output_dir, **settings):
 def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(tmp_path, policy, where, value, fused):
     model = GPT(CONFIG)
     if fused:
-        optimizer = adamw(model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        optimizer = adamw(model.parameters(), learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     snapshots, recorder = Snapshots(optimizer), Recorder()

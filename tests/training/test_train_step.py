@@ -20,7 +20,7 @@ class Steps:
     def __init__(self, device, *, use_graphs, num_micro_batches=1, policy="skip", zscore=None):
         accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.model = GPT(CONFIG).to(device).train()
-        self.optimizer = adamw(self.model, learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        self.optimizer = adamw(self.model.parameters(), learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
         self.guard = NanGuard(self.optimizer, policy, 100, self.model.device, spike_zscore=zscore)
         self.num_micro_batches = num_micro_batches
         self.train_step = TrainStep(

@@ -1,7 +1,7 @@
 """Whether a checkpoint may resume a run: the identity of a run, and the comparison of two."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -15,9 +15,12 @@ from homebrew.distributed.collectives import run_on_all
 from homebrew.errors import ConfigError, DataError, LaunchError, ResumeMismatch
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import base_fingerprint, lora_layers
+from homebrew.optim.combined import members
 
 Schedule = Callable[[int], float]  # as `training.schedule.Schedule`, which this layer cannot import
 """Maps a step to a multiplier of the learning rate."""
+Identity = Callable[[int], dict[str, Any]]
+"""Maps a number of steps to everything that determines them: one JSON value for each of `ASPECTS`."""
 
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
@@ -47,36 +50,44 @@ def run_identity(
     max_grad_norm: float,
     global_batch_size: int,
     seed: int,
-) -> dict[str, Any]:
-    """Return everything that determines a run's steps: one JSON value for each of `ASPECTS`.
+) -> Identity:
+    """Return a function from a number of steps to everything that determines them.
 
     The schedule can be any function; it is identified by its learning rates at the first and at evenly spaced steps.
+    Only steps that have been taken count: a run can be extended if its schedule's past does not change. Therefore
+    `max_steps` is only shown, as the usual reason for other learning rates.
 
     Raises:
         DataError: The dataset's `fingerprint` is not a string.
     """
-    probes = _evenly_spaced(max_steps, _NUM_PROBES)
-    hashed = sorted({*range(min(max_steps, _NUM_HASHED)), *_evenly_spaced(max_steps, _NUM_HASHED)})
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     peaks = peaks[:1] if len(set(peaks)) == 1 else peaks
-    return {
+    constant = {
         "dataset": _fingerprint(dataset),
         "model": asdict(model.config),
         "adapter": _adapter(model),
         "optimizer": _optimizer_settings(model, optimizer) | {"max_grad_norm": _canonical(max_grad_norm)},
-        "schedule": {
-            "max_steps": max_steps,
-            "learning rate": [[step, *(peak * schedule(step) for peak in peaks)] for step in probes],
-            "multipliers": _hash([f"{schedule(step):.6g}" for step in hashed]),  # rounded: libraries' cosines differ
-        },
         "global_batch_size": global_batch_size,
         "seed": seed,
     }
+    return lambda num_steps: (
+        constant | {"schedule": {"max_steps": max_steps} | _learning_rates(schedule, peaks, num_steps)}
+    )
 
 
-def _evenly_spaced(max_steps: int, number: int) -> list[int]:
-    """Return step 0, `max_steps`, and up to `number` - 1 steps between them."""
-    return sorted({max_steps * i // number for i in range(number + 1)})
+def _learning_rates(schedule: Schedule, peaks: Sequence[float], num_steps: int) -> dict[str, Any]:
+    """Describe the learning rates of the first `num_steps` steps."""
+    hashed = sorted({*range(min(num_steps, _NUM_HASHED)), *_evenly_spaced(num_steps, _NUM_HASHED)})
+    probes = _evenly_spaced(num_steps, _NUM_PROBES)
+    return {
+        "learning rate": [[step, *(peak * schedule(step) for peak in peaks)] for step in probes],
+        "multipliers": _hash([f"{schedule(step):.6g}" for step in hashed]),  # rounded: libraries' cosines differ
+    }
+
+
+def _evenly_spaced(num_steps: int, number: int) -> list[int]:
+    """Return the first and the last of `num_steps` steps, and up to `number` - 1 steps between them."""
+    return sorted({(num_steps - 1) * i // number for i in range(number + 1)}) if num_steps else []
 
 
 def _hash(strings: Iterable[str]) -> str:
@@ -102,9 +113,14 @@ def _optimizer_settings(model: nn.Module, optimizer: torch.optim.Optimizer) -> d
         _describe_names([parameter_names.get(id(parameter), "unknown") for parameter in group["params"]])
         for group in optimizer.param_groups
     ]
+    return {"class": " and ".join(map(_class_name, members(optimizer)))} | {
+        name: ", ".join(strings) for name, strings in values.items()
+    }
+
+
+def _class_name(optimizer: torch.optim.Optimizer) -> str:
     package = type(optimizer).__module__.partition(".")[0]
-    class_name = type(optimizer).__name__ if package == "torch" else f"{package}.{type(optimizer).__name__}"
-    return {"class": class_name} | {name: ", ".join(strings) for name, strings in values.items()}
+    return type(optimizer).__name__ if package == "torch" else f"{package}.{type(optimizer).__name__}"
 
 
 def _describe_names(names: Collection[str]) -> str:
@@ -166,7 +182,7 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
         ResumeMismatch: An aspect differs and was not accepted, or the saved weights do not fit the model.
     """
     saved = saved if isinstance(saved, dict) else {}
-    differing = [name for name in ASPECTS if saved.get(name) != ours[name]]
+    differing = [name for name in ASPECTS if _differ(saved.get(name), ours[name])]
     unfit = {name for name in _HARMLESS_KEYS if not _state_fits(name, saved.get(name), ours[name])}
     has_other_weights = not unfit.isdisjoint(("model", "adapter"))
     refused = [name for name in differing if name not in accept_changes]
@@ -192,6 +208,10 @@ def _state_fits(aspect: Aspect, saved: Any, ours: Any) -> bool:  # noqa: ANN401 
     )
 
 
+def _differ(saved: object, ours: object) -> bool:
+    return saved != ours and differing_keys(saved, ours) != ["max_steps"]  # whose effect are other learning rates
+
+
 def differing_keys(saved: object, ours: object) -> list[str]:
     """Return the keys whose values differ in two dictionaries; other JSON values count as empty."""
     saved, ours = (value if isinstance(value, dict) else {} for value in (saved, ours))
@@ -204,6 +224,8 @@ def _differences(names: Iterable[Aspect], saved: Mapping[str, Any], ours: Mappin
 
 def _difference(saved: object, ours: object) -> str:
     if isinstance(saved, dict) and isinstance(ours, dict):
+        if saved.get("class") != ours.get("class"):  # the settings of another optimizer are others
+            saved, ours = {"class": saved.get("class")}, {"class": ours.get("class")}
         differences = {key: _difference(saved.get(key), ours.get(key)) for key in differing_keys(saved, ours)}
         shown = [f"{key} {difference}" for key, difference in differences.items() if difference]
         return ", ".join(shown or [f"{key} differ" for key in differences])
@@ -221,7 +243,7 @@ def _curve_difference(saved: list[list[float]], ours: list[list[float]]) -> str:
             digits = 6 if [f"{rate:.6g}" for rate in old] != [f"{rate:.6g}" for rate in new] else 17
             old_rates, new_rates = (" and ".join(f"{rate:.{digits}g}" for rate in rates) for rates in (old, new))
             return f"at step {step} was {old_rates}, is {new_rates}"
-    return ""  # the runs have other numbers of steps, which are compared separately
+    return ""
 
 
 def _is_curve(value: object) -> bool:

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 
 from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
-from homebrew.checkpoint.compatibility import check_accept_changes, check_ranks
+from homebrew.checkpoint.compatibility import Identity, check_accept_changes, check_ranks
 from homebrew.checkpoint.optimizer_state import check_state, group_settings, initial_state, optimizer_json
 from homebrew.checkpoint.restore import load_run
 from homebrew.checkpoint.run_folder import RunLock, move_run_aside
@@ -61,6 +61,7 @@ class CheckpointManager:
         gather_limit_bytes: Size of the largest checkpoint that rank 0 writes alone under FSDP.
         seed: The run's random seed.
         identity: Result of `compatibility.run_identity`.
+        max_steps: Number of steps in the run.
         tokenizer: Saved so that a checkpoint can be used without the dataset.
     """
 
@@ -76,7 +77,8 @@ class CheckpointManager:
         keep_every: int | None,
         gather_limit_bytes: int,
         seed: int,
-        identity: dict[str, Any],
+        identity: Identity,
+        max_steps: int,
         tokenizer: Tokenizer | None,
     ) -> None:
         check_savable(model)
@@ -89,6 +91,7 @@ class CheckpointManager:
         self._output_dir = output_dir
         self._seed = seed
         self._identity = identity
+        self._max_steps = max_steps
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
         self._store = CheckpointStore(output_dir, keep_last=keep_last, keep_every=keep_every)
         self._lock = RunLock(output_dir)
@@ -142,7 +145,7 @@ class CheckpointManager:
         check_accept_changes(accept_changes)
         if accept_changes and not resume:
             raise ConfigError(f"accept_changes={accept_changes!r} applies to resuming a run. Pass resume=True as well.")
-        check_ranks(self._accelerator, self._identity)
+        check_ranks(self._accelerator, self._identity(self._max_steps))
         accelerator = self._accelerator
         files = TensorFiles()  # stays empty on other ranks
         if overwrite:
@@ -206,7 +209,7 @@ class CheckpointManager:
         self.wait()
         check_state(self._optimizer)
         accelerator, store = self._accelerator, self._store
-        state = self._state(num_samples) if accelerator.is_main_process else {}
+        state = self._state(step, num_samples) if accelerator.is_main_process else {}
         constants = constant_weights(self._model)
         if self._sharded:
             files = gather_small_state(accelerator, self._guard)
@@ -223,7 +226,7 @@ class CheckpointManager:
                 self._writer.start(write, name=f"checkpoint-{step}")
         self._saved_step = step
 
-    def _state(self, num_samples: int) -> dict[str, Any]:
+    def _state(self, step: int, num_samples: int) -> dict[str, Any]:
         """Return the contents of `state.json`: everything but tensors that is not a function of the step."""
         numbers, unsupported = optimizer_json(self._model, self._optimizer, self._initial_settings)
         if unsupported and not self._warned:
@@ -236,7 +239,7 @@ class CheckpointManager:
         return {
             "num_samples": num_samples,
             "optimizer": numbers,
-            "identity": self._identity,
+            "identity": self._identity(step),
             "tokenizer": self._tokenizer,
             "base": self._model.source,
             "num_processes": self._accelerator.num_processes,

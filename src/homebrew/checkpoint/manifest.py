@@ -16,7 +16,7 @@ from homebrew.checkpoint.verified_files import is_regular, read_verified, verify
 from homebrew.errors import CorruptCheckpoint
 from homebrew.io import strict_json
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FOLDER = re.compile(r"step-(\d{8})", re.ASCII)

@@ -1,6 +1,6 @@
 """Finds the checkpoint to resume from, checks that it belongs to the run, and loads its state, on rank 0."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from homebrew.checkpoint.checkpoint_files import TensorFiles
-from homebrew.checkpoint.compatibility import check_identity, differing_keys
+from homebrew.checkpoint.compatibility import Identity, check_identity, differing_keys
 from homebrew.checkpoint.manifest import STATE, Checkpoint, open_checkpoint
 from homebrew.checkpoint.state_dict import Stateful, check_files
 from homebrew.checkpoint.store import CheckpointStore
@@ -25,7 +25,7 @@ def load_run(
     resume: bool | str | Path,
     accept_changes: Collection[str],
     *,
-    identity: Mapping[str, Any],
+    identity: Identity,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -62,11 +62,12 @@ def load_run(
         _warn_if_not_new(store.folder.parent, resume, has_trained=has_trained)
         return None
     saved = checkpoint.state.get("identity")
-    changed = check_identity(saved, identity, accept_changes)
+    ours = identity(checkpoint.step)
+    changed = check_identity(saved, ours, accept_changes)
     _warn_if_not_bitwise(checkpoint, accelerator)
     tensors, start = _load_state(checkpoint, changed, model, optimizer, guard)
     saved_settings = saved.get("optimizer") if isinstance(saved, dict) else None
-    for key in differing_keys(saved_settings, identity["optimizer"]):
+    for key in differing_keys(saved_settings, ours["optimizer"]):
         for group in start["optimizer"]["groups"]:
             group.pop(key, None)  # this run's setting was accepted, even if the saved run has changed its own since
     files.update(tensors)

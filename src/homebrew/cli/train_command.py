@@ -129,7 +129,7 @@ class Train:
         rate = " It learns faster with a higher --learning-rate, such as 3e-3."
         return (
             f"Model: --preset {model.preset}{tokenizer}, the default on a CPU, where --preset gpt2 would take hours."
-            f"{rate if self.trainer.learning_rate == TrainerOptions.learning_rate else ''}"
+            f"{rate if self.trainer.learning_rate is None else ''}"
         )
 
     def _open_datasets(

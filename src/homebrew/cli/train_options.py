@@ -129,7 +129,9 @@ class TrainerOptions(TrainerConfig):
     output_dir: Path
     global_batch_tokens: _Optional[int] = TrainerConfig.global_batch_tokens
     micro_batch_size: _Optional[int | Literal["auto"]] = TrainerConfig.micro_batch_size
+    learning_rate: _Optional[float] = TrainerConfig.learning_rate
     warmup_steps: _Optional[int] = TrainerConfig.warmup_steps
+    min_lr_ratio: _Optional[float] = TrainerConfig.min_lr_ratio
     loss_spike_zscore: _Optional[float] = TrainerConfig.loss_spike_zscore
     compile: Annotated[bool | Literal["auto"], _COMPILE_OPTION] = TrainerConfig.compile
     eval_every: _Optional[int] = TrainerConfig.eval_every

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW and the learning rate of a step."""
+"""Parameter groups, the built-in optimizers, and the learning rate of a step."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,15 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from homebrew.errors import ConfigError
+from homebrew.model.gpt import GPT
+from homebrew.model.lora import lora_layers
+from homebrew.optim.combined import combine
+from homebrew.optim.muon import Muon
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters: matrices and embeddings decay, biases and layer norms do not.
 
     Returns:
-        Up to two parameter groups, the decayed one first, each in the model's order; an empty group is omitted.
+        Up to two parameter groups, the decayed one first, each in the given order; an empty group is omitted.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -24,12 +28,39 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def adamw(
-    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
+    parameters: Iterable[Tensor], *, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
     """Build GPT-3's optimizer (Brown et al. 2020, appendix B), with PyTorch's fused kernel where available."""
-    groups = decay_groups(model, weight_decay)
+    groups = decay_groups(parameters, weight_decay)
     betas = (float(betas[0]), float(betas[1]))  # AdamW requires both to be of the same type
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=_can_fuse(groups))
+
+
+def muon(
+    model: GPT, *, learning_rate: float, momentum: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """Build Muon for the matrices of the blocks, and AdamW for all other parameters.
+
+    Orthogonalizing suits matrices that map activations to activations. The rows of an embedding, also of the head,
+    belong to one token each, and most have no gradient in a step.
+
+    Raises:
+        ConfigError: The model has LoRA adapters.
+    """
+    if lora_layers(model):
+        raise ConfigError(
+            "optimizer='muon' does not support LoRA: it would orthogonalize an adapter's two factors, not their "
+            "product. Use optimizer='adamw', the default."
+        )
+    matrices = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
+    is_matrix = {id(parameter) for parameter in matrices}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_matrix]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, learning_rate, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        optimizers.append(adamw(others, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay))
+    return combine(optimizers)
 
 
 def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -72,12 +72,8 @@ class WarmupCosine:
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup_steps <= self.max_steps:
-            raise ConfigError(
-                f"warmup_steps={self.warmup_steps}: must be at least 0 and at most max_steps={self.max_steps}."
-            )
-        if not 0.0 <= self.min_lr_ratio <= 1.0:
-            raise ConfigError(f"min_lr_ratio={self.min_lr_ratio!r}: must be between 0 and 1.")
+        _check_warmup(self.warmup_steps, self.max_steps)
+        _check_fraction("min_lr_ratio", self.min_lr_ratio)
 
     def __call__(self, step: int) -> float:
         """Return the multiplier at `step`."""
@@ -89,6 +85,58 @@ class WarmupCosine:
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True)
+class WarmupStableDecay:
+    """Linear warm-up, a constant phase, then a linear decay to a floor (Hu et al. 2024, MiniCPM).
+
+    Until the decay starts, the multiplier does not depend on `max_steps`, so that a run can be extended from there.
+
+    Args:
+        warmup_steps: Number of warm-up steps; the multiplier at step s is at most (s + 1) / `warmup_steps`.
+        max_steps: Step at which the floor is reached; the multiplier stays there.
+        decay_fraction: Length of the decay, as a fraction of `max_steps`. With 1, the decay starts at step 0.
+        min_lr_ratio: The floor, as a fraction of the peak.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    warmup_steps: int
+    max_steps: int
+    decay_fraction: float
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_steps, self.max_steps)
+        _check_fraction("decay_fraction", self.decay_fraction)
+        _check_fraction("min_lr_ratio", self.min_lr_ratio)
+
+    def __call__(self, step: int) -> float:
+        """Return the multiplier at `step`."""
+        warmup = (step + 1) / self.warmup_steps if step < self.warmup_steps else 1.0
+        decay_steps = self.decay_fraction * self.max_steps
+        remaining = max(0, self.max_steps - step)
+        decay = remaining / decay_steps if remaining < decay_steps else 1.0
+        return min(warmup, self.min_lr_ratio + (1.0 - self.min_lr_ratio) * decay)
+
+
+def _check_warmup(warmup_steps: int, max_steps: int) -> None:
+    if not 0 <= warmup_steps <= max_steps:
+        raise ConfigError(f"warmup_steps={warmup_steps}: must be at least 0 and at most max_steps={max_steps}.")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name}={value!r}: must be between 0 and 1.")
+
+
 def warmup_cosine(*, warmup_steps: int, max_steps: int, min_lr_ratio: float = 0.1) -> Schedule:
     """Return a linear warm-up followed by a half cosine down to a floor; see `WarmupCosine`."""
     return WarmupCosine(warmup_steps, max_steps, min_lr_ratio)
+
+
+def warmup_stable_decay(
+    *, warmup_steps: int, max_steps: int, decay_fraction: float = 0.5, min_lr_ratio: float = 0.0
+) -> Schedule:
+    """Return a linear warm-up, a constant phase and a linear decay; see `WarmupStableDecay`."""
+    return WarmupStableDecay(warmup_steps, max_steps, decay_fraction, min_lr_ratio)

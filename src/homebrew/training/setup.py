@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
-from homebrew.checkpoint.compatibility import run_identity
+from homebrew.checkpoint.compatibility import Identity, run_identity
 from homebrew.checkpoint.manager import CheckpointManager
 from homebrew.data.loader import StepLoader
 from homebrew.data.tokenizer import dataset_tokenizer
@@ -25,11 +25,12 @@ from homebrew.errors import ConfigError
 from homebrew.metrics.throughput import ThroughputMeter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
+from homebrew.optim.combined import combine
 from homebrew.training.batch_size import BatchPlan, plan_batch_for_device
 from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compile_model
 from homebrew.training.global_settings import allow_tf32
 from homebrew.training.nan_guard import NanGuard
-from homebrew.training.optimizer import adamw, check_trainable
+from homebrew.training.optimizer import adamw, check_trainable, muon
 from homebrew.training.optimizer_probe import check_future_state
 from homebrew.training.schedule import Schedule, multiplier_at
 from homebrew.training.step_logger import StepLogger
@@ -68,7 +69,7 @@ def build_parts(
     eval_dataset: Dataset[Any] | None,
     *,
     config: TrainerConfig,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
     schedule: Schedule,
     accelerator: Accelerator | None,
 ) -> TrainerParts:
@@ -77,6 +78,8 @@ def build_parts(
     Raises:
         HomebrewError: A setting, the data or the launch is invalid.
     """
+    if isinstance(optimizer, Sequence):
+        optimizer = combine(optimizer)
     accelerator = resolve_accelerator(accelerator, config)
     device = accelerator.device
     allow_tf32(device)
@@ -94,9 +97,7 @@ def build_parts(
     check_trainable(bare, optimizer)
     if optimizer is not None:
         check_future_state(optimizer)
-    bare_optimizer = optimizer or adamw(
-        bare, learning_rate=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    bare_optimizer = optimizer or build_optimizer(bare, config)
     peak = max(float(group["lr"]) for group in bare_optimizer.param_groups)
     max_grad_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
     identity = run_identity(  # before FSDP shards the weights
@@ -109,6 +110,7 @@ def build_parts(
         global_batch_size=batch.global_batch_size,
         seed=config.seed,
     )
+    identity(config.max_steps)  # raises the errors of a custom schedule
     wrapped, prepared_optimizer = accelerator.prepare(bare, bare_optimizer)
 
     uses_scaler = accelerator.scaler is not None
@@ -144,6 +146,16 @@ def build_parts(
         loader=build_loader(config, train_dataset, batch, accelerator, vocab_size=bare.config.vocab_size),
         logger=build_logger(config, bare, batch, accelerator, guard, sequence_length=sequence_length),
         checkpoints=build_checkpoint_manager(config, accelerator, bare, bare_optimizer, guard, identity, train_dataset),
+    )
+
+
+def build_optimizer(model: GPT, config: TrainerConfig) -> torch.optim.Optimizer:
+    """Build the optimizer that the config names."""
+    learning_rate, betas, weight_decay = config.peak_learning_rate(), config.betas, config.weight_decay
+    if config.optimizer == "adamw":
+        return adamw(model.parameters(), learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
+    return muon(
+        model, learning_rate=learning_rate, momentum=config.muon_momentum, betas=betas, weight_decay=weight_decay
     )
 
 
@@ -230,7 +242,7 @@ def build_checkpoint_manager(
     model: GPT,
     optimizer: torch.optim.Optimizer,
     guard: NanGuard,
-    identity: dict[str, Any],
+    identity: Identity,
     dataset: Dataset[Any],
 ) -> CheckpointManager:
     """Build the manager of the run's checkpoints."""
@@ -245,5 +257,6 @@ def build_checkpoint_manager(
         gather_limit_bytes=config.gather_limit_bytes,
         seed=config.seed,
         identity=identity,
+        max_steps=config.max_steps,
         tokenizer=dataset_tokenizer(dataset),
     )

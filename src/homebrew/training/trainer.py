@@ -43,9 +43,9 @@ class Trainer:
         train_dataset: A `TokenDataset`, or any map-style dataset of (input_ids, targets), each (T,), int64.
         eval_dataset: A dataset of the same kind to evaluate on.
         config: Training configuration.
-        optimizer: Optimizer over the model's parameters, to use instead of AdamW. The config's `learning_rate`, `betas`
-            and `weight_decay` are then not used.
-        schedule: Function from the step to the multiplier of the learning rate, to use instead of `warmup_cosine`. It
+        optimizer: Optimizer over the model's parameters, to use instead of the config's; or several, each over some of
+            the parameters. The config's `learning_rate`, `betas` and `weight_decay` are then not used.
+        schedule: Function from the step to the multiplier of the learning rate, to use instead of the config's. It
             multiplies the learning rates that the optimizer has when `train()` is called.
         accelerator: Accelerator to use, with its precision and trackers, instead of one with the launcher's settings.
         callbacks: Callbacks that receive training events, after the built-in ones. A `ProgressDisplay` or `RunLogger`
@@ -63,7 +63,7 @@ class Trainer:
         eval_dataset: Dataset[Any] | None = None,
         *,
         config: TrainerConfig,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         schedule: Schedule | None = None,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),

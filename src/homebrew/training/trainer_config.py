@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeGuard
 
 from homebrew.errors import ConfigError
 from homebrew.io import absolute_path
-from homebrew.training.schedule import Schedule, warmup_cosine
+from homebrew.training.schedule import Schedule, warmup_cosine, warmup_stable_decay
 
 NonFinitePolicy = Literal["raise", "skip"]
 
@@ -32,16 +32,26 @@ class TrainerConfig:
     micro_batch_size: int | Literal["auto"] | None = None
     """Sequences in a forward and backward pass of one process. Default: depends on the device. "auto" finds the largest
     number that fits in every process's memory before training; needs `global_batch_tokens`."""
-    learning_rate: float = 6e-4
-    """Peak learning rate of the built-in optimizer."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """"adamw": AdamW for all parameters. "muon": Muon for the matrices of the blocks, AdamW for embeddings, biases and
+    layer norms. With enough data, Muon needs a third of the steps. Fine-tuning usually uses AdamW."""
+    learning_rate: float | None = None
+    """Peak learning rate of the built-in optimizer. Default: 6e-4 for AdamW, 4e-3 for Muon."""
+    lr_schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Learning rate after the warm-up. "cosine": half a cosine; "linear": a line, from step 0; "wsd" (warm-up, stable,
+    decay): constant, then a line over the last `decay_fraction` of the run, which can be extended until then."""
     warmup_steps: int | None = None
-    """Number of linear warm-up steps. Default: a twentieth of `max_steps`."""
-    min_lr_ratio: float = 0.1
-    """Final learning rate, as a fraction of `learning_rate`."""
+    """Number of linear warm-up steps. Default: a twentieth of `max_steps`; for "wsd", at most 20."""
+    decay_fraction: float = 0.5
+    """Length of the decay with "wsd", as a fraction of `max_steps`."""
+    min_lr_ratio: float | None = None
+    """Final learning rate, as a fraction of `learning_rate`. Default: 0.1 for "cosine", otherwise 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the first and second moments."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the gradients' running mean."""
     weight_decay: float = 0.1
-    """Weight decay of matrices and embeddings; biases and layer norms are not decayed."""
+    """Weight decay of matrices and embeddings, for both optimizers; biases and layer norms are not decayed."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this global norm. None, or infinity, disables clipping."""
     non_finite: NonFinitePolicy = "raise"
@@ -87,10 +97,28 @@ class TrainerConfig:
     loader_timeout_seconds: float = 600.0
     """Timeout for a data loader process, in seconds."""
 
+    def peak_learning_rate(self) -> float:
+        """Return `learning_rate`, or the optimizer's default."""
+        defaults = {"adamw": 6e-4, "muon": 4e-3}
+        return defaults[self.optimizer] if self.learning_rate is None else self.learning_rate
+
     def schedule(self) -> Schedule:
-        """Return the default schedule: linear warm-up, then a half cosine."""
-        warmup_steps = self.max_steps // 20 if self.warmup_steps is None else self.warmup_steps
-        return warmup_cosine(warmup_steps=warmup_steps, max_steps=self.max_steps, min_lr_ratio=self.min_lr_ratio)
+        """Return the schedule that `lr_schedule` names."""
+        warmup_steps = self.warmup_steps
+        if self.lr_schedule == "cosine":
+            return warmup_cosine(
+                warmup_steps=self.max_steps // 20 if warmup_steps is None else warmup_steps,
+                max_steps=self.max_steps,
+                min_lr_ratio=0.1 if self.min_lr_ratio is None else self.min_lr_ratio,
+            )
+        if warmup_steps is None:  # with "wsd" independent of max_steps, or a longer run would have another past
+            warmup_steps = min(20, self.max_steps) if self.lr_schedule == "wsd" else self.max_steps // 20
+        return warmup_stable_decay(
+            warmup_steps=warmup_steps,
+            max_steps=self.max_steps,
+            decay_fraction=self.decay_fraction if self.lr_schedule == "wsd" else 1.0,
+            min_lr_ratio=self.min_lr_ratio or 0.0,
+        )
 
     def __post_init__(self) -> None:
         problems = [
@@ -122,6 +150,10 @@ def _is_batch(value: object) -> bool:
 
 def _is_one_of(value: object, *choices: str) -> bool:
     return isinstance(value, str) and value in choices  # an array cannot be compared
+
+
+def _is_fraction(value: object) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_positive(value: object) -> bool:
@@ -169,12 +201,12 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("seed", f"an integer from 0 to {_MAX_SEED}", lambda value: _is_count(value, minimum=0) and value <= _MAX_SEED),
     (
-        "learning_rate collective_timeout_seconds loader_timeout_seconds",
+        "collective_timeout_seconds loader_timeout_seconds",
         f"a number above 0 and at most {_MAX_NUMBER:g}",
         _is_positive,
     ),
     (
-        "loss_spike_zscore",
+        "learning_rate loss_spike_zscore",
         f"a number above 0 and at most {_MAX_NUMBER:g}, or None",
         lambda value: value is None or _is_positive(value),
     ),
@@ -184,7 +216,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: value is None or (_is_number(value) and value > 0),
     ),
     ("weight_decay", "a finite number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf),
-    ("min_lr_ratio", "a number between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1),
+    ("decay_fraction", "a number between 0 and 1", _is_fraction),
+    ("min_lr_ratio", "a number between 0 and 1, or None", lambda value: value is None or _is_fraction(value)),
+    ("muon_momentum", "a number of at least 0 and less than 1", lambda value: _is_fraction(value) and value < 1),
+    ("optimizer", "one of 'adamw', 'muon'", lambda value: _is_one_of(value, "adamw", "muon")),
+    ("lr_schedule", "one of 'cosine', 'linear', 'wsd'", lambda value: _is_one_of(value, "cosine", "linear", "wsd")),
     (
         "betas",
         "two numbers of at least 0 and less than 1",

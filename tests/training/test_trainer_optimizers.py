@@ -1,0 +1,109 @@
+"""Muon, several optimizers and the schedules in the Trainer."""
+
+import pytest
+import torch
+from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, token_dataset, weights
+
+from homebrew import GPT, LoRAConfig, Muon, add_lora
+from homebrew.errors import ConfigError, ResumeMismatch
+
+
+def muon_and_adamw(model, **settings):
+    """Return the optimizers that optimizer="muon" builds."""
+    blocks = list(model.transformer.h.parameters())
+    matrices = [parameter for parameter in blocks if parameter.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    groups = [
+        {"params": [p for p in others if p.dim() == 2]},
+        {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return [
+        Muon(matrices, lr=4e-3, adjust_lr_fn="match_rms_adamw", **settings),
+        torch.optim.AdamW(groups, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+    ]
+
+
+def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path):
+    built_in = make_trainer(tmp_path / "built-in", model=GPT(ONE_LAYER), optimizer="muon", learning_rate=None)
+    built_in.train()
+    model = GPT(ONE_LAYER)
+    custom = make_trainer(tmp_path / "custom", model=model, optimizer=muon_and_adamw(model))
+    custom.train()
+    assert equal(weights(built_in), weights(custom))
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("kind", ["muon", "several"])
+def test_resume_is_bitwise_identical(tmp_path, kind):
+    def trainer(folder, **settings):
+        model = GPT(ONE_LAYER)
+        optimizer = "muon" if kind == "muon" else muon_and_adamw(model)
+        return make_trainer(tmp_path / folder, model=model, optimizer=optimizer, max_steps=8, **settings)
+
+    uninterrupted = trainer("a")
+    uninterrupted.train()
+    trainer("b", callbacks=[StopAt(3)]).train()
+    resumed = trainer("b")
+    resumed.train(resume=True)
+    assert equal(weights(uninterrupted), weights(resumed))
+
+
+def test_optimizers_that_lack_or_share_a_parameter_are_an_error(tmp_path):
+    model = GPT(ONE_LAYER)
+    muon, adamw = muon_and_adamw(model)
+    with pytest.raises(ConfigError, match="lacks"):
+        make_trainer(tmp_path, model=model, optimizer=[muon])
+    with pytest.raises(ConfigError, match="Give each parameter to one optimizer"):
+        make_trainer(tmp_path, model=model, optimizer=[muon, adamw, torch.optim.SGD(model.parameters(), lr=0.1)])
+    with pytest.raises(ConfigError, match="optimizer has 3"):
+        make_trainer(tmp_path, model=model, optimizer=[muon, 3])
+
+
+def test_muon_refuses_lora(tmp_path):
+    model = GPT(ONE_LAYER)
+    add_lora(model, LoRAConfig())
+    with pytest.raises(ConfigError, match="LoRA"):
+        make_trainer(tmp_path, model=model, optimizer="muon")
+
+
+@pytest.mark.parametrize("frozen", ["blocks", "rest"])
+def test_muon_with_frozen_parts(tmp_path, frozen):
+    model = GPT(ONE_LAYER)
+    for name, parameter in model.named_parameters():
+        is_matrix = ".h." in name and parameter.dim() == 2
+        parameter.requires_grad_(is_matrix == (frozen == "rest"))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    trainer = make_trainer(tmp_path, model=model, optimizer="muon")
+    trainer.train()
+    changed = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name].cpu())}
+    assert changed
+    assert changed <= {
+        name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
+    }
+
+
+def test_a_run_of_the_stable_phase_can_be_extended(tmp_path):
+    def trainer(folder, max_steps, **settings):
+        return make_trainer(tmp_path / folder, max_steps=max_steps, lr_schedule="wsd", model=GPT(ONE_LAYER), **settings)
+
+    recorder = Recorder()
+    trainer("long", 40, callbacks=[recorder]).train()
+    trainer("short", 20, callbacks=[StopAt(10)]).train()  # the last half of a run is its decay
+    extended = Recorder()
+    trainer("short", 40, callbacks=[extended]).train(resume=True)
+    assert extended.metrics.keys() == set(range(11, 41))
+    assert [m.loss for m in extended.metrics.values()] == [recorder.metrics[s].loss for s in extended.metrics]
+    trainer("decayed", 20).train()
+    with pytest.raises(ResumeMismatch, match="max_steps was 20, is 40, learning rate at step"):
+        trainer("decayed", 40).train(resume=True)
+
+
+def test_changing_the_optimizer_is_an_accepted_change(tmp_path):
+    make_trainer(tmp_path, model=GPT(ONE_LAYER), max_steps=2, learning_rate=1e-3).train()
+    other = {"model": GPT(ONE_LAYER), "max_steps": 4, "learning_rate": 1e-3, "optimizer": "muon"}
+    with pytest.raises(ResumeMismatch, match=r"class was 'AdamW', is 'homebrew.Muon and AdamW';"):
+        make_trainer(tmp_path, **other).train(resume=True)
+    trainer = make_trainer(tmp_path, **other, train_dataset=token_dataset())
+    with pytest.warns(UserWarning, match="without its optimizer state"):
+        trainer.train(resume=True, accept_changes=["optimizer", "schedule"])
+    assert trainer.step == 4
