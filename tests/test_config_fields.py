@@ -34,6 +34,8 @@ TEST_OF_FIELD = {
         "warmup_steps": f"{REFERENCE_LOOP}[warmup_steps]",
         "min_lr_ratio": f"{REFERENCE_LOOP}[min_lr_ratio]",
         "betas": f"{REFERENCE_LOOP}[beta1]",
+        "ema_decay": "training/test_trainer_optimizers.py"
+        "::test_the_average_of_the_weights_is_evaluated_and_saved[adamw]",
         "muon_momentum": f"{REFERENCE_LOOP}[muon_momentum]",
         "weight_decay": f"{REFERENCE_LOOP}[weight_decay]",
         "max_grad_norm": f"{REFERENCE_LOOP}[max_grad_norm]",

@@ -109,6 +109,7 @@ NON_DEFAULT_OPTIONS = {
     "decay_fraction": 0.75,
     "min_lr_ratio": 0.25,
     "betas": (0.8, 0.9),
+    "ema_decay": 0.9,
     "muon_momentum": 0.5,
     "weight_decay": 0.0,
     "max_grad_norm": 2.0,

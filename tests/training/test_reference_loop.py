@@ -113,8 +113,10 @@ def reference_run(
         with torch.no_grad():
             for parameter, momentum in zip(hidden, momenta, strict=True):
                 momentum.mul_(muon_momentum).add_((1 - muon_momentum) * parameter.grad)
-                update = newton_schulz((1 - muon_momentum) * parameter.grad + muon_momentum * momentum)
-                parameter.mul_(1 - rate * weight_decay).sub_(rate * 0.2 * max(parameter.shape) ** 0.5 * update)
+                update = (1 - muon_momentum) * parameter.grad + muon_momentum * momentum
+                parts = update.chunk(3, dim=1) if parameter.shape[1] == 3 * parameter.shape[0] else [update]
+                update = torch.cat([0.2 * max(part.shape) ** 0.5 * newton_schulz(part) for part in parts], dim=1)
+                parameter.mul_(1 - rate * weight_decay).sub_(rate * update)
         rows.append([total, norm.item(), rate])
     return gpt_weights(model), torch.tensor(rows)
 

@@ -4,21 +4,26 @@ import pytest
 import torch
 from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, token_dataset, weights
 
-from homebrew import GPT, LoRAConfig, Muon, add_lora
+from homebrew import GPT, Callback, LoRAConfig, Muon, add_lora, load_model
 from homebrew.errors import ConfigError, ResumeMismatch
 
 
 def muon_and_adamw(model, **settings):
     """Return the optimizers that optimizer="muon" builds."""
-    blocks = list(model.transformer.h.parameters())
-    matrices = [parameter for parameter in blocks if parameter.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    blocks = dict(model.transformer.h.named_parameters())
+    matrices = {name: parameter for name, parameter in blocks.items() if parameter.dim() == 2}
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices.values())]
+    query_key_value = [p for name, p in matrices.items() if "c_attn" in name]
+    matrix_groups = [
+        {"params": query_key_value, "num_matrices": 3},
+        {"params": [p for name, p in matrices.items() if "c_attn" not in name], "num_matrices": 1},
+    ]
     groups = [
         {"params": [p for p in others if p.dim() == 2]},
         {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0},
     ]
     return [
-        Muon(matrices, lr=4e-3, adjust_lr_fn="match_rms_adamw", **settings),
+        Muon(matrix_groups, lr=4e-3, adjust_lr_fn="match_rms_adamw", **settings),
         torch.optim.AdamW(groups, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
     ]
 
@@ -107,3 +112,43 @@ def test_changing_the_optimizer_is_an_accepted_change(tmp_path):
     with pytest.warns(UserWarning, match="without its optimizer state"):
         trainer.train(resume=True, accept_changes=["optimizer", "schedule"])
     assert trainer.step == 4
+
+
+class Averages(Callback):
+    """Computes the average of the weights from the weights of each step."""
+
+    def __init__(self, decay):
+        self.decay, self.average = decay, None
+
+    def on_step_end(self, trainer):
+        new = weights(trainer)
+        old = new if self.average is None else self.average
+        self.average = {name: self.decay * old[name] + (1 - self.decay) * new[name] for name in new}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_average_of_the_weights_is_evaluated_and_saved(tmp_path, optimizer):
+    callback, recorder = Averages(0.5), Recorder()
+    settings = {"model": GPT(ONE_LAYER), "eval_dataset": token_dataset(seed=1), "optimizer": optimizer}
+    trainer = make_trainer(tmp_path, **settings, ema_decay=0.5, callbacks=[callback, recorder])
+    trainer.train()
+    saved = load_model(tmp_path)[0].state_dict()
+    for name, average in callback.average.items():
+        torch.testing.assert_close(saved[name], average)
+        torch.testing.assert_close(weights(trainer)[name], average)
+    plain = make_trainer(tmp_path / "plain", **settings | {"model": GPT(ONE_LAYER)})
+    plain.model.load_state_dict(saved)
+    assert trainer.evaluate().loss == pytest.approx(plain.evaluate().loss, abs=1e-6)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_run_with_averaged_weights_resumes_bitwise(tmp_path):
+    settings = {"ema_decay": 0.5, "optimizer": "muon", "eval_dataset": token_dataset(seed=1)}
+    uninterrupted = make_trainer(tmp_path / "a", model=GPT(ONE_LAYER), **settings)
+    uninterrupted.train()
+    make_trainer(tmp_path / "b", model=GPT(ONE_LAYER), **settings, callbacks=[StopAt(3)]).train()
+    resumed = make_trainer(tmp_path / "b", model=GPT(ONE_LAYER), **settings, eval_every=2)
+    resumed.train(resume=True)
+    assert equal(weights(uninterrupted), weights(resumed))
+    with pytest.raises(ResumeMismatch, match=r"ema_decay was '0.5, 0.5, 0.5, 0.5', is '0.6"):
+        make_trainer(tmp_path / "b", model=GPT(ONE_LAYER), **settings | {"ema_decay": 0.6}).train(resume=True)

@@ -132,6 +132,7 @@ class TrainerOptions(TrainerConfig):
     learning_rate: _Optional[float] = TrainerConfig.learning_rate
     warmup_steps: _Optional[int] = TrainerConfig.warmup_steps
     min_lr_ratio: _Optional[float] = TrainerConfig.min_lr_ratio
+    ema_decay: _Optional[float] = TrainerConfig.ema_decay
     loss_spike_zscore: _Optional[float] = TrainerConfig.loss_spike_zscore
     compile: Annotated[bool | Literal["auto"], _COMPILE_OPTION] = TrainerConfig.compile
     eval_every: _Optional[int] = TrainerConfig.eval_every

@@ -20,6 +20,9 @@ class Muon(torch.optim.Muon):
     The arguments and the state are PyTorch's. Differences: a batch of matrices takes the same number of kernel launches
     as one matrix; an update that is not finite is skipped on the device; matrices may be sharded by FSDP2; learning
     rates may be tensors on the device, which a CUDA graph needs. On a CPU the iteration runs in float32.
+
+    A parameter group may have `num_matrices`: the number of matrices of equal size that its parameters consist of, one
+    below the other, such as those of query, key and value. They are orthogonalized separately.
     """
 
     found_inf: Tensor | None = None
@@ -53,7 +56,7 @@ class Muon(torch.optim.Muon):
             new = torch.where(is_skipped, old, new)
             update = torch.where(is_skipped, 0.0, update)
             decay = torch.where(is_skipped, 1.0, decay)
-        update = update.to(parameters[0].dtype) * (-learning_rate * _adjustment(group, parameters[0].shape))
+        update = update.to(parameters[0].dtype) * (-learning_rate * _adjustment(group, parameters[0]))
         weights = [local_shard(parameter) for parameter in parameters]
         torch._foreach_copy_(buffers, new.unbind())
         torch._foreach_mul_(weights, decay)
@@ -62,10 +65,12 @@ class Muon(torch.optim.Muon):
     def _orthogonalize(self, update: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Orthogonalize a batch of updates (n, A, B). Those of sharded parameters are gathered, and sharded again."""
         settings = {key: group[key] for key in ("ns_coefficients", "ns_steps", "eps")}
-        if not hasattr(parameter, "device_mesh"):
-            return orthogonalize(update, **settings)
-        full = torch.stack([gather_like(shard, parameter) for shard in update])
-        return torch.stack([local_shard(shard_like(x, parameter)) for x in orthogonalize(full, **settings)])
+        is_sharded = hasattr(parameter, "device_mesh")
+        full = torch.stack([gather_like(shard, parameter) for shard in update]) if is_sharded else update
+        rows, columns = parameter.shape
+        matrices = full.reshape(-1, rows // group.get("num_matrices", 1), columns)
+        result = orthogonalize(matrices, **settings).reshape(full.shape)
+        return torch.stack([local_shard(shard_like(x, parameter)) for x in result]) if is_sharded else result
 
 
 def orthogonalize(x: Tensor, *, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float) -> Tensor:
@@ -106,9 +111,9 @@ def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def _adjustment(group: dict[str, Any], shape: torch.Size) -> float:
-    """Return the multiplier of the learning rate for matrices of a shape; see `torch.optim.Muon`."""
-    rows, columns = shape
+def _adjustment(group: dict[str, Any], parameter: Tensor) -> float:
+    """Return the multiplier of the learning rate for a parameter's shape; see `torch.optim.Muon`."""
+    rows, columns = parameter.shape[0] // group.get("num_matrices", 1), parameter.shape[1]
     if group["adjust_lr_fn"] == "match_rms_adamw":  # the size of AdamW's typical update (Liu et al. 2025)
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))

@@ -80,7 +80,7 @@ class NanGuard:
             skipped = torch.maximum(skipped, self._is_spike(values[0], self.spike_zscore))
             self._update_history(values[0], accepted=1.0 - skipped)
         if self._is_fused:
-            for optimizer in members(self.optimizer):
+            for optimizer in (self.optimizer, *members(self.optimizer)):
                 optimizer.found_inf = skipped  # type: ignore[attr-defined]
         return torch.cat([non_finite[None], skipped[None], values])
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from homebrew.errors import ConfigError
 from homebrew.model.gpt import GPT
 from homebrew.model.lora import lora_layers
-from homebrew.optim.combined import combine
 from homebrew.optim.muon import Muon
 
 
@@ -36,9 +35,9 @@ def adamw(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=_can_fuse(groups))
 
 
-def muon(
+def muon_and_adamw(
     model: GPT, *, learning_rate: float, momentum: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
+) -> list[torch.optim.Optimizer]:
     """Build Muon for the matrices of the blocks, and AdamW for all other parameters.
 
     Orthogonalizing suits matrices that map activations to activations. The rows of an embedding, also of the head,
@@ -52,15 +51,19 @@ def muon(
             "optimizer='muon' does not support LoRA: it would orthogonalize an adapter's two factors, not their "
             "product. Use optimizer='adamw', the default."
         )
-    matrices = [p for p in model.transformer.h.parameters() if p.requires_grad and p.dim() == 2]
-    is_matrix = {id(parameter) for parameter in matrices}
+    matrices = [(name, p) for name, p in model.transformer.h.named_parameters() if p.requires_grad and p.dim() == 2]
+    is_matrix = {id(parameter) for _, parameter in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_matrix]
+    groups = [
+        {"params": [p for name, p in matrices if "c_attn" in name], "num_matrices": 3},  # query, key, value
+        {"params": [p for name, p in matrices if "c_attn" not in name], "num_matrices": 1},
+    ]
     optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
-        optimizers.append(Muon(matrices, learning_rate, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"))
+    if groups := [group for group in groups if group["params"]]:
+        optimizers.append(Muon(groups, learning_rate, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"))
     if others:
         optimizers.append(adamw(others, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay))
-    return combine(optimizers)
+    return optimizers
 
 
 def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -25,7 +25,7 @@ class OptimizerModes:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizers: list[Any] = [
             member
-            for member in members(optimizer)
+            for member in dict.fromkeys([optimizer, *members(optimizer)])
             if all(callable(getattr(member, name, None)) for name in ("train", "eval"))
         ]
         self._is_training = False

@@ -25,12 +25,13 @@ from homebrew.errors import ConfigError
 from homebrew.metrics.throughput import ThroughputMeter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
+from homebrew.optim.averaged import AveragedOptimizer
 from homebrew.optim.combined import combine
 from homebrew.training.batch_size import BatchPlan, plan_batch_for_device
 from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compile_model
 from homebrew.training.global_settings import allow_tf32
 from homebrew.training.nan_guard import NanGuard
-from homebrew.training.optimizer import adamw, check_trainable, muon
+from homebrew.training.optimizer import adamw, check_trainable, muon_and_adamw
 from homebrew.training.optimizer_probe import check_future_state
 from homebrew.training.schedule import Schedule, multiplier_at
 from homebrew.training.step_logger import StepLogger
@@ -153,10 +154,14 @@ def build_optimizer(model: GPT, config: TrainerConfig) -> torch.optim.Optimizer:
     """Build the optimizer that the config names."""
     learning_rate, betas, weight_decay = config.peak_learning_rate(), config.betas, config.weight_decay
     if config.optimizer == "adamw":
-        return adamw(model.parameters(), learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
-    return muon(
-        model, learning_rate=learning_rate, momentum=config.muon_momentum, betas=betas, weight_decay=weight_decay
-    )
+        optimizers: list[torch.optim.Optimizer] = [
+            adamw(model.parameters(), learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
+        ]
+    else:
+        optimizers = muon_and_adamw(
+            model, learning_rate=learning_rate, momentum=config.muon_momentum, betas=betas, weight_decay=weight_decay
+        )
+    return combine(optimizers) if config.ema_decay is None else AveragedOptimizer(optimizers, config.ema_decay)
 
 
 def build_callbacks(callbacks: Sequence[Callback], *, progress: bool) -> list[Callback]:

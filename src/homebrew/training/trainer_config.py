@@ -48,6 +48,9 @@ class TrainerConfig:
     """Final learning rate, as a fraction of `learning_rate`. Default: 0.1 for "cosine", otherwise 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the first and second moments."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, such as 0.99. The average is evaluated, sampled and saved
+    in place of the last weights. It helps where the learning rate does not end at 0. Default: no average."""
     muon_momentum: float = 0.95
     """Muon's decay of the gradients' running mean."""
     weight_decay: float = 0.1
@@ -218,6 +221,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("weight_decay", "a finite number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf),
     ("decay_fraction", "a number between 0 and 1", _is_fraction),
     ("min_lr_ratio", "a number between 0 and 1, or None", lambda value: value is None or _is_fraction(value)),
+    (
+        "ema_decay",
+        "a number of at least 0 and less than 1, or None",
+        lambda value: value is None or (_is_fraction(value) and value < 1),
+    ),
     ("muon_momentum", "a number of at least 0 and less than 1", lambda value: _is_fraction(value) and value < 1),
     ("optimizer", "one of 'adamw', 'muon'", lambda value: _is_one_of(value, "adamw", "muon")),
     ("lr_schedule", "one of 'cosine', 'linear', 'wsd'", lambda value: _is_one_of(value, "cosine", "linear", "wsd")),

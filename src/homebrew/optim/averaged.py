@@ -1,0 +1,58 @@
+"""An exponential moving average of the weights, to evaluate and save in place of the weights themselves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from homebrew.optim.combined import CombinedOptimizer
+
+
+class AveragedOptimizer(CombinedOptimizer):
+    """Optimizers that also average the weights: average = decay · average + (1 - decay) · weight after each step.
+
+    It has the modes of schedule-free optimizers: `eval()` replaces the weights by their average, and the Trainer
+    restores them after `train()`.
+
+    Args:
+        optimizers: Optimizers, no two of which have a parameter in common.
+        decay: Decay of the average, below 1. The average is over about the last 1 / (1 - decay) steps.
+    """
+
+    found_inf: Tensor | None = None
+    """If set, a scalar on the device: the next steps change nothing if it is 1."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], decay: float) -> None:
+        super().__init__(optimizers)
+        for group in self.param_groups:
+            group["ema_decay"] = decay  # a setting, which a resumed run must share
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - as in PyTorch
+        """Take a step and update the average; return the closure's result."""
+        loss = super().step(closure)
+        for group in self.param_groups:
+            self._update_average([p for p in group["params"] if p.requires_grad], group["ema_decay"])
+        return loss
+
+    @torch.no_grad()
+    def _update_average(self, parameters: Sequence[Tensor], decay: float) -> None:
+        for parameter in parameters:
+            if "average" not in self.state[parameter]:
+                self.state[parameter]["average"] = parameter.clone()
+        averages = [self.state[parameter]["average"] for parameter in parameters]
+        weight: Any = 1 - decay
+        if self.found_inf is not None:
+            weight = weight * (1 - self.found_inf)
+        if averages:
+            torch._foreach_lerp_(averages, list(parameters), weight)
+
+    def train(self) -> None:
+        """Do nothing: the Trainer restores the weights."""
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Replace the weights by their average."""
+        for parameter, state in self.state.items():
+            if "average" in state:
+                parameter.copy_(state["average"])

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from homebrew import Muon
+from homebrew.optim.averaged import AveragedOptimizer
+
+
+def build(decay=0.75):
+    parameters = [torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(6))]
+    optimizers = [Muon(parameters[:1], lr=0.1), torch.optim.AdamW(parameters[1:], lr=0.1, fused=True)]
+    return parameters, AveragedOptimizer(optimizers, decay)
+
+
+def step(parameters, optimizer, value=1.0):
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, value)
+    optimizer.step()
+
+
+def test_the_average_starts_at_the_first_weights_and_decays():
+    parameters, optimizer = build()
+    step(parameters, optimizer)
+    expected = [parameter.clone() for parameter in parameters]
+    for _ in range(3):
+        step(parameters, optimizer)
+        expected = [0.75 * average + 0.25 * weight for average, weight in zip(expected, parameters, strict=True)]
+    optimizer.eval()
+    for parameter, average in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter, average)
+
+
+@pytest.mark.parametrize("is_skipped", [0.0, 1.0])
+def test_a_skipped_step_does_not_move_the_average(is_skipped):
+    parameters, optimizer = build()
+    step(parameters, optimizer)
+    step(parameters, optimizer)
+    before = optimizer.state[parameters[0]]["average"].clone()
+    for member in (optimizer, *optimizer.optimizers):
+        member.found_inf = torch.tensor(is_skipped)
+    step(parameters, optimizer)
+    assert torch.equal(optimizer.state[parameters[0]]["average"], before) == bool(is_skipped)
+
+
+def test_frozen_parameters_have_no_average():
+    parameters, optimizer = build()
+    parameters[1].requires_grad_(False)
+    step(parameters, optimizer)
+    assert "average" not in optimizer.state[parameters[1]]
