@@ -20,6 +20,7 @@ import torch
 import tyro
 from harness import DEVICE, Implementation, Report, format_number, measure_interleaved, measure_matmul_flops
 from implementations import homebrew_trainer, nanogpt_loop, random_ids
+from learning import parse_settings
 
 from homebrew import (
     GPT,
@@ -58,8 +59,9 @@ class Options:
     """Tiny Shakespeare as a text file. Default: downloaded and cached."""
     max_steps: int = 5000
     """Steps of a complete run, and of its learning-rate decay."""
-    our_max_steps: int | None = None
-    """The same for homebrew only. Default: max_steps."""
+    ours: str = ""
+    """Settings of homebrew's complete runs as "key=value,key=value": fields of TrainerConfig, or dropout. Default:
+    nanoGPT's."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     eval_every: int = 250
@@ -172,9 +174,11 @@ def losses(lines: Iterator[str] | None, log: list[str]) -> Iterator[tuple[int, f
 
 def homebrew_command(options: Options, folder: Path) -> tuple[list[str], Path]:
     """Return the command that runs homebrew's training, and its working directory."""
-    steps = options.our_max_steps or options.max_steps
-    arguments = ["--train-homebrew", folder / "run", "--max-steps", steps, "--batch", options.batch]
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout", "learning_rate", "eval_every", "stride"):
+    arguments = ["--train-homebrew", folder / "run", "--ours", options.ours]
+    for name in (
+        *("n_layer", "n_head", "n_embd", "block_size", "batch", "dropout"),
+        *("max_steps", "learning_rate", "eval_every", "stride"),
+    ):
         arguments += [f"--{name.replace('_', '-')}", getattr(options, name)]
     arguments += ["--text", options.text.resolve()] if options.text else []
     return [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)], Path.cwd()
@@ -193,22 +197,20 @@ class _PrintEvalLoss(Callback):
 
 
 def train_homebrew(options: Options, folder: Path) -> None:
-    """Train with nanoGPT's settings in homebrew."""
+    """Train in homebrew with nanoGPT's settings, where `ours` has no other."""
+    ours = parse_settings(options.ours)
+    changes = {"dropout": ours.pop("dropout")} if "dropout" in ours else {}
     train_text, val_text = split_text(options)
     tokenizer = get_tokenizer("char", text=train_text + val_text)
-    config = GPTConfig(**{**model_config(options).__dict__, "vocab_size": tokenizer.vocab_size})
+    config = GPTConfig(**{**model_config(options).__dict__, "vocab_size": tokenizer.vocab_size} | changes)
     train = TokenDataset.from_text(train_text, config.block_size, tokenizer=tokenizer, stride=options.stride)
     val = TokenDataset.from_text(val_text, config.block_size, tokenizer=tokenizer)
-    settings = TrainerConfig(
-        output_dir=folder,
-        max_steps=options.max_steps,
-        micro_batch_size=options.batch,
-        learning_rate=options.learning_rate,
-        betas=(0.9, 0.99),
-        warmup_steps=min(100, options.max_steps // 10),
-        eval_every=options.eval_every,
+    settings = {"max_steps": options.max_steps, "learning_rate": options.learning_rate, "betas": (0.9, 0.99)} | ours
+    settings = {"warmup_steps": min(100, settings["max_steps"] // 10)} | settings
+    trainer_config = TrainerConfig(
+        output_dir=folder, micro_batch_size=options.batch, eval_every=options.eval_every, **settings
     )
-    Trainer(GPT(config), train, val, config=settings, callbacks=[_PrintEvalLoss()]).train()
+    Trainer(GPT(config), train, val, config=trainer_config, callbacks=[_PrintEvalLoss()]).train()
 
 
 def nanogpt_command(options: Options, folder: Path) -> tuple[list[str], Path]:
