@@ -1,4 +1,5 @@
 from dataclasses import astuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def test_the_defaults_are_those_of_gpt2_small():
     [
         ({"n_layer": 0}, "n_layer=0"),
         ({"vocab_size": -1}, "vocab_size=-1"),
+        ({"vocab_size": 2**24 + 1}, "vocab_size=16777217.* 1 to 16,777,216"),
         ({"block_size": 2.5}, "block_size=2.5"),
         ({"n_head": True}, "n_head=True"),
         ({"n_embd": 100, "n_head": 3}, r"n_embd=100 is not a multiple of n_head=3.*99 and 102"),
@@ -62,11 +64,22 @@ def test_preset_fields_can_be_overridden():
 def test_the_limits_of_each_field_are_valid():
     GPTConfig(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, dropout=0, eos_token_id=0)
     GPTConfig(vocab_size=256, dropout=0.999, eos_token_id=255)
+    GPTConfig(block_size=2**24, vocab_size=2**24, n_layer=2**24, n_head=2**24, n_embd=2**24)
     GPTConfig(eos_token_id=-1)
 
 
 def test_configs_that_differ_only_in_the_end_of_text_are_equal():
     assert GPTConfig(eos_token_id=1) == GPTConfig(eos_token_id=2)
+
+
+@pytest.mark.parametrize(
+    ("eos_token_id", "of_tokenizer", "expected"),
+    [(None, 7, 7), (None, None, None), (5, 7, 5), (0, 7, 0), (-1, 7, None)],
+)
+def test_the_models_own_end_of_text_has_precedence(eos_token_id, of_tokenizer, expected):
+    config = GPTConfig(eos_token_id=eos_token_id)
+    assert config.end_of_text_id(SimpleNamespace(end_of_text_id=of_tokenizer)) == expected
+    assert config.end_of_text_id(None) == (None if eos_token_id is None else expected)
 
 
 @pytest.mark.parametrize(("vocab_size", "padded"), [(1, 128), (127, 128), (128, 128), (129, 256), (50_257, 50_304)])
