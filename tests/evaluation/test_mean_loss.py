@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -36,6 +38,36 @@ def test_each_target_counts_once():
 
 def test_the_total_is_exact_beyond_the_precision_of_float32():
     assert evaluate(FirstId(), [(2**24, 1), (1, 1)]) == ((2**24 + 1) / 2, 2)
+
+
+def test_the_totals_of_all_ranks_are_added(monkeypatch):
+    """As if a second rank had evaluated the same samples."""
+    monkeypatch.setattr(Accelerator, "reduce", lambda self, totals, reduction: {"sum": 2 * totals}[reduction])
+    assert evaluate(FirstId(), [(10, 4), (20, 2)]) == (80 / 6, 12)
+
+
+def test_the_device_is_not_waited_for_until_the_end():
+    """The meta device has no values to wait for."""
+    reduced = []
+
+    def reduce(totals, reduction):
+        reduced.append(totals.device.type)
+        return torch.tensor([6.0, 3.0])
+
+    device = torch.device("meta")
+    accelerator = SimpleNamespace(device=device, process_index=0, num_processes=1, is_fsdp2=False, reduce=reduce)
+    dataset = TokenDataset.from_tokens(torch.arange(33), 8)
+    options = {"micro_batch_size": 1, "vocab_size": 33, "max_batches": None, "eager": False}
+    assert mean_loss(accelerator, FirstId(), dataset, **options) == (2.0, 3)
+    assert reduced == ["meta"]
+
+
+def test_gathered_weights_are_freed_after_the_evaluation(monkeypatch):
+    freed, model = [], FirstId()
+    monkeypatch.setattr("homebrew.evaluation.mean_loss.reshard", lambda accelerator, wrapped: freed.append(wrapped))
+    model.register_forward_pre_hook(lambda *_: freed.clear())
+    evaluate(model, [(1, 1), (2, 1)])
+    assert freed == [model]
 
 
 def test_dropout_is_disabled_and_the_gradient_is_not_computed():
