@@ -1,4 +1,7 @@
 import weakref
+from contextlib import nullcontext
+from dataclasses import astuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,11 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import ONE_LAYER, make_trainer
 
-from homebrew import GPT, GPTConfig
+from homebrew import GPT, GPTConfig, TrainerConfig
 from homebrew.distributed.accelerator import build_accelerator
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.training import batch_size
-from homebrew.training.batch_size import BatchPlan, fit_micro_batch_size, largest_that_fits, plan_batch
+from homebrew.training.batch_size import (
+    BatchPlan,
+    fit_micro_batch_size,
+    largest_that_fits,
+    plan_batch,
+    plan_batch_for_device,
+)
 
 
 def plan(**changes):
@@ -30,11 +39,27 @@ def test_accumulation_steps_follow_from_the_batch_sizes():
     assert plan().micro_batch_size == 64
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, BatchPlan(64, 64, 1)),
+        ({"num_processes": 3}, BatchPlan(192, 64, 1)),
+        ({"block_size": 1000}, BatchPlan(65, 65, 1)),
+        ({"block_size": 65_537}, BatchPlan(1, 1, 1)),
+        ({"micro_batch_size": 8, "num_processes": 3}, BatchPlan(24, 8, 1)),
+    ],
+)
+def test_without_a_global_batch_each_rank_has_one_micro_batch(changes, expected):
+    assert plan(global_batch_tokens=None, **changes) == expected
+
+
 def test_a_global_batch_that_does_not_divide_is_an_error_with_the_nearest_valid_values():
-    with pytest.raises(ConfigError, match="512000 and 522240"):
+    with pytest.raises(ConfigError, match=r"=520000 .* 5 × block_size 1024 .* 2 process.* 512000 and 522240"):
         plan(micro_batch_size=5, num_processes=2, global_batch_tokens=520_000)
-    with pytest.raises(ConfigError, match="8192"):
+    with pytest.raises(ConfigError, match=r"=100 .* 8 × .* smallest .* 8192"):
         plan(micro_batch_size=8, global_batch_tokens=100)
+    with pytest.raises(ConfigError, match=r"=1025 .* 1 × .* 1024 and 2048"):
+        plan(global_batch_tokens=1025)
 
 
 @given(
@@ -50,6 +75,7 @@ def test_a_plan_has_exactly_the_global_batch(sequences_per_process, num_processe
         num_processes=num_processes,
         micro_batch_tokens=micro_batch_tokens,
     )
+    assert {type(size) for size in astuple(batch)} == {int}  # they are logged
     assert batch.global_batch_size == sequences_per_process * num_processes
     assert batch.micro_batch_size * batch.accumulation_steps * num_processes == batch.global_batch_size
     assert batch.micro_batch_size == 1 or batch.micro_batch_size * block_size <= micro_batch_tokens
@@ -65,6 +91,94 @@ def test_bisection_finds_the_largest_size_that_fits(num_fitting):
 
     assert largest_that_fits(sizes, fits) == (sizes[num_fitting - 1] if num_fitting else None)
     assert len(tried) <= 3
+
+
+def one_of(num_processes, device="cpu", *, is_fsdp2=False):
+    """Return the Accelerator of a rank of several that all get the same results."""
+    return SimpleNamespace(
+        device=torch.device(device),
+        num_processes=num_processes,
+        is_fsdp2=is_fsdp2,
+        autocast=nullcontext,
+        reduce=lambda tensor, reduction: {"sum": num_processes * tensor}[reduction],
+    )
+
+
+class MeanEmbedding(torch.nn.Embedding):
+    """A model with one trained parameter, of 400 values."""
+
+    def __init__(self):
+        super().__init__(50, 8)
+        self.frozen = torch.nn.Parameter(torch.zeros(30), requires_grad=False)
+
+    def forward(self, input_ids, targets):
+        return super().forward(input_ids).mean()
+
+
+@pytest.mark.parametrize(
+    ("device", "default_tokens", "most"), [("cpu", 4096, 256), ("mps", 4096, 8192), ("cuda", 65_536, 8192)]
+)
+def test_the_default_micro_batch_depends_on_the_device(monkeypatch, device, default_tokens, most):
+    """With "auto", larger ones are tried on a GPU only: running out of memory on a CPU ends the process."""
+    accelerator, model = one_of(2, device), GPT(ONE_LAYER)
+    monkeypatch.setattr(batch_size, "fit_micro_batch_size", lambda *args, **options: (*args, options))
+    default = default_tokens // 16
+    planned = BatchPlan(8192, default, 4096 // default)
+    for size, expected in (
+        (None, planned),
+        (512, BatchPlan(8192, 512, 8)),
+        ("auto", (accelerator, model, planned, {"sequence_length": 16, "most": most})),
+    ):
+        config = TrainerConfig(output_dir="x", max_steps=1, micro_batch_size=size, global_batch_tokens=8192 * 16)
+        assert plan_batch_for_device(accelerator, model, config, 16) == expected
+    config = TrainerConfig(output_dir="x", max_steps=1)
+    assert plan_batch_for_device(accelerator, model, config, 1) == BatchPlan(2 * default_tokens, default_tokens, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "is_fsdp2", "num_reserved"),
+    [(1, False, 800), (2, False, 1200), (4, False, 1200), (1, True, 800), (4, True, 200)],
+)
+def test_a_trial_reserves_memory_for_the_optimizer_state(monkeypatch, num_processes, is_fsdp2, num_reserved):
+    """AdamW has two moments, which FSDP shards, and DDP a copy of the gradients."""
+    model, reserved, new_empty = MeanEmbedding(), [], torch.Tensor.new_empty
+
+    def reserve(parameter, size):
+        tensor = new_empty(parameter, size)
+        reserved.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(torch.nn.Parameter, "new_empty", reserve)
+    sizes = []
+    model.register_forward_pre_hook(lambda *_: sizes.append(sum(tensor().numel() for tensor in reserved)))
+    accelerator, batch = one_of(num_processes, is_fsdp2=is_fsdp2), BatchPlan(num_processes, 1, 1)
+    assert fit_micro_batch_size(accelerator, model, batch, sequence_length=16, most=1) == batch
+    assert sizes == [num_reserved] * 2
+
+
+def test_a_trial_accumulates_gradients_as_in_training():
+    model, passes = MeanEmbedding().eval(), []
+    model.register_forward_pre_hook(lambda *_: passes.append((model.training, model.weight.grad is None)))
+    fit_micro_batch_size(one_of(1), model, BatchPlan(1, 1, 1), sequence_length=16, most=1)
+    assert passes == [(True, True), (True, False)]
+    assert not model.training
+
+
+def test_a_trial_runs_on_the_device_of_the_accelerator():
+    devices = []
+    accelerator = one_of(1, "meta")
+    accelerator.reduce = lambda tensor, reduction: devices.append(tensor.device.type) or torch.ones(())
+    model = MeanEmbedding().to("meta")
+    model.register_forward_pre_hook(lambda module, inputs: devices.extend(ids.device.type for ids in inputs))
+    fit_micro_batch_size(accelerator, model, BatchPlan(1, 1, 1), sequence_length=16, most=1)
+    assert devices == ["meta"] * 5
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, 1), (2, 1), (3, 3), (8, 3), (9, 9), (18, 9)])
+def test_a_trial_is_not_larger_than_allowed_and_divides_the_share_of_a_rank(most, expected):
+    plan = fit_micro_batch_size(one_of(2), MeanEmbedding(), BatchPlan(18, 1, 9), sequence_length=16, most=most)
+    assert plan == BatchPlan(18, expected, 9 // expected)
+    assert type(plan.accumulation_steps) is int  # it is logged
 
 
 def run_out_of_memory_beyond(max_sequences):
@@ -104,10 +218,9 @@ def test_auto_needs_a_global_batch(tmp_path):
 
 
 def test_a_step_that_runs_out_of_memory_is_an_error_with_advice(tmp_path):
-    with pytest.raises(TrainingError, match=r"micro_batch_size=6\. .*3 or 'auto'"):
-        make_limited_trainer(tmp_path / "6", max_sequences=5, micro_batch_size=6).train()
-    with pytest.raises(TrainingError, match=r"micro_batch_size=1\. .*activation_checkpointing=True"):
-        make_limited_trainer(tmp_path / "1", max_sequences=0, micro_batch_size=1).train()
+    for size, advice in ((4, "Lower micro_batch_size: 2 or 'auto'"), (2, "Lower micro_batch_size: 1 or"), (1, "Set")):
+        with pytest.raises(TrainingError, match=rf"micro_batch_size={size}\. {advice} .*activation_checkpointing=True"):
+            make_limited_trainer(tmp_path / str(size), max_sequences=size - 1, micro_batch_size=size).train()
 
 
 def test_memory_of_a_failed_trial_is_freed_before_the_peak_is_reset(monkeypatch):
@@ -117,7 +230,8 @@ def test_memory_of_a_failed_trial_is_freed_before_the_peak_is_reset(monkeypatch)
     def remember_activation(module, inputs, output):
         references.append(weakref.ref(output))
 
-    def count_alive(**_):
+    def count_alive(*, garbage_collection):
+        assert garbage_collection
         num_alive.append(sum(reference() is not None for reference in references))
 
     monkeypatch.setattr(batch_size, "clear_device_cache", count_alive)

@@ -104,7 +104,7 @@ def fit_micro_batch_size(
         TrainingError: Not even one sequence fits.
     """
     share = plan.global_batch_size // accelerator.num_processes
-    sizes = [size for size in range(1, share + 1) if share % size == 0 and size <= max(1, most)]
+    sizes = [size for size in range(1, most + 1) if share % size == 0]
 
     def fits(size: int) -> bool:
         fits_here = _fits(accelerator, model, size, sequence_length)
