@@ -136,6 +136,69 @@ def test_gathering_several_batches_at_a_time_gives_the_same_batches(monkeypatch,
             assert targets.is_contiguous()
 
 
+@pytest.mark.parametrize(("micro_batch_size", "num_windows"), [(4, 1024), (2048, 2048)])
+def test_at_most_2_to_the_18_tokens_or_one_batch_are_gathered_at_a_time(monkeypatch, micro_batch_size, num_windows):
+    dataset, gathered, batch = TokenDataset.from_tokens(torch.arange(2561), 256), [], TokenDataset.batch
+    monkeypatch.setattr(TokenDataset, "batch", lambda self, ids: gathered.append(len(ids)) or batch(self, ids))
+    options = {"micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size}
+    list(islice(loader(dataset, **options).steps(0), 2 * num_windows // micro_batch_size))
+    assert gathered == [num_windows] * 2
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("global_batch_size", "block"), [(8, 40), (12, 36), (48, 48)])
+def test_indices_of_several_steps_are_computed_at_a_time(monkeypatch, num_ranks, global_batch_size, block):
+    num_computed, computed = [], []
+
+    def record(positions, *args):
+        num_computed.append(len(positions))
+        computed.extend(positions.tolist())
+        return sample_indices(positions, *args)
+
+    monkeypatch.setattr(loader_module, "sample_indices", record)
+    monkeypatch.setattr(loader_module, "SAMPLES_PER_BLOCK", 40)
+    for rank in range(num_ranks):
+        options = {"rank": rank, "num_ranks": num_ranks, "global_batch_size": global_batch_size}
+        list(islice(loader(**options).steps(100), 2 * block // global_batch_size))
+    assert num_computed == [block // num_ranks] * 2 * num_ranks
+    assert sorted(computed) == list(range(100, 100 + 2 * block))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "device", "nbytes", "copied"),
+    [
+        (TOKENS, "cuda", 2 * 1024**3, ["cuda"]),
+        (TOKENS, "cuda", 2 * 1024**3 + 1, []),
+        (TOKENS, "cpu", 1, []),
+        (CustomDataset(), "cuda", 1, []),
+    ],
+)
+def test_a_token_dataset_of_up_to_2_gib_is_copied_to_a_gpu(monkeypatch, dataset, device, nbytes, copied):
+    copies = []
+    monkeypatch.setattr(TokenDataset, "nbytes", nbytes)
+    monkeypatch.setattr(TokenDataset, "to", lambda self, device: copies.append(device.type) or self)
+    loader(dataset, device=torch.device(device))
+    assert copies == copied
+
+
+@pytest.mark.parametrize("dataset", [CustomDataset(), TOKENS])
+def test_batches_are_copied_to_a_gpu_asynchronously_from_pinned_memory(monkeypatch, dataset):
+    monkeypatch.setattr(loader_module, "MAX_RESIDENT_BYTES", 0)
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+
+    def copy(self, device, *, non_blocking):
+        assert non_blocking
+        if device.type == "cuda":
+            copied.append(self)
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    next(loader(dataset, device=torch.device("cuda")).steps(0))
+    assert copied
+    assert [id(tensor) for tensor in pinned] == [id(tensor) for tensor in copied]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("max_resident_bytes", [0, loader_module.MAX_RESIDENT_BYTES])
 def test_token_files_and_memory_give_the_same_batches(tmp_path, monkeypatch, device, max_resident_bytes):
@@ -173,6 +236,10 @@ class BatchedDataset(CustomDataset):
 
 def targets(number, first=0, **options):
     return [torch.cat([each for _, each in step]) for step in islice(loader(**options).steps(8 * first), number)]
+
+
+class InheritedBatches(BatchedDataset):
+    """A subclass that implements neither of the methods that read samples."""
 
 
 class MaskedDataset(TokenDataset):
@@ -253,9 +320,10 @@ def test_random_numbers_of_a_sample_depend_on_the_seed():
     assert not torch.equal(*(targets(1, dataset=one_sample, seed=seed)[0] for seed in (3, 4)))
 
 
-def test_a_dataset_that_reads_batches_is_seeded_by_the_first_sample_of_each():
-    assert not torch.equal(*(targets(1, dataset=each)[0] for each in (NOISY, BatchedDataset())))
-    one_by_one = [targets(9, dataset=each, micro_batch_size=1) for each in (NOISY, BatchedDataset())]
+@pytest.mark.parametrize("dataset", [BatchedDataset(), InheritedBatches()])
+def test_a_dataset_that_reads_batches_is_seeded_by_the_first_sample_of_each(dataset):
+    assert not torch.equal(*(targets(1, dataset=each)[0] for each in (NOISY, dataset)))
+    one_by_one = [targets(9, dataset=each, micro_batch_size=1) for each in (NOISY, dataset)]
     assert all(map(torch.equal, *one_by_one))
 
 
@@ -387,7 +455,7 @@ def test_an_exhausted_iterator_in_the_dataset_is_named(num_workers):
 @pytest.mark.parametrize(
     ("transform", "message"),
     [
-        (lambda ids: (ids + 1000, ids), "input_ids from .* to .*, but the model's vocabulary is 0 to 999"),
+        (lambda ids: (ids + 1000, ids), "A batch has input_ids from .* to .*, but the model's vocabulary is 0 to 999"),
         (lambda ids: (ids, ids - 100), "targets from -"),
         (lambda ids: (ids[1:], ids[1:]), r"have \[3, 4\] tokens"),
         (lambda ids: (ids, ids[1:]), "A sample is .* but must be"),

@@ -1,10 +1,10 @@
 """Batches for training and evaluation. The samples of a training step are a pure function of (seed, step)."""
 
 import signal
-from collections.abc import Generator, Iterator, Sized
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ class StepLoader:
         if type(dataset) is TokenDataset and device.type == "cuda" and dataset.nbytes <= MAX_RESIDENT_BYTES:
             dataset = dataset.to(device)
         self._dataset = dataset
-        self._num_samples = len(cast("Sized", dataset))
+        self._num_samples = len(dataset)  # type: ignore[arg-type]
         self._seed = seed
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
@@ -82,7 +82,7 @@ class StepLoader:
         self._num_ranks = num_ranks
         self._device = device
         self._num_workers = num_workers
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = timeout_seconds if num_workers else 0
         self._vocab_size = vocab_size
 
     def steps(self, first_position: int) -> Generator[list[Batch]]:
@@ -107,11 +107,11 @@ class StepLoader:
     def _blocks(self, first_position: int) -> Iterator[SampleBlock]:
         num_steps = max(1, SAMPLES_PER_BLOCK // self._global_batch_size)
         size = num_steps * self._global_batch_size
-        shape = (-1, self._num_ranks, self._micro_batch_size)
         for start in count(first_position, size):
-            positions = np.arange(start, start + size, dtype=np.int64)
-            indices = sample_indices(positions, self._num_samples, self._seed)
-            yield SampleBlock(positions.reshape(shape)[:, self._rank], indices.reshape(shape)[:, self._rank])
+            positions = np.arange(start, start + size).reshape(-1, self._num_ranks, self._micro_batch_size)
+            positions = positions[:, self._rank]
+            indices = sample_indices(positions.ravel(), self._num_samples, self._seed)
+            yield SampleBlock(positions, indices.reshape(positions.shape))
 
 
 def eval_batches(
@@ -129,7 +129,7 @@ def eval_batches(
     All batches have the same shape, and all ranks have the same number of batches. The last batches are padded with
     samples whose targets are `IGNORE_INDEX`. `max_batches` limits the number of batches on each rank.
     """
-    num_samples = len(cast("Sized", dataset))
+    num_samples = len(dataset)  # type: ignore[arg-type]
     num_batches = -(-num_samples // (micro_batch_size * num_ranks))
     positions = np.arange(num_batches * num_ranks * micro_batch_size)
     positions = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
@@ -176,10 +176,10 @@ def _read_batches(
         return _gather_windows(dataset, blocks, device)
     data_loader = DataLoader(
         SeededDataset(dataset, seed),
-        batch_sampler=cast("Any", _BatchSampler(blocks)),
+        batch_sampler=_batch_sampler(blocks),
         collate_fn=_Collate(vocab_size),
         num_workers=num_workers,
-        timeout=timeout_seconds if num_workers else 0,
+        timeout=timeout_seconds,
         worker_init_fn=_ignore_signals,
         # Without a generator of its own, the loader draws from the global one, and dropout would differ after a resume.
         generator=torch.Generator(),
@@ -217,16 +217,10 @@ def _ignore_signals(_worker_id: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-class _BatchSampler:
-    """Batch sampler for a DataLoader. A sample is identified by its position in the run and its dataset index."""
-
-    def __init__(self, blocks: Iterator[SampleBlock]) -> None:
-        self._blocks = blocks
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for block in self._blocks:
-            for positions, indices in zip(block.positions.tolist(), block.indices.tolist(), strict=True):
-                yield list(zip(positions, indices, strict=True))
+def _batch_sampler(blocks: Iterator[SampleBlock]) -> Iterator[list[list[int]]]:
+    """Yield the samples of each batch. A sample is identified by its position in the run and its dataset index."""
+    for block in blocks:
+        yield from np.stack(block, axis=-1).tolist()  # (num_batches, B, 2)
 
 
 class _Collate:
@@ -244,7 +238,8 @@ class _Collate:
                 f"The samples of a batch have {sorted(lengths)} tokens, but must have equal lengths. Pad the shorter "
                 f"ones, with {IGNORE_INDEX} as the targets."
             )
-        input_ids, targets = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
+        input_ids = torch.stack([input_ids for input_ids, _ in samples])
+        targets = torch.stack([targets for _, targets in samples])
         check_ids(input_ids, targets, "A batch", self._vocab_size)
         return input_ids, targets
 

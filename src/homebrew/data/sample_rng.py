@@ -26,7 +26,7 @@ class SeededDataset(Dataset[Any]):
         self._dataset = dataset
         self._seed = seed
 
-    def __getitems__(self, batch: Sequence[tuple[int, int]]) -> list[Any]:
+    def __getitems__(self, batch: Sequence[Sequence[int]]) -> list[Any]:
         """Read samples, given as pairs of a position in the run and an index in the dataset."""
         with restore_generators():
             if _reads_batches(type(self._dataset)):
@@ -62,10 +62,10 @@ def _reads_batches(dataset_class: type) -> bool:
 @contextmanager
 def restore_generators() -> Iterator[None]:
     """Restore the states of the global random generators of Python, NumPy and PyTorch (CPU) on exit."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
-        with torch.random.fork_rng(devices=[]):
-            yield
+        yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(pytorch)

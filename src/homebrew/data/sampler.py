@@ -16,7 +16,7 @@ def sample_indices(positions: NDArray[np.int64], num_samples: int, seed: int) ->
 
     Positions, (n,), int64, are counted from 0 over all epochs. The results are dataset indices, (n,), int64.
     """
-    epochs, values = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
+    epochs, values = np.divmod(positions, num_samples)
     half = (int(num_samples - 1).bit_length() + 1) // 2
     keys = _mix(_mix(np.array([seed], np.uint64)) ^ epochs.astype(np.uint64))
     values = values.astype(np.uint64)
