@@ -92,7 +92,7 @@ def score_text(
     last_start = len(ids) - 1 - window_length
     starts = torch.tensor([*range(0, last_start, stride), last_start])
     # Tokens scored before each window. The first token counts as scored, because it is never a target.
-    num_scored = torch.cat([torch.ones(1, dtype=torch.int64), starts[:-1] + window_length + 1])
+    num_scored = torch.cat([torch.tensor([1]), starts[:-1] + window_length + 1])
     windows = ids.unfold(0, window_length + 1, 1)
     nats, num_tokens = 0.0, 0
     with eval_mode(model):
