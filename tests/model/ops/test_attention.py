@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from homebrew.model.ops import attention
 from homebrew.model.ops.attention import causal_attention
@@ -45,3 +47,49 @@ def test_unfused_attention_applies_dropout():
     out = causal_attention(x, x, x, dropout=0.5, training=True)
     assert out.float().std() > 0.01
     assert torch.allclose(causal_attention(x, x, x, dropout=0.5, training=False).float(), x.float(), atol=0.01)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Return the order of preference of PyTorch's backends in each call of its fused attention so far."""
+    calls, fused = [], F.scaled_dot_product_attention
+
+    def record(*args, **kwargs):
+        calls.append(_cur_sdpa_kernel_backends(with_priority=True))
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "device", "is_fused"),
+    [
+        (torch.bfloat16, 9, "cpu", False),
+        (torch.bfloat16, 10, "cpu", True),
+        (torch.float32, 9, "cpu", True),
+        (torch.bfloat16, 9, "meta", True),  # stands for any other device
+    ],
+)
+def test_only_short_bfloat16_sequences_on_a_cpu_are_not_fused(
+    monkeypatch, fused_calls, dtype, length, device, is_fused
+):
+    monkeypatch.setattr(attention, "MAX_UNFUSED_CPU_LENGTH", 9)
+    x = torch.ones(1, 1, length, 4, dtype=dtype, device=device)
+    causal_attention(x, x, x, dropout=0.0, training=True)
+    assert len(fused_calls) == is_fused
+
+
+def test_only_training_changes_the_preferred_backends(fused_calls):
+    x = torch.ones(1, 1, 3, 4)
+    for training in (True, False):
+        causal_attention(x, x, x, dropout=0.0, training=training)
+    default = _cur_sdpa_kernel_backends(with_priority=True)
+    assert fused_calls == [attention.TRAINING_ATTENTION, default]
+    assert default != attention.TRAINING_ATTENTION
+
+
+def test_unfused_attention_ignores_the_default_device():
+    x = torch.ones(1, 1, 3, 4, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        assert causal_attention(x, x, x, dropout=0.0, training=False).device.type == "cpu"

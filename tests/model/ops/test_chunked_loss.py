@@ -11,6 +11,7 @@ from homebrew.model.ops import chunked_loss
 from homebrew.model.ops.chunked_loss import linear_cross_entropy
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+REQUESTED = [(True, True), (True, False), (False, True), (False, False)]
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +74,17 @@ def test_loss_and_gradients_match_for_any_cpu_chunk_size(monkeypatch, num_logits
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_loss_matches_the_reference(device):
-    case = *random_inputs(3, 9, 16, 65, 128, device=device), 65
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_loss_matches_the_eager_one(device, dtype, frozen):
+    hidden, weight, targets = random_inputs(3, 9, 16, 65, 128, device=device, dtype=dtype)
+    weight.requires_grad = not frozen
     backend = "aot_eager" if device == "cpu" else "inductor"
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=backend)
-    assert_matches_reference(compiled, case)
+    actual, expected = (
+        loss_and_gradients(function, hidden, weight, targets, 65) for function in (compiled, linear_cross_entropy)
+    )
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -109,6 +116,12 @@ def test_mean_excludes_ignored_targets():
     first_row_only[1] = IGNORE_INDEX
     actual = linear_cross_entropy(hidden, weight, first_row_only, 65)
     torch.testing.assert_close(actual, linear_cross_entropy(hidden[:1], weight, targets[:1], 65))
+
+
+def test_mean_of_a_single_target_is_its_loss():
+    hidden, weight, targets = random_inputs(1, 9, 16, 65, 128, ignored=1.1)
+    targets[0, 4] = 3
+    assert_matches_reference(linear_cross_entropy, (hidden, weight, targets, 65))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -155,12 +168,92 @@ def test_nan_input_gives_a_nan_loss():
     assert linear_cross_entropy(hidden, weight, targets, 65).isnan()
 
 
-def test_custom_operator_passes_opcheck():
-    hidden, weight, targets = random_inputs(2, 5, 8, 65, 128)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("grad_hidden", "grad_weight"), REQUESTED)
+def test_custom_operator_passes_opcheck(dtype, grad_hidden, grad_weight):
+    hidden, weight, targets = random_inputs(2, 5, 8, 65, 128, dtype=dtype)
     torch.library.opcheck(
         torch.ops.homebrew.linear_cross_entropy.default,
-        (hidden.detach().flatten(0, 1), weight.detach(), targets.flatten(), 65, True, True),
+        (hidden.detach().flatten(0, 1), weight.detach(), targets.flatten(), 65, grad_hidden, grad_weight),
     )
+
+
+@pytest.mark.parametrize(("grad_hidden", "grad_weight"), REQUESTED)
+def test_gradients_that_are_not_requested_are_empty(grad_hidden, grad_weight):
+    hidden, weight, targets = random_inputs(2, 5, 8, 65, 128)
+    total, d_hidden, d_weight = torch.ops.homebrew.linear_cross_entropy(
+        hidden.flatten(0, 1), weight, targets.flatten(), 65, grad_hidden, grad_weight
+    )
+    assert d_hidden.shape == ((10, 8) if grad_hidden else (0,))
+    assert d_weight.shape == ((128, 8) if grad_weight else (0,))
+    assert total.requires_grad
+    assert not d_hidden.requires_grad
+    assert not d_weight.requires_grad
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Return the results of `torch.mm` so far."""
+    products, mm = [], torch.mm
+
+    def record(*args, out):
+        products.append(mm(*args, out=out))
+        return out
+
+    monkeypatch.setattr(torch, "mm", record)
+    return products
+
+
+@pytest.mark.parametrize(
+    ("frozen", "max_logits", "lengths"),
+    [
+        (False, 10_000, [7, 7, 4]),
+        (True, 10_000, [3] * 6),
+        (False, 5 * 128 + 127, [5, 5, 5, 3]),
+        (True, 2 * 128, [2] * 9),
+        (False, 0, [1] * 18),
+    ],
+)
+def test_a_chunk_has_at_most_the_allowed_tokens_and_logits(monkeypatch, products, frozen, max_logits, lengths):
+    monkeypatch.setattr(chunked_loss, "CPU_CHUNK_LOGITS", max_logits)
+    hidden, weight, targets = random_inputs(2, 9, 16, 65, 128)
+    weight.requires_grad = not frozen
+    linear_cross_entropy(hidden, weight, targets, 65)
+    assert [len(product) for product in products if product.shape[1] == 128] == lengths
+
+
+def test_chunks_share_their_buffers(products):
+    hidden, weight, targets = random_inputs(2, 14, 16, 65, 128, dtype=torch.bfloat16)
+    linear_cross_entropy(hidden, weight, targets, 65)
+    for shape in ((7, 128), (128, 16)):  # logits, gradient of the weight
+        addresses = [product.data_ptr() for product in products if product.shape == shape]
+        assert len(addresses) == 4
+        assert len(set(addresses)) == 1
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_matrix_products_run_in_the_dtype_of_autocast(products, enabled):
+    hidden, weight, targets = random_inputs(2, 9, 16, 65, 128)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        linear_cross_entropy(hidden, weight, targets, 65)
+    assert {product.dtype for product in products} == {torch.bfloat16 if enabled else torch.float32}
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_loss_and_gradients_with_a_kernel_match_the_reference(with_gradient):
+    hidden, weight, targets = random_inputs(2, 9, 16, 65, 128)
+    if with_gradient:
+        assert_matches_reference(linear_cross_entropy, (hidden, weight, targets, 65))
+    else:
+        case = hidden.detach(), weight.detach(), targets, 65
+        torch.testing.assert_close(linear_cross_entropy(*case), reference_loss(*case))
+
+
+def test_rows_whose_logits_differ_by_orders_of_magnitude_are_exact():
+    hidden = torch.tensor([[[1e3], [-1e3]]], requires_grad=True)
+    weight = torch.linspace(1.0, 1.001, 128)[:, None].requires_grad_()
+    assert_matches_reference(linear_cross_entropy, (hidden, weight, torch.tensor([[3, 4]]), 65))
 
 
 def test_tied_weight_accumulates_both_gradients():

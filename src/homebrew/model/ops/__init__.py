@@ -15,5 +15,11 @@
 
 import importlib.util
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-"""Whether the kernels can run on a GPU. Triton is only imported when they do."""
+from torch import Tensor
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Return whether operations on `x` use Triton kernels, which need a GPU. Triton is only imported if they do."""
+    return x.is_cuda and _HAS_TRITON

@@ -38,7 +38,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, trainin
 def _unfused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Attention as matrix products and a float32 softmax."""
     T = q.shape[2]
-    scores = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5  # (B, nh, T, T)
+    scores = q @ k.mT * k.shape[-1] ** -0.5  # (B, nh, T, T)
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)  # (T, T)
-    weights = scores.masked_fill(later, float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype)
+    weights = scores.masked_fill(later, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
     return F.dropout(weights, dropout) @ v  # (B, nh, T, hs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from homebrew.constants import IGNORE_INDEX
-from homebrew.model.ops import HAS_TRITON
+from homebrew.model.ops import uses_triton
 from homebrew.model.ops.autocast import compute_dtype
 
 CHUNK_TOKENS = 16_384
@@ -100,11 +100,9 @@ class _Buffers:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> None:
-        uses_kernel = hidden.is_cuda and HAS_TRITON
-        sums_in_matmul = hidden.is_cuda or hidden.dtype == _accumulation_dtype(weight.dtype)
         self.logits = hidden.new_empty(len(hidden), len(weight))
-        self.float32 = hidden.new_empty(len(hidden), 0 if uses_kernel else vocab_size, dtype=torch.float32)
-        self.product = hidden.new_empty((0,) if sums_in_matmul else weight.shape)
+        self.float32 = hidden.new_empty(len(hidden), 0 if uses_triton(hidden) else vocab_size, dtype=torch.float32)
+        self.product = hidden.new_empty(0)  # the first matrix product that needs it sets its shape
 
 
 def _add_matmul_inplace(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> None:
@@ -119,21 +117,16 @@ def _add_matmul_inplace(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> 
 
 def _allocate_grads(hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool) -> tuple[Tensor, Tensor]:
     d_hidden = hidden.new_empty(hidden.shape if grad_hidden else (0,))
-    d_weight = weight.new_empty(weight.shape if grad_weight else (0,), dtype=_accumulation_dtype(weight.dtype))
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32)  # of the chunks' gradients of the weight
+    d_weight = weight.new_empty(weight.shape if grad_weight else (0,), dtype=sum_dtype)
     return d_hidden, d_weight
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which the chunks' gradients of a weight are summed."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _setup_context(
     ctx: Any,  # noqa: ANN401 - autograd's context
-    inputs: tuple[Any, ...],
+    inputs: tuple[Any, ...],  # noqa: ARG001 - passed by name
     output: tuple[Tensor, ...],
 ) -> None:
-    ctx.weight_dtype = inputs[1].dtype
     _, d_hidden, d_weight = output
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.mark_non_differentiable(d_hidden, d_weight)
@@ -145,12 +138,11 @@ def _backward(
     grad_total: Tensor,
     *_: None,
 ) -> tuple[Tensor | None, ...]:
-    """Multiply the saved gradients by the loss's gradient, in float32: a bfloat16 factor would bias them all."""
-    dtypes = (ctx.saved_tensors[0].dtype, ctx.weight_dtype)
-    d_hidden, d_weight = (
-        (saved.float() * grad_total).to(dtype) if needed else None
-        for saved, dtype, needed in zip(ctx.saved_tensors, dtypes, ctx.needs_input_grad, strict=False)
-    )
+    """Multiply the saved gradients by the loss's gradient, in float32: a bfloat16 factor would bias them all.
+
+    Autograd casts the products to the inputs' dtypes, and ignores that of an input which needs no gradient.
+    """
+    d_hidden, d_weight = (saved.float() * grad_total for saved in ctx.saved_tensors)
     return d_hidden, d_weight, None, None, None, None
 
 
@@ -172,16 +164,16 @@ def _cross_entropy_inplace(
     Returns:
         The sum, a float32 scalar.
     """
-    if logits.is_cuda and HAS_TRITON:
+    if uses_triton(logits):
         from homebrew.model.ops.triton_kernels import cross_entropy_inplace
 
         return cross_entropy_inplace(logits, targets, vocab_size, with_gradient, IGNORE_INDEX)
     ignored = (targets == IGNORE_INDEX)[:, None]  # (n, 1)
     index = targets[:, None].masked_fill(ignored, 0)  # (n, 1)
     buffer.copy_(logits[:, :vocab_size])
-    buffer.sub_(buffer.amax(-1, keepdim=True))
+    buffer.sub_(buffer.amax(1, keepdim=True))
     target_logits = buffer.gather(1, index)  # (n, 1)
-    sums = buffer.exp_().sum(-1, keepdim=True)  # (n, 1)
+    sums = buffer.exp_().sum(1, keepdim=True)  # (n, 1)
     if with_gradient:
         buffer.div_(sums.masked_fill(ignored, torch.inf))  # softmax; 0 in rows with an ignored target
         buffer.scatter_add_(1, index, ignored.float() - 1.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from homebrew.model.ops import HAS_TRITON
+from homebrew.model.ops import uses_triton
 from homebrew.model.ops.autocast import compute_dtype
 
 
@@ -28,7 +28,7 @@ def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> 
     Returns:
         Tensor of shape (B, T, C).
     """
-    if not (x.is_cuda and HAS_TRITON):
+    if not uses_triton(x):
         return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
     x_rows = x.to(compute_dtype(x)).flatten(0, -2)  # (B·T, C)
     y: Tensor = FusedMLP.apply(x_rows, w_in, b_in, w_out, b_out)  # type: ignore[no-untyped-call]
@@ -54,16 +54,16 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's context
-        """Compute the gradients of the inputs that need one."""
+        """Compute the gradients of the inputs that need one. Autograd casts each to its input's dtype."""
         x, pre_gelu, w_in, w_out = ctx.saved_tensors
-        needs_x, needs_w_in, needs_b_in, needs_w_out, needs_b_out = ctx.needs_input_grad
+        needs_x, needs_w_in, _, needs_w_out, needs_b_out = ctx.needs_input_grad
         post_gelu, d_pre_gelu, d_b_in = _gelu_backward(pre_gelu, d_y @ w_out.to(d_y.dtype))  # (n, F), (n, F), (F,)
         return (  # under LoRA the weights are frozen, and the first block's input needs no gradient either
             d_pre_gelu @ w_in.to(d_y.dtype) if needs_x else None,
-            (d_pre_gelu.T @ x).to(w_in.dtype) if needs_w_in else None,
-            d_b_in.to(w_in.dtype) if needs_b_in else None,
-            (d_y.T @ post_gelu).to(w_out.dtype) if needs_w_out else None,
-            d_y.sum(0, dtype=torch.float32).to(w_out.dtype) if needs_b_out else None,
+            d_pre_gelu.T @ x if needs_w_in else None,
+            d_b_in,
+            d_y.T @ post_gelu if needs_w_out else None,
+            d_y.sum(0, dtype=torch.float32) if needs_b_out else None,
         )
 
 
