@@ -1,3 +1,4 @@
+import inspect
 import math
 from dataclasses import asdict
 
@@ -9,6 +10,8 @@ from transformers import GPT2LMHeadModel
 
 from homebrew.constants import IGNORE_INDEX
 from homebrew.errors import ConfigError, ModelError
+from homebrew.generation.generate import generate
+from homebrew.generation.sampling import Sampling
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 
@@ -191,20 +194,34 @@ def test_ids_outside_the_vocabulary_are_rejected(invalid, dtype):
 def test_inputs_of_another_dtype_are_rejected(dtype):
     model, ids = GPT(TINY), random_ids(TINY, 2, 4)
     for inputs in ((ids.to(dtype),), (ids.to(dtype), ids), (ids, ids.to(dtype))):
-        with pytest.raises(ModelError, match=str(dtype)):
+        with pytest.raises(ModelError, match=" and ".join(str(tensor.dtype) for tensor in inputs)):
             model(*inputs)
 
 
 def test_inputs_on_another_device_than_the_weights_are_rejected():
     ids = random_ids(TINY, 1, 4)
-    for model, inputs in [
-        (GPT(TINY), (ids.to("meta"),)),
-        (GPT(TINY), (ids, ids.to("meta"))),
-        (GPT(TINY).to("meta"), (ids, ids)),
+    for model, inputs, message in [
+        (GPT(TINY), (ids.to("meta"),), "input_ids are on the device meta, .*cpu"),
+        (GPT(TINY), (ids, ids.to("meta")), "targets are on the device meta, .*cpu"),
+        (GPT(TINY).to("meta"), (ids, ids), "input_ids are on the device cpu, .*meta"),
     ]:
         for forward in (model, torch.compile(model, backend="eager")):
-            with pytest.raises(ModelError, match=r"(?s)(cpu.*meta|meta.*cpu)"):
+            with pytest.raises(ModelError, match=message):
                 forward(*inputs)
+
+
+def test_compilation_gives_a_single_graph():
+    model, ids = GPT(TINY), random_ids(TINY, 2, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, ids), model(ids, ids))
+
+
+def test_the_default_device_does_not_matter():
+    model, ids = GPT(TINY), random_ids(TINY, 2, 4)
+    expected = model(ids, ids)
+    with torch.device("meta"):
+        assert torch.equal(model(ids, ids), expected)
 
 
 NOT_DENSE = {
@@ -220,14 +237,25 @@ NOT_DENSE = {
 @pytest.mark.parametrize("convert", NOT_DENSE.values(), ids=NOT_DENSE)
 def test_inputs_that_are_not_dense_are_rejected(convert):
     model, ids = GPT(TINY), random_ids(TINY, 1, 4)
-    for use in (model, lambda targets: model(ids, targets), lambda prompts: model.generate(prompts, 2)):
-        with pytest.raises(ModelError, match="dense"):
+    for name, use in [
+        ("input_ids", model),
+        ("targets", lambda targets: model(ids, targets)),
+        ("", lambda prompts: model.generate(prompts, 2)),
+    ]:
+        with pytest.raises(ModelError, match=rf"^{name}.*dense"):
             use(convert(ids))
 
 
-@pytest.mark.parametrize("inputs", [([[1, 2]],), (None,), (torch.zeros(1, 2, dtype=torch.int64), [[1, 2]])])
-def test_inputs_that_are_not_tensors_are_rejected(inputs):
-    with pytest.raises(ModelError, match="must be tensors"):
+@pytest.mark.parametrize(
+    ("inputs", "types"),
+    [
+        (([[1, 2]],), "list and NoneType"),
+        ((None,), "NoneType and NoneType"),
+        ((torch.zeros(1, 2, dtype=torch.int64), [[1, 2]]), "Tensor and list"),
+    ],
+)
+def test_inputs_that_are_not_tensors_are_rejected(inputs, types):
+    with pytest.raises(ModelError, match=f"must be tensors.* {types}"):
         GPT(TINY)(*inputs)
 
 
@@ -235,3 +263,38 @@ def test_inputs_that_are_not_tensors_are_rejected(inputs):
 def test_invalid_seeds_are_rejected(seed):
     with pytest.raises(ConfigError, match="seed="):
         GPT(TINY, seed=seed)
+
+
+def test_generate_passes_on_all_arguments_and_its_defaults(monkeypatch):
+    model, sampling, calls = GPT(TINY), Sampling(temperature=0.5), []
+    monkeypatch.setattr("homebrew.generation.generate.generate", lambda *args, **kwargs: calls.append((args, kwargs)))
+    options = {
+        "sampling": sampling,
+        "vocab_size": 50,
+        "eos_token_id": 3,
+        "seed": 4,
+        "overflow": "stop",
+        "compile": True,
+    }
+    model.generate([[1]], 2, **options)
+    model.generate([[1]], 2)
+    signature = inspect.signature(generate)
+    defaults = {name: signature.parameters[name].default for name in options}
+    assert calls == [((model, [[1]], 2), options), ((model, [[1]], 2), defaults)]
+
+
+def test_from_pretrained_passes_on_all_arguments_and_its_defaults(monkeypatch):
+    calls = []
+
+    def open_pretrained(*args, **kwargs):
+        calls.append((args, kwargs))
+        raise ModelError("not found")
+
+    monkeypatch.setattr("homebrew.hub.from_pretrained.open_pretrained", open_pretrained)
+    for options in ({"revision": "v1", "local_files_only": True}, {}):
+        with pytest.raises(ModelError, match="not found"):
+            GPT.from_pretrained("user/name", **options)
+    assert calls == [
+        (("user/name",), {"revision": "v1", "local_files_only": True}),
+        (("user/name",), {"revision": None, "local_files_only": False}),
+    ]

@@ -100,7 +100,7 @@ def test_seed_determines_the_adapter_without_global_random_state():
     [
         (("c_attn", "c_proj"), {"attn.c_attn", "attn.c_proj", "mlp.c_proj"}),
         (("c_fc",), {"mlp.c_fc"}),
-        (("attn.c_proj",), {"attn.c_proj"}),
+        *(((name,), {name}) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
         (TARGET_MODULES, {"attn.c_attn", "attn.c_proj", "mlp.c_proj", "mlp.c_fc"}),
     ],
 )
@@ -160,6 +160,33 @@ def test_dropout_applies_to_the_adapter_during_training_only():
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+def test_a_layer_without_bias_stays_without():
+    linear = torch.nn.Linear(5, 3, bias=False)
+    layer = LoRALinear(linear, LoRAConfig(rank=2), torch.Generator())
+    assert set(layer.state_dict()) == {"weight", "lora_A", "lora_B"}
+    x = torch.ones(2, 5)
+    assert torch.equal(layer(x), linear(x))
+
+
+def test_an_adapter_is_on_the_device_of_its_layer():
+    model = base_model().to("meta")
+    add_lora(model, LoRAConfig())
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_the_original_weight_of_a_merged_adapter_is_not_in_the_state_dict():
+    model = trained_model()
+    merge_lora(model)
+    assert all(layer.base_weight is not None for layer in lora_layers(model).values())
+    assert not any("base_weight" in name for name in model.state_dict())
+
+
+def test_merged_weights_keep_the_dtype_of_the_layers():
+    model = base_model().to(torch.bfloat16)
+    add_lora(model, LoRAConfig())
+    assert {tensor.dtype for tensor in merged_state_dict(model).values()} == {torch.bfloat16}
 
 
 def test_adapter_of_a_bfloat16_model_is_float32():
@@ -284,6 +311,9 @@ def test_training_saves_the_widest_activation_once_and_recomputes_little():
         ({"alpha": 10**400}, "alpha=1000"),
         ({"alpha": math.nan}, "alpha=nan"),
         ({"rank": 10**30}, "rank=1000"),
+        ({"rank": 65_537}, "rank=65537"),
+        ({"alpha": 1_000_000.5}, r"alpha=1000000\.5"),
+        ({"target_modules": ("h.\u0661.attn.c_attn",)}, "target_modules="),  # a digit, but not of ASCII
         *(({"alpha": value}, "alpha=") for value in ("a", True, [1.0])),
         *(({"dropout": value}, "dropout=") for value in ("x", True, None)),
         *(({"target_modules": value}, "target_modules=") for value in (5, (5,), None, "c_attn")),
@@ -295,6 +325,17 @@ def test_training_saves_the_widest_activation_once_and_recomputes_little():
 def test_invalid_config_is_rejected(options, message):
     with pytest.raises(ConfigError, match=message):
         LoRAConfig(**options)
+
+
+def test_the_largest_rank_and_alpha_are_valid():
+    config = LoRAConfig(rank=65_536, alpha=1_000_000)
+    assert config.scale == 1_000_000 / 65_536
+
+
+@pytest.mark.parametrize("seed", [2**64, "1", 1.5, True])
+def test_an_invalid_seed_is_rejected_by_name(seed):
+    with pytest.raises(ConfigError, match=r"^seed="):
+        add_lora(base_model(), LoRAConfig(), seed=seed)
 
 
 def test_missing_or_second_adapter_is_an_error(tmp_path):

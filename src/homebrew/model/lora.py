@@ -87,7 +87,7 @@ class LoRALinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig, generator: torch.Generator) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.weight.requires_grad = False
         self.config = config
