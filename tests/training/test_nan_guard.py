@@ -148,3 +148,25 @@ def test_reset_unblocks_updates_and_forgets_the_steps_before():
     used.guard.reset()
     assert all(map(torch.equal, used.guard.state_dict().values(), new.guard.state_dict().values()))
     assert used.step(loss=math.nan)[1] is None
+
+
+def test_a_loss_at_the_limit_is_no_spike():
+    run = GuardedRun("skip", zscore=1.0)
+    for _ in range(NUM_WARMUP):
+        run.step(loss=0.0)
+    assert run.step(loss=1e-6) == (None, None)  # the smallest standard deviation that is assumed
+    run = GuardedRun("skip", zscore=1.0)
+    for _ in range(NUM_WARMUP):
+        run.step(loss=0.0)
+    skipped, _ = run.step(loss=1.1e-6)
+    assert skipped.reason == "loss_spike"
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_all_state_is_on_the_given_device(policy):
+    device = torch.device("meta")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(3, device=device))])
+    guard = NanGuard(optimizer, policy, 1, device, spike_zscore=3.0)
+    loss = torch.ones((), device=device)
+    assert guard.check(loss, loss).device == device
+    assert guard.state_dict()["history"].device == device

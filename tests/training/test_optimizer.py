@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from homebrew import GPT, GPTConfig
-from homebrew.training.optimizer import adamw, decay_groups
+from homebrew.training.optimizer import adamw, decay_groups, set_learning_rates
 
 GPT2_SMALL_DEPTH = GPTConfig(block_size=16, vocab_size=50, n_layer=12, n_head=2, n_embd=16)
 
@@ -35,3 +36,21 @@ def test_adamw_is_not_fused_where_pytorch_has_no_fused_kernel():
     unsupported = torch.nn.Linear(2, 2, dtype=torch.complex64), torch.nn.Linear(2, 2, device="meta")
     for model in unsupported:
         assert not adamw(model.parameters(), learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1).defaults["fused"]
+
+
+def test_adamw_has_the_given_options_and_gpt3s_epsilon():
+    optimizer = adamw(GPT(GPT2_SMALL_DEPTH).parameters(), learning_rate=2e-3, betas=(0.8, 0.9), weight_decay=0.3)
+    options = {"lr": 2e-3, "betas": (0.8, 0.9), "eps": 1e-8}
+    assert all(options.items() <= group.items() for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+@pytest.mark.parametrize("num_peaks", [1, 2, 3])
+def test_learning_rates_are_set_in_place_for_the_groups_that_have_a_peak(num_peaks):
+    """`TrainStep` then names what is wrong if the number of groups has changed."""
+    first, second = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    in_tensor = torch.tensor(7.0)
+    optimizer = torch.optim.SGD([{"params": [first], "lr": in_tensor}, {"params": [second]}], lr=7.0, foreach=False)
+    set_learning_rates(optimizer, [2.0, 4.0, 8.0][:num_peaks], 0.5)
+    assert optimizer.param_groups[0]["lr"] is in_tensor
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [1.0, 2.0 if num_peaks > 1 else 7.0]

@@ -7,7 +7,13 @@ import torch
 from tiny_runs import make_trainer
 
 from homebrew.errors import ConfigError
-from homebrew.training.schedule import multiplier_at, warmup_cosine
+from homebrew.training.schedule import (
+    WarmupCosine,
+    WarmupStableDecay,
+    multiplier_at,
+    warmup_cosine,
+    warmup_stable_decay,
+)
 
 
 @pytest.mark.parametrize("value", [0.25, 0, np.float32(0.25), torch.tensor(0.25), Fraction(1, 4)])
@@ -39,6 +45,12 @@ def test_a_schedule_must_return_a_finite_number(value):
         multiplier_at(lambda step: value, 3)
 
 
+def test_an_infinite_multiplier_is_an_error_of_the_schedule_alone():
+    with pytest.raises(ConfigError, match=r"schedule\(3\) returned inf") as raised:
+        multiplier_at(lambda step: math.inf, 3, 0.1)
+    assert "lr=" not in str(raised.value)
+
+
 def exhausted(step):
     return next(iter([]))
 
@@ -53,6 +65,14 @@ def test_an_exception_of_a_schedule_names_it(schedule):
 def test_a_learning_rate_must_not_overflow(multiplier, peak):
     with pytest.raises(ConfigError, match=r"schedule\(3\) returned .*lr="):
         multiplier_at(lambda step: multiplier, 3, peak)
+
+
+def test_the_largest_learning_rate_is_that_of_float32():
+    largest = torch.finfo(torch.float32).max
+    assert multiplier_at(lambda step: largest, 3) == largest
+    assert multiplier_at(lambda step: largest / 2, 3, 2.0) == largest / 2
+    with pytest.raises(ConfigError, match="lr="):
+        multiplier_at(lambda step: math.nextafter(largest, math.inf), 3)
 
 
 def test_a_schedule_is_called_for_the_steps_of_the_run_only(tmp_path):
@@ -90,6 +110,31 @@ def test_warmup_may_take_no_step_or_all_steps():
     assert [schedule(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 0.1]
 
 
+def test_the_default_floors():
+    for schedule in (WarmupCosine(2, 4), warmup_cosine(warmup_steps=2, max_steps=4)):
+        assert schedule(4) == 0.1
+    for stable in (WarmupStableDecay(2, 4, 0.5), warmup_stable_decay(warmup_steps=2, max_steps=4)):
+        assert stable(4) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "multipliers"),
+    [
+        ({}, [0.5, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0, 0.0]),  # the steps 0, 1, 2, 4, 5, 6, ...
+        ({"min_lr_ratio": 0.5}, [0.5, 1.0, 1.0, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.5]),
+        ({"decay_fraction": 0.0}, [0.5, *[1.0] * 8]),
+        ({"decay_fraction": 1.0}, [0.5, 0.9, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0]),
+        ({"warmup_steps": 0}, [1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.0, 0.0]),
+        ({"warmup_steps": 10}, [0.1, 0.2, 0.3, 0.5, 0.6, 0.7, 0.6, 0.4, 0.2, 0.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_warmup_stable_decay(options, multipliers):
+    schedule = warmup_stable_decay(**{"warmup_steps": 2, "max_steps": 10} | options)
+    steps = (0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 20)
+    assert [schedule(step) for step in steps[: len(multipliers)]] == pytest.approx(multipliers)
+
+
 @pytest.mark.parametrize(("floor", "multipliers"), [(0.0, [0.5, 1.0, 0.5, 0.0]), (1.0, [0.5, 1.0, 1.0, 1.0])])
 def test_the_floor_may_be_zero_or_the_peak(floor, multipliers):
     schedule = warmup_cosine(warmup_steps=2, max_steps=4, min_lr_ratio=floor)
@@ -107,5 +152,13 @@ def test_the_floor_may_be_zero_or_the_peak(floor, multipliers):
     ],
 )
 def test_arguments_out_of_range_are_an_error(arguments):
-    with pytest.raises(ConfigError, match="must be"):
-        warmup_cosine(**arguments)
+    name, value = next((name, arguments[name]) for name in ("min_lr_ratio", "warmup_steps") if name in arguments)
+    for schedule in (warmup_cosine, warmup_stable_decay):
+        with pytest.raises(ConfigError, match=f"{name}={value}: must be"):
+            schedule(**arguments)
+
+
+@pytest.mark.parametrize("fraction", [-0.01, 1.01, math.nan])
+def test_a_decay_fraction_out_of_range_is_an_error(fraction):
+    with pytest.raises(ConfigError, match=f"decay_fraction={fraction}: must be"):
+        warmup_stable_decay(warmup_steps=1, max_steps=10, decay_fraction=fraction)

@@ -1,12 +1,15 @@
 """One optimizer step, with and without CUDA graphs; on a CPU a replay is a call (fixture `captured`)."""
 
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
-from homebrew import GPT, GPTConfig
+from homebrew import GPT, GPTConfig, LoRAConfig
+from homebrew.errors import ConfigError, TrainingError
+from homebrew.model.lora import add_lora
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw
 from homebrew.training.train_step import TrainStep
@@ -17,25 +20,39 @@ CONFIG = GPTConfig(block_size=8, vocab_size=64, n_layer=2, n_head=2, n_embd=16, 
 class Steps:
     """Takes steps on random tokens and keeps their results."""
 
-    def __init__(self, device, *, use_graphs, num_micro_batches=1, policy="skip", zscore=None):
-        accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    def __init__(
+        self,
+        device,
+        *,
+        use_graphs=False,
+        num_micro_batches=1,
+        policy="skip",
+        zscore=None,
+        accelerator_class=Accelerator,
+    ):
+        self.accelerator = accelerator_class(cpu=device == "cpu", mixed_precision="no")
         self.model = GPT(CONFIG).to(device).train()
         self.optimizer = adamw(self.model.parameters(), learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
         self.guard = NanGuard(self.optimizer, policy, 100, self.model.device, spike_zscore=zscore)
         self.num_micro_batches = num_micro_batches
-        self.train_step = TrainStep(
-            self.model,
-            self.optimizer,
-            self.guard,
-            accelerator,
-            max_grad_norm=1.0,
-            accumulate_in_place=use_graphs and num_micro_batches > 1,
-            capture_update=use_graphs,
-        )
+        self.use_graphs = use_graphs
+        self.build()
         self.generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         self.train_step.reset()
         self.results = []
+
+    def build(self):
+        """Build the TrainStep, again after a change of the model or the optimizer."""
+        self.train_step = TrainStep(
+            self.model,
+            self.optimizer,
+            self.guard,
+            self.accelerator,
+            max_grad_norm=1.0,
+            accumulate_in_place=self.use_graphs and self.num_micro_batches > 1,
+            capture_update=self.use_graphs,
+        )
 
     def take(self, count, before_step=lambda: None):
         for _ in range(count):
@@ -190,3 +207,184 @@ def test_a_graph_reads_learning_rates_from_tensors(captured):
     assert captured
     assert all(isinstance(rate, torch.Tensor) for rates in read for rate in rates)
     assert len({id(rates[0]) for rates in read}) == 1, "a replay reads the address that was captured"
+
+
+def test_learning_rates_of_a_graph_are_on_the_device_of_the_accelerator(captured):
+    steps = Steps("cpu", use_graphs=True, num_micro_batches=2)
+    with torch.device("meta"):
+        steps.build()
+    steps.take(3)
+    assert captured
+    assert all(result.isfinite().all() for result in steps.results)
+
+
+class TwinRanks(Accelerator):
+    """One of two ranks that compute the same, so that a sum is twice, and a mean equal to, this rank's value."""
+
+    num_processes = 2
+
+    def reduce(self, tensor, reduction="mean"):
+        return {"sum": 2 * tensor, "mean": tensor}[reduction]
+
+    def no_sync(self, model):
+        self.not_synchronized = [*getattr(self, "not_synchronized", []), model]
+        return super().no_sync(model)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_the_loss_is_summed_and_the_gradients_are_averaged_over_ranks(num_micro_batches):
+    alone = Steps("cpu", num_micro_batches=num_micro_batches).take(3)
+    assert_same(alone, Steps("cpu", num_micro_batches=num_micro_batches, accelerator_class=TwinRanks).take(3))
+
+
+def test_gradients_are_synchronized_in_the_last_micro_batch_only():
+    steps = Steps("cpu", num_micro_batches=3, accelerator_class=TwinRanks).take(2)
+    assert steps.accelerator.not_synchronized == [steps.model] * 4
+
+
+def test_gathered_weights_are_freed_after_the_last_micro_batch_only(monkeypatch):
+    frees = []
+    monkeypatch.setattr("homebrew.training.train_step.keeps_weights_gathered", lambda accelerator: True)
+    steps = Steps("cpu", num_micro_batches=3)
+    steps.model.set_reshard_after_backward = frees.append
+    steps.take(2)
+    assert frees == [False, False, True] * 2
+
+
+def test_fsdp_cannot_continue_after_a_step_that_raised(monkeypatch):
+    steps = Steps("cpu")
+    monkeypatch.setattr("homebrew.training.train_step.uses_fsdp", lambda accelerator: True)
+    steps.build()
+    steps.train_step.reset()
+    steps.train_step.reset()
+    steps.take(1)
+    steps.train_step.reset()
+    hook = steps.model.transformer.ln_f.bias.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        steps.take(1)
+    hook.remove()
+    with pytest.raises(TrainingError, match="FSDP"):
+        steps.train_step.reset()
+
+
+def test_fsdp_may_replace_parameters(monkeypatch):
+    steps = Steps("cpu")
+    monkeypatch.setattr("homebrew.training.train_step.uses_fsdp", lambda accelerator: True)
+    steps.build()
+    steps.model.transformer.ln_f.bias = torch.nn.Parameter(torch.zeros(16))
+    steps.train_step.check_parameters()
+
+
+class Wrapper(torch.nn.Module):
+    """Names parameters as DDP does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return self.module(*inputs)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["plain", "wrapped"])
+def test_an_error_names_the_parameter_that_was_replaced(wrap):
+    steps = Steps("cpu")
+    model, steps.model = steps.model, wrap(steps.model)
+    steps.build()
+    steps.train_step.check_parameters()
+    model.transformer.ln_f.bias = torch.nn.Parameter(torch.zeros(16))
+    with pytest.raises(TrainingError, match=r"parameter transformer\.ln_f\.bias "):
+        steps.train_step.check_parameters()
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapper], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_an_error_names_the_parameter_that_was_frozen_with_ddp_or_lora(monkeypatch, adapter, wrap):
+    steps = Steps("cpu")
+    if adapter:
+        add_lora(steps.model, LoRAConfig())
+    else:
+        monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_CPU)
+    steps.model = wrap(steps.model)
+    steps.build()
+    steps.train_step.check_parameters()
+    parameters = {name: p for name, p in steps.model.named_parameters() if p.requires_grad}
+    parameters.popitem()[1].requires_grad = False
+    name, parameter = parameters.popitem()
+    parameter.requires_grad = False
+    with pytest.raises(TrainingError, match=rf"requires_grad of {name.removeprefix('module.')} "):
+        steps.train_step.check_parameters()
+
+
+def test_a_parameter_that_the_optimizer_lacks_must_not_be_unfrozen():
+    steps = Steps("cpu")
+    weight = steps.model.transformer.wpe.weight.requires_grad_(False)
+    steps.optimizer = torch.optim.SGD([p for p in steps.model.parameters() if p.requires_grad], lr=0.1)
+    steps.guard = NanGuard(steps.optimizer, "skip", 100, steps.model.device)
+    steps.build()
+    steps.take(1)
+    weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"transformer\.wpe\.weight"):
+        steps.take(1)
+
+
+def freeze(model):
+    model.transformer.wpe.weight.requires_grad = False
+
+
+def replace_a_module(model):
+    model.transformer.h[0] = copy(model.transformer.h[0])
+
+
+@pytest.mark.parametrize("change", [freeze, replace_a_module])
+def test_an_accepted_change_is_examined_once(monkeypatch, change):
+    steps = Steps("cpu").take(1)
+    calls, named_parameters = [], steps.model.named_parameters
+    monkeypatch.setattr(
+        steps.model, "named_parameters", lambda *args, **kw: calls.append(1) or named_parameters(*args, **kw)
+    )
+    steps.take(1)
+    assert not calls
+    change(steps.model)
+    steps.take(1)
+    assert calls
+    calls.clear()
+    steps.take(2)
+    assert not calls
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")], ids=["float32", "scaler"])
+def test_only_a_gradient_scaler_sees_non_finite_steps_of_a_plain_optimizer(scaler):
+    steps = Steps("cpu")
+    steps.optimizer = torch.optim.SGD(steps.model.parameters(), lr=0.1)
+    steps.guard = NanGuard(steps.optimizer, "skip", 100, steps.model.device)
+    steps.accelerator.scaler = scaler
+    steps.build()
+    calls = []
+    steps.optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    steps.take(1)
+    steps.take(1, before_step=lambda: steps.model.transformer.ln_f.bias.data.fill_(float("nan")))
+    assert len(calls) == (1 if scaler is None else 2)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 1) is killed"), torch.OutOfMemoryError("full")])
+def test_the_trainer_explains_some_errors_of_a_step(error):
+    with pytest.raises(type(error)) as raised:
+        take_with_an_error_of_the_optimizer(error)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no DataLoader"), ValueError("x")])
+def test_an_error_of_the_optimizer_names_it(error):
+    with pytest.raises(TrainingError, match=rf"AdamW\.step\(\) failed: .*{error.args[0]}") as raised:
+        take_with_an_error_of_the_optimizer(error)
+    assert raised.value.__cause__ is error
+
+
+def take_with_an_error_of_the_optimizer(error):
+    def fail(*_):
+        raise error
+
+    steps = Steps("cpu")
+    steps.optimizer.register_step_pre_hook(fail)
+    steps.take(1)
