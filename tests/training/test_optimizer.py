@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from homebrew import GPT, GPTConfig
-from homebrew.training.optimizer import adamw, decay_groups, set_learning_rates
+from homebrew.errors import ConfigError
+from homebrew.training.optimizer import adamw, check_trainable, decay_groups, set_learning_rates
 
 GPT2_SMALL_DEPTH = GPTConfig(block_size=16, vocab_size=50, n_layer=12, n_head=2, n_embd=16)
 
@@ -38,6 +39,16 @@ def test_adamw_is_not_fused_where_pytorch_has_no_fused_kernel():
         assert not adamw(model.parameters(), learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1).defaults["fused"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu"])
+def test_adamw_is_fused_where_pytorch_has_a_fused_kernel(device):
+    class Elsewhere(torch.Tensor):
+        """A tensor that claims to be on a device which this machine need not have."""
+
+    Elsewhere.device = torch.device(device)
+    parameters = [torch.ones(3).as_subclass(Elsewhere).requires_grad_(), torch.ones(3, requires_grad=True)]
+    assert adamw(parameters, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1).defaults["fused"]
+
+
 def test_adamw_has_the_given_options_and_gpt3s_epsilon():
     optimizer = adamw(GPT(GPT2_SMALL_DEPTH).parameters(), learning_rate=2e-3, betas=(0.8, 0.9), weight_decay=0.3)
     options = {"lr": 2e-3, "betas": (0.8, 0.9), "eps": 1e-8}
@@ -54,3 +65,21 @@ def test_learning_rates_are_set_in_place_for_the_groups_that_have_a_peak(num_pea
     set_learning_rates(optimizer, [2.0, 4.0, 8.0][:num_peaks], 0.5)
     assert optimizer.param_groups[0]["lr"] is in_tensor
     assert [float(group["lr"]) for group in optimizer.param_groups] == [1.0, 2.0 if num_peaks > 1 else 7.0]
+
+
+def test_the_optimizer_must_hold_exactly_the_trainable_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    check_trainable(model, None)
+    check_trainable(model, torch.optim.SGD(model.parameters()))
+    with pytest.raises(ConfigError, match="not the model's"):
+        check_trainable(model, torch.optim.SGD([*model.parameters(), torch.nn.Parameter(torch.ones(1))]))
+    first = torch.optim.SGD(model[0].parameters())
+    with pytest.raises(ConfigError, match=r"lacks 2 trainable parameters, for example 1\.weight\."):
+        check_trainable(model, first)
+    model[1].requires_grad_(False)
+    check_trainable(model, first)
+    check_trainable(model, torch.optim.SGD(model.parameters()))  # may hold frozen ones
+    model[0].requires_grad_(False)
+    for optimizer in (None, first):
+        with pytest.raises(ConfigError, match="No parameter of the model is trainable"):
+            check_trainable(model, optimizer)
