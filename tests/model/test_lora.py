@@ -327,9 +327,9 @@ def test_invalid_config_is_rejected(options, message):
         LoRAConfig(**options)
 
 
-def test_the_largest_rank_and_alpha_are_valid():
-    config = LoRAConfig(rank=65_536, alpha=1_000_000)
-    assert config.scale == 1_000_000 / 65_536
+def test_ranks_and_alpha_at_their_limits_are_valid():
+    assert LoRAConfig(rank=65_536, alpha=1_000_000).scale == 1_000_000 / 65_536
+    assert LoRAConfig(rank=1).scale == 2.0
 
 
 @pytest.mark.parametrize("seed", [2**64, "1", 1.5, True])
