@@ -3,7 +3,7 @@ import torch
 
 from homebrew import GPT, GPTConfig
 from homebrew.errors import ConfigError
-from homebrew.training.optimizer import adamw, check_trainable, decay_groups, set_learning_rates
+from homebrew.training.optimizer import adamw, check_trainable, decay_groups, muon_and_adamw, set_learning_rates
 
 GPT2_SMALL_DEPTH = GPTConfig(block_size=16, vocab_size=50, n_layer=12, n_head=2, n_embd=16)
 
@@ -83,3 +83,37 @@ def test_the_optimizer_must_hold_exactly_the_trainable_parameters():
     for optimizer in (None, first):
         with pytest.raises(ConfigError, match="No parameter of the model is trainable"):
             check_trainable(model, optimizer)
+
+
+SETTINGS = {"learning_rate": 2e-3, "momentum": 0.7, "betas": (0.8, 0.9), "weight_decay": 0.3}
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = GPT(GPT2_SMALL_DEPTH)
+    muon, other = muon_and_adamw(model, **SETTINGS)
+    attention, matrices = muon.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_attention = {f"transformer.h.{i}.attn.c_attn.weight" for i in range(12)}
+    in_matrices = {
+        f"transformer.h.{i}.{name}.weight" for i in range(12) for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert {names[id(p)] for p in attention["params"]} == in_attention
+    assert {names[id(p)] for p in matrices["params"]} == in_matrices
+    rest = {names[id(p)] for group in other.param_groups for p in group["params"]}
+    assert rest == set(names.values()) - in_attention - in_matrices
+    assert [group["num_matrices"] for group in muon.param_groups] == [3, 1]
+    options = {"lr": 2e-3, "momentum": 0.7, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw"}
+    assert all(options.items() <= group.items() for group in muon.param_groups)
+    assert all({"lr": 2e-3, "betas": (0.8, 0.9)}.items() <= group.items() for group in other.param_groups)
+    assert [group["weight_decay"] for group in other.param_groups] == [0.3, 0.0]
+
+
+def test_muon_and_adamw_omit_frozen_parameters():
+    model = GPT(GPT2_SMALL_DEPTH).requires_grad_(False)
+    weight = model.transformer.h[3].mlp.c_fc.weight.requires_grad_()
+    (muon,) = muon_and_adamw(model, **SETTINGS)
+    assert [group["params"] for group in muon.param_groups] == [[weight]]
+    weight.requires_grad_(False)
+    bias = model.transformer.h[3].mlp.c_fc.bias.requires_grad_()
+    (other,) = muon_and_adamw(model, **SETTINGS)
+    assert [group["params"] for group in other.param_groups] == [[bias]]
