@@ -137,9 +137,17 @@ def test_seed_determines_the_weights_without_global_random_state():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(("seed", "same"), [(42, None), (0, 0), (-(2**63), -(2**63)), (-1, 2**64 - 1)])
+def test_the_default_seed_and_the_limits_of_seeds(seed, same):
+    other = GPT(TINY) if same is None else GPT(TINY, seed=same)
+    assert torch.equal(GPT(TINY, seed=seed).lm_head.weight, other.lm_head.weight)
+
+
 def test_head_shares_the_token_embedding():
     model = GPT(TINY)
     assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.bias is None
+    assert model.source is None
 
 
 def test_dropout_applies_during_training_only():

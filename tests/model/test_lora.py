@@ -95,6 +95,14 @@ def test_seed_determines_the_adapter_without_global_random_state():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(("seed", "same"), [(42, None), (0, 0), (-(2**63), -(2**63)), (-1, 2**64 - 1)])
+def test_the_default_seed_and_the_limits_of_seeds(seed, same):
+    one, other = base_model(), base_model()
+    add_lora(one, LoRAConfig(), seed=seed)
+    add_lora(other, LoRAConfig(), **({} if same is None else {"seed": same}))
+    assert all(map(torch.equal, adapter_state_dict(one).values(), adapter_state_dict(other).values()))
+
+
 @pytest.mark.parametrize(
     ("targets", "names"),
     [
