@@ -52,6 +52,7 @@ TASKS = {
     "interrupted": {"max_steps": 3, "again": True},
     "sharded_save": PLAIN | SHARDED_SAVE,
     "adapter": PLAIN | SHARDED_SAVE | {"lora": True},
+    "muon": PLAIN | SHARDED_SAVE | {"optimizer": "muon"},
 }
 
 
@@ -187,6 +188,18 @@ def test_training_is_equal_on_two_machines(runs, tmp_path):
     assert [code for code, _ in launchers] == [0, 0], launchers
     results = json.loads((tmp_path / "result.json").read_text())
     assert_equals_one_process("two_machines", results["plain"], tmp_path / "plain", one["plain"], one_folder / "plain")
+
+
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", pytest.param("hybrid", marks=pytest.mark.slow)])
+def test_muon_is_equal_on_one_and_several_processes_and_resumes_bitwise(run, runs, tmp_path, layout):
+    (one_folder, one), (folder, results) = runs("one", "muon"), runs(layout, "muon")
+    assert_equals_one_process(layout, results["muon"], folder / "muon", one["muon"], one_folder / "muon")
+    resumed = TASKS["muon"] | {"resume": str(checkpoint_path(folder / "muon", 10))}
+    from_one = TASKS["muon"] | {"resume": str(checkpoint_path(one_folder / "muon", 10))}
+    again = run(tmp_path, layout, resumed=resumed, from_one=from_one)
+    assert again["resumed"]["losses"] == results["muon"]["losses"][10:]
+    assert_same_checkpoint(checkpoint_path(tmp_path / "resumed", 20), checkpoint_path(folder / "muon", 20))
+    assert_close(again["from_one"], one["muon"], tmp_path / "from_one", one_folder / "muon", skip=10)
 
 
 def gradient_reductions(results, layout, num_steps=3):

@@ -264,6 +264,7 @@ def build(task, rank):
             mixed_precision="no",
             global_batch_tokens=8 * 16,
             micro_batch_size=task.get("micro_batch_size", 2),
+            optimizer="muon" if optimizer == "muon" else "adamw",
             learning_rate=1e-2,
             log_every=1,
             save_every=task.get("save_every"),
@@ -275,7 +276,7 @@ def build(task, rank):
             collective_timeout_seconds=task.get("timeout", 120),
         ),
         callbacks=[recorder, poison],
-        optimizer=optimizer and OPTIMIZERS[optimizer](model.parameters()),
+        optimizer=OPTIMIZERS[optimizer](model.parameters()) if optimizer in OPTIMIZERS else None,
     )
     return trainer, train, recorder, poison
 
