@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from custom_optimizers import ScheduleFreeAdamW
 from safetensors.torch import load_file, save_file
 from tiny_runs import (
     CONFIG,
@@ -22,7 +23,7 @@ from tiny_runs import (
     weights,
 )
 
-from homebrew import GPT, GPTConfig
+from homebrew import GPT, GPTConfig, Muon
 from homebrew.callbacks.base import Callback
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.errors import ConfigError, CorruptCheckpoint, ResumeMismatch
@@ -93,6 +94,20 @@ class OwnDtypes(torch.optim.Optimizer):
             parameter.sub_(update, alpha=self.param_groups[0]["lr"])
 
 
+def several(first, second):
+    """Return a function from parameters to two optimizers, the first of the matrices."""
+
+    def build(parameters):
+        parameters = list(parameters)
+        return [first([p for p in parameters if p.dim() == 2]), second([p for p in parameters if p.dim() != 2])]
+
+    return build
+
+
+def fused_adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+
+
 OPTIMIZERS = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
     "AMSGrad": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, amsgrad=True, foreach=False),
@@ -104,6 +119,13 @@ OPTIMIZERS = {
     "Adafactor": torch.optim.Adafactor,
     "plain numbers": PlainNumberState,
     "own dtypes": OwnDtypes,
+    "Muon": several(Muon, fused_adamw),
+    "Muon of PyTorch": several(torch.optim.Muon, torch.optim.SGD),
+    "Muon and Adagrad": several(Muon, torch.optim.Adagrad),
+    "Muon and plain numbers": several(Muon, PlainNumberState),
+    "own dtypes and fused": several(OwnDtypes, fused_adamw),
+    "plain numbers and schedule-free": several(PlainNumberState, ScheduleFreeAdamW),
+    "schedule-free and fused": several(ScheduleFreeAdamW, fused_adamw),
 }
 
 

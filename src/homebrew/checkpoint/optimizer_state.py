@@ -144,12 +144,11 @@ def check_optimizer_state(
             f"{path} has optimizer state of {unknown[0]}, which this run's optimizer does not hold. Build the same "
             f"model and optimizer, and freeze the same parameters, as in the run that saved it."
         )
-    if _is_fused(optimizer):  # PyTorch's kernels do not check shapes: a wrong one corrupts memory
-        for name, shape in shapes.items():
-            if shape and shape != list(parameters[name.partition(_SEPARATOR)[0]].shape):
-                raise CorruptCheckpoint(
-                    f"{path / 'optimizer.safetensors'}: {name} does not have its parameter's shape."
-                )
+    fused = _fused_parameters(optimizer)
+    for name, shape in shapes.items():  # PyTorch's kernels do not check shapes: a wrong one corrupts memory
+        parameter = parameters[name.partition(_SEPARATOR)[0]]
+        if id(parameter) in fused and shape and shape != list(parameter.shape):
+            raise CorruptCheckpoint(f"{path / 'optimizer.safetensors'}: {name} does not have its parameter's shape.")
 
 
 def load_optimizer_state(
@@ -186,8 +185,9 @@ def load_optimizer_state(
     kept = {key: values for key, values in state_dict["state"].items() if not isinstance(key, int)}
     state_dict["state"] = kept | {indices[id(named[name])]: values for name, values in states.items()}
     optimizer.load_state_dict(state_dict)  # moves tensors to the right device, but casts them to the weights' dtype
-    if not _is_fused(optimizer):  # PyTorch's kernels need the weights' dtype
-        for name, values in states.items():
+    fused = _fused_parameters(optimizer)
+    for name, values in states.items():
+        if id(named[name]) not in fused:  # PyTorch's kernels need the weights' dtype
             loaded = optimizer.state[named[name]]
             loaded |= {k: v.to(loaded[k].device) for k, v in values.items() if isinstance(v, Tensor)}
     for group, numbers in zip(optimizer.param_groups, state["groups"], strict=True):
@@ -215,8 +215,9 @@ def _holds_other_tensors(value: object) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
-def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    return any(group.get("fused") for group in optimizer.param_groups)
+def _fused_parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return the ids of the parameters that one of PyTorch's fused kernels updates."""
+    return {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
 
 
 def _is_optimizer_json(state: object, *, num_groups: int) -> bool:
