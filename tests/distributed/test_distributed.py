@@ -281,9 +281,16 @@ def test_replicated_optimizer_state_resumes_bitwise_from_a_sharded_save(run, tmp
     assert_same_checkpoint(checkpoint_path(tmp_path / "resumed", 8), checkpoint_path(tmp_path / "full", 8))
 
 
-@pytest.mark.parametrize("layout", ["ddp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_a_schedule_free_run_resumes_bitwise_on_several_processes(run, tmp_path, layout):
-    task = {"optimizer": "schedule_free", "max_steps": 8}
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [
+        ("ddp2", "schedule_free"),
+        ("fsdp2", "several"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("fsdp2", "schedule_free"), ("ddp2", "several"))),
+    ],
+)
+def test_a_run_with_custom_optimizers_resumes_bitwise_on_several_processes(run, tmp_path, layout, optimizer):
+    task = {"optimizer": optimizer, "max_steps": 8}
     resumed = task | {"resume": str(checkpoint_path(tmp_path / "saved", 4))}
     saved = task | {"save_every": 4, "eval_every": 2}
     results = run(tmp_path, layout, full=task, saved=saved, resumed=resumed)

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from homebrew import GPT, GPTConfig, Trainer, TrainerConfig
+from homebrew import GPT, GPTConfig, Muon, Trainer, TrainerConfig
 from homebrew.callbacks.base import Callback
 from homebrew.checkpoint.run_folder import RunLock
 from homebrew.errors import TrainingError
@@ -183,7 +183,17 @@ class RowRMS(torch.optim.Optimizer):
                 parameter.sub_(group["lr"] * parameter.grad / (state["rows"].sqrt() + 1e-8))
 
 
-OPTIMIZERS = {"row_rms": RowRMS, "schedule_free": ScheduleFreeAdamW}
+def several(parameters):
+    """Return an optimizer of the matrices, one with state at once, and one with modes."""
+    matrices, vectors = ([p for p in parameters if (p.dim() == 2) is is_matrix] for is_matrix in (True, False))
+    return [
+        Muon(matrices, lr=1e-2),
+        torch.optim.Adagrad(vectors[:3], lr=1e-2, initial_accumulator_value=0.1),
+        ScheduleFreeAdamW(vectors[3:]),
+    ]
+
+
+OPTIMIZERS = {"row_rms": RowRMS, "schedule_free": ScheduleFreeAdamW, "several": several}
 
 
 def no_space(*_):
@@ -276,7 +286,7 @@ def build(task, rank):
             collective_timeout_seconds=task.get("timeout", 120),
         ),
         callbacks=[recorder, poison],
-        optimizer=OPTIMIZERS[optimizer](model.parameters()) if optimizer in OPTIMIZERS else None,
+        optimizer=OPTIMIZERS[optimizer](list(model.parameters())) if optimizer in OPTIMIZERS else None,
     )
     return trainer, train, recorder, poison
 

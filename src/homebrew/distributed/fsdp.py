@@ -72,6 +72,29 @@ def check_fsdp_options(accelerator: Accelerator, plugin: FullyShardedDataParalle
         raise LaunchError("The launcher's FSDP options are not supported. Change:\n  " + "\n  ".join(unsupported))
 
 
+def prepare(
+    accelerator: Accelerator, model: GPT, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Prepare a model and its optimizer with Accelerate, and shard the state that an optimizer has from the start.
+
+    Under FSDP2, Accelerate replaces the parameters in the optimizer's groups, but not those in its state.
+
+    Returns:
+        The wrapped model, and Accelerate's wrapper of the optimizer.
+    """
+    states: dict[str, dict[str, Any]] = {}
+    if uses_fsdp(accelerator):
+        states = {name: optimizer.state.pop(p) for name, p in model.named_parameters() if p in optimizer.state}
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    parameters = dict(model.named_parameters())
+    for name, values in states.items():
+        optimizer.state[parameters[name]] = {
+            key: shard_like(value, parameters[name]) if isinstance(value, Tensor) else value
+            for key, value in values.items()
+        }
+    return wrapped, prepared
+
+
 def keeps_weights_gathered(accelerator: Accelerator) -> bool:
     """Return whether gathered weights are kept until the end of a step (`fsdp_reshard_after_forward: false`).
 

@@ -20,7 +20,7 @@ from homebrew.data.loader import StepLoader
 from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.data.validation import check_dataset
 from homebrew.distributed.accelerator import build_accelerator, check_accelerator
-from homebrew.distributed.fsdp import configure_fsdp, meta_copy, uses_fsdp
+from homebrew.distributed.fsdp import configure_fsdp, meta_copy, prepare, uses_fsdp
 from homebrew.errors import ConfigError
 from homebrew.metrics.throughput import ThroughputMeter
 from homebrew.model.gpt import GPT
@@ -112,7 +112,7 @@ def build_parts(
         seed=config.seed,
     )
     identity(config.max_steps)  # raises the errors of a custom schedule
-    wrapped, prepared_optimizer = accelerator.prepare(bare, bare_optimizer)
+    wrapped, prepared_optimizer = prepare(accelerator, bare, bare_optimizer)
 
     uses_scaler = accelerator.scaler is not None
     guard = NanGuard(
