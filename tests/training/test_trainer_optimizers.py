@@ -53,6 +53,30 @@ def test_resume_is_bitwise_identical(tmp_path, kind):
     assert equal(weights(uninterrupted), weights(resumed))
 
 
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_of_cuda_graphs_follows_the_schedule_and_resumes_bitwise(tmp_path, monkeypatch, captured, optimizer):
+    monkeypatch.setattr("homebrew.training.setup.compile_model", lambda *_, **__: "cuda_graphs")
+
+    def train(folder, *callbacks, resume=False, **settings):
+        settings |= {"optimizer": optimizer, "max_steps": 9, "micro_batch_size": 4}
+        trainer = make_trainer(tmp_path / folder, model=ONE_LAYER, callbacks=callbacks, **settings)
+        trainer.train(resume=resume)
+        return weights(trainer)
+
+    uninterrupted = train("graph")
+    assert len(captured) == 1
+    train("stopped", StopAt(5))
+    assert equal(train("stopped", resume=True), uninterrupted)
+    assert len(captured) == 3
+    constant = train("constant", schedule=lambda step: 1.0)
+    monkeypatch.undo()
+    eager = train("eager")
+    for name, weight in eager.items():
+        torch.testing.assert_close(uninterrupted[name], weight, rtol=0, atol=1e-3)  # on a GPU Muon rounds to bfloat16
+        assert not torch.allclose(constant[name], weight, rtol=0, atol=5e-3)
+
+
 def test_optimizers_that_lack_or_share_a_parameter_are_an_error(tmp_path):
     model = GPT(ONE_LAYER)
     muon, adamw = muon_and_adamw(model)
