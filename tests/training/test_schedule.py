@@ -1,3 +1,4 @@
+import itertools
 import math
 from fractions import Fraction
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from tiny_runs import make_trainer
 
+from homebrew import TrainerConfig
 from homebrew.errors import ConfigError
 from homebrew.training.schedule import (
     WarmupCosine,
@@ -141,10 +143,14 @@ def test_the_floor_may_be_zero_or_the_peak(floor, multipliers):
     assert [schedule(step) for step in (0, 2, 3, 4)] == pytest.approx(multipliers)
 
 
+def test_a_cosine_must_start_within_the_run():
+    with pytest.raises(ConfigError, match="warmup_steps=11.*max_steps=10"):
+        warmup_cosine(warmup_steps=11, max_steps=10)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"warmup_steps": 11, "max_steps": 10},
         {"warmup_steps": -1, "max_steps": 10},
         {"warmup_steps": 1, "max_steps": 10, "min_lr_ratio": 1.01},
         {"warmup_steps": 1, "max_steps": 10, "min_lr_ratio": -0.01},
@@ -162,3 +168,86 @@ def test_arguments_out_of_range_are_an_error(arguments):
 def test_a_decay_fraction_out_of_range_is_an_error(fraction):
     with pytest.raises(ConfigError, match=f"decay_fraction={fraction}: must be"):
         warmup_stable_decay(warmup_steps=1, max_steps=10, decay_fraction=fraction)
+
+
+WARMUP_STABLE_DECAY = {
+    "warm-up longer than the run": ((8, 4, 0.5), [1 / 8, 2 / 8, 3 / 8, 4 / 8, 0]),
+    "warm-up of all steps": ((4, 4, 0.5), [1 / 4, 2 / 4, 3 / 4, 1 / 2, 0]),
+    "decay that starts between two steps": ((0, 5, 0.5), [1, 1, 1, 2 / 2.5, 1 / 2.5, 0]),
+    "decay of less than a step": ((0, 4, 0.1), [1, 1, 1, 1, 0]),
+    "decay during the warm-up": ((4, 8, 1.0), [1 / 4, 2 / 4, 3 / 4, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]),
+    "one step": ((0, 1, 0.5), [1, 0]),
+}
+
+
+@pytest.mark.parametrize("name", WARMUP_STABLE_DECAY)
+def test_warmup_stable_decay_of_unusual_lengths(name):
+    (warmup_steps, max_steps, fraction), expected = WARMUP_STABLE_DECAY[name]
+    schedule = warmup_stable_decay(warmup_steps=warmup_steps, max_steps=max_steps, decay_fraction=fraction)
+    assert [schedule(step) for step in range(len(expected))] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("lr_schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("warmup_steps", [1, 30, 100])
+@pytest.mark.parametrize("min_lr_ratio", [None, 0.0, 0.3])
+@pytest.mark.parametrize("decay_fraction", [0.2, 0.5, 1.0])
+def test_no_schedule_jumps(tmp_path, lr_schedule, warmup_steps, min_lr_ratio, decay_fraction):
+    """From one step to the next, the multiplier changes by no more than the steepest line of the warm-up or decay."""
+    config = TrainerConfig(
+        output_dir=tmp_path,
+        max_steps=200,
+        lr_schedule=lr_schedule,
+        warmup_steps=warmup_steps,
+        min_lr_ratio=min_lr_ratio,
+        decay_fraction=decay_fraction,
+    )
+    schedule = config.schedule()
+    multipliers = [schedule(step) for step in range(220)]
+    steepest = max(1 / warmup_steps, math.pi / 2 / 100, 1 / (200 * decay_fraction))
+    changes = [abs(after - before) for before, after in itertools.pairwise(multipliers[warmup_steps - 1 :])]
+    assert max(changes) <= steepest + 1e-12
+    assert 0 <= min(multipliers)
+    assert max(multipliers) <= 1
+    floor = {"cosine": 0.1}.get(lr_schedule, 0.0) if min_lr_ratio is None else min_lr_ratio
+    assert multipliers[200:] == pytest.approx([floor] * 20)
+
+
+DEFAULTS = {
+    ("cosine", 100): warmup_cosine(warmup_steps=5, max_steps=100, min_lr_ratio=0.1),
+    ("cosine", 19): warmup_cosine(warmup_steps=0, max_steps=19, min_lr_ratio=0.1),
+    ("linear", 100): warmup_stable_decay(warmup_steps=5, max_steps=100, decay_fraction=1.0),
+    ("wsd", 100): warmup_stable_decay(warmup_steps=20, max_steps=100, decay_fraction=0.5),
+    ("wsd", 1000): warmup_stable_decay(warmup_steps=20, max_steps=1000, decay_fraction=0.5),
+}
+
+
+@pytest.mark.parametrize(("lr_schedule", "max_steps"), DEFAULTS)
+def test_the_defaults_of_each_schedule(tmp_path, lr_schedule, max_steps):
+    config = TrainerConfig(output_dir=tmp_path, max_steps=max_steps, lr_schedule=lr_schedule)
+    steps = range(max_steps + 5)
+    assert list(map(config.schedule(), steps)) == list(map(DEFAULTS[lr_schedule, max_steps], steps))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("warmup_steps", [None, 4])
+@pytest.mark.parametrize(("short", "long"), [(8, 16), (15, 40), (20, 21), (30, 400)])
+def test_until_its_decay_a_wsd_schedule_does_not_depend_on_the_number_of_steps(
+    tmp_path, fraction, warmup_steps, short, long
+):
+    multipliers = []
+    for max_steps in (short, long):
+        config = TrainerConfig(
+            output_dir=tmp_path,
+            max_steps=max_steps,
+            lr_schedule="wsd",
+            decay_fraction=fraction,
+            warmup_steps=warmup_steps,
+        )
+        multipliers.append([config.schedule()(step) for step in range(int((1 - fraction) * short) + 1)])
+    assert multipliers[0] == multipliers[1]
+
+
+@pytest.mark.parametrize("lr_schedule", ["cosine", "linear", "wsd"])
+def test_a_warmup_longer_than_the_run_is_an_error(tmp_path, lr_schedule):
+    with pytest.raises(ConfigError, match="warmup_steps=11.*max_steps=10"):
+        TrainerConfig(output_dir=tmp_path, max_steps=10, warmup_steps=11, lr_schedule=lr_schedule)

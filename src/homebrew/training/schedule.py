@@ -72,7 +72,10 @@ class WarmupCosine:
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_warmup(self.warmup_steps, self.max_steps)
+        if not 0 <= self.warmup_steps <= self.max_steps:
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps}: must be at least 0 and at most max_steps={self.max_steps}."
+            )
         _check_fraction("min_lr_ratio", self.min_lr_ratio)
 
     def __call__(self, step: int) -> float:
@@ -92,7 +95,8 @@ class WarmupStableDecay:
     Until the decay starts, the multiplier does not depend on `max_steps`, so that a run can be extended from there.
 
     Args:
-        warmup_steps: Number of warm-up steps; the multiplier at step s is at most (s + 1) / `warmup_steps`.
+        warmup_steps: Number of warm-up steps; the multiplier at step s is at most (s + 1) / `warmup_steps`. Can be more
+            than `max_steps`, for a run that will be extended.
         max_steps: Step at which the floor is reached; the multiplier stays there.
         decay_fraction: Length of the decay, as a fraction of `max_steps`. With 1, the decay starts at step 0.
         min_lr_ratio: The floor, as a fraction of the peak.
@@ -107,7 +111,8 @@ class WarmupStableDecay:
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_warmup(self.warmup_steps, self.max_steps)
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps={self.warmup_steps}: must be at least 0.")
         _check_fraction("decay_fraction", self.decay_fraction)
         _check_fraction("min_lr_ratio", self.min_lr_ratio)
 
@@ -118,11 +123,6 @@ class WarmupStableDecay:
         remaining = max(0, self.max_steps - step)
         decay = remaining / decay_steps if remaining < decay_steps else 1.0
         return min(warmup, self.min_lr_ratio + (1.0 - self.min_lr_ratio) * decay)
-
-
-def _check_warmup(warmup_steps: int, max_steps: int) -> None:
-    if not 0 <= warmup_steps <= max_steps:
-        raise ConfigError(f"warmup_steps={warmup_steps}: must be at least 0 and at most max_steps={max_steps}.")
 
 
 def _check_fraction(name: str, value: float) -> None:

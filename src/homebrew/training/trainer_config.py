@@ -41,7 +41,7 @@ class TrainerConfig:
     """Learning rate after the warm-up. "cosine": half a cosine; "linear": a line, from step 0; "wsd" (warm-up, stable,
     decay): constant, then a line over the last `decay_fraction` of the run, which can be extended until then."""
     warmup_steps: int | None = None
-    """Number of linear warm-up steps. Default: a twentieth of `max_steps`; for "wsd", at most 20."""
+    """Number of linear warm-up steps. Default: a twentieth of `max_steps`; for "wsd", 20."""
     decay_fraction: float = 0.5
     """Length of the decay with "wsd", as a fraction of `max_steps`."""
     min_lr_ratio: float | None = None
@@ -108,14 +108,14 @@ class TrainerConfig:
     def schedule(self) -> Schedule:
         """Return the schedule that `lr_schedule` names."""
         warmup_steps = self.warmup_steps
+        if warmup_steps is None:  # with "wsd" independent of max_steps, or a longer run would have another past
+            warmup_steps = 20 if self.lr_schedule == "wsd" else self.max_steps // 20
         if self.lr_schedule == "cosine":
             return warmup_cosine(
-                warmup_steps=self.max_steps // 20 if warmup_steps is None else warmup_steps,
+                warmup_steps=warmup_steps,
                 max_steps=self.max_steps,
                 min_lr_ratio=0.1 if self.min_lr_ratio is None else self.min_lr_ratio,
             )
-        if warmup_steps is None:  # with "wsd" independent of max_steps, or a longer run would have another past
-            warmup_steps = min(20, self.max_steps) if self.lr_schedule == "wsd" else self.max_steps // 20
         return warmup_stable_decay(
             warmup_steps=warmup_steps,
             max_steps=self.max_steps,
@@ -132,6 +132,8 @@ class TrainerConfig:
         ]
         if _is_one_of(self.micro_batch_size, "auto") and self.global_batch_tokens is None:
             problems.append("micro_batch_size='auto': needs global_batch_tokens.")
+        if not problems and self.warmup_steps is not None and self.warmup_steps > self.max_steps:
+            problems.append(f"warmup_steps={self.warmup_steps}: must be at most max_steps={self.max_steps}.")
         if problems:
             raise ConfigError("Invalid settings:\n  " + "\n  ".join(problems))
         object.__setattr__(self, "output_dir", absolute_path(self.output_dir))
