@@ -83,6 +83,17 @@ def test_a_run_resumes_by_its_folder_alone_from_anywhere(small_run, invoke, monk
     assert "step 3/3" in invoke("train", "--resume", "--output-dir", moved)  # the accepted change is recorded
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_in_its_stable_phase_is_extended_by_max_steps_alone(
+    text, tmp_path, invoke, invoke_error, tiny, optimizer
+):
+    options = ["--lr-schedule", "wsd", "--decay-fraction", 0.25, "--optimizer", optimizer, "--tokenizer", "char", *tiny]
+    invoke("train", text, "--output-dir", tmp_path / "run", "--max-steps", 4, *options)  # step 3 has the full rate
+    resume = ["train", "--resume", "--output-dir", tmp_path / "run"]
+    assert "step 40/40" in invoke(*resume, "--max-steps", 40)
+    assert "--accept-changes schedule" in invoke_error(*resume, "--max-steps", 50)
+
+
 def test_values_given_again_may_agree(small_run, text, invoke, tiny):
     arguments = [text, "--tokenizer", "char", "--seed", 5, *tiny, "--max-steps", 2, "--learning-rate", 6e-4]
     assert "step 2/2" in invoke("train", "--resume", "--output-dir", small_run, *arguments)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, token_dataset, weights
+from tiny_runs import ONE_LAYER, StopAt, equal, make_trainer, token_dataset, weights
 
 from homebrew import GPT, Callback, LoRAConfig, Muon, add_lora, load_model
 from homebrew.errors import ConfigError, ResumeMismatch
@@ -111,20 +111,56 @@ def test_muon_with_frozen_parts(tmp_path, frozen):
     }
 
 
-def test_a_run_of_the_stable_phase_can_be_extended(tmp_path):
-    def trainer(folder, max_steps, **settings):
-        return make_trainer(tmp_path / folder, max_steps=max_steps, lr_schedule="wsd", model=GPT(ONE_LAYER), **settings)
+def train(folder, max_steps, *callbacks, resume=False, **settings):
+    """Train a small model with a stable phase, and return its weights."""
+    settings = {"lr_schedule": "wsd", "optimizer": "muon", "model": ONE_LAYER} | settings
+    trainer = make_trainer(folder, max_steps=max_steps, callbacks=callbacks, **settings)
+    trainer.train(resume=resume)
+    return weights(trainer)
 
-    recorder = Recorder()
-    trainer("long", 40, callbacks=[recorder]).train()
-    trainer("short", 20, callbacks=[StopAt(10)]).train()  # the last half of a run is its decay
-    extended = Recorder()
-    trainer("short", 40, callbacks=[extended]).train(resume=True)
-    assert extended.metrics.keys() == set(range(11, 41))
-    assert [m.loss for m in extended.metrics.values()] == [recorder.metrics[s].loss for s in extended.metrics]
-    trainer("decayed", 20).train()
-    with pytest.raises(ResumeMismatch, match="max_steps was 20, is 40, learning rate at step"):
-        trainer("decayed", 40).train(resume=True)
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("first", "stop", "second", "settings"),
+    [
+        (20, 10, 40, {}),  # the last half of a run is its decay
+        (20, 11, 40, {}),  # step 10 has the full learning rate, too
+        (8, 4, 16, {}),  # shorter than the default warm-up
+        (8, 4, 16, {"warmup_steps": 6}),
+        (6, 6, 12, {"decay_fraction": 0.0}),
+        (10, 7, 14, {"decay_fraction": 0.3, "min_lr_ratio": 0.2, "warmup_steps": 0}),
+        (40, 5, 12, {}),  # shorter
+    ],
+)
+def test_a_run_can_be_extended_or_shortened_before_its_decay(tmp_path, optimizer, first, stop, second, settings):
+    settings = settings | {"optimizer": optimizer}
+    expected = train(tmp_path / "uninterrupted", second, **settings)
+    train(tmp_path / "stopped", first, StopAt(stop), **settings)
+    assert equal(train(tmp_path / "stopped", second, resume=True, **settings), expected)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_run_can_be_extended_several_times(tmp_path):
+    train(tmp_path / "run", 4, StopAt(2))
+    train(tmp_path / "run", 10, StopAt(5), resume=True)
+    train(tmp_path / "run", 20, StopAt(10), resume=True)
+    assert equal(train(tmp_path / "run", 16, resume=True), train(tmp_path / "uninterrupted", 16))
+
+
+@pytest.mark.parametrize(
+    ("first", "stop", "second", "settings"),
+    [
+        (8, 6, 16, {"warmup_steps": 0}),
+        (16, 7, 8, {"warmup_steps": 0}),  # has passed the shorter run's decay
+        (8, 2, 16, {"lr_schedule": "linear"}),
+        (8, 2, 16, {"lr_schedule": "cosine", "warmup_steps": 0}),
+    ],
+)
+def test_another_number_of_steps_is_a_change_after_the_decay_has_begun(tmp_path, first, stop, second, settings):
+    train(tmp_path, first, StopAt(stop), **settings)
+    with pytest.raises(ResumeMismatch, match=f"max_steps was {first}, is {second}, learning rate at step"):
+        train(tmp_path, second, resume=True, **settings)
 
 
 def test_changing_the_optimizer_is_an_accepted_change(tmp_path):
