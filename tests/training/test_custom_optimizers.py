@@ -7,9 +7,10 @@ import torch
 from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, weights
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 
-from homebrew import GPT
+from homebrew import GPT, Muon
 from homebrew.callbacks.base import Callback
 from homebrew.errors import ConfigError, TrainingError
+from homebrew.optim.combined import combine
 from homebrew.training.nan_guard import NanGuard
 
 
@@ -30,6 +31,12 @@ def uninitialized(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: torch.full_like(tensor, 1e6, **options))
 
 
+def muon_and_adamw(parameters):
+    parameters = list(parameters)
+    matrices, others = ([p for p in parameters if (p.dim() == 2) is is_matrix] for is_matrix in (True, False))
+    return [Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=0.01, fused=True)]
+
+
 FUSED = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, fused=True),
     "Nesterov": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, nesterov=True, fused=True),
@@ -40,6 +47,7 @@ FUSED = {
     ),
     "one group": lambda parameters: torch.optim.AdamW([{"params": parameters, "fused": False}], lr=0.01, fused=True),
     "other group": lambda parameters: torch.optim.AdamW([{"params": parameters, "fused": True}], lr=0.01),
+    "Muon": muon_and_adamw,
 }
 
 
@@ -62,17 +70,19 @@ def test_a_skipped_first_step_has_no_effect_on_later_ones(tmp_path, name):
 @pytest.mark.usefixtures("uninitialized")
 @pytest.mark.parametrize("name", FUSED)
 def test_a_step_skipped_by_a_gradient_scaler_has_no_effect_on_later_ones(name):
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = FUSED[name]([weight])
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((3,), (2, 2))]
+    optimizer = FUSED[name](parameters)
+    optimizer = combine(optimizer) if isinstance(optimizer, list) else optimizer
     NanGuard(optimizer, "skip", 10, torch.device("cpu"))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     scaler.scale(torch.ones(()))  # the scale is created here
     for gradient in (math.inf, 1.0):
-        weight.grad = torch.full_like(weight, gradient)
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, gradient)
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-    assert 0 < (1 - weight).abs().max() < 0.1
+    assert all(0 < (1 - parameter).abs().max() < 0.1 for parameter in parameters)
 
 
 SCHEDULERS = {

@@ -3,26 +3,47 @@ import math
 import pytest
 import torch
 
+from homebrew import Muon
 from homebrew.errors import NonFiniteError
 from homebrew.metrics.step_metrics import SkippedStep
+from homebrew.optim.combined import combine, members
 from homebrew.training.nan_guard import NanGuard
 
 NUM_WARMUP = 50
 """A spike is recognized from the 51st accepted step on."""
 
 
-class GuardedRun:
-    """Steps of one parameter under a guard."""
+def adamw(*parameters, fused=True):
+    return torch.optim.AdamW(parameters, lr=0.1, fused=fused)
 
-    def __init__(self, policy, *, fused=True, limit=2, zscore=None):
-        self.weight = torch.nn.Parameter(torch.ones(3))
-        self.optimizer = torch.optim.AdamW([self.weight], lr=0.1, fused=fused)
+
+FUSED = {
+    "AdamW": adamw,
+    "Muon": lambda matrix, vector: combine([Muon([matrix], lr=0.1), adamw(vector)]),
+    "two of AdamW": lambda matrix, vector: combine([adamw(matrix), adamw(vector)]),
+}
+"""Functions from a matrix and a vector to an optimizer that skips steps on the device."""
+NOT_FUSED = {
+    "not fused AdamW": lambda *parameters: adamw(*parameters, fused=False),
+    "Muon and not fused AdamW": lambda matrix, vector: combine([Muon([matrix], lr=0.1), adamw(vector, fused=False)]),
+    "SGD and AdamW": lambda matrix, vector: combine([torch.optim.SGD([matrix], lr=0.1, momentum=0.9), adamw(vector)]),
+}
+OPTIMIZERS = FUSED | NOT_FUSED
+
+
+class GuardedRun:
+    """Steps of two parameters under a guard."""
+
+    def __init__(self, policy, *, optimizer="AdamW", limit=2, zscore=None):
+        self.parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (2,))]
+        self.optimizer = OPTIMIZERS[optimizer](*self.parameters)
         self.guard = NanGuard(self.optimizer, policy, limit, torch.device("cpu"), spike_zscore=zscore)
         self.num_steps = 0
 
     def step(self, loss=1.0, grad_norm=1.0):
         """Take a step; return the guard's review: the skipped step and the error that ends the run, or None each."""
-        self.weight.grad = torch.full_like(self.weight, grad_norm)
+        for parameter in self.parameters:
+            parameter.grad = torch.full_like(parameter, grad_norm)
         result = self.guard.check(torch.tensor(loss), torch.tensor(grad_norm))
         if self.guard.allows_update(result):
             self.optimizer.step()
@@ -31,8 +52,9 @@ class GuardedRun:
         return self.guard.handle(self.num_steps - 1, result.tolist())
 
     def state(self):
-        state = self.optimizer.state[self.weight]
-        return [self.weight.detach().clone(), *(state[key].clone() for key in sorted(state))]
+        states = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        tensors = [*self.parameters, *(state[key] for state in states for key in sorted(state))]
+        return [tensor.detach().clone() for tensor in tensors]
 
     def changes(self, **step):
         """Return whether a step changes the weight or the optimizer's state."""
@@ -41,13 +63,13 @@ class GuardedRun:
         return not all(torch.equal(a, b) for a, b in zip(before, self.state(), strict=True))
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("policy", ["raise", "skip"])
 @pytest.mark.parametrize(
     ("loss", "grad_norm"), [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf), (-math.inf, math.nan)]
 )
-def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(policy, fused, loss, grad_norm):
-    run = GuardedRun(policy, fused=fused)
+def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(policy, optimizer, loss, grad_norm):
+    run = GuardedRun(policy, optimizer=optimizer)
     run.step()
     assert not run.changes(loss=loss, grad_norm=grad_norm)
 
@@ -80,9 +102,9 @@ def test_too_many_consecutive_skipped_steps_are_an_error():
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip"])
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_loss_spike_is_skipped_and_does_not_enter_the_running_mean(policy, fused):
-    run = GuardedRun(policy, fused=fused, zscore=5.0)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_loss_spike_is_skipped_and_does_not_enter_the_running_mean(policy, optimizer):
+    run = GuardedRun(policy, optimizer=optimizer, zscore=5.0)
     for step in range(NUM_WARMUP):
         assert run.step(loss=2.0 + 0.1 * (step % 2)) == (None, None)
     history = run.guard.state_dict()["history"]
@@ -126,13 +148,28 @@ def test_old_losses_are_forgotten_after_about_fifty_steps():
     assert mean == pytest.approx(2.0 + 0.98**50, rel=1e-5)
 
 
-def test_the_host_never_decides_on_an_update_of_a_fused_optimizer():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_host_never_decides_on_an_update_of_a_fused_optimizer(optimizer):
     """Reading the decision would wait for the device; the kernel reads it there."""
     bad = torch.tensor(math.nan)
-    for fused in (True, False):
-        run = GuardedRun("skip", fused=fused)
-        assert run.guard.allows_update(run.guard.check(bad, bad)) is fused
-        assert getattr(run.optimizer, "found_inf", None) == (1.0 if fused else None)
+    run = GuardedRun("skip", optimizer=optimizer)
+    assert run.guard.allows_update(run.guard.check(bad, bad)) is (optimizer in FUSED)
+    expected = 1.0 if optimizer in FUSED else None
+    assert [getattr(member, "found_inf", None) for member in members(run.optimizer)] == (
+        [expected] * len(members(run.optimizer))
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_skipped_first_step_has_no_effect(optimizer):
+    run, new = (GuardedRun("skip", optimizer=optimizer) for _ in range(2))
+    weights = run.state()
+    run.step(loss=math.nan, grad_norm=math.nan)
+    assert all(map(torch.equal, weights, run.state()))
+    for each in (run, new):
+        each.step()
+        each.step(grad_norm=2.0)
+    assert all(map(torch.equal, new.state(), run.state()))
 
 
 def test_reset_unblocks_updates_and_forgets_the_steps_before():

@@ -10,10 +10,9 @@ from accelerate import Accelerator
 from tiny_runs import ONE_LAYER, Recorder, equal, make_trainer, saved_steps, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from homebrew import GPT, GPTConfig
+from homebrew import GPT, GPTConfig, Muon
 from homebrew.callbacks.base import Callback
 from homebrew.errors import NonFiniteError
-from homebrew.training.optimizer import adamw
 
 BAD_STEP = 3  # value of trainer.step while the step is taken; metrics call it step 4
 CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
@@ -22,8 +21,7 @@ CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
 class Snapshots(Callback):
     """Copies the weights and the optimizer's state at the start and after each step."""
 
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
+    def __init__(self):
         self.by_step = {}
 
     def on_train_begin(self, trainer):
@@ -32,7 +30,7 @@ class Snapshots(Callback):
     def on_step_end(self, trainer):
         states = {
             f"{i}/{key}": value.clone()
-            for i, state in enumerate(self.optimizer.state.values())
+            for i, state in enumerate(trainer._optimizer.state.values())
             for key, value in state.items()
         }
         self.by_step[trainer.step] = weights(trainer) | states
@@ -71,21 +69,35 @@ def make_small_trainer(output_dir, **settings):
     return make_trainer(output_dir, **{"model": CONFIG, "micro_batch_size": 2, "compile": False} | settings)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+def matrices_and_vectors(model):
+    parameters = list(model.parameters())
+    return [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() != 2]
+
+
+def muon_and_sgd(model):
+    matrices, vectors = matrices_and_vectors(model)
+    return [Muon(matrices, lr=1e-2), torch.optim.SGD(vectors, lr=0.1, momentum=0.9)]
+
+
+OPTIMIZERS = {
+    "adamw": lambda model: "adamw",
+    "muon": lambda model: "muon",
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "Muon and SGD": muon_and_sgd,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("where", "value"),
     [("loss", math.nan), ("micro-batch", math.inf), ("gradient", math.nan), ("gradient", math.inf)],
 )
 @pytest.mark.parametrize("policy", ["raise", "skip"])
-def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(tmp_path, policy, where, value, fused):
+def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(tmp_path, policy, where, value, optimizer):
     model = GPT(CONFIG)
-    if fused:
-        optimizer = adamw(model.parameters(), learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    snapshots, recorder = Snapshots(optimizer), Recorder()
+    snapshots, recorder = Snapshots(), Recorder()
     settings = {"log_every": 2, "non_finite": policy, "save_every": None, "callbacks": [snapshots, recorder]}
-    trainer = make_small_trainer(tmp_path, model=model, optimizer=optimizer, **settings)
+    trainer = make_small_trainer(tmp_path, model=model, optimizer=OPTIMIZERS[optimizer](model), **settings)
     inject(trainer, where, value)
     if policy == "raise":
         with pytest.raises(NonFiniteError, match=f"step {BAD_STEP + 1} "):
@@ -187,14 +199,43 @@ def test_training_again_without_a_checkpoint_warns_that_it_starts_from_the_curre
         trainer.train(resume=True)
 
 
-def test_a_loss_spike_is_skipped_if_configured(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_loss_spike_is_skipped_if_configured(tmp_path, monkeypatch, optimizer):
     monkeypatch.setattr("homebrew.training.nan_guard.SPIKE_WARMUP", 5)
-    recorder = Recorder()
-    settings = {"loss_spike_zscore": 20.0, "max_steps": 10, "learning_rate": 1e-4, "callbacks": [recorder]}
-    trainer = make_small_trainer(tmp_path, **settings)
+    snapshots, recorder = Snapshots(), Recorder()
+    settings = {"loss_spike_zscore": 20.0, "max_steps": 10, "learning_rate": 1e-4, "callbacks": [snapshots, recorder]}
+    trainer = make_small_trainer(tmp_path, optimizer=optimizer, **settings)
     trainer.model.transformer.ln_f.register_forward_hook(lambda *args: args[-1] * 50 if trainer.step == 8 else None)
     trainer.train()
     assert [(skipped.step, skipped.reason) for skipped in recorder.skipped] == [(9, "loss_spike")]
+    assert snapshots.unchanged_steps() == [8]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_gradient_scaler_skips_steps_and_lowers_its_scale(tmp_path, monkeypatch, optimizer):
+    """The first steps overflow, and change nothing; later steps are those of a run without a scaler."""
+
+    def train(folder, scaler, num_bad_steps=0):
+        accelerator, snapshots, model = Accelerator(cpu=True), Snapshots(), GPT(CONFIG)
+        accelerator.scaler = scaler
+        settings = {"mixed_precision": "auto", "non_finite": "skip", "callbacks": [snapshots]}
+        chosen = OPTIMIZERS[optimizer](model)
+        trainer = make_small_trainer(folder, model=model, optimizer=chosen, accelerator=accelerator, **settings)
+        model.lm_head.weight.register_hook(lambda grad: grad * math.nan if trainer.step < num_bad_steps else grad)
+        with monkeypatch.context() as patch:
+            if scaler is not None:  # Accelerate unscales gradients before clipping in fp16 only, which a CPU lacks
+                patch.setattr(accelerator, "native_amp", True)
+                patch.setattr(accelerator.state, "_mixed_precision", "fp16")
+            trainer.train()
+        return snapshots
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    scaled = train(tmp_path / "scaled", scaler)
+    num_skipped = 127 - math.log2(scaler.get_scale())
+    assert 0 < num_skipped < 4
+    plain = train(tmp_path / "plain", None, num_bad_steps=num_skipped)
+    for name, weight in plain.by_step[6].items():
+        torch.testing.assert_close(scaled.by_step[6][name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_scaler_disables_the_loss_spike_rule(tmp_path, monkeypatch):
@@ -219,7 +260,7 @@ class CountHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-GUARD_SETTINGS = [{}, {"non_finite": "skip"}, {"loss_spike_zscore": 5.0}]
+GUARD_SETTINGS = [{}, {"non_finite": "skip"}, {"loss_spike_zscore": 5.0}, {"optimizer": "muon"}]
 
 
 @pytest.mark.parametrize("settings", GUARD_SETTINGS)

@@ -144,7 +144,7 @@ def test_the_floor_may_be_zero_or_the_peak(floor, multipliers):
 
 
 def test_a_cosine_must_start_within_the_run():
-    with pytest.raises(ConfigError, match="warmup_steps=11.*max_steps=10"):
+    with pytest.raises(ConfigError, match=r"warmup_steps=11.*max_steps=10"):
         warmup_cosine(warmup_steps=11, max_steps=10)
 
 
@@ -249,5 +249,5 @@ def test_until_its_decay_a_wsd_schedule_does_not_depend_on_the_number_of_steps(
 
 @pytest.mark.parametrize("lr_schedule", ["cosine", "linear", "wsd"])
 def test_a_warmup_longer_than_the_run_is_an_error(tmp_path, lr_schedule):
-    with pytest.raises(ConfigError, match="warmup_steps=11.*max_steps=10"):
+    with pytest.raises(ConfigError, match=r"warmup_steps=11.*max_steps=10"):
         TrainerConfig(output_dir=tmp_path, max_steps=10, warmup_steps=11, lr_schedule=lr_schedule)
