@@ -78,3 +78,41 @@ def test_one_optimizer_stays_itself():
     optimizer = torch.optim.AdamW(matrix_and_vector())
     assert combine([optimizer]) is optimizer
     assert members(optimizer) == [optimizer]
+
+
+def test_an_optimizer_stays_usable_on_its_own():
+    parameters = matrix_and_vector()
+    optimizers = build(parameters)
+    combined = combine(optimizers)
+    train([combined], parameters, 2)
+    for optimizer, parameter in zip(optimizers, parameters, strict=True):
+        assert optimizer.state.keys() == {parameter}
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(state)
+        assert state["state"][0].keys() == combined.state[parameter].keys()
+        assert all(combined.state[parameter][key] is value for key, value in optimizer.state[parameter].items())
+    assert combined.param_groups == [group for optimizer in optimizers for group in optimizer.param_groups]
+    combined.param_groups[0]["lr"] = 0.0
+    before = parameters[0].clone()
+    train([combined], parameters, 1)
+    assert torch.equal(parameters[0], before)
+
+
+def test_each_optimizer_loads_its_own_state():
+    """A subclass may do more than PyTorch's method, and state may belong to no parameter."""
+
+    class Counting(torch.optim.SGD):
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(state_dict)
+            self.num_loads = 1
+
+    parameters = matrix_and_vector()
+    counting = Counting(parameters[1:])
+    counting.state["calls"] = 3
+    combined = combine([Muon(parameters[:1]), counting])
+    train([combined], parameters, 1)
+    combined.load_state_dict(combined.state_dict())
+    assert counting.num_loads == 1
+    assert counting.state["calls"] == 3
+    with pytest.raises(ValueError, match="parameter group"):
+        combined.load_state_dict({"state": {}, "param_groups": combined.state_dict()["param_groups"][:1]})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import ONE_LAYER, StopAt, equal, make_trainer, token_dataset, weights
+from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, token_dataset, weights
 
 from homebrew import GPT, Callback, LoRAConfig, Muon, add_lora, load_model
 from homebrew.errors import ConfigError, ResumeMismatch

@@ -20,6 +20,7 @@ from homebrew.checkpoint.tensor_check import describe, is_savable
 from homebrew.distributed.collectives import broadcast_tensors
 from homebrew.distributed.fsdp import shard_like
 from homebrew.errors import ConfigError, CorruptCheckpoint, ResumeMismatch
+from homebrew.optim.combined import members
 
 _SEPARATOR = "//"
 _NOT_SAVED = ("params", "lr")
@@ -32,6 +33,11 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
     This is state in tensor subclasses, such as quantized moments; in tensors of other dtypes and layouts; in
     containers of tensors; under keys that are not text; and in an inner optimizer.
     """
+    for member in members(optimizer):
+        _check_state(member)
+
+
+def _check_state(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
     for values in optimizer.state.values():
         for key, value in values.items() if isinstance(values, dict) else ():

@@ -1,7 +1,7 @@
 """Several optimizers as one."""
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from homebrew.errors import ConfigError
 class CombinedOptimizer(torch.optim.Optimizer):
     """Optimizers that share a model's parameters, behind the interface of one.
 
-    Its parameter groups are theirs, in order, and its state is shared with them.
+    Each optimizer keeps its own parameter groups and state, which are also those of the combined one.
 
     Args:
         optimizers: Optimizers, no two of which have a parameter in common.
@@ -22,16 +22,23 @@ class CombinedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.optimizers: list[torch.optim.Optimizer] = []
+        groups = list(chain.from_iterable(optimizer.param_groups for optimizer in optimizers))
+        super().__init__(groups, {})
         self.optimizers = list(optimizers)
-        try:
-            super().__init__(chain.from_iterable(o.param_groups for o in optimizers), {})  # keeps their dictionaries
-        except ValueError as error:
-            raise ConfigError(
-                f"The optimizers cannot be combined: {error}. Give each parameter to one optimizer."
-            ) from error
-        for optimizer in optimizers:
-            self.state.update(optimizer.state)
-        self._share()
+        self.state = _States(self.optimizers)  # type: ignore[assignment]  # a mapping with the same methods
+        parameters = [id(parameter) for group in groups for parameter in group["params"]]
+        if len(set(parameters)) < len(parameters):
+            raise ConfigError("The optimizers have a parameter in common. Give each parameter to one optimizer.")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The optimizers' parameter groups, in order."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Do nothing: PyTorch's constructor sets an empty list."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - as in PyTorch
         """Let each optimizer take a step; return the closure's result."""
@@ -41,16 +48,48 @@ class CombinedOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
-        super().load_state_dict(dict(state_dict))  # replaces the state and the groups
-        self._share()
-
-    def _share(self) -> None:
-        """Give the optimizers this one's state and groups."""
-        groups = iter(self.param_groups)
+        """Let each optimizer load its part of what `state_dict` returned."""
+        groups = iter(state_dict["param_groups"])
         for optimizer in self.optimizers:
-            optimizer.state = self.state
-            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+            own = list(islice(groups, len(optimizer.param_groups)))
+            keys = {index for group in own for index in group["params"]} | optimizer.state.keys()
+            state = {key: values for key, values in state_dict["state"].items() if key in keys}
+            optimizer.load_state_dict({"state": state, "param_groups": own})
+
+
+class _States(MutableMapping[Any, Any]):
+    """The states of several optimizers as one mapping, which creates a parameter's state as theirs do."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._optimizers = optimizers
+
+    def __getitem__(self, key: Any) -> Any:  # noqa: ANN401 - a parameter and its state
+        return self._owner(key).state[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:  # noqa: ANN401
+        self._owner(key).state[key] = value
+
+    def __delitem__(self, key: Any) -> None:  # noqa: ANN401
+        del self._owner(key).state[key]
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in optimizer.state for optimizer in self._optimizers)
+
+    def __iter__(self) -> Iterator[Any]:
+        return chain.from_iterable(optimizer.state for optimizer in self._optimizers)
+
+    def __len__(self) -> int:
+        return sum(len(optimizer.state) for optimizer in self._optimizers)
+
+    def _owner(self, key: Any) -> torch.optim.Optimizer:  # noqa: ANN401
+        """Return the optimizer that has a state under the key, or holds the parameter."""
+        for optimizer in self._optimizers:
+            if key in optimizer.state:
+                return optimizer
+        for optimizer in self._optimizers:
+            if any(key is parameter for group in optimizer.param_groups for parameter in group["params"]):
+                return optimizer
+        raise KeyError(key)
 
 
 def combine(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:

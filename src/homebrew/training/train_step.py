@@ -16,6 +16,7 @@ from homebrew.distributed.fsdp import full_tensor, keeps_weights_gathered, uses_
 from homebrew.errors import TrainingError
 from homebrew.evaluation.mean_loss import check_loss
 from homebrew.model.lora import lora_layers
+from homebrew.optim.combined import members
 from homebrew.training.cuda_graph import CudaGraph
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import check_trainable
@@ -226,6 +227,8 @@ class TrainStep:
 
     def _graph_dependencies(self) -> list[object]:
         """Return everything that the captured update reads or writes. It is captured again if any of it changes."""
-        state, groups = self._optimizer.state, self._optimizer.param_groups
-        tensors = [tensor for p in self._parameters for tensor in (p, p.grad, *state.get(p, {}).values())]
-        return tensors + [group[key] for group in groups for key in group if key not in ("params", "lr")]
+        optimizers = members(self._optimizer)
+        tensors = [tensor for p in self._parameters for tensor in (p, p.grad)]
+        states = [value for o in optimizers for state in o.state.values() for value in state.values()]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        return tensors + states + [group[key] for group in groups for key in group if key not in ("params", "lr")]
