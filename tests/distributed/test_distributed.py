@@ -52,7 +52,7 @@ TASKS = {
     "interrupted": {"max_steps": 3, "again": True},
     "sharded_save": PLAIN | SHARDED_SAVE,
     "adapter": PLAIN | SHARDED_SAVE | {"lora": True},
-    "muon": PLAIN | SHARDED_SAVE | {"optimizer": "muon"},
+    "muon": PLAIN | SHARDED_SAVE | {"optimizer": "muon", "ema_decay": 0.9},
 }
 
 

@@ -41,8 +41,20 @@ def test_a_skipped_step_does_not_move_the_average(is_skipped):
     assert torch.equal(optimizer.state[parameters[0]]["average"], before) == bool(is_skipped)
 
 
-def test_frozen_parameters_have_no_average():
+def test_a_parameter_without_gradient_has_no_average_yet():
+    """PyTorch's optimizers create their state if a parameter has none."""
     parameters, optimizer = build()
-    parameters[1].requires_grad_(False)
+    parameters[0].grad = torch.ones(4, 6)
+    optimizer.step()
+    assert parameters[1] not in optimizer.state
     step(parameters, optimizer)
-    assert "average" not in optimizer.state[parameters[1]]
+    assert torch.equal(optimizer.state[parameters[1]]["average"], parameters[1])
+
+
+def test_weights_in_bfloat16_are_averaged():
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = AveragedOptimizer([torch.optim.SGD([parameter], lr=1.0)], 0.5)
+    optimizer.found_inf = torch.tensor(0.0)
+    step([parameter], optimizer)
+    step([parameter], optimizer)
+    assert optimizer.state[parameter]["average"].tolist() == [-0.5] * 4

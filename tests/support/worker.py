@@ -276,6 +276,7 @@ def build(task, rank):
             micro_batch_size=task.get("micro_batch_size", 2),
             optimizer="muon" if optimizer == "muon" else "adamw",
             learning_rate=1e-2,
+            ema_decay=task.get("ema_decay"),
             log_every=1,
             save_every=task.get("save_every"),
             keep_every=task.get("save_every"),

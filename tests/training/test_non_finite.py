@@ -11,6 +11,7 @@ from tiny_runs import ONE_LAYER, Recorder, equal, make_trainer, saved_steps, wei
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from homebrew import GPT, GPTConfig, Muon
+from homebrew.optim.averaged import AveragedOptimizer
 from homebrew.callbacks.base import Callback
 from homebrew.errors import NonFiniteError
 
@@ -82,6 +83,7 @@ def muon_and_sgd(model):
 OPTIMIZERS = {
     "adamw": lambda model: "adamw",
     "muon": lambda model: "muon",
+    "averaged": lambda model: AveragedOptimizer(muon_and_sgd(model), 0.9),
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "Muon and SGD": muon_and_sgd,
 }
@@ -260,7 +262,7 @@ class CountHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-GUARD_SETTINGS = [{}, {"non_finite": "skip"}, {"loss_spike_zscore": 5.0}, {"optimizer": "muon"}]
+GUARD_SETTINGS = [{}, {"non_finite": "skip"}, {"loss_spike_zscore": 5.0}, {"optimizer": "muon"}, {"optimizer": "muon", "ema_decay": 0.9}]
 
 
 @pytest.mark.parametrize("settings", GUARD_SETTINGS)

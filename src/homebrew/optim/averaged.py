@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from homebrew.distributed.fsdp import local_shard
 from homebrew.optim.combined import CombinedOptimizer
 
 
@@ -32,7 +33,7 @@ class AveragedOptimizer(CombinedOptimizer):
         """Take a step and update the average; return the closure's result."""
         loss = super().step(closure)
         for group in self.param_groups:
-            self._update_average([p for p in group["params"] if p.requires_grad], group["ema_decay"])
+            self._update_average([p for p in group["params"] if p.grad is not None], group["ema_decay"])
         return loss
 
     @torch.no_grad()
@@ -40,12 +41,15 @@ class AveragedOptimizer(CombinedOptimizer):
         for parameter in parameters:
             if "average" not in self.state[parameter]:
                 self.state[parameter]["average"] = parameter.clone()
-        averages = [self.state[parameter]["average"] for parameter in parameters]
-        weight: Any = 1 - decay
-        if self.found_inf is not None:
-            weight = weight * (1 - self.found_inf)
-        if averages:
-            torch._foreach_lerp_(averages, list(parameters), weight)
+        averages = [local_shard(self.state[parameter]["average"]) for parameter in parameters]
+        weights = [local_shard(parameter) for parameter in parameters]
+        if not averages:
+            return
+        if self.found_inf is None:
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        else:  # a list of tensors: PyTorch would read a single one on the host
+            weight = (1 - decay) * (1 - self.found_inf)
+            torch._foreach_lerp_(averages, weights, [weight.to(average.dtype) for average in averages])
 
     def train(self) -> None:
         """Do nothing: the Trainer restores the weights."""

@@ -32,7 +32,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
             raise ConfigError("The optimizers have a parameter in common. Give each parameter to one optimizer.")
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The optimizers' parameter groups, in order."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
