@@ -6,10 +6,21 @@ from functools import cache
 
 import pytest
 import torch
-from tiny_runs import ONE_LAYER, StopAt, checkpoint_path, make_trainer, random_tokens, token_dataset, weights
+from tiny_runs import (
+    ONE_LAYER,
+    StopAt,
+    checkpoint_path,
+    checkpoint_tensors,
+    equal,
+    make_trainer,
+    random_tokens,
+    token_dataset,
+    weights,
+)
 from torch.utils.data import Dataset
 
-from homebrew import GPT, Callback, GPTConfig
+from homebrew import GPT, Callback, GPTConfig, Muon
+from homebrew.checkpoint.optimizer_state import state_tensors
 from homebrew.errors import ResumeMismatch
 from homebrew.model.lora import LoRAConfig, add_lora
 
@@ -51,6 +62,18 @@ def split(parameters):
     return [{"params": parameters[:3]}, {"params": parameters[3:]}]
 
 
+def several(*classes):
+    """Return a function from parameters to an optimizer of the matrices and one of the vectors, in this order."""
+
+    def build(parameters):
+        matrices, vectors = [], []
+        for parameter in parameters:
+            (matrices if parameter.dim() == 2 else vectors).append(parameter)
+        return [optimizer(matrices if optimizer is Muon else vectors, lr=1e-3) for optimizer in classes]
+
+    return build
+
+
 OPTIMIZERS = {
     "built-in": lambda parameters: None,
     "AdamW amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, amsgrad=True),
@@ -61,6 +84,10 @@ OPTIMIZERS = {
     "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-3),
     "numbers": lambda parameters: NumberState(split(parameters)),
     "slow weights": SlowWeights,
+    "muon": lambda parameters: "muon",
+    "Muon, AdamW": several(Muon, torch.optim.AdamW),
+    "AdamW, Muon": several(torch.optim.AdamW, Muon),
+    "Muon, Adagrad": several(Muon, torch.optim.Adagrad),
 }
 
 
@@ -140,15 +167,32 @@ def test_a_setting_that_the_run_has_changed_is_restored_unless_another_was_accep
     assert optimizer.param_groups[0]["weight_decay"] == expected
 
 
+class RecordState(Callback):
+    """Copies the optimizer's state at the start."""
+
+    def on_train_begin(self, trainer):
+        state = state_tensors(trainer.model, trainer._optimizer)
+        self.tensors = {f"optimizer/{name}": value.clone() for name, value in state.items()}
+
+
 @pytest.mark.parametrize(
-    "change", [{"weight_decay": 0.5}, {"betas": (0.5, 0.6)}, {"max_grad_norm": 0.5}, {"schedule": lambda step: 0.5}]
+    "change",
+    [
+        {"weight_decay": 0.5},
+        {"betas": (0.5, 0.6)},
+        {"max_grad_norm": 0.5},
+        {"schedule": lambda step: 0.5},
+    ],
 )
-def test_settings_of_the_same_optimizer_keep_its_state(tmp_path, change):
-    settings = {"model": ONE_LAYER, "schedule": lambda step: 1.0, "max_steps": 4}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_settings_of_the_same_optimizer_keep_its_state(tmp_path, change, optimizer):
+    settings = {"model": ONE_LAYER, "schedule": lambda step: 1.0, "max_steps": 4, "optimizer": optimizer}
     make_trainer(tmp_path, **settings, callbacks=[StopAt(2)]).train()
-    trainer = make_trainer(tmp_path, **settings | change)
+    saved = {name: value for name, value in checkpoint_tensors(tmp_path, 2).items() if name.startswith("optimizer/")}
+    restored = RecordState()
+    trainer = make_trainer(tmp_path, **settings | change, callbacks=[restored])
     trainer.train(resume=True, accept_changes=["optimizer", "schedule"])
-    assert {float(state["step"]) for state in trainer._optimizer.state.values()} == {4.0}
+    assert equal(restored.tensors, saved)
 
 
 class RecordedDataset(Dataset):

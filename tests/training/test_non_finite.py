@@ -11,9 +11,9 @@ from tiny_runs import ONE_LAYER, Recorder, equal, make_trainer, saved_steps, wei
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from homebrew import GPT, GPTConfig, Muon
-from homebrew.optim.averaged import AveragedOptimizer
 from homebrew.callbacks.base import Callback
 from homebrew.errors import NonFiniteError
+from homebrew.optim.averaged import AveragedOptimizer
 
 BAD_STEP = 3  # value of trainer.step while the step is taken; metrics call it step 4
 CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
@@ -262,7 +262,13 @@ class CountHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-GUARD_SETTINGS = [{}, {"non_finite": "skip"}, {"loss_spike_zscore": 5.0}, {"optimizer": "muon"}, {"optimizer": "muon", "ema_decay": 0.9}]
+GUARD_SETTINGS = [
+    {},
+    {"non_finite": "skip"},
+    {"loss_spike_zscore": 5.0},
+    {"optimizer": "muon"},
+    {"optimizer": "muon", "ema_decay": 0.9},
+]
 
 
 @pytest.mark.parametrize("settings", GUARD_SETTINGS)
