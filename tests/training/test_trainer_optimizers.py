@@ -1,11 +1,13 @@
 """Muon, several optimizers and the schedules in the Trainer."""
 
+import copy
+
 import pytest
 import torch
-from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, token_dataset, weights
+from tiny_runs import ONE_LAYER, Recorder, StopAt, checkpoint_tensors, equal, make_trainer, token_dataset, weights
 
 from homebrew import GPT, Callback, LoRAConfig, Muon, add_lora, load_model
-from homebrew.errors import ConfigError, ResumeMismatch
+from homebrew.errors import ConfigError, ResumeMismatch, TrainingError
 
 
 def muon_and_adamw(model, **settings):
@@ -212,3 +214,69 @@ def test_a_run_with_averaged_weights_resumes_bitwise(tmp_path):
     assert equal(weights(uninterrupted), weights(resumed))
     with pytest.raises(ResumeMismatch, match=r"ema_decay was '0.5, 0.5, 0.5, 0.5', is '0.6"):
         make_trainer(tmp_path / "b", model=GPT(ONE_LAYER), **settings | {"ema_decay": 0.6}).train(resume=True)
+
+
+def adamw(parameters, **settings):
+    return torch.optim.AdamW(parameters, lr=1e-2, **settings)
+
+
+ORDERS = {
+    "Muon first": lambda matrices, vectors: [Muon(matrices, lr=1e-2), adamw(vectors)],
+    "Muon last": lambda matrices, vectors: [adamw(vectors), Muon(matrices, lr=1e-2)],
+    "matrices first": lambda matrices, vectors: [adamw(matrices), adamw(vectors)],
+    "vectors first": lambda matrices, vectors: [adamw(vectors), adamw(matrices)],
+    "two groups": lambda matrices, vectors: [adamw([{"params": matrices}, {"params": vectors}])],
+    "settings": lambda matrices, vectors: [adamw(matrices, weight_decay=0.1), adamw(vectors)],
+    "exchanged settings": lambda matrices, vectors: [adamw(matrices), adamw(vectors, weight_decay=0.1)],
+}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("Muon first", "Muon last", "class was 'homebrew.Muon and AdamW', is 'AdamW and homebrew.Muon'"),
+        ("matrices first", "vectors first", "parameters was"),
+        ("matrices first", "two groups", "class was 'AdamW and AdamW', is 'AdamW'"),
+        ("settings", "exchanged settings", "weight_decay was '0.1, 0.01', is '0.01, 0.1'"),
+    ],
+)
+def test_another_order_of_the_optimizers_is_another_run(tmp_path, old, new, message):
+    def trainer(name):
+        model = GPT(ONE_LAYER)
+        matrices, vectors = ([p for p in model.parameters() if (p.dim() == 2) is kind] for kind in (True, False))
+        return make_trainer(tmp_path, model=model, optimizer=ORDERS[name](matrices, vectors))
+
+    trainer(old).train()
+    with pytest.raises(ResumeMismatch, match=message):
+        trainer(new).train(resume=True)
+    trainer(old).train(resume=True)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_an_optimizer_of_a_sequence_may_load_its_own_state(tmp_path):
+    """The learning rates of the schedule still reach it, and its state is saved."""
+
+    class Reload(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == 2:
+                for optimizer in optimizers:
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    finished = []
+    for name, callbacks in (("a", []), ("b", [Reload()])):
+        model = GPT(ONE_LAYER)
+        optimizers = muon_and_adamw(model)
+        make_trainer(tmp_path / name, model=model, optimizer=optimizers, callbacks=callbacks).train()
+        finished.append(checkpoint_tensors(tmp_path / name, 6))
+    assert equal(*finished)
+
+
+def test_an_optimizer_of_a_sequence_may_not_get_another_group(tmp_path):
+    class AddGroup(Callback):
+        def on_step_end(self, trainer):
+            muon.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))]})
+
+    model = GPT(ONE_LAYER)
+    muon, adamw = muon_and_adamw(model)
+    with pytest.raises(TrainingError, match="parameter groups have changed"):
+        make_trainer(tmp_path, model=model, optimizer=[muon, adamw], callbacks=[AddGroup()]).train()

@@ -36,7 +36,10 @@ class Stateful(Protocol):
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Return the size of a run's checkpoint in bytes: the weights, and two Adam moments of each trained one."""
+    """Return the size in bytes of the checkpoint of a run with Adam: the weights, and two moments of each trained one.
+
+    Muon's is smaller, with one momentum for each matrix; averaged weights add two tensors for each trained one.
+    """
     saved = 0 if _weights_name(model) == "adapter" else 1
     return sum(p.numel() * p.element_size() * (3 if p.requires_grad else saved) for p in model.parameters())
 
