@@ -167,18 +167,35 @@ def test_a_callback_may_load_the_state_of_the_optimizer(tmp_path):
     make_trainer(tmp_path, model=model, optimizer=optimizer, callbacks=[callback]).train()
 
 
+class HiddenState(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        self.param_groups[0]["history"] = [1]
+
+
+def test_the_warning_about_state_that_is_not_saved_names_the_optimizer(tmp_path):
+    model = GPT(ONE_LAYER)
+    first, *others = model.parameters()
+    optimizers = [torch.optim.SGD([first], lr=0.1), HiddenState(others, lr=0.1)]
+    with pytest.warns(UserWarning, match=r"do not contain history of SGD and HiddenState"):
+        make_trainer(tmp_path, model=model, optimizer=optimizers, max_steps=1).train()
+
+
 class Fails(torch.optim.SGD):
     def step(self, closure=None):
         raise self.error
 
 
 @pytest.mark.parametrize("error", [KeyError("exp_avg"), RuntimeError("2D only"), StopIteration(), ValueError("x")])
-def test_every_error_of_an_optimizer_names_it(tmp_path, error):
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_every_error_of_an_optimizer_names_it(tmp_path, error, is_alone):
     model = GPT(ONE_LAYER)
-    optimizer = Fails(model.parameters(), lr=0.1)
+    first, *others = model.parameters()
+    optimizer = Fails([first, *others] if is_alone else others, lr=0.1)
     optimizer.error = error
+    optimizers = optimizer if is_alone else [torch.optim.SGD([first], lr=0.1), optimizer]
     with pytest.raises(TrainingError, match=r"Fails\.step\(\) failed") as raised:
-        make_trainer(tmp_path, model=model, optimizer=optimizer).train()
+        make_trainer(tmp_path, model=model, optimizer=optimizers).train()
     assert raised.value.__cause__ is error
 
 

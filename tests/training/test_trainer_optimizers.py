@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from custom_optimizers import ScheduleFreeAdamW
 from tiny_runs import ONE_LAYER, Recorder, StopAt, checkpoint_tensors, equal, make_trainer, token_dataset, weights
 
 from homebrew import GPT, Callback, LoRAConfig, Muon, add_lora, load_model
@@ -280,3 +281,31 @@ def test_an_optimizer_of_a_sequence_may_not_get_another_group(tmp_path):
     muon, adamw = muon_and_adamw(model)
     with pytest.raises(TrainingError, match="parameter groups have changed"):
         make_trainer(tmp_path, model=model, optimizer=[muon, adamw], callbacks=[AddGroup()]).train()
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_the_weights_of_custom_optimizers_are_averaged(tmp_path, kind):
+    def trainer(folder, *callbacks, **settings):
+        model = GPT(ONE_LAYER)
+        optimizer = adamw(model.parameters()) if kind == "one" else muon_and_adamw(model)
+        return make_trainer(tmp_path / folder, model=model, optimizer=optimizer, callbacks=callbacks, **settings)
+
+    runs = {"plain": {}, "averaged": {"ema_decay": 0.9}, "resumed": {"ema_decay": 0.9}}
+    trainer("resumed", StopAt(3), ema_decay=0.9).train()
+    finished = {}
+    for name, settings in runs.items():
+        run = trainer(name, **settings)
+        run.train(resume=True)
+        finished[name] = weights(run)
+    assert not equal(finished["plain"], finished["averaged"])
+    assert equal(finished["resumed"], finished["averaged"])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_optimizer_that_averages_the_weights_itself_refuses_ema_decay(tmp_path, several):
+    model = GPT(ONE_LAYER)
+    first, *others = model.parameters()
+    optimizer = [adamw([first]), ScheduleFreeAdamW(others)] if several else ScheduleFreeAdamW([first, *others])
+    with pytest.raises(ConfigError, match=r"ScheduleFreeAdamW.*ema_decay"):
+        make_trainer(tmp_path, model=model, optimizer=optimizer, ema_decay=0.9)

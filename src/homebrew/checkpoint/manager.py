@@ -36,6 +36,7 @@ from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import CheckpointError, ConfigError, HomebrewError
 from homebrew.model.gpt import GPT
+from homebrew.optim.combined import class_names
 from homebrew.user_warnings import warn
 
 _POLL_SECONDS = 1.0
@@ -232,7 +233,7 @@ class CheckpointManager:
         if unsupported and not self._warned:
             self._warned = True
             warn(
-                f"Checkpoints do not contain {', '.join(unsupported)} of {type(self._optimizer).__name__}: a resumed "
+                f"Checkpoints do not contain {', '.join(unsupported)} of {class_names(self._optimizer)}: a resumed "
                 f"run may differ from an uninterrupted one. Keep such state as tensors or plain numbers per parameter, "
                 f"or as plain numbers in parameter groups."
             )

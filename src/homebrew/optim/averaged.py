@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from homebrew.distributed.fsdp import local_shard
-from homebrew.optim.combined import CombinedOptimizer
+from homebrew.errors import ConfigError
+from homebrew.optim.combined import CombinedOptimizer, has_modes
 
 
 class AveragedOptimizer(CombinedOptimizer):
@@ -19,6 +20,9 @@ class AveragedOptimizer(CombinedOptimizer):
     Args:
         optimizers: Optimizers, no two of which have a parameter in common.
         decay: Decay of the average, below 1. The average is over about the last 1 / (1 - decay) steps.
+
+    Raises:
+        ConfigError: A parameter is in two optimizers, or an optimizer has modes itself.
     """
 
     found_inf: Tensor | None = None
@@ -26,6 +30,12 @@ class AveragedOptimizer(CombinedOptimizer):
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], decay: float) -> None:
         super().__init__(optimizers)
+        for optimizer in optimizers:
+            if has_modes(optimizer):
+                raise ConfigError(
+                    f"{type(optimizer).__name__} averages the weights itself, so ema_decay={decay} would average them "
+                    f"twice. Remove ema_decay."
+                )
         for group in self.param_groups:
             group["ema_decay"] = decay  # a setting, which a resumed run must share
 

@@ -100,3 +100,13 @@ def combine(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimize
 def members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a combined one, or a list of the optimizer itself."""
     return optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else [optimizer]
+
+
+def class_names(optimizer: torch.optim.Optimizer) -> str:
+    """Return the class of an optimizer, or the classes of a combined one's, for messages."""
+    return " and ".join(type(member).__name__ for member in members(optimizer))
+
+
+def has_modes(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer has `train()` and `eval()`, as schedule-free optimizers do."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from homebrew.optim.combined import members
+from homebrew.optim.combined import has_modes, members
 
 _TRAIN_WEIGHT = "train_mode_weight"
 """Key of a parameter's state: its weight in training mode, while the optimizer is in evaluation mode."""
@@ -24,9 +24,7 @@ class OptimizerModes:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizers: list[Any] = [
-            member
-            for member in dict.fromkeys([optimizer, *members(optimizer)])
-            if all(callable(getattr(member, name, None)) for name in ("train", "eval"))
+            member for member in dict.fromkeys([optimizer, *members(optimizer)]) if has_modes(member)
         ]
         self._is_training = False
         for member in self._optimizers:

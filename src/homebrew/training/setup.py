@@ -26,7 +26,7 @@ from homebrew.metrics.throughput import ThroughputMeter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.optim.averaged import AveragedOptimizer
-from homebrew.optim.combined import combine
+from homebrew.optim.combined import combine, members
 from homebrew.training.batch_size import BatchPlan, plan_batch_for_device
 from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compile_model
 from homebrew.training.global_settings import allow_tf32
@@ -98,7 +98,9 @@ def build_parts(
     check_trainable(bare, optimizer)
     if optimizer is not None:
         check_future_state(optimizer)
-    bare_optimizer = optimizer or build_optimizer(bare, config)
+    optimizers = build_optimizers(bare, config) if optimizer is None else members(optimizer)
+    decay = config.ema_decay
+    bare_optimizer = combine(optimizers) if decay is None else AveragedOptimizer(optimizers, decay)
     peak = max(float(group["lr"]) for group in bare_optimizer.param_groups)
     max_grad_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
     identity = run_identity(  # before FSDP shards the weights
@@ -150,18 +152,14 @@ def build_parts(
     )
 
 
-def build_optimizer(model: GPT, config: TrainerConfig) -> torch.optim.Optimizer:
-    """Build the optimizer that the config names."""
+def build_optimizers(model: GPT, config: TrainerConfig) -> list[torch.optim.Optimizer]:
+    """Build the optimizers that the config names."""
     learning_rate, betas, weight_decay = config.peak_learning_rate(), config.betas, config.weight_decay
     if config.optimizer == "adamw":
-        optimizers: list[torch.optim.Optimizer] = [
-            adamw(model.parameters(), learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)
-        ]
-    else:
-        optimizers = muon_and_adamw(
-            model, learning_rate=learning_rate, momentum=config.muon_momentum, betas=betas, weight_decay=weight_decay
-        )
-    return combine(optimizers) if config.ema_decay is None else AveragedOptimizer(optimizers, config.ema_decay)
+        return [adamw(model.parameters(), learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)]
+    return muon_and_adamw(
+        model, learning_rate=learning_rate, momentum=config.muon_momentum, betas=betas, weight_decay=weight_decay
+    )
 
 
 def build_callbacks(callbacks: Sequence[Callback], *, progress: bool) -> list[Callback]:

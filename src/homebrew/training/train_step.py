@@ -16,7 +16,7 @@ from homebrew.distributed.fsdp import full_tensor, keeps_weights_gathered, uses_
 from homebrew.errors import TrainingError
 from homebrew.evaluation.mean_loss import check_loss
 from homebrew.model.lora import lora_layers
-from homebrew.optim.combined import members
+from homebrew.optim.combined import class_names, members
 from homebrew.training.cuda_graph import CudaGraph
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import check_trainable
@@ -203,7 +203,7 @@ class TrainStep:
                 if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader"):
                     raise  # the Trainer explains these
                 raise TrainingError(
-                    f"{type(self._guard.optimizer).__name__}.step() failed: {error!r}. Use options that the optimizer "
+                    f"{class_names(self._guard.optimizer)}.step() failed: {error!r}. Use options that the optimizer "
                     f"supports for these parameters, for example fused=False, or another optimizer."
                 ) from error
         return result

@@ -44,7 +44,8 @@ class Trainer:
         eval_dataset: A dataset of the same kind to evaluate on.
         config: Training configuration.
         optimizer: Optimizer over the model's parameters, to use instead of the config's; or several, each over some of
-            the parameters. The config's `learning_rate`, `betas` and `weight_decay` are then not used.
+            the parameters. The config's `optimizer`, `learning_rate`, `betas`, `muon_momentum` and `weight_decay` are
+            then not used.
         schedule: Function from the step to the multiplier of the learning rate, to use instead of the config's. It
             multiplies the learning rates that the optimizer has when `train()` is called.
         accelerator: Accelerator to use, with its precision and trackers, instead of one with the launcher's settings.
