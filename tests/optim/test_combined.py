@@ -116,3 +116,18 @@ def test_each_optimizer_loads_its_own_state():
     assert counting.state["calls"] == 3
     with pytest.raises(ValueError, match="parameter group"):
         combined.load_state_dict({"state": {}, "param_groups": combined.state_dict()["param_groups"][:1]})
+
+
+def test_reading_the_state_creates_none():
+    parameters = matrix_and_vector()
+    optimizers = build(parameters)
+    combined = combine(optimizers)
+    assert combined.state.get(parameters[0], {}) == {}
+    assert parameters[1] not in combined.state
+    with pytest.raises(KeyError):
+        combined.state[parameters[1]]
+    assert all(len(optimizer.state) == 0 for optimizer in optimizers)
+    combined.state[parameters[1]] = {"average": 1.0}
+    assert dict(combined.state) == optimizers[1].state == {parameters[1]: {"average": 1.0}}
+    assert combined.state.pop(parameters[1]) == {"average": 1.0}
+    assert len(combined.state) == 0

@@ -42,19 +42,20 @@ class AveragedOptimizer(CombinedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - as in PyTorch
         """Take a step and update the average; return the closure's result."""
         loss = super().step(closure)
-        for group in self.param_groups:
-            self._update_average([p for p in group["params"] if p.grad is not None], group["ema_decay"])
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if parameters := [p for p in group["params"] if p.grad is not None]:
+                    self._update_averages(parameters, optimizer.state, group["ema_decay"])
         return loss
 
     @torch.no_grad()
-    def _update_average(self, parameters: Sequence[Tensor], decay: float) -> None:
+    def _update_averages(self, parameters: Sequence[Tensor], state: dict[Tensor, Any], decay: float) -> None:
+        """Update the averages of parameters that have just been updated."""
         for parameter in parameters:
-            if "average" not in self.state[parameter]:
-                self.state[parameter]["average"] = parameter.clone()
-        averages = [local_shard(self.state[parameter]["average"]) for parameter in parameters]
+            if "average" not in state[parameter]:
+                state[parameter]["average"] = parameter.clone()
+        averages = [local_shard(state[parameter]["average"]) for parameter in parameters]
         weights = [local_shard(parameter) for parameter in parameters]
-        if not averages:
-            return
         if self.found_inf is None:
             torch._foreach_lerp_(averages, weights, 1 - decay)
         else:  # a list of tensors: PyTorch would read a single one on the host

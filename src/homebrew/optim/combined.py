@@ -58,22 +58,21 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 
 class _States(MutableMapping[Any, Any]):
-    """The states of several optimizers as one mapping, which creates a parameter's state as theirs do."""
+    """The states of several optimizers as one mapping. A parameter without state is not in it."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
 
     def __getitem__(self, key: Any) -> Any:  # noqa: ANN401 - a parameter and its state
-        return self._owner(key).state[key]
+        return self._containing(key)[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:  # noqa: ANN401
-        self._owner(key).state[key] = value
+        for optimizer in self._optimizers:
+            if any(key is parameter for group in optimizer.param_groups for parameter in group["params"]):
+                optimizer.state[key] = value
 
     def __delitem__(self, key: Any) -> None:  # noqa: ANN401
-        del self._owner(key).state[key]
-
-    def __contains__(self, key: object) -> bool:
-        return any(key in optimizer.state for optimizer in self._optimizers)
+        del self._containing(key)[key]
 
     def __iter__(self) -> Iterator[Any]:
         return chain.from_iterable(optimizer.state for optimizer in self._optimizers)
@@ -81,14 +80,10 @@ class _States(MutableMapping[Any, Any]):
     def __len__(self) -> int:
         return sum(len(optimizer.state) for optimizer in self._optimizers)
 
-    def _owner(self, key: Any) -> torch.optim.Optimizer:  # noqa: ANN401
-        """Return the optimizer that has a state under the key, or holds the parameter."""
+    def _containing(self, key: Any) -> MutableMapping[Any, Any]:  # noqa: ANN401
         for optimizer in self._optimizers:
-            if key in optimizer.state:
-                return optimizer
-        for optimizer in self._optimizers:
-            if any(key is parameter for group in optimizer.param_groups for parameter in group["params"]):
-                return optimizer
+            if key in optimizer.state:  # looking it up would create it
+                return optimizer.state
         raise KeyError(key)
 
 
