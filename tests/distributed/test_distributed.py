@@ -383,9 +383,11 @@ POISONS = [{"where": w, "value": v} for w in ("loss", "micro-batch", "gradient")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [None, "muon"])
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
-def test_non_finite_value_on_one_rank_skips_the_step_on_all_ranks(run, tmp_path, layout):
-    tasks = {f"{poison['where']} {poison['value']}": {"poison": poison, "max_steps": 4} for poison in POISONS}
+def test_non_finite_value_on_one_rank_skips_the_step_on_all_ranks(run, tmp_path, layout, optimizer):
+    task = {"max_steps": 4, "optimizer": optimizer}
+    tasks = {f"{poison['where']} {poison['value']}": task | {"poison": poison} for poison in POISONS}
     for name, result in run(tmp_path, layout, **tasks).items():
         assert result["processes"] == 2
         for rank in range(2):

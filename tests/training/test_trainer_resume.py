@@ -30,11 +30,12 @@ from homebrew.errors import ConfigError, CorruptCheckpoint, ResumeMismatch
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_resume_is_bitwise_identical(tmp_path):
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "muon"}, {"optimizer": "muon", "ema_decay": 0.9}])
+def test_resume_is_bitwise_identical(tmp_path, optimizer):
     """Nine steps equal k steps, a resume and 9 - k steps: weights, optimizer and random states."""
     config = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
     dataset = token_dataset(44 * 16 + 1)  # 44 samples, 8 per step: the epoch ends within step 6
-    settings = {"model": config, "train_dataset": dataset, "max_steps": 9}
+    settings = {"model": config, "train_dataset": dataset, "max_steps": 9} | optimizer
     uninterrupted = make_trainer(tmp_path / "uninterrupted", **settings, eval_dataset=token_dataset(200), eval_every=2)
     uninterrupted.train()
     expected = checkpoint_tensors(tmp_path / "uninterrupted", 9)
