@@ -5,7 +5,7 @@ import torch
 from tiny_runs import ONE_LAYER, StopAt, checkpoint_path, equal, make_trainer, weights
 from torch import nn
 
-from homebrew import GPT, LoRAConfig
+from homebrew import GPT, LoRAConfig, Muon
 from homebrew.callbacks.base import Callback
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.model.lora import add_lora, merge_lora
@@ -34,8 +34,16 @@ def train(output_dir, optimizer, callback, *callbacks, frozen=(), **config):
     return weights(trainer)
 
 
+def muon_and_adamw(parameters):
+    parameters = list(parameters)
+    matrices, vectors = ([p for p in parameters if (p.dim() == 2) is is_matrix] for is_matrix in (True, False))
+    return [Muon(matrices, lr=1e-2, weight_decay=0.1), torch.optim.AdamW(vectors, lr=1e-2, fused=True)]
+
+
 OPTIMIZERS = {
     "built-in": None,
+    "muon": lambda parameters: "muon",
+    "several": muon_and_adamw,
     "AdamW": torch.optim.AdamW,
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
 }
@@ -55,7 +63,7 @@ def test_a_parameter_frozen_by_a_callback_stays_as_it_is_and_the_run_resumes(tmp
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("optimizer", ["AdamW", "momentum"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "momentum", "several"])
 def test_a_parameter_unfrozen_by_a_callback_is_trained_and_the_run_resumes(tmp_path, optimizer):
     optimizer, name, unfreeze = OPTIMIZERS[optimizer], "transformer.wpe.weight", SetTrainable(2, value=True)
     uninterrupted = train(tmp_path / "uninterrupted", optimizer, unfreeze, frozen=[name])

@@ -80,6 +80,21 @@ def test_a_run_of_cuda_graphs_follows_the_schedule_and_resumes_bitwise(tmp_path,
         assert not torch.allclose(constant[name], weight, rtol=0, atol=5e-3)
 
 
+def test_muon_saves_one_momentum_for_each_matrix(tmp_path):
+    make_trainer(tmp_path, model=ONE_LAYER, optimizer="muon", max_steps=1).train()
+    keys = {}
+    for name in checkpoint_tensors(tmp_path, 1):
+        file, _, tensor = name.partition("/")
+        if file == "optimizer":
+            parameter, _, key = tensor.partition("//")
+            keys.setdefault(parameter, set()).add(key)
+    matrices = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    for parameter, saved in keys.items():
+        is_matrix = parameter in {f"transformer.h.0.{name}.weight" for name in matrices}
+        assert saved == ({"momentum_buffer"} if is_matrix else {"step", "exp_avg", "exp_avg_sq"})
+    assert keys.keys() == dict(GPT(ONE_LAYER).named_parameters()).keys()
+
+
 def test_optimizers_that_lack_or_share_a_parameter_are_an_error(tmp_path):
     model = GPT(ONE_LAYER)
     muon, adamw = muon_and_adamw(model)
