@@ -19,6 +19,8 @@ class Options:
     recipe: Literal["auto", "gpt2", "char", "notebook"] = "auto"
     """gpt2: GPT-2 small, for a GPU. char: a small character-level model, for a CPU. notebook: GPT-2 small with GPT-3's
     batch of half a million tokens, which is more than Tiny Shakespeare has. auto: gpt2 on a GPU, char on a CPU."""
+    optimizer: Literal["auto", "adamw", "muon"] = "auto"
+    """auto: the optimizer that learns the recipe's text best, Muon for char and AdamW for GPT-2."""
     output_dir: Path = Path("runs/shakespeare")
     """Folder for checkpoints, metrics and run.json."""
     max_steps: int | None = None
@@ -35,6 +37,7 @@ class Recipe:
 
     model: GPTConfig
     tokenizer: str
+    optimizer: Literal["adamw", "muon"]
     max_steps: int
     max_epochs: int | None = None
     """A short text ends the run earlier: after this many epochs the model learns it by heart."""
@@ -42,34 +45,61 @@ class Recipe:
     """Settings of `TrainerConfig`."""
 
 
+_CHAR = Recipe(
+    GPTConfig.preset("char"),
+    tokenizer="char",
+    optimizer="muon",
+    max_steps=1_800,
+    settings={
+        "global_batch_tokens": 1_536,
+        "learning_rate": 1.5e-2,
+        "lr_schedule": "linear",
+        "log_every": 25,
+        "eval_batches": 100,
+    },
+)
+_GPT2 = Recipe(
+    GPTConfig.preset("gpt2", dropout=0.2),
+    tokenizer="gpt2",
+    optimizer="adamw",
+    max_steps=1_400,
+    max_epochs=12,
+    settings={"global_batch_tokens": 8_192, "learning_rate": 5e-4, "log_every": 20},
+)
+_NOTEBOOK = Recipe(
+    GPTConfig.preset("gpt2"),
+    tokenizer="gpt2",
+    optimizer="adamw",
+    max_steps=50,
+    settings={"global_batch_tokens": 524_288, "learning_rate": 3e-4, "warmup_steps": 10, "log_every": 1},
+)
+_COSINE, _LINEAR = {"lr_schedule": "cosine"}, {"lr_schedule": "linear"}
 RECIPES = {
-    "char": Recipe(
-        GPTConfig.preset("char"),
-        tokenizer="char",
-        max_steps=2_800,
-        settings={"global_batch_tokens": 1_536, "learning_rate": 5e-3, "log_every": 25, "eval_batches": 100},
+    "char": (
+        _CHAR,
+        replace(_CHAR, optimizer="adamw", max_steps=2_800, settings=_CHAR.settings | _COSINE | {"learning_rate": 5e-3}),
     ),
-    "gpt2": Recipe(
-        GPTConfig.preset("gpt2", dropout=0.2),
-        tokenizer="gpt2",
-        max_steps=1_400,
-        max_epochs=12,
-        settings={"global_batch_tokens": 8_192, "learning_rate": 5e-4, "log_every": 20},
-    ),
-    "notebook": Recipe(
-        GPTConfig.preset("gpt2"),
-        tokenizer="gpt2",
-        max_steps=50,
-        settings={"global_batch_tokens": 524_288, "learning_rate": 3e-4, "warmup_steps": 10, "log_every": 1},
-    ),
+    "gpt2": (_GPT2, replace(_GPT2, optimizer="muon", settings=_GPT2.settings | _LINEAR | {"learning_rate": 4.5e-4})),
+    "notebook": (_NOTEBOOK,),
 }
+"""Recipes by name, the best optimizer first."""
+
+
+def choose_recipe(name: str, optimizer: str) -> Recipe:
+    """Return the recipe for an optimizer, or for the best one with "auto"."""
+    recipes = {recipe.optimizer: recipe for recipe in RECIPES[name]}
+    if optimizer == "auto":
+        return RECIPES[name][0]
+    if optimizer not in recipes:
+        raise SystemExit(f"--recipe {name} has no --optimizer {optimizer}. Use: {', '.join(recipes)}.")
+    return recipes[optimizer]
 
 
 def main(options: Options) -> None:
     name = options.recipe
     if name == "auto":
         name = "gpt2" if torch.cuda.is_available() else "char"
-    recipe = RECIPES[name]
+    recipe = choose_recipe(name, options.optimizer)
     corpus = load_corpus("tinyshakespeare", path=options.text)
     dataset = TokenDataset.from_text(
         corpus.text, recipe.model.block_size, tokenizer=recipe.tokenizer, source=corpus.source
@@ -84,11 +114,14 @@ def main(options: Options) -> None:
         max_steps=max_steps,
         eval_every=-(-max_steps // 5),
         seed=options.seed,
+        optimizer=recipe.optimizer,
         **recipe.settings,
     )
     model = replace(recipe.model, vocab_size=dataset.vocab_size)
     trainer = Trainer(model, train, val, config=config, callbacks=[EarlyStopping(patience=2)])
-    trainer.accelerator.print(f"Recipe: {name}. Text: {corpus.source}; {dataset.num_tokens:,} tokens.")
+    trainer.accelerator.print(
+        f"Recipe: {name}, {recipe.optimizer}. Text: {corpus.source}; {dataset.num_tokens:,} tokens."
+    )
     trainer.train(resume=options.resume)
     sampling = Sampling(temperature=0.8, top_k=50)
     sample = trainer.sample("ROMEO:", max_new_tokens=200, sampling=sampling, seed=options.seed)

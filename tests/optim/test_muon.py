@@ -55,7 +55,7 @@ def test_learning_rates_and_weight_decay_of_groups_are_used():
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)])
 def test_orthogonalize_keeps_singular_vectors_and_makes_singular_values_about_one(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    result = orthogonalize(x, ns_coefficients=(3.4445, -4.775, 2.0315), ns_steps=5, eps=1e-7)
+    result = orthogonalize(x, ns_coefficients=(3.4445, -4.775, 2.0315), ns_steps=5, eps=1e-7, dtype=torch.float32)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     values = u.mT @ result @ vh.mT
     diagonal = torch.diagonal(values, dim1=-2, dim2=-1)
@@ -65,7 +65,9 @@ def test_orthogonalize_keeps_singular_vectors_and_makes_singular_values_about_on
 
 
 def test_a_gradient_of_zero_gives_no_update():
-    zero = orthogonalize(torch.zeros(1, 4, 6), ns_coefficients=(3.4445, -4.775, 2.0315), ns_steps=5, eps=1e-7)
+    zero = orthogonalize(
+        torch.zeros(1, 4, 6), ns_coefficients=(3.4445, -4.775, 2.0315), ns_steps=5, eps=1e-7, dtype=torch.float32
+    )
     assert torch.equal(zero, torch.zeros(1, 4, 6))
 
 

@@ -80,6 +80,8 @@ def warm_up_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *
         return
     input_ids, targets = batch
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    if accelerator.device.type == "cuda":  # each thread has its own cuBLAS handle, which a capture cannot create
+        torch.ones(1, 1, device=accelerator.device).mm(torch.ones(1, 1, device=accelerator.device))
     try:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), accelerator.no_sync(model):

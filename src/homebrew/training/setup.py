@@ -27,6 +27,7 @@ from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.optim.averaged import AveragedOptimizer
 from homebrew.optim.combined import combine, members
+from homebrew.optim.muon import Muon
 from homebrew.training.batch_size import BatchPlan, plan_batch_for_device
 from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compile_model
 from homebrew.training.global_settings import allow_tf32
@@ -99,6 +100,9 @@ def build_parts(
     if optimizer is not None:
         check_future_state(optimizer)
     optimizers = build_optimizers(bare, config) if optimizer is None else members(optimizer)
+    for member in optimizers:
+        if isinstance(member, Muon) and accelerator.mixed_precision == "bf16":
+            member.cpu_dtype = torch.bfloat16
     decay = config.ema_decay
     bare_optimizer = combine(optimizers) if decay is None else AveragedOptimizer(optimizers, decay)
     peak = max(float(group["lr"]) for group in bare_optimizer.param_groups)
