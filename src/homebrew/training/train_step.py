@@ -51,8 +51,9 @@ class TrainStep:
         capture_update: bool,
     ) -> None:
         self._model = model
-        self._names, self._parameters = zip(*model.named_parameters(), strict=True)
-        self._trainable = [parameter.requires_grad for parameter in self._parameters]
+        self._named_parameters = dict(model.named_parameters())
+        self._parameters = list(self._named_parameters.values())
+        self._trainable = self._trainable_names()
         self._modules = [] if uses_fsdp(accelerator) else list(model.modules())  # FSDP itself replaces parameters
         self._members = [members for m in self._modules for members in (m._modules, m._parameters)]
         self._optimizer = optimizer
@@ -117,7 +118,7 @@ class TrainStep:
                 unfrozen; or the optimizer's parameter groups have changed.
             ConfigError: No parameter is trainable, or the optimizer does not hold one that has been unfrozen.
         """
-        trainable = [parameter.requires_grad for parameter in self._parameters]
+        trainable = self._trainable_names()
         if trainable != self._trainable:
             self._check_trainable(trainable)
         self.check_identities()
@@ -135,7 +136,7 @@ class TrainStep:
                 "would not fit. Build the optimizer with all groups, and a new Trainer to change them."
             )
         if module_ids != self._module_ids:
-            before = {id(parameter): name for name, parameter in zip(self._names, self._parameters, strict=True)}
+            before = {id(parameter): name for name, parameter in self._named_parameters.items()}
             now = {id(parameter): name for name, parameter in self._model.named_parameters()}
             changed = [(before | now)[number] for number in before.keys() ^ now.keys()]
             if changed:
@@ -155,10 +156,12 @@ class TrainStep:
         groups = self._guard.optimizer.param_groups
         return list(map(id, members)), [list(map(id, group["params"])) for group in groups]
 
-    def _check_trainable(self, trainable: list[bool]) -> None:
+    def _trainable_names(self) -> set[str]:
+        return {name for name, parameter in self._named_parameters.items() if parameter.requires_grad}
+
+    def _check_trainable(self, trainable: set[str]) -> None:
         if self._accelerator.distributed_type != DistributedType.NO or lora_layers(self._model):
-            before_and_now = zip(self._names, self._trainable, trainable, strict=True)
-            changed = next(name for name, before, now in before_and_now if before != now)
+            changed = next(name for name in self._named_parameters if name in trainable ^ self._trainable)
             raise TrainingError(
                 f"requires_grad of {changed.removeprefix('module.')} has changed since the Trainer was built. With "
                 f"DDP, FSDP or LoRA, set it before, and build a new Trainer to change it."
