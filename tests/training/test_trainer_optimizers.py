@@ -325,3 +325,45 @@ def test_an_optimizer_that_averages_the_weights_itself_refuses_ema_decay(tmp_pat
     optimizer = [adamw([first]), ScheduleFreeAdamW(others)] if several else ScheduleFreeAdamW([first, *others])
     with pytest.raises(ConfigError, match=r"ScheduleFreeAdamW.*ema_decay"):
         make_trainer(tmp_path, model=model, optimizer=optimizer, ema_decay=0.9)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_error_in_the_first_step_is_not_hidden_by_averaging(tmp_path, optimizer):
+    """No parameter has optimizer state yet."""
+
+    def fail(*_):
+        raise ValueError("the first batch")
+
+    trainer = make_trainer(tmp_path, model=ONE_LAYER, optimizer=optimizer, ema_decay=0.5)
+    trainer.model.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="the first batch"):
+        trainer.train()
+
+
+def test_frozen_parameters_of_an_optimizer_are_not_averaged(tmp_path):
+    model = GPT(ONE_LAYER)
+    frozen = model.transformer.wpe.weight.requires_grad_(False)
+    before = frozen.detach().cpu().clone()
+    optimizer = adamw(model.parameters())
+    eval_dataset = token_dataset(seed=1)
+    make_trainer(tmp_path, model=model, optimizer=optimizer, ema_decay=0.5, eval_dataset=eval_dataset).train()
+    assert torch.equal(frozen.cpu(), before)
+
+
+def test_a_skipped_first_step_can_be_evaluated_with_averaged_weights(tmp_path):
+    """An optimizer that is not fused is not called for a skipped step, so it has no state."""
+
+    class Poison(Callback):
+        def on_train_begin(self, trainer):
+            self.hook = poisoned.register_hook(lambda gradient: gradient * torch.nan)
+
+        def on_step_end(self, trainer):
+            self.hook.remove()
+
+    model = GPT(ONE_LAYER)
+    poisoned = model.transformer.wpe.weight
+    settings = {"ema_decay": 0.5, "non_finite": "skip", "eval_dataset": token_dataset(seed=1), "eval_every": 1}
+    optimizer, recorder = torch.optim.SGD(model.parameters(), lr=0.1), Recorder()
+    make_trainer(tmp_path, model=model, optimizer=optimizer, callbacks=[Poison(), recorder], **settings).train()
+    assert [skipped.step for skipped in recorder.skipped] == [1]
+    assert list(recorder.evaluations) == [1, 2, 3, 4, 5, 6]

@@ -48,7 +48,8 @@ class OptimizerModes:
             return
         for optimizer in self._optimizers:
             for parameter in _parameters(optimizer):
-                optimizer.state[parameter][_TRAIN_WEIGHT] = parameter.detach().clone()
+                state = optimizer.state.setdefault(parameter, {})  # a combined optimizer creates no state when read
+                state[_TRAIN_WEIGHT] = parameter.detach().clone()
             optimizer.eval()
         self._is_training = False
 
