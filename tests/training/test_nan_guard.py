@@ -17,6 +17,16 @@ def adamw(*parameters, fused=True):
     return torch.optim.AdamW(parameters, lr=0.1, fused=fused)
 
 
+class SignedMuon(Muon):
+    """Updates weights itself, without regard to `found_inf`."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
+
+
 FUSED = {
     "AdamW": adamw,
     "Muon": lambda matrix, vector: combine([Muon([matrix], lr=0.1), adamw(vector)]),
@@ -26,6 +36,7 @@ FUSED = {
 NOT_FUSED = {
     "not fused AdamW": lambda *parameters: adamw(*parameters, fused=False),
     "Muon and not fused AdamW": lambda matrix, vector: combine([Muon([matrix], lr=0.1), adamw(vector, fused=False)]),
+    "subclass of Muon": lambda matrix, vector: combine([SignedMuon([matrix], lr=0.1), adamw(vector)]),
     "SGD and AdamW": lambda matrix, vector: combine([torch.optim.SGD([matrix], lr=0.1, momentum=0.9), adamw(vector)]),
 }
 OPTIMIZERS = FUSED | NOT_FUSED

@@ -153,9 +153,10 @@ class NanGuard:
 def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer skips a step if `found_inf` is 1.
 
-    Not fused SGD: if the first step is skipped, its momentum starts from uninitialized memory.
+    Not fused SGD: if the first step is skipped, its momentum starts from uninitialized memory. Not a subclass, whose
+    step may update weights in another way.
     """
-    if isinstance(optimizer, Muon):
+    if type(optimizer) is Muon:
         return True
     is_known = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
     return is_known and all(group.get("fused") for group in optimizer.param_groups)
