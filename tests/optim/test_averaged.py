@@ -58,3 +58,15 @@ def test_weights_in_bfloat16_are_averaged():
     step([parameter], optimizer)
     step([parameter], optimizer)
     assert optimizer.state[parameter]["average"].tolist() == [-0.5] * 4
+
+
+def test_state_that_belongs_to_no_parameter_is_not_an_average():
+    parameter = torch.nn.Parameter(torch.ones(4))
+    member = torch.optim.SGD([parameter], lr=1.0)
+    member.state["num_calls"] = 3
+    optimizer = AveragedOptimizer([member], 0.5)
+    optimizer.eval()
+    step([parameter], optimizer)
+    step([parameter], optimizer)
+    optimizer.eval()
+    assert parameter.tolist() == [-0.5] * 4

@@ -68,6 +68,7 @@ class AveragedOptimizer(CombinedOptimizer):
     @torch.no_grad()
     def eval(self) -> None:
         """Replace the weights by their average."""
-        for parameter, state in self.state.items():
-            if "average" in state:
-                parameter.copy_(state["average"])
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            average = self.state.get(parameter, {}).get("average")
+            if average is not None:
+                parameter.copy_(average)
