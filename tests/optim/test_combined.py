@@ -118,6 +118,15 @@ def test_each_optimizer_loads_its_own_state():
         combined.load_state_dict({"state": {}, "param_groups": combined.state_dict()["param_groups"][:1]})
 
 
+def test_state_under_the_same_key_stays_that_of_each_optimizer():
+    optimizers = [torch.optim.SGD([parameter]) for parameter in matrix_and_vector()]
+    for calls, optimizer in enumerate(optimizers):
+        optimizer.state["calls"] = torch.tensor(calls)
+    combined = combine(optimizers)
+    combined.load_state_dict(combined.state_dict())
+    assert [optimizer.state["calls"].item() for optimizer in optimizers] == [0, 1]
+
+
 def test_reading_the_state_creates_none():
     parameters = matrix_and_vector()
     optimizers = build(parameters)

@@ -5,6 +5,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from homebrew.errors import ConfigError
 
@@ -48,12 +49,13 @@ class CombinedOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Let each optimizer load its part of what `state_dict` returned."""
+        """Let each optimizer load its part of what `state_dict` returned. State of no parameter is kept."""
         groups = iter(state_dict["param_groups"])
         for optimizer in self.optimizers:
             own = list(islice(groups, len(optimizer.param_groups)))
-            keys = {index for group in own for index in group["params"]} | optimizer.state.keys()
-            state = {key: values for key, values in state_dict["state"].items() if key in keys}
+            indices = {index for group in own for index in group["params"]}
+            state = {key: values for key, values in optimizer.state.items() if not isinstance(key, Tensor)}
+            state |= {index: values for index, values in state_dict["state"].items() if index in indices}
             optimizer.load_state_dict({"state": state, "param_groups": own})
 
 
