@@ -50,6 +50,7 @@ def run_identity(
     max_grad_norm: float,
     global_batch_size: int,
     seed: int,
+    ema_decay: float | None = None,
 ) -> Identity:
     """Return a function from a number of steps to everything that determines them.
 
@@ -62,11 +63,12 @@ def run_identity(
     """
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     peaks = peaks[:1] if len(set(peaks)) == 1 else peaks
+    averaging = {} if ema_decay is None else {"ema_decay": _canonical(ema_decay)}
     constant = {
         "dataset": _fingerprint(dataset),
         "model": asdict(model.config),
         "adapter": _adapter(model),
-        "optimizer": _optimizer_settings(model, optimizer) | {"max_grad_norm": _canonical(max_grad_norm)},
+        "optimizer": _optimizer_settings(model, optimizer) | {"max_grad_norm": _canonical(max_grad_norm)} | averaging,
         "global_batch_size": global_batch_size,
         "seed": seed,
     }

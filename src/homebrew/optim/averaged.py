@@ -36,8 +36,7 @@ class AveragedOptimizer(CombinedOptimizer):
                     f"{type(optimizer).__name__} averages the weights itself, so ema_decay={decay} would average them "
                     f"twice. Remove ema_decay."
                 )
-        for group in self.param_groups:
-            group["ema_decay"] = decay  # a setting, which a resumed run must share
+        self._decay = decay
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - as in PyTorch
         """Take a step and update the average; return the closure's result."""
@@ -45,11 +44,11 @@ class AveragedOptimizer(CombinedOptimizer):
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if parameters := [p for p in group["params"] if p.grad is not None]:
-                    self._update_averages(parameters, optimizer.state, group["ema_decay"])
+                    self._update_averages(parameters, optimizer.state)
         return loss
 
     @torch.no_grad()
-    def _update_averages(self, parameters: Sequence[Tensor], state: dict[Tensor, Any], decay: float) -> None:
+    def _update_averages(self, parameters: Sequence[Tensor], state: dict[Tensor, Any]) -> None:
         """Update the averages of parameters that have just been updated."""
         for parameter in parameters:
             if "average" not in state[parameter]:
@@ -57,9 +56,9 @@ class AveragedOptimizer(CombinedOptimizer):
         averages = [local_shard(state[parameter]["average"]) for parameter in parameters]
         weights = [local_shard(parameter) for parameter in parameters]
         if self.found_inf is None:
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            torch._foreach_lerp_(averages, weights, 1 - self._decay)
         else:  # a list of tensors: PyTorch would read a single one on the host
-            weight = (1 - decay) * (1 - self.found_inf)
+            weight = (1 - self._decay) * (1 - self.found_inf)
             torch._foreach_lerp_(averages, weights, [weight.to(average.dtype) for average in averages])
 
     def train(self) -> None:

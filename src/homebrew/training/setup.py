@@ -116,6 +116,7 @@ def build_parts(
         max_grad_norm=max_grad_norm,
         global_batch_size=batch.global_batch_size,
         seed=config.seed,
+        ema_decay=decay,
     )
     identity(config.max_steps)  # raises the errors of a custom schedule
     wrapped, prepared_optimizer = prepare(accelerator, bare, bare_optimizer)
