@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from homebrew import GPT, GPTConfig, Muon
 from homebrew.callbacks.base import Callback
 from homebrew.errors import NonFiniteError
-from homebrew.optim.averaged import AveragedOptimizer
 
 BAD_STEP = 3  # value of trainer.step while the step is taken; metrics call it step 4
 CONFIG = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16)
@@ -83,10 +82,16 @@ def muon_and_sgd(model):
 OPTIMIZERS = {
     "adamw": lambda model: "adamw",
     "muon": lambda model: "muon",
-    "averaged": lambda model: AveragedOptimizer(muon_and_sgd(model), 0.9),
+    "averaged muon": lambda model: "muon",
+    "averaged Muon and SGD": muon_and_sgd,
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "Muon and SGD": muon_and_sgd,
 }
+
+
+def averaging(optimizer):
+    """Return the settings of the optimizers that are called averaged."""
+    return {"ema_decay": 0.9} if optimizer.startswith("averaged") else {}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -99,11 +104,13 @@ def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(tmp_path, po
     model = GPT(CONFIG)
     snapshots, recorder = Snapshots(), Recorder()
     settings = {"log_every": 2, "non_finite": policy, "save_every": None, "callbacks": [snapshots, recorder]}
+    settings |= averaging(optimizer)
     trainer = make_small_trainer(tmp_path, model=model, optimizer=OPTIMIZERS[optimizer](model), **settings)
     inject(trainer, where, value)
     if policy == "raise":
         with pytest.raises(NonFiniteError, match=f"step {BAD_STEP + 1} "):
             trainer.train()
+        trainer._modes.train()  # from the average to the last weights
         snapshots.on_step_end(trainer)
         assert BAD_STEP in snapshots.unchanged_steps()
         assert not set(range(BAD_STEP)) & set(snapshots.unchanged_steps())
@@ -220,7 +227,7 @@ def test_a_gradient_scaler_skips_steps_and_lowers_its_scale(tmp_path, monkeypatc
     def train(folder, scaler, num_bad_steps=0):
         accelerator, snapshots, model = Accelerator(cpu=True), Snapshots(), GPT(CONFIG)
         accelerator.scaler = scaler
-        settings = {"mixed_precision": "auto", "non_finite": "skip", "callbacks": [snapshots]}
+        settings = {"mixed_precision": "auto", "non_finite": "skip", "callbacks": [snapshots]} | averaging(optimizer)
         chosen = OPTIMIZERS[optimizer](model)
         trainer = make_small_trainer(folder, model=model, optimizer=chosen, accelerator=accelerator, **settings)
         model.lm_head.weight.register_hook(lambda grad: grad * math.nan if trainer.step < num_bad_steps else grad)
@@ -236,8 +243,9 @@ def test_a_gradient_scaler_skips_steps_and_lowers_its_scale(tmp_path, monkeypatc
     num_skipped = 127 - math.log2(scaler.get_scale())
     assert 0 < num_skipped < 4
     plain = train(tmp_path / "plain", None, num_bad_steps=num_skipped)
-    for name, weight in plain.by_step[6].items():
-        torch.testing.assert_close(scaled.by_step[6][name], weight, rtol=1e-4, atol=1e-5)
+    for name, value in plain.by_step[6].items():
+        if not name.endswith("/average"):  # may start at a step that is skipped on the device
+            torch.testing.assert_close(scaled.by_step[6][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_scaler_disables_the_loss_spike_rule(tmp_path, monkeypatch):
