@@ -1,4 +1,4 @@
-"""Optimizers with train and eval modes, such as schedule-free AdamW, whose training and evaluation weights differ."""
+"""Optimizers with train and eval modes: schedule-free ones and `AveragedOptimizer`, which evaluate other weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -241,9 +241,9 @@ class Trainer:
     def full_model(self) -> GPT:
         """Return the model with full (unsharded) weights. Every process calls this.
 
-        Without FSDP this is the model itself; under FSDP it is a copy, in evaluation mode. With a schedule-free
-        optimizer it has the training weights in `on_step_end`, `on_log` and `on_step_skipped`, elsewhere its
-        evaluation weights.
+        Without FSDP this is the model itself; under FSDP it is a copy, in evaluation mode. With `ema_decay` or a
+        schedule-free optimizer it has the training weights in `on_step_end`, `on_log` and `on_step_skipped`, elsewhere
+        the evaluation weights.
         """
         return self.model if self._meta_copy is None else gather_full_model(self._meta_copy, self._wrapped)
 

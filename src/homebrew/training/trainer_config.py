@@ -34,12 +34,13 @@ class TrainerConfig:
     number that fits in every process's memory before training; needs `global_batch_tokens`."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """"adamw": AdamW for all parameters. "muon": Muon for the matrices of the blocks, AdamW for embeddings, biases and
-    layer norms. With enough data, Muon needs a third of the steps. Fine-tuning usually uses AdamW."""
+    layer norms. Muon needs fewer steps to train a new model on much data. Fine-tuning usually uses AdamW."""
     learning_rate: float | None = None
     """Peak learning rate of the built-in optimizer. Default: 6e-4 for AdamW, 4e-3 for Muon."""
     lr_schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """Learning rate after the warm-up. "cosine": half a cosine; "linear": a line, from step 0; "wsd" (warm-up, stable,
-    decay): constant, then a line over the last `decay_fraction` of the run, which can be extended until then."""
+    """Learning rate after the warm-up. "cosine": half a cosine; "linear": linear decay over the whole run; "wsd"
+    (warm-up, stable, decay): constant, then linear decay over the last `decay_fraction` of the run. Until this decay
+    begins, a run can be extended."""
     warmup_steps: int | None = None
     """Number of linear warm-up steps. Default: a twentieth of `max_steps`; for "wsd", 20."""
     decay_fraction: float = 0.5
