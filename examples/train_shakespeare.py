@@ -20,13 +20,15 @@ class Options:
     """gpt2: GPT-2 small, for a GPU. char: a small character-level model, for a CPU. notebook: GPT-2 small with GPT-3's
     batch of half a million tokens, which is more than Tiny Shakespeare has. auto: gpt2 on a GPU, char on a CPU."""
     optimizer: Literal["auto", "adamw", "muon"] = "auto"
-    """auto: the optimizer that learns the recipe's text best, Muon for char and AdamW for GPT-2."""
+    """auto: Muon for char, otherwise AdamW. char can also use AdamW."""
     output_dir: Path = Path("runs/shakespeare")
     """Folder for checkpoints, metrics and run.json."""
     max_steps: int | None = None
     """Number of optimizer steps. Default: the recipe's."""
     resume: bool = False
     """Resume from the newest valid checkpoint in the output folder."""
+    overwrite: bool = False
+    """Start a new run in an output folder that holds one. The earlier run is moved to old-1, old-2, … in it."""
     seed: int = 42
     """Random seed for weights, train/validation split, data order and dropout."""
 
@@ -73,13 +75,17 @@ _NOTEBOOK = Recipe(
     max_steps=50,
     settings={"global_batch_tokens": 524_288, "learning_rate": 3e-4, "warmup_steps": 10, "log_every": 1},
 )
-_COSINE, _LINEAR = {"lr_schedule": "cosine"}, {"lr_schedule": "linear"}
 RECIPES = {
     "char": (
         _CHAR,
-        replace(_CHAR, optimizer="adamw", max_steps=2_800, settings=_CHAR.settings | _COSINE | {"learning_rate": 5e-3}),
+        replace(
+            _CHAR,
+            optimizer="adamw",
+            max_steps=2_800,
+            settings=_CHAR.settings | {"learning_rate": 5e-3, "lr_schedule": "cosine"},
+        ),
     ),
-    "gpt2": (_GPT2, replace(_GPT2, optimizer="muon", settings=_GPT2.settings | _LINEAR | {"learning_rate": 4.5e-4})),
+    "gpt2": (_GPT2,),
     "notebook": (_NOTEBOOK,),
 }
 """Recipes by name, the best optimizer first."""
@@ -122,7 +128,7 @@ def main(options: Options) -> None:
     trainer.accelerator.print(
         f"Recipe: {name}, {recipe.optimizer}. Text: {corpus.source}; {dataset.num_tokens:,} tokens."
     )
-    trainer.train(resume=options.resume)
+    trainer.train(resume=options.resume, overwrite=options.overwrite)
     sampling = Sampling(temperature=0.8, top_k=50)
     sample = trainer.sample("ROMEO:", max_new_tokens=200, sampling=sampling, seed=options.seed)
     trainer.accelerator.print(f"\n{sample}\n\nCheckpoints, metrics.jsonl and run.json are in {options.output_dir}.")

@@ -21,9 +21,10 @@ def test_the_average_starts_at_the_first_weights_and_decays():
     parameters, optimizer = build()
     step(parameters, optimizer)
     expected = [parameter.clone() for parameter in parameters]
-    for _ in range(3):
+    for t in range(2, 50):
         step(parameters, optimizer)
-        expected = [0.75 * average + 0.25 * weight for average, weight in zip(expected, parameters, strict=True)]
+        weight = max(0.25, 9 / (9 + t))
+        expected = [average.lerp(new, weight) for average, new in zip(expected, parameters, strict=True)]
     optimizer.eval()
     for parameter, average in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter, average)
@@ -57,7 +58,7 @@ def test_weights_in_bfloat16_are_averaged():
     optimizer.found_inf = torch.tensor(0.0)
     step([parameter], optimizer)
     step([parameter], optimizer)
-    assert optimizer.state[parameter]["average"].tolist() == [-0.5] * 4
+    assert optimizer.state[parameter]["average"].tolist() == pytest.approx([-9 / 11] * 4, rel=1e-2)
 
 
 def test_state_that_belongs_to_no_parameter_is_not_an_average():
@@ -69,4 +70,4 @@ def test_state_that_belongs_to_no_parameter_is_not_an_average():
     step([parameter], optimizer)
     step([parameter], optimizer)
     optimizer.eval()
-    assert parameter.tolist() == [-0.5] * 4
+    assert parameter.tolist() == pytest.approx([-9 / 11] * 4)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from homebrew import Muon
+from homebrew import ConfigError, Muon
 from homebrew.optim.muon import orthogonalize
 
 SHAPES = [(8, 8), (8, 24), (24, 8), (8, 24), (8, 8)]
@@ -117,3 +117,9 @@ def test_step_returns_the_result_of_a_closure():
     before = closure().item()
     assert optimizer.step(closure).item() == before
     assert closure().item() < before
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_matrices_that_do_not_divide_a_parameter_are_an_error(number):
+    with pytest.raises(ConfigError, match=f"num_matrices={number} does not divide the 24 rows"):
+        Muon([{"params": [torch.nn.Parameter(torch.ones(24, 8))], "num_matrices": number}])

@@ -202,14 +202,15 @@ class Averages(Callback):
     def on_step_end(self, trainer):
         new = weights(trainer)
         old = new if self.average is None else self.average
-        self.average = {name: self.decay * old[name] + (1 - self.decay) * new[name] for name in new}
+        weight = max(1 - self.decay, 9 / (9 + trainer.step))
+        self.average = {name: old[name].lerp(new[name], weight) for name in new}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_average_of_the_weights_is_evaluated_and_saved(tmp_path, optimizer):
     callback, recorder = Averages(0.5), Recorder()
     settings = {"model": GPT(ONE_LAYER), "eval_dataset": token_dataset(seed=1), "optimizer": optimizer}
-    trainer = make_trainer(tmp_path, **settings, ema_decay=0.5, callbacks=[callback, recorder])
+    trainer = make_trainer(tmp_path, **settings, ema_decay=0.5, max_steps=14, callbacks=[callback, recorder])
     trainer.train()
     saved = load_model(tmp_path)[0].state_dict()
     for name, average in callback.average.items():

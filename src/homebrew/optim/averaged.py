@@ -10,6 +10,9 @@ from homebrew.distributed.fsdp import local_shard
 from homebrew.errors import ConfigError
 from homebrew.optim.combined import CombinedOptimizer, has_modes
 
+_START_STEPS = 9
+"""At step t the decay is at most t / (t + 9), so that a short run's average forgets its first weights."""
+
 
 class AveragedOptimizer(CombinedOptimizer):
     """Optimizers that also average the weights: average = decay · average + (1 - decay) · weight after each step.
@@ -19,7 +22,8 @@ class AveragedOptimizer(CombinedOptimizer):
 
     Args:
         optimizers: Optimizers, no two of which have a parameter in common.
-        decay: Decay of the average, below 1. The average is over about the last 1 / (1 - decay) steps.
+        decay: Decay of the average, below 1. The average is over about the last 1 / (1 - decay) steps; at the start,
+            over about a tenth of the steps taken.
 
     Raises:
         ConfigError: A parameter is in two optimizers, or an optimizer has modes itself.
@@ -53,16 +57,18 @@ class AveragedOptimizer(CombinedOptimizer):
         for parameter in parameters:
             if "average" not in state[parameter]:
                 state[parameter]["average"] = parameter.clone()
+                state[parameter]["num_averaged"] = torch.zeros((), device=parameter.device)
         averages = [local_shard(state[parameter]["average"]) for parameter in parameters]
         weights = [local_shard(parameter) for parameter in parameters]
-        if self.found_inf is None:
-            torch._foreach_lerp_(averages, weights, 1 - self._decay)
-        else:  # a list of tensors: PyTorch would read a single one on the host
-            weight = (1 - self._decay) * (1 - self.found_inf)
-            torch._foreach_lerp_(averages, weights, [weight.to(average.dtype) for average in averages])
+        counts = [state[parameter]["num_averaged"] for parameter in parameters]
+        is_applied = torch.ones_like(counts[0]) if self.found_inf is None else 1 - self.found_inf
+        # Lists of tensors: PyTorch would read a single one on the host.
+        torch._foreach_add_(counts, [is_applied] * len(counts))
+        weight = is_applied * (_START_STEPS / (_START_STEPS + counts[0])).clamp(min=1 - self._decay)
+        torch._foreach_lerp_(averages, weights, [weight.to(average.dtype) for average in averages])
 
     def train(self) -> None:
-        """Do nothing: the Trainer restores the weights."""
+        """Do nothing: after this, `OptimizerModes` restores the training weights."""
 
     @torch.no_grad()
     def eval(self) -> None:

@@ -26,6 +26,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self.optimizers: list[torch.optim.Optimizer] = []
         groups = list(chain.from_iterable(optimizer.param_groups for optimizer in optimizers))
         super().__init__(groups, {})
+        self.defaults = {"foreach": True}  # for zero_grad: one kernel for all gradients
         self.optimizers = list(optimizers)
         self.state = _States(self.optimizers)  # type: ignore[assignment]  # a mapping with the same methods
         parameters = [id(parameter) for group in groups for parameter in group["params"]]

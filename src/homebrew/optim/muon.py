@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from homebrew.distributed.fsdp import gather_like, local_shard, shard_like
+from homebrew.errors import ConfigError
 
 _MAX_BATCH_ELEMENTS = 2**25
 """Elements of the matrices that are orthogonalized together: temporary tensors then take some 500 MB."""
@@ -29,6 +30,21 @@ class Muon(torch.optim.Muon):
     """Dtype of the iteration on a CPU. On one with native bfloat16, that takes half the time."""
     found_inf: Tensor | None = None
     """If set, a scalar on the device: the next steps change nothing if it is 1, as in PyTorch's fused optimizers."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ConfigError: A parameter's rows cannot be divided into `num_matrices` matrices.
+        """
+        super().add_param_group(param_group)
+        number = param_group.get("num_matrices", 1)
+        for parameter in param_group["params"]:
+            if number < 1 or len(parameter) % number:
+                raise ConfigError(
+                    f"num_matrices={number} does not divide the {len(parameter)} rows of a parameter. Use the number "
+                    f"of matrices of equal size that it consists of."
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - as in PyTorch

@@ -98,7 +98,8 @@ class WarmupStableDecay:
         warmup_steps: Number of warm-up steps; the multiplier at step s is at most (s + 1) / `warmup_steps`. Can be more
             than `max_steps`, for a run that will be extended.
         max_steps: Step at which the floor is reached; the multiplier stays there.
-        decay_fraction: Length of the decay, as a fraction of `max_steps`. With 1, the decay starts at step 0.
+        decay_fraction: Length of the decay, as a fraction of `max_steps`. With 1, the decay starts at step 0; with 0,
+            there is none.
         min_lr_ratio: The floor, as a fraction of the peak.
 
     Raises:
