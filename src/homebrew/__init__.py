@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from homebrew.callbacks.run_logger import RunLogger
     from homebrew.data.corpora import load_corpus
     from homebrew.data.dataset import TokenDataset
+    from homebrew.data.dict_dataset import DictDataset
     from homebrew.data.tokenizer import Tokenizer, get_tokenizer
     from homebrew.errors import (
         CheckpointError,
@@ -48,6 +49,7 @@ _MODULES = {
     "callbacks.run_logger": ("RunLogger",),
     "data.corpora": ("load_corpus",),
     "data.dataset": ("TokenDataset",),
+    "data.dict_dataset": ("DictDataset",),
     "data.tokenizer": ("Tokenizer", "get_tokenizer"),
     "errors": (
         "CheckpointError",
@@ -87,6 +89,7 @@ __all__ = [
     "ConfigError",
     "CorruptCheckpoint",
     "DataError",
+    "DictDataset",
     "EarlyStopping",
     "EvalMetrics",
     "GPTConfig",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, Subset, random_split
 
 from homebrew.data import loader as loader_module
+from homebrew.data.collate import Collate
 from homebrew.data.dataset import TokenDataset
 from homebrew.data.loader import StepLoader, eval_batches, explain_worker_errors
 from homebrew.data.sampler import sample_indices
@@ -21,6 +22,7 @@ from homebrew.data.token_file import write_tokens
 from homebrew.errors import DataError
 
 CPU = torch.device("cpu")
+COLLATE = Collate(vocab_size=1000, block_size=8)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOKENS = TokenDataset.from_tokens(torch.arange(401), 8)  # 50 windows; an id is its position
 
@@ -42,7 +44,7 @@ class CustomDataset(Dataset):
 DEFAULTS = {
     "seed": 3,
     "global_batch_size": 8,
-    "vocab_size": 1000,
+    "collate": COLLATE,
     "device": CPU,
     "num_workers": 0,
     "timeout_seconds": 0,
@@ -92,7 +94,7 @@ def test_micro_batches_alternate_between_ranks():
 def test_training_and_evaluation_batches_have_the_same_layout(dataset, micro):
     """Otherwise torch.compile would compile the model twice."""
     train_batch = next(loader(dataset, global_batch_size=micro, micro_batch_size=micro).steps(0))[0]
-    eval_batch = next(eval_batches(dataset, micro_batch_size=micro, rank=0, num_ranks=1, device=CPU, vocab_size=500))
+    eval_batch = next(eval_batches(dataset, micro_batch_size=micro, rank=0, num_ranks=1, device=CPU, collate=COLLATE))
     for tensor in (*train_batch, *eval_batch):
         assert tensor.stride() == (tensor.shape[1], 1)
 
@@ -291,7 +293,7 @@ class MaskedView(CustomDataset):
 def test_an_overridden_method_of_a_dataset_is_used(dataset):
     for targets in (
         next(loader(dataset, micro_batch_size=8).steps(0))[0][1],
-        next(eval_batches(dataset, micro_batch_size=8, rank=0, num_ranks=1, device=CPU, vocab_size=401))[1],
+        next(eval_batches(dataset, micro_batch_size=8, rank=0, num_ranks=1, device=CPU, collate=COLLATE))[1],
     ):
         assert (targets[:, :4] == -100).all()
         assert (targets[:, 4:] >= 0).all()
@@ -338,7 +340,7 @@ def test_random_numbers_of_a_dataset_do_not_depend_on_the_number_of_ranks(datase
 def test_reading_does_not_change_the_global_generators(num_workers):
     before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
     steps(3, dataset=NOISY, num_workers=num_workers, timeout_seconds=30)
-    list(eval_batches(NOISY, micro_batch_size=4, rank=0, num_ranks=1, device=CPU, vocab_size=1000))
+    list(eval_batches(NOISY, micro_batch_size=4, rank=0, num_ranks=1, device=CPU, collate=COLLATE))
     after = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
     assert before[:2] == after[:2]
     assert torch.equal(before[2], after[2])
@@ -368,6 +370,7 @@ def test_a_hanging_worker_raises_after_the_timeout(monkeypatch):
 
 STOPPED = """
 import os, signal, torch
+from homebrew.data.collate import Collate
 from homebrew.data.loader import StepLoader
 from homebrew.errors import DataError
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
@@ -377,7 +380,8 @@ class Stopping(torch.utils.data.Dataset):
     def __getitem__(self, index):
         print(os.getpid(), flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
-options = dict(global_batch_size=2, micro_batch_size=2, rank=0, num_ranks=1, device=torch.device("cpu"), vocab_size=9)
+options = dict(global_batch_size=2, micro_batch_size=2, rank=0, num_ranks=1, device=torch.device("cpu"),
+    collate=Collate(9, 8))
 try:
     next(StepLoader(Stopping(), seed=0, num_workers=1, timeout_seconds=0.5, **options).steps(0))
 except DataError:
@@ -457,10 +461,10 @@ def test_an_exhausted_iterator_in_the_dataset_is_named(num_workers):
     [
         (lambda ids: (ids + 1000, ids), "A batch has input_ids from .* to .*, but the model's vocabulary is 0 to 999"),
         (lambda ids: (ids, ids - 100), "targets from -"),
-        (lambda ids: (ids[1:], ids[1:]), r"have \[3, 4\] tokens"),
-        (lambda ids: (ids, ids[1:]), "A sample is .* but must be"),
-        (lambda ids: (ids.float(), ids), "A sample is .* but must be"),
-        (lambda ids: ids, "A sample is .* but must be"),
+        (lambda ids: (ids.repeat(3), ids.repeat(3)), "A sample has 12 tokens, but the model's block_size is 8"),
+        (lambda ids: (ids, ids[1:]), "sample 7 has 4 input_ids, 3 targets, but must be of equal length"),
+        (lambda ids: (ids.float(), ids), "sample 7 is .* but must be"),
+        (lambda ids: None, "sample 7 is None, but must be"),
     ],
 )
 def test_invalid_samples_raise_in_any_batch(transform, message, num_workers):
@@ -490,7 +494,13 @@ def test_an_id_outside_the_vocabulary_of_a_token_file_raises(tmp_path):
 )  # fmt: skip
 def test_evaluation_scores_every_sample_once(samples, micro, ranks, custom, limit):
     dataset = CustomDataset(samples) if custom else TokenDataset.from_tokens(torch.arange(samples * 4 + 1), 4)
-    options = {"micro_batch_size": micro, "num_ranks": ranks, "device": CPU, "vocab_size": 1000, "max_batches": limit}
+    options = {
+        "micro_batch_size": micro,
+        "num_ranks": ranks,
+        "device": CPU,
+        "collate": COLLATE,
+        "max_batches": limit,
+    }
     parts = [list(eval_batches(dataset, rank=rank, **options)) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1, "ranks need equal numbers of batches for their collectives"
     batches = [batch for turn in zip(*parts, strict=True) for batch in turn]

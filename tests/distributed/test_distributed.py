@@ -52,6 +52,7 @@ TASKS = {
     "interrupted": {"max_steps": 3, "again": True},
     "sharded_save": PLAIN | SHARDED_SAVE,
     "adapter": PLAIN | SHARDED_SAVE | {"lora": True},
+    "rows": PLAIN | {"rows": True},
     "muon": PLAIN | SHARDED_SAVE | {"optimizer": "muon", "ema_decay": 0.9},
 }
 
@@ -155,7 +156,7 @@ def samples_by_step(folder, num_steps=20, global_batch_size=8):
     """Return the sorted sample indices of each step over all ranks."""
     indices = [json.loads(path.read_text()) for path in sorted(folder.glob("read-*.json"))]
     size = global_batch_size // len(indices)
-    training = [rank[-num_steps * size :] for rank in indices]  # before training, each rank validates one sample
+    training = [rank[-num_steps * size :] for rank in indices]  # before training, each rank checks some samples
     return [sorted(i for rank in training for i in rank[step * size :][:size]) for step in range(num_steps)]
 
 
@@ -191,15 +192,16 @@ def test_training_is_equal_on_two_machines(runs, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2", pytest.param("hybrid", marks=pytest.mark.slow)])
-def test_muon_is_equal_on_one_and_several_processes_and_resumes_bitwise(run, runs, tmp_path, layout):
-    (one_folder, one), (folder, results) = runs("one", "muon"), runs(layout, "muon")
-    assert_equals_one_process(layout, results["muon"], folder / "muon", one["muon"], one_folder / "muon")
-    resumed = TASKS["muon"] | {"resume": str(checkpoint_path(folder / "muon", 10))}
-    from_one = TASKS["muon"] | {"resume": str(checkpoint_path(one_folder / "muon", 10))}
+@pytest.mark.parametrize("task", ["muon", "rows"])
+def test_other_tasks_are_equal_on_one_and_several_processes_and_resume_bitwise(run, runs, tmp_path, layout, task):
+    (one_folder, one), (folder, results) = runs("one", task), runs(layout, task)
+    assert_equals_one_process(layout, results[task], folder / task, one[task], one_folder / task)
+    resumed = TASKS[task] | {"resume": str(checkpoint_path(folder / task, 10))}
+    from_one = TASKS[task] | {"resume": str(checkpoint_path(one_folder / task, 10))}
     again = run(tmp_path, layout, resumed=resumed, from_one=from_one)
-    assert again["resumed"]["losses"] == results["muon"]["losses"][10:]
-    assert_same_checkpoint(checkpoint_path(tmp_path / "resumed", 20), checkpoint_path(folder / "muon", 20))
-    assert_close(again["from_one"], one["muon"], tmp_path / "from_one", one_folder / "muon", skip=10)
+    assert again["resumed"]["losses"] == results[task]["losses"][10:]
+    assert_same_checkpoint(checkpoint_path(tmp_path / "resumed", 20), checkpoint_path(folder / task, 20))
+    assert_close(again["from_one"], one[task], tmp_path / "from_one", one_folder / task, skip=10)
 
 
 def gradient_reductions(results, layout, num_steps=3):

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 
 from homebrew import GPT, GPTConfig, TokenDataset
 from homebrew.constants import IGNORE_INDEX
+from homebrew.data.collate import Collate
 from homebrew.errors import DataError, ModelError
 from homebrew.evaluation.mean_loss import check_loss, mean_loss
 
@@ -25,7 +26,7 @@ def evaluate(model, samples, **options):
         (torch.full((4,), token_id), torch.tensor([1] * num_targets + [IGNORE_INDEX] * (4 - num_targets)))
         for token_id, num_targets in samples
     ]
-    options = {"micro_batch_size": 1, "vocab_size": 2**25, "max_batches": None, "eager": False} | options
+    options = {"micro_batch_size": 1, "collate": Collate(2**25, 8), "max_batches": None, "eager": False} | options
     return mean_loss(Accelerator(cpu=True), model, dataset, **options)
 
 
@@ -57,7 +58,7 @@ def test_the_device_is_not_waited_for_until_the_end():
     device = torch.device("meta")
     accelerator = SimpleNamespace(device=device, process_index=0, num_processes=1, is_fsdp2=False, reduce=reduce)
     dataset = TokenDataset.from_tokens(torch.arange(33), 8)
-    options = {"micro_batch_size": 1, "vocab_size": 33, "max_batches": None, "eager": False}
+    options = {"micro_batch_size": 1, "collate": Collate(33, 8), "max_batches": None, "eager": False}
     assert mean_loss(accelerator, FirstId(), dataset, **options) == (2.0, 3)
     assert reduced == ["meta"]
 
@@ -93,7 +94,7 @@ def test_eager_bypasses_a_compiled_model():
     results = {}
     for eager in (True, False):
         results[eager] = mean_loss(
-            accelerator, model, dataset, micro_batch_size=4, vocab_size=64, max_batches=None, eager=eager
+            accelerator, model, dataset, micro_batch_size=4, collate=Collate(64, 8), max_batches=None, eager=eager
         )
         assert bool(compiled_graphs) is not eager
     assert results[True] == results[False]

@@ -59,6 +59,15 @@ class Ragged(Dataset):
         return self.input_ids[i], self.targets[i]
 
 
+class RaggedRows(Ragged):
+    """A dataset whose samples are dictionaries with from 1 to 16 tokens, without padding."""
+
+    def __getitem__(self, i):
+        input_ids, targets = super().__getitem__(i)
+        length = 1 + (i * 5) % 16
+        return {"input_ids": input_ids[:length].tolist(), "targets": targets[:length].numpy(), "text": "some text"}
+
+
 class Recorder(Callback):
     """Records a run's metrics, and makes it fail where the task says so."""
 
@@ -243,7 +252,8 @@ def resume_after_interruption(trainer):
 def build(task, rank):
     task = task | (task.get("rank_1", {}) if rank == 1 else {})
     broken = task.get("break") if rank == 1 else None
-    train = [] if broken == "startup" else Ragged(breaks_at=40 + 1 if broken == "data" else None)
+    dataset_class = RaggedRows if task.get("rows") else Ragged
+    train = [] if broken == "startup" else dataset_class(breaks_at=40 + 1 if broken == "data" else None)
     recorder, poison = Recorder(task), Poison(**task.get("poison", {}) if rank == 1 else {})
     killed_rank, step = task.get("kill_in_save", (None, None))
     if rank == killed_rank:
@@ -267,7 +277,7 @@ def build(task, rank):
     trainer = Trainer(
         model,
         train,
-        Ragged(breaks_at=1 if broken == "evaluation" else None),
+        dataset_class(breaks_at=1 if broken == "evaluation" else None),
         config=TrainerConfig(
             output_dir=task["output_dir"] + (" elsewhere" if broken == "disk" else ""),
             max_steps=task.get("max_steps", 20),

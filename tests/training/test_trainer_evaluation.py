@@ -87,12 +87,15 @@ def test_evaluation_without_scored_targets_is_an_error(tmp_path):
         make_trainer(tmp_path).evaluate(ignored)
 
 
-def dataset_with_a_short_sample():
-    return [(torch.zeros(16, dtype=torch.int64),) * 2] * 4 + [(torch.zeros(5, dtype=torch.int64),) * 2]
+def dataset_with_a_long_sample():
+    """A dataset with a sample that exceeds the block size, and is not one of those read before the first step."""
+    samples = [(torch.zeros(16, dtype=torch.int64),) * 2] * 100
+    samples[50] = (torch.zeros(17, dtype=torch.int64),) * 2
+    return samples
 
 
 def test_a_failed_evaluation_does_not_save_before_a_checkpoint_is_due(tmp_path):
-    trainer = make_trainer(tmp_path, eval_dataset=dataset_with_a_short_sample(), eval_every=2, save_every=3)
+    trainer = make_trainer(tmp_path, eval_dataset=dataset_with_a_long_sample(), eval_every=2, save_every=3)
     with pytest.raises(DataError):
         trainer.train()
     assert saved_steps(tmp_path) == []
@@ -105,7 +108,7 @@ class RaiseOnEvaluate(Callback):
 
 @pytest.mark.parametrize("fails", ["dataset", "callback"])
 def test_a_failed_final_evaluation_still_saves_the_run(tmp_path, fails):
-    dataset = dataset_with_a_short_sample() if fails == "dataset" else token_dataset(200)
+    dataset = dataset_with_a_long_sample() if fails == "dataset" else token_dataset(200)
     trainer = make_trainer(tmp_path, eval_dataset=dataset, max_steps=2, callbacks=[RaiseOnEvaluate()])
     with pytest.raises(DataError if fails == "dataset" else KeyError):
         trainer.train()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from homebrew.data.samples import Sample
 from homebrew.data.text_file import read_text
 from homebrew.data.text_paths import Paths, describe_files, expand_folders, text_files
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, as_token_ids, check_token_ids
@@ -21,9 +22,6 @@ from homebrew.data.utf8 import encode_utf8
 from homebrew.data.windows import check_not_empty, split_starts, window_starts
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
-
-Sample = tuple[Tensor, Tensor]
-"""(input_ids, targets)."""
 
 
 class TokenDataset(Dataset[Sample]):

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from homebrew.constants import IGNORE_INDEX
+from homebrew.data.collate import Collate
 from homebrew.data.dataset import TokenDataset
 from homebrew.data.sample_rng import SeededDataset
 from homebrew.data.sampler import sample_indices
-from homebrew.data.validation import check_ids, check_sample
 from homebrew.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
@@ -50,11 +50,12 @@ class StepLoader:
     (m · `num_ranks` + r) · `micro_batch_size` of the step.
 
     Args:
-        dataset: A `TokenDataset`, or any map-style dataset of (input_ids, targets).
+        dataset: A `TokenDataset`, or any map-style dataset, whose samples `as_sample` describes.
         seed: Random seed for the sample order and for random numbers that the dataset draws.
         global_batch_size: Number of samples in a step, over all ranks.
         micro_batch_size: Number of samples in a micro-batch of one rank.
         num_workers: Number of worker processes for a custom dataset, or a subclass of `TokenDataset`.
+        collate: Makes the batches of a custom dataset, or a subclass of `TokenDataset`.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class StepLoader:
         device: torch.device,
         num_workers: int,
         timeout_seconds: float,
-        vocab_size: int,
+        collate: Collate,
     ) -> None:
         if type(dataset) is TokenDataset and device.type == "cuda" and dataset.nbytes <= MAX_RESIDENT_BYTES:
             dataset = dataset.to(device)
@@ -83,7 +84,7 @@ class StepLoader:
         self._device = device
         self._num_workers = num_workers
         self._timeout_seconds = timeout_seconds if num_workers else 0
-        self._vocab_size = vocab_size
+        self._collate = collate
 
     def steps(self, first_position: int) -> Generator[list[Batch]]:
         """Yield this rank's micro-batches of each step, without end.
@@ -96,7 +97,7 @@ class StepLoader:
             self._blocks(first_position),
             self._device,
             seed=self._seed,
-            vocab_size=self._vocab_size,
+            collate=self._collate,
             num_workers=self._num_workers,
             timeout_seconds=self._timeout_seconds,
         )
@@ -121,22 +122,20 @@ def eval_batches(
     rank: int,
     num_ranks: int,
     device: torch.device,
-    vocab_size: int,
+    collate: Collate,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's batches for evaluation, in which every sample occurs on one rank.
 
-    All batches have the same shape, and all ranks have the same number of batches. The last batches are padded with
-    samples whose targets are `IGNORE_INDEX`. `max_batches` limits the number of batches on each rank.
+    All batches have the same number of samples, and all ranks the same number of batches. The last batches are padded
+    with samples whose targets are `IGNORE_INDEX`. `max_batches` limits the number of batches on each rank.
     """
     num_samples = len(dataset)  # type: ignore[arg-type]
     num_batches = -(-num_samples // (micro_batch_size * num_ranks))
     positions = np.arange(num_batches * num_ranks * micro_batch_size)
     positions = positions.reshape(num_batches, num_ranks, micro_batch_size)[:max_batches, rank]
     block = SampleBlock(positions, np.minimum(positions, num_samples - 1))
-    batches = _read_batches(
-        dataset, iter([block]), device, seed=0, vocab_size=vocab_size, num_workers=0, timeout_seconds=0
-    )
+    batches = _read_batches(dataset, iter([block]), device, seed=0, collate=collate, num_workers=0, timeout_seconds=0)
     for batch_positions, (input_ids, targets) in zip(positions, batches, strict=True):
         num_real = int((batch_positions < num_samples).sum())
         targets[num_real:] = IGNORE_INDEX
@@ -167,7 +166,7 @@ def _read_batches(
     device: torch.device,
     *,
     seed: int,
-    vocab_size: int,
+    collate: Collate,
     num_workers: int,
     timeout_seconds: float,
 ) -> Iterator[Batch]:
@@ -177,7 +176,7 @@ def _read_batches(
     data_loader = DataLoader(
         SeededDataset(dataset, seed),
         batch_sampler=_batch_sampler(blocks),
-        collate_fn=_Collate(vocab_size),
+        collate_fn=collate,
         num_workers=num_workers,
         timeout=timeout_seconds,
         worker_init_fn=_ignore_signals,
@@ -221,27 +220,6 @@ def _batch_sampler(blocks: Iterator[SampleBlock]) -> Iterator[list[list[int]]]:
     """Yield the samples of each batch. A sample is identified by its position in the run and its dataset index."""
     for block in blocks:
         yield from np.stack(block, axis=-1).tolist()  # (num_batches, B, 2)
-
-
-class _Collate:
-    """Validates samples and stacks them to a batch."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-
-    def __call__(self, samples: list[Batch]) -> Batch:
-        for sample in samples:
-            check_sample(sample, "A sample")
-        lengths = {len(input_ids) for input_ids, _ in samples}
-        if len(lengths) != 1:
-            raise DataError(
-                f"The samples of a batch have {sorted(lengths)} tokens, but must have equal lengths. Pad the shorter "
-                f"ones, with {IGNORE_INDEX} as the targets."
-            )
-        input_ids = torch.stack([input_ids for input_ids, _ in samples])
-        targets = torch.stack([targets for _, targets in samples])
-        check_ids(input_ids, targets, "A batch", self._vocab_size)
-        return input_ids, targets
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

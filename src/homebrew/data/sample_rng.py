@@ -1,4 +1,4 @@
-"""Reproducible random numbers for datasets: a pure function of the seed and a sample's position in the run."""
+"""Reads samples. Their random numbers are a pure function of the seed and a sample's position in the run."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
+from homebrew.data.samples import Sample, as_sample
 from homebrew.errors import DataError
 
 
-class SeededDataset(Dataset[Any]):
+class SeededDataset(Dataset[Sample]):
     """Seeds the global random generators of Python, NumPy and PyTorch before each sample is read.
 
     So random augmentation does not depend on the number of ranks or workers, or on a resume. Afterwards the generators
@@ -26,8 +27,18 @@ class SeededDataset(Dataset[Any]):
         self._dataset = dataset
         self._seed = seed
 
-    def __getitems__(self, batch: Sequence[Sequence[int]]) -> list[Any]:
-        """Read samples, given as pairs of a position in the run and an index in the dataset."""
+    def __getitems__(self, batch: Sequence[Sequence[int]]) -> list[Sample]:
+        """Read and convert samples, given as pairs of a position in the run and an index in the dataset."""
+        samples = self._read(batch)
+        if len(samples) != len(batch):
+            raise DataError(
+                f"The dataset's __getitems__ returned {len(samples)} samples for {len(batch)} indices. Return "
+                f"one for each index."
+            )
+        names = [f"The dataset's sample {index}" for _, index in batch]
+        return [as_sample(sample, name) for sample, name in zip(samples, names, strict=True)]
+
+    def _read(self, batch: Sequence[Sequence[int]]) -> list[Any]:
         with restore_generators():
             if _reads_batches(type(self._dataset)):
                 self._seed_generators(batch[0][0])

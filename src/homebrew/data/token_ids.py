@@ -32,7 +32,7 @@ def as_token_ids(ids: Tensor | TokenIds | Sequence[int]) -> TokenIds:
             raise DataError("Token ids are on the device meta, so they have no values. Give them on a real device.")
     try:
         array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires a gradient
         raise DataError(f"Token ids {rule} ({error})") from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise DataError(f"Token ids are {array.dtype} of shape {array.shape}, but {rule}")

@@ -1,17 +1,20 @@
 """Validation of datasets before the first training step, and of each sample."""
 
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from numbers import Integral
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.sample_rng import restore_generators
+from homebrew.data.samples import Sample, as_sample
 from homebrew.errors import DataError, HomebrewError
+
+NUM_CHECKED = 8
+"""Number of samples of a dataset that are read before the first step, from the first to the last at equal distances."""
 
 _ATTRIBUTES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("vocab_size", "an integer of at least 1", lambda value: isinstance(value, Integral) and int(value) > 0),
@@ -28,11 +31,11 @@ def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int, vocab_si
     """Check that a dataset can be used with a model of the given sizes. Error messages call the dataset `name`.
 
     Returns:
-        Sequence length of the first sample, in tokens.
+        Sequence length: the number of tokens in each sample, or `block_size` if the samples differ in length.
 
     Raises:
-        DataError: If the dataset is not map-style or is empty, or if its first or its last sample is not a pair of
-            int64 tensors of equal length, is longer than `block_size`, or has an id outside the vocabulary.
+        DataError: If the dataset is not map-style or is empty, or if one of `NUM_CHECKED` samples is not valid (see
+            `as_sample`), is longer than `block_size`, or has an id outside the vocabulary.
     """
     num_samples = _num_samples(dataset, name)
     for attribute, rule, holds in _ATTRIBUTES:
@@ -46,28 +49,46 @@ def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int, vocab_si
             f"{name} has token ids up to {dataset_vocab_size - 1}, but the model's vocab_size is {vocab_size}. Build "
             f"the model with vocab_size={dataset_vocab_size}."
         )
-    lengths = []
-    for index in sorted({0, num_samples - 1}):
+    lengths = set()
+    for index in sorted({i * (num_samples - 1) // (NUM_CHECKED - 1) for i in range(NUM_CHECKED)}):
         sample_name = f"{name}[{index}]"
         sample = _read_sample(dataset, index, sample_name, num_samples)
-        lengths.append(len(sample[0]))
-        if lengths[-1] > block_size:
+        length = len(sample[0])
+        if length > block_size:
             raise DataError(
-                f"{sample_name} has {lengths[-1]} tokens, but the model's block_size is {block_size}. Use shorter "
-                f"sequences, or a model with block_size={lengths[-1]}."
+                f"{sample_name} has {length} tokens, but the model's block_size is {block_size}. Use shorter "
+                f"sequences, or a model with block_size={length}."
             )
         check_ids(*sample, sample_name, vocab_size)
-    return lengths[0]
+        lengths.add(length)
+    return lengths.pop() if len(lengths) == 1 else block_size
+
+
+def check_map_style(dataset: object, name: str) -> None:
+    """Check that samples can be read by index.
+
+    Raises:
+        DataError: The dataset is a stream, or a dictionary of datasets.
+    """
+    if isinstance(dataset, Mapping):
+        keys = ", ".join(map(repr, dataset))
+        raise DataError(
+            f"{name} is a dictionary with the keys {keys:.200}, but must be one dataset. Choose one of its "
+            f"values, such as dataset['train']."
+        )
+    if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            f"{name} is a {type(dataset).__name__}, but must be a map-style dataset (__len__, __getitem__): "
+            f"each step reads its samples by index, so that a run resumes exactly. Read a stream into memory with "
+            f"list(dataset), or write its text or tokens to files with homebrew prepare or write_tokens, and open them "
+            f"with TokenDataset.from_shards."
+        )
 
 
 def _num_samples(dataset: Dataset[Any], name: str) -> int:
-    if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-        raise DataError(
-            f"{name} is a {type(dataset).__name__}, but must be a map-style dataset: each step reads its samples by "
-            f"index. Implement __len__ and __getitem__."
-        )
+    check_map_style(dataset, name)
     try:
-        num_samples = len(dataset)
+        num_samples = len(dataset)  # type: ignore[arg-type]
     except Exception as error:
         raise DataError(
             f"{name} has no length: {error!r}. Its __len__ must return the number of samples, a non-negative integer."
@@ -77,7 +98,7 @@ def _num_samples(dataset: Dataset[Any], name: str) -> int:
     return num_samples
 
 
-def _read_sample(dataset: Dataset[Any], index: int, name: str, num_samples: int) -> tuple[Tensor, Tensor]:
+def _read_sample(dataset: Dataset[Any], index: int, name: str, num_samples: int) -> Sample:
     try:
         with restore_generators():  # the dataset may draw from them, and a check must not change the run's dropout
             sample = dataset[index]
@@ -88,22 +109,7 @@ def _read_sample(dataset: Dataset[Any], index: int, name: str, num_samples: int)
             f"{name} cannot be read: {error!r}. __getitem__ must return a sample for every index below the dataset's "
             f"length, {num_samples}."
         ) from error
-    check_sample(sample, name)
-    return sample[0], sample[1]
-
-
-def check_sample(sample: object, name: str) -> None:
-    """Check that a sample is a pair of one-dimensional int64 tensors of equal length."""
-    if not (
-        isinstance(sample, tuple | list)
-        and len(sample) == 2
-        and all(isinstance(ids, Tensor) and ids.dim() == 1 and ids.dtype == torch.int64 for ids in sample)
-        and 0 < len(sample[0]) == len(sample[1])
-    ):
-        raise DataError(
-            f"{name} is {sample!r:.300}, but must be (input_ids, targets), two one-dimensional int64 tensors of equal "
-            f"length. Change the dataset's __getitem__."
-        )
+    return as_sample(sample, name)
 
 
 def check_ids(input_ids: Tensor, targets: Tensor, name: str, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from homebrew.constants import IGNORE_INDEX
+from homebrew.data.collate import Collate
 from homebrew.data.loader import eval_batches
 from homebrew.distributed.fsdp import reshard
 from homebrew.errors import DataError, ModelError
@@ -22,7 +23,7 @@ def mean_loss(
     dataset: Dataset[Any],
     *,
     micro_batch_size: int,
-    vocab_size: int,
+    collate: Collate,
     max_batches: int | None,
     eager: bool,
 ) -> tuple[float, int]:
@@ -47,7 +48,7 @@ def mean_loss(
             rank=accelerator.process_index,
             num_ranks=accelerator.num_processes,
             device=accelerator.device,
-            vocab_size=vocab_size,
+            collate=collate,
             max_batches=max_batches,
         ):
             num_targets = (targets != IGNORE_INDEX).sum()

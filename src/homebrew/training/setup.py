@@ -16,6 +16,7 @@ from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.checkpoint.compatibility import Identity, run_identity
 from homebrew.checkpoint.manager import CheckpointManager
+from homebrew.data.collate import Collate
 from homebrew.data.loader import StepLoader
 from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.data.validation import check_dataset
@@ -60,6 +61,7 @@ class TrainerParts:
     """Whether evaluation runs uncompiled, because compiling would take longer."""
     guard: NanGuard
     train_step: TrainStep
+    collate: Collate
     loader: StepLoader
     logger: StepLogger
     checkpoints: CheckpointManager
@@ -95,6 +97,7 @@ def build_parts(
     flops = bare.flops_per_token(sequence_length) * sequence_length * batch.micro_batch_size
     compile_mode = compile_model(bare, config.compile, accelerator, batch, micro_batch_flops=flops)
     use_graphs = compile_mode == "cuda_graphs"
+    collate = build_collate(bare.config, sequence_length, compile_mode)
 
     check_trainable(bare, optimizer)
     if optimizer is not None:
@@ -151,7 +154,8 @@ def build_parts(
         evaluates_eagerly=use_graphs and flops < EAGER_EVALUATION_FLOPS,
         guard=guard,
         train_step=train_step,
-        loader=build_loader(config, train_dataset, batch, accelerator, vocab_size=bare.config.vocab_size),
+        collate=collate,
+        loader=build_loader(config, train_dataset, batch, accelerator, collate),
         logger=build_logger(config, bare, batch, accelerator, guard, sequence_length=sequence_length),
         checkpoints=build_checkpoint_manager(config, accelerator, bare, bare_optimizer, guard, identity, train_dataset),
     )
@@ -206,8 +210,15 @@ def check_datasets(
     return sequence_length
 
 
+def build_collate(model_config: GPTConfig, sequence_length: int, compile_mode: CompileMode) -> Collate:
+    """Build what makes batches of samples: for a compiled model, batches of at most two lengths."""
+    block_size = model_config.block_size
+    lengths = () if compile_mode == "none" else (sequence_length, block_size)
+    return Collate(vocab_size=model_config.vocab_size, block_size=block_size, lengths=lengths)
+
+
 def build_loader(
-    config: TrainerConfig, dataset: Dataset[Any], batch: BatchPlan, accelerator: Accelerator, *, vocab_size: int
+    config: TrainerConfig, dataset: Dataset[Any], batch: BatchPlan, accelerator: Accelerator, collate: Collate
 ) -> StepLoader:
     """Build the loader of this rank's micro-batches."""
     return StepLoader(
@@ -220,7 +231,7 @@ def build_loader(
         device=accelerator.device,
         num_workers=config.num_workers,
         timeout_seconds=config.loader_timeout_seconds,
-        vocab_size=vocab_size,
+        collate=collate,
     )
 
 

@@ -40,7 +40,9 @@ class Trainer:
 
     Args:
         model: Model to train, in place; or the config of a new one, whose weights come from the run's seed.
-        train_dataset: A `TokenDataset`, or any map-style dataset of (input_ids, targets), each (T,), int64.
+        train_dataset: A `TokenDataset`, or any map-style dataset. Its samples may be pairs (input_ids, targets), token
+            ids, or dictionaries with `input_ids`, of any integer dtype and of different lengths. See `DictDataset` for
+            dictionaries with `labels`.
         eval_dataset: A dataset of the same kind to evaluate on.
         config: Training configuration.
         optimizer: Optimizer over the model's parameters, to use instead of the config's; or several, each over some of
@@ -101,6 +103,7 @@ class Trainer:
         self._modes = OptimizerModes(parts.optimizer)
         self._guard = parts.guard
         self._train_step = parts.train_step
+        self._collate = parts.collate
         self._loader = parts.loader
         self._logger = parts.logger
         self._checkpoints = parts.checkpoints
@@ -205,7 +208,7 @@ class Trainer:
                 self._wrapped,
                 dataset,
                 micro_batch_size=self.batch.micro_batch_size,
-                vocab_size=model_config.vocab_size,
+                collate=self._collate,
                 max_batches=self.config.eval_batches,
                 eager=self._evaluates_eagerly,
             )
