@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from hugging_face import ColumnDataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -308,3 +309,51 @@ def test_a_text_that_is_no_string_raises(text):
 def test_texts_may_be_an_iterator():
     dataset = TokenDataset.from_text(iter(["abc", "def"]), 2, tokenizer="bytes")
     assert dataset.tokens.ids.tolist() == [*b"abcdef"]
+
+
+TEXTS = ["abc", "", "defg é"]
+
+
+class Rows(torch.utils.data.Dataset):
+    """A map-style dataset without an end for Python's iteration."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"content": TEXTS[index % 3]}
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: ColumnDataset({"text": TEXTS, "label": [0, 1, 2]}), {}),
+        (lambda: [{"text": text} for text in TEXTS], {}),
+        (lambda: ({"text": text} for text in TEXTS), {}),
+        (Rows, {"text_column": "content"}),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+def test_the_texts_of_a_dataset_are_tokenized_as_several_texts(make, options, tokenizer):
+    expected = TokenDataset.from_text(TEXTS, 2, tokenizer=tokenizer)
+    actual = TokenDataset.from_dataset(make(), 2, tokenizer=tokenizer, **options)
+    assert actual.fingerprint == expected.fingerprint
+    assert actual.bytes_per_token == expected.bytes_per_token
+    assert "column" in actual.source
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([{"text": "abc"}, {"text": None}], "Row 1 .*'text': None"),
+        ([{"content": "abc"}], "Row 0 .*'content'.*text_column"),
+        (["abc"], "Row 0 .*'abc'"),
+        ("book.txt", "Row 0"),
+        ({"train": [{"text": "abc"}]}, "keys 'train'.*Choose one"),
+        (7, "int.*map-style"),
+        ([], "text is empty"),
+    ],
+)
+def test_a_dataset_without_texts_raises(dataset, message):
+    with pytest.raises(DataError, match=message):
+        TokenDataset.from_dataset(dataset, 2)

@@ -2,9 +2,9 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from homebrew.data.samples import Sample
+from homebrew.data.text_column import column_of_texts
 from homebrew.data.text_file import read_text
 from homebrew.data.text_paths import Paths, describe_files, expand_folders, text_files
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, as_token_ids, check_token_ids
@@ -27,7 +28,7 @@ from homebrew.integers import as_integer
 class TokenDataset(Dataset[Sample]):
     """Windows of `block_size + 1` consecutive tokens. The inputs omit the last token, the targets the first.
 
-    Use `from_text`, `from_file`, `from_tokens` or `from_shards` to create a dataset.
+    Use `from_text`, `from_file`, `from_dataset`, `from_tokens` or `from_shards` to create a dataset.
 
     Args:
         tokens: Source of the token ids.
@@ -123,6 +124,35 @@ class TokenDataset(Dataset[Sample]):
         files = text_files(path)
         texts = [read_text(file) for file in files]
         return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=describe_files(files))
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Dataset[Any] | Iterable[Mapping[str, Any]],
+        block_size: int,
+        *,
+        text_column: str = "text",
+        tokenizer: str | Tokenizer = "gpt2",
+        stride: int | None = None,
+    ) -> Self:
+        """Create a dataset from the texts of another one, such as a Hugging Face `datasets.Dataset`.
+
+        The texts are separated as in `from_text`, and tokenized into memory. For more text than that, use `homebrew
+        prepare` and `from_shards`.
+
+        Args:
+            dataset: Map-style or iterable dataset of dictionaries.
+            block_size: Sequence length of the inputs, in tokens.
+            text_column: Key of the text in each dictionary.
+            tokenizer: As in `from_text`.
+            stride: As in `from_text`.
+
+        Raises:
+            DataError: If a row has no text in that column, or the texts are shorter than one window.
+        """
+        texts = column_of_texts(dataset, text_column)
+        source = f"column {text_column!r} of a {type(dataset).__name__} with {len(texts)} rows"
+        return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=source)
 
     @classmethod
     def from_tokens(
