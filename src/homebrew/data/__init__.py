@@ -4,12 +4,12 @@
 - `corpora`, `download`, `text_file`: texts by name, cached downloads, text files.
 - `prepare`, `token_file`, `token_metadata`, `token_ids`: tokenize text files of any size into token files (`.npy`).
 - `dataset`, `windows`, `token_source`: `TokenDataset`, windows over tokens in memory or in token files.
-- `sampler`, `sample_rng`, `loader`, `validation`: sample order, random numbers of datasets, batches, checks.
+- `samples`, `dict_dataset`, `text_column`: what samples of other datasets may be, their labels and texts.
+- `sampler`, `sample_rng`, `collate`, `loader`, `validation`: sample order, reading, padding, batches, checks.
 
 To train on another format, use one of three ways:
 
-- Pass the `Trainer` any map-style dataset whose samples are `(input_ids, targets)`, two int64 tensors of equal length.
-  `validation.check_dataset` states the rules. Nothing needs to be registered.
+- Pass the `Trainer` any map-style dataset. `samples.as_sample` says what a sample may be.
 - Convert the data to token files with `token_file.write_tokens`, and read them by `TokenDataset.from_shards`.
 - Implement `token_source.TokenSource` and pass it to `TokenDataset`, to read tokens directly from another format.
 """
