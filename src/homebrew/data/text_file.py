@@ -4,10 +4,12 @@ Text is read as it is: the characters CR and LF are not translated, so that the 
 """
 
 import codecs
+import io
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from homebrew.data.binary_kinds import describe_binary, is_known_kind
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
 
@@ -40,17 +42,30 @@ def text_chunks(path: str | Path, chunk_characters: int) -> Iterator[str]:
         DataError: If the file cannot be read, is not UTF-8, or is binary.
     """
     num_characters = num_control = 0
+    start = b""
     try:
-        with absolute_path(path).open(encoding="utf-8", newline="") as file:
+        with absolute_path(path).open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
+            start = raw.peek()
             while block := file.read(_BLOCK_CHARACTERS):
                 num_characters += len(block)
-                num_control += sum(map(block.count, _CONTROL_CHARACTERS))
+                num_control += _num_control(block)
                 if "\0" in block or num_control > _MAX_CONTROL_CHARACTERS * num_characters:
-                    raise _binary_error(path)
-                for start in range(0, len(block), chunk_characters):
-                    yield block[start : start + chunk_characters]
-    except (OSError, UnicodeDecodeError) as error:
+                    raise _binary_error(path, start)
+                for i in range(0, len(block), chunk_characters):
+                    yield block[i : i + chunk_characters]
+    except OSError as error:
         raise read_error(path, error) from error
+    except UnicodeDecodeError as error:
+        raise _decode_error(path, error, start) from error
+
+
+def is_text(start: bytes) -> bool:
+    """Return whether a file's first bytes are UTF-8 text. The last character may be incomplete."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return "\0" not in text and _num_control(text) <= _MAX_CONTROL_CHARACTERS * len(text)
 
 
 def check_regular_file(path: str | Path) -> None:
@@ -63,12 +78,15 @@ def check_regular_file(path: str | Path) -> None:
         raise DataError(f"{str(path)!r} is not a regular file. If it is a pipe, write its content to a file first.")
 
 
-def read_error(path: str | Path, error: OSError | UnicodeDecodeError) -> DataError:
+def read_error(path: str | Path, error: OSError) -> DataError:
     """Build the error for a file that could not be read."""
-    if isinstance(error, OSError):
-        return DataError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions.")
-    if _has_binary_bytes(error.object):
-        return _binary_error(path)
+    return DataError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions.")
+
+
+def _decode_error(path: str | Path, error: UnicodeDecodeError, start: bytes) -> DataError:
+    """Build the error for a file, with the first bytes `start`, that is not UTF-8."""
+    if is_known_kind(start) or _has_binary_bytes(error.object):
+        return _binary_error(path, start)
     # Most text files that are not in Unicode are in Latin-1.
     encoding = "utf-16" if error.object.startswith(_UTF16_MARKS) else "latin1"
     return DataError(
@@ -85,8 +103,9 @@ def _has_binary_bytes(data: bytes) -> bool:
     return 0 in data or num_control > _MAX_CONTROL_BYTES * len(data)
 
 
-def _binary_error(path: str | Path) -> DataError:
-    return DataError(
-        f"{str(path)!r} is a binary file: it has NUL or many other control characters. Convert it to UTF-8 text, or, "
-        f"if it has token ids of another program, to a token file with homebrew.data.token_file.write_tokens."
-    )
+def _num_control(text: str) -> int:
+    return sum(map(text.count, _CONTROL_CHARACTERS))
+
+
+def _binary_error(path: str | Path, start: bytes) -> DataError:
+    return DataError(f"{str(path)!r} is a binary file: {describe_binary(start)}")
