@@ -21,7 +21,8 @@ from homebrew import (
 )
 from homebrew.data.download import cache_dir
 from homebrew.data.prepare import prepare
-from homebrew.data.token_file import TokenFile, is_token_file, write_tokens
+from homebrew.data.token_file import TokenFile, write_tokens
+from homebrew.data.token_formats import is_token_file
 from homebrew.errors import ConfigError
 from homebrew.io import absolute_path, local_path_or_name
 

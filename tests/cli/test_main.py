@@ -33,7 +33,7 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
         (["train", "TOKENS", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN"], "tokenizer 'bytes'"),
         (
             ["train", "TOKENS", "--output-dir", "x", "--max-steps", "1", "--tokenizer", "bytes"],
-            r"--tokenizer bytes applies to a text file.*char",
+            r"has the tokenizer 'char', but 'bytes' was given",
         ),
         (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
         (["sample", "./missing"], "missing"),

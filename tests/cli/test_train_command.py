@@ -11,9 +11,11 @@ import time
 import typing
 from pathlib import Path
 
+import numpy as np
 import pexpect
 import pytest
 import torch
+from token_files import llmc_shard
 from transformers import pipeline
 
 from homebrew import ConfigError, GPTConfig, TrainerConfig, load_model
@@ -27,6 +29,22 @@ def test_data_paths_may_be_symlinks(invoke, text, tmp_path, tiny):
     link.symlink_to(text)
     options = ["--output-dir", tmp_path / "run", "--max-steps", 1, "--tokenizer", "bytes", *tiny]
     assert "step 1/1" in invoke("train", link, "--eval-data", link, *options)
+
+
+@pytest.mark.parametrize("has_header", [False, True], ids=["nanoGPT", "llm.c"])
+def test_token_files_of_other_programs(tmp_path, invoke, invoke_error, tiny, has_header):
+    def write(name, ids):
+        (tmp_path / name).write_bytes(llmc_shard(ids, 20240801, 7) if has_header else ids.astype("<u2").tobytes())
+
+    ids = np.arange(1000) % 256
+    for name in ("train_0.bin", "train_1.bin", "val.bin"):
+        write(name, ids)
+    options = ["--output-dir", tmp_path / "run", *tiny, *([] if has_header else ["--tokenizer", "bytes"])]
+    data = ["train", tmp_path / "train_*.bin", "--eval-data", tmp_path / "val.bin"]
+    assert "step 2/2" in invoke(*data, *options, "--max-steps", 2)
+    invoke("train", "--resume", "--output-dir", tmp_path / "run")
+    write("train_1.bin", ids[::-1])
+    assert "--accept-changes dataset" in invoke_error(*data, *options, "--resume", "--max-steps", 2)
 
 
 def test_resume_must_be_requested_and_changes_accepted(text, tmp_path, invoke, invoke_error, tiny):

@@ -169,6 +169,24 @@ def test_invalid_windows_raise(block_size, stride):
         counting(20, block_size, stride=stride)
 
 
+class OwnTokenizer:
+    """A custom tokenizer of five ids. Its description has a tuple, which JSON does not distinguish from a list."""
+
+    name, vocab_size, end_of_text_id = "own", 5, None
+
+    def encode(self, text):
+        return np.array([ord(character) % 5 for character in text])
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
+
+    def to_json(self):
+        return {"name": self.name, "merges": (1, 2)}
+
+
 def test_from_file(tmp_path):
     text = "Ŧo be, or not to be: that is the question"
     (tmp_path / "text").write_text(text, encoding="utf-8")
@@ -234,10 +252,35 @@ def test_the_tokenizer_is_built_from_the_metadata(tmp_path):
         tmp_path / "a.npy", tokenizer.encode("to be or"[:5] * 4), vocab_size=5, tokenizer_json=tokenizer.to_json()
     )
     assert TokenDataset.from_shards(tmp_path / "a.npy", 5).tokenizer.alphabet == tokenizer.alphabet
-    write_tokens(tmp_path / "b.npy", np.arange(5), vocab_size=5, tokenizer_json={"name": "own"})
+    assert TokenDataset.from_shards(tmp_path / "a.npy", 5, tokenizer="char").tokenizer.alphabet == tokenizer.alphabet
+    own = OwnTokenizer()
+    write_tokens(tmp_path / "b.npy", np.arange(5), vocab_size=5, tokenizer_json=own.to_json())
     with pytest.raises(DataError, match="'own'"):
         TokenDataset.from_shards(tmp_path / "b.npy", 4)
-    assert TokenDataset.from_shards(tmp_path / "b.npy", 4, tokenizer=tokenizer).tokenizer is tokenizer
+    assert TokenDataset.from_shards(tmp_path / "b.npy", 4, tokenizer=own).tokenizer is own
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2", get_tokenizer("char", text="or no"), OwnTokenizer()])
+@pytest.mark.parametrize("open_file", [TokenDataset.from_file, TokenDataset.from_shards])
+def test_another_tokenizer_than_that_of_the_token_files_raises(tmp_path, tokenizer, open_file):
+    char = get_tokenizer("char", text="to be")
+    write_tokens(tmp_path / "a.npy", np.arange(5), vocab_size=5, tokenizer_json=char.to_json())
+    with pytest.raises(DataError, match=r"a\.npy has the tokenizer 'char'"):
+        open_file(tmp_path / "a.npy", 4, tokenizer=tokenizer)
+    write_tokens(tmp_path / "b.npy", np.arange(5), vocab_size=5)
+    if (number := getattr(tokenizer, "vocab_size", None)) != 5:
+        with pytest.raises(DataError, match=rf"b\.npy has a vocabulary of 5.*{number or tokenizer}"):
+            open_file(tmp_path / "b.npy", 4, tokenizer=tokenizer)
+
+
+def test_from_file_opens_token_files_without_reading_them(tmp_path):
+    write_tokens(tmp_path / "a.npy", np.arange(20), vocab_size=50)
+    with (tmp_path / "a.npy").open("r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x01\x00")
+    assert TokenDataset.from_file(tmp_path, 4).vocab_size == 50
+    with pytest.raises(DataError, match="SHA-256"):
+        TokenDataset.from_shards(tmp_path, 4)
 
 
 def test_incompatible_token_files_raise(tmp_path):

@@ -8,7 +8,8 @@ from homebrew import TokenDataset, get_tokenizer
 from homebrew.data import gpt2_tokenizer
 from homebrew.data.prepare import prepare
 from homebrew.data.text_file import text_chunks
-from homebrew.data.token_file import TokenFile, is_token_file
+from homebrew.data.token_file import TokenFile
+from homebrew.data.token_formats import is_token_file
 from homebrew.data.tokenizer import ByteTokenizer, CharTokenizer, encode_chunks
 from homebrew.errors import DataError
 

@@ -2,10 +2,14 @@
 
 import bz2
 import gzip
+import lzma
+import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from token_files import llmc_shard, npy
 
 from homebrew import TokenDataset, load_corpus
 from homebrew.cli.main import main
@@ -15,7 +19,7 @@ from homebrew.data.token_file import TokenFile
 from homebrew.errors import DataError
 
 BINARY_FILES = {
-    "uint16 ids of characters": np.tile(np.arange(1, 65, dtype=np.uint16), 50).tobytes(),  # nanoGPT's train.bin
+    "uint16 ids of characters": np.tile(np.arange(1, 65, dtype=np.uint16), 50).tobytes(),
     "uint8 ids of characters": np.tile(np.arange(1, 65, dtype=np.uint8), 50).tobytes(),
     "int64 ids": np.arange(60).tobytes(),
     "UTF-16 without a byte order mark": "To be, or not to be".encode("utf-16-le"),
@@ -41,10 +45,39 @@ BINARY_FILES = {
     ids=["read_text", "load_corpus", "from_file", "prepare", "text_chunks"],
 )
 def test_binary_files_are_not_text(tmp_path, read, content):
-    path = tmp_path / "train.bin"
+    path = tmp_path / "train.dat"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"^'.*train.bin' is a binary file"):
+    with pytest.raises(DataError, match=r"^'.*train.dat' is a binary file"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (gzip.compress(b"To be"), "gzip.*Decompress"),
+        (bz2.compress(b"To be"), "bzip2.*Decompress"),
+        (lzma.compress(b"To be"), "xz.*Decompress"),
+        (b"PAR1\x15\x04" + bytes(20), "Parquet"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(20), "PDF"),
+        (pickle.dumps(list(range(500))), "pickle"),
+        (llmc_shard(np.arange(600)), r"llm\.c.*homebrew train.*from_file"),
+        (npy(np.arange(600)), r"NumPy.*homebrew train.*from_file"),
+        (np.arange(600, dtype="<u2").tobytes(), r"--tokenizer.*from_file\(.*tokenizer=.*write_tokens"),
+    ],
+)
+@pytest.mark.parametrize("name", ["book.txt", "train.bin"])
+def test_a_binary_file_as_text_is_refused_with_the_right_advice(tmp_path, name, content, advice):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"(?s){name}' is a binary file.*{advice}"):
+        read_text(tmp_path / name)
+
+
+def test_a_compressed_file_from_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        pool.submit((tmp_path / "pipe").write_bytes, gzip.compress(b"To be"))
+        with pytest.raises(DataError, match="gzip"):
+            read_text(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -88,20 +121,24 @@ def test_text_in_another_encoding_is_not_called_binary(tmp_path, encoding, text)
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "message"),
     [
-        "train {binary} --output-dir {run} --preset baby --max-steps 1",
-        "train {text} --output-dir {run} --preset baby --max-steps 1 --eval-data {binary}",
-        "prepare {text} {binary} --output {run}.npy",
-        "eval {run} --text {binary}",
+        ("train {binary} --output-dir {run} --preset baby --max-steps 1", "is a binary file"),
+        ("train {text} --output-dir {run} --preset baby --max-steps 1 --eval-data {binary}", "is a binary file"),
+        ("prepare {text} {binary} --output {run}.npy", "is a binary file"),
+        ("eval {run} --text {binary}", "is a binary file"),
+        ("train {tokens} --output-dir {run} --preset baby --max-steps 1", "--tokenizer gpt2"),
+        ("prepare {text} {tokens} --output {run}.npy", "is a token file"),
+        ("eval {run} --text {tokens}", "is a binary file"),
     ],
 )
-def test_the_command_line_refuses_binary_files(tmp_path, capsys, command):
+def test_the_command_line_refuses_binary_files(tmp_path, capsys, command, message):
     (tmp_path / "text.txt").write_text("To be, or not to be.\n" * 200)
-    (tmp_path / "train.bin").write_bytes(BINARY_FILES["uint16 ids of characters"])
-    paths = {"text": tmp_path / "text.txt", "binary": tmp_path / "train.bin", "run": tmp_path / "run"}
-    assert main(command.format(**paths).split()) == 1
-    assert "is a binary file" in capsys.readouterr().err
+    for name in ("train.dat", "train.bin"):
+        (tmp_path / name).write_bytes(BINARY_FILES["uint16 ids of characters"])
+    names = {"text": "text.txt", "binary": "train.dat", "tokens": "train.bin", "run": "run"}
+    assert main(command.format(**{key: tmp_path / name for key, name in names.items()}).split()) == 1
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("run*"))
 
 

@@ -3,7 +3,7 @@ import torch
 
 from homebrew import TokenDataset, load_corpus
 from homebrew.data.prepare import prepare
-from homebrew.data.text_paths import expand_folders, text_files
+from homebrew.data.text_paths import expand_paths, text_files
 from homebrew.errors import DataError
 
 WAYS = {
@@ -64,9 +64,9 @@ def test_token_files_may_be_a_folder(folder, tmp_path):
 
 
 def test_only_the_first_suffix_that_occurs_is_taken_from_a_folder(folder):
-    assert expand_folders(folder, ".npy", ".txt") == text_files(folder)
+    assert expand_paths(folder, ".npy", ".txt") == text_files(folder)
     prepare(folder, folder / "tokens.npy", tokenizer="bytes")
-    assert expand_folders(folder, ".npy", ".txt") == [folder / "tokens.npy"]
+    assert expand_paths(folder, ".npy", ".txt") == [folder / "tokens.npy"]
     prepare(folder, folder / "tokens.npy", tokenizer="bytes")  # reads the texts, not its own output
 
 

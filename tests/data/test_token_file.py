@@ -1,6 +1,5 @@
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from token_files import npy
 
 from homebrew.data.dataset import TokenDataset
 from homebrew.data.token_file import TokenFile, write_tokens
@@ -36,13 +36,6 @@ def path(tmp_path):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def npy(array):
-    """The content of a `.npy` file."""
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def read_all(path):

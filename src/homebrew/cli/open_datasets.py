@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 
 
 def data_files(paths: Sequence[Path]) -> list[Path]:
-    """Replace each folder by its token files or, if it has none, by its text files."""
-    from homebrew.data.text_paths import expand_folders
+    """Replace each folder by its token files or, if it has none, by its text files, and each pattern by its matches."""
+    from homebrew.data.text_paths import expand_paths
 
-    return expand_folders(paths, ".npy", ".txt")
+    return expand_paths(paths, ".npy", ".txt")
 
 
-def open_dataset(files: Sequence[Path], block_size: int, tokenizer: "Tokenizer | str") -> "TokenDataset":
-    """Open text files, with the given tokenizer, or token files."""
+def open_dataset(files: Sequence[Path], block_size: int, tokenizer: "Tokenizer | str | None") -> "TokenDataset":
+    """Open text files, with the given tokenizer, or token files, which may name theirs."""
     from homebrew.data.dataset import TokenDataset
 
     if not files:
-        raise DataError("No data is given. Pass text files, or token files written by `homebrew prepare`.")
+        raise DataError("No data is given. Pass text files or token files.")
     if are_token_files(files):
-        return TokenDataset.from_shards(files, block_size)
+        return TokenDataset.from_shards(files, block_size, tokenizer=tokenizer)
     return TokenDataset.from_file(files, block_size, tokenizer=tokenizer)
 
 
 def open_eval_dataset(files: Sequence[Path], train_dataset: "TokenDataset") -> "TokenDataset":
     """Open files to evaluate on, with the block size and the tokenizer of the training data."""
-    dataset = open_dataset(files, train_dataset.block_size, train_dataset.tokenizer or "gpt2")
+    dataset = open_dataset(files, train_dataset.block_size, train_dataset.tokenizer)
     if not is_same_tokenizer(dataset.tokenizer, train_dataset.tokenizer):
         raise DataError(
             f"{files[0]} and the training data have different tokenizers. Prepare both with the same --tokenizer."
@@ -41,7 +41,7 @@ def open_eval_dataset(files: Sequence[Path], train_dataset: "TokenDataset") -> "
 
 def are_token_files(files: Sequence[Path]) -> bool:
     """Return whether any of the files is a token file; then all must be."""
-    from homebrew.data.token_file import is_token_file
+    from homebrew.data.token_formats import is_token_file
 
     return any(map(is_token_file, files))
 
@@ -49,8 +49,9 @@ def are_token_files(files: Sequence[Path]) -> bool:
 def token_files_tokenizer(files: Sequence[Path]) -> str | None:
     """Return the name of the tokenizer that made the token files, or None for text files or if it is unknown."""
     from homebrew.data.token_file import TokenFile
+    from homebrew.data.token_formats import names_its_vocabulary
 
-    if not are_token_files(files):
+    if not are_token_files(files) or not names_its_vocabulary(files[0]):
         return None
     description = TokenFile(files[0]).metadata.tokenizer or {}
     return description.get("name")

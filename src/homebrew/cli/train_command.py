@@ -141,11 +141,11 @@ class Train:
         block_size = limit if self.model.block_size is None else self.model.block_size
         if not 1 <= block_size <= limit:
             raise ConfigError(f"--block-size {block_size}: must be from 1 to {limit}, the block size of {init_from}.")
-        tokenizer: Tokenizer | str = data.tokenizer
+        tokenizer: Tokenizer | str | None = None if data.tokenizer == "auto" else data.tokenizer
         if init_from is not None and not are_token_files(files):
             tokenizer = resolve_tokenizer(init_from, model_tokenizer, data.tokenizer)
         train_dataset = open_dataset(files, block_size, tokenizer)
-        self._check_tokenizer(files, train_dataset, model_tokenizer)
+        self._check_tokenizer(train_dataset, model_tokenizer)
         if data.eval_data:
             return train_dataset, open_eval_dataset(data_files(data.eval_data), train_dataset)
         if not data.eval_fraction:
@@ -158,22 +158,14 @@ class Train:
                 f"datasets empty. Give more text, a smaller --block-size, or --eval-fraction 0 to train on all of it."
             ) from error
 
-    def _check_tokenizer(
-        self, files: Sequence[Path], dataset: "TokenDataset", model_tokenizer: "Tokenizer | None"
-    ) -> None:
-        """Check that token files have the requested tokenizer and that of --init-from."""
-        names = ", ".join(map(str, self.data.files))
-        name = dataset.tokenizer.name if dataset.tokenizer else "unknown"
-        if are_token_files(files) and self.data.tokenizer not in ("auto", name):
-            raise ConfigError(
-                f"--tokenizer {self.data.tokenizer} applies to a text file, but {names} already has token ids "
-                f"(tokenizer: {name}). Remove --tokenizer."
-            )
+    def _check_tokenizer(self, dataset: "TokenDataset", model_tokenizer: "Tokenizer | None") -> None:
+        """Check that the data has the tokenizer of --init-from."""
         if model_tokenizer is None or dataset.tokenizer is None:
             return  # one of them is unknown
         if not is_same_tokenizer(model_tokenizer, dataset.tokenizer):
+            names = ", ".join(map(str, self.data.files))
             raise DataError(
-                f"{names} has the tokenizer {name!r}, but {self.model.init_from} has the tokenizer "
+                f"{names} has the tokenizer {dataset.tokenizer.name!r}, but {self.model.init_from} has the tokenizer "
                 f"{model_tokenizer.name!r}. Prepare the text with the model's tokenizer, or train a new model."
             )
 

@@ -38,7 +38,7 @@ class DataOptions:
     """Training and evaluation data."""
 
     files: Positional[Annotated[tuple[Path, ...], arg(metavar="DATA [DATA ...]", help_behavior_hint="(required)")]] = ()
-    """UTF-8 text files, or token files written by `homebrew prepare`; or folders of .txt or .npy files."""
+    """UTF-8 text files, or token files of `homebrew prepare`, nanoGPT or llm.c; or folders of .txt or .npy files."""
     eval_data: UseAppendAction[
         Annotated[tuple[Path, ...], arg(help_behavior_hint="(default: a fraction of DATA; repeatable)")]
     ] = ()
@@ -46,7 +46,8 @@ class DataOptions:
     eval_fraction: float = 0.1
     """Fraction of DATA used for evaluation instead of training, chosen at random. 0 disables evaluation."""
     tokenizer: Literal["auto", "gpt2", "bytes", "char"] = "auto"
-    """Tokenizer for text. "auto" selects that of --init-from, char with --preset char, and otherwise gpt2."""
+    """Tokenizer for text, or that of nanoGPT's token files, which do not name it. For text, "auto" selects that of
+    --init-from, char with --preset char, and otherwise gpt2."""
 
 
 @dataclass(kw_only=True)

@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 from homebrew.data.samples import Sample
 from homebrew.data.text_column import column_of_texts
 from homebrew.data.text_file import read_text
-from homebrew.data.text_paths import Paths, describe_files, expand_folders, text_files
+from homebrew.data.text_paths import Paths, describe_files, expand_paths
+from homebrew.data.token_formats import is_token_file
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, as_token_ids, check_token_ids
 from homebrew.data.token_source import FileTokens, MemoryTokens, TokenSource
-from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json
+from homebrew.data.tokenizer import Tokenizer, get_tokenizer
 from homebrew.data.utf8 import encode_utf8
 from homebrew.data.windows import check_not_empty, split_starts, window_starts
 from homebrew.errors import DataError
@@ -106,24 +107,32 @@ class TokenDataset(Dataset[Sample]):
         path: Paths,
         block_size: int,
         *,
-        tokenizer: str | Tokenizer = "gpt2",
+        tokenizer: str | Tokenizer | None = None,
         stride: int | None = None,
     ) -> Self:
-        """Create a dataset from UTF-8 text files, with the same tokens as `homebrew prepare`.
+        """Create a dataset from text files, or from token files without loading them into memory.
+
+        Token files are those of `homebrew prepare` (`.npy`), nanoGPT's `train.bin`, and llm.c's `.bin` shards. They are
+        recognised by their content. Text files are tokenized as by `homebrew prepare`.
 
         Args:
-            path: Path of a text file, of a folder, of which all .txt files are read, or a sequence of such paths.
+            path: Path of a file, of a folder, of which all .npy files or, if it has none, all .txt files are read, a
+                pattern such as "fineweb/train_*.bin", or a sequence of them.
             block_size: Sequence length of the inputs, in tokens.
-            tokenizer: As in `from_text`.
+            tokenizer: For text files, as in `from_text`; "gpt2" if None. For token files it is only needed for
+                nanoGPT's, which do not say which tokenizer made them.
             stride: As in `from_text`.
 
         Raises:
-            DataError: If a file cannot be read as UTF-8 text, a folder has no .txt files, or the texts are shorter
-                than one window.
+            DataError: If a file is neither UTF-8 text nor a valid token file, a folder has no such files, or the
+                files are shorter than one window.
         """
-        files = text_files(path)
+        files = expand_paths(path, ".npy", ".txt")
+        if any(map(is_token_file, files)):
+            return cls.from_shards(files, block_size, tokenizer=tokenizer, stride=stride, check=False)
         texts = [read_text(file) for file in files]
-        return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=describe_files(files))
+        source = describe_files(files)
+        return cls.from_text(texts, block_size, tokenizer=tokenizer or "gpt2", stride=stride, source=source)
 
     @classmethod
     def from_dataset(
@@ -193,28 +202,26 @@ class TokenDataset(Dataset[Sample]):
         paths: Paths,
         block_size: int,
         *,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: str | Tokenizer | None = None,
         stride: int | None = None,
         check: bool = True,
     ) -> Self:
         """Create a dataset from token files, without loading them into memory. No window spans two files.
 
         Args:
-            paths: Path of a `.npy` file written by `homebrew prepare` or `write_tokens`, of a folder of such files, or
-                a sequence of such paths.
+            paths: Path of a token file (see `from_file`), of a folder, of which all .npy files are read, a pattern such
+                as "fineweb/train_*.bin", or a sequence of them.
             block_size: Sequence length of the inputs, in tokens.
-            tokenizer: Tokenizer that made the tokens. If None it is built from the files' metadata.
+            tokenizer: Tokenizer that made the tokens, or its name. If None it is the one that the files name.
             stride: As in `from_text`.
-            check: Whether to read each file once and compare its SHA-256 with its metadata.
+            check: Whether to read each .npy file once and compare its SHA-256 with its metadata.
 
         Raises:
             DataError: If a file is not a valid token file, the files have different vocabularies or tokenizers, or no
                 file is as long as one window.
         """
-        tokens = FileTokens.open(expand_folders(paths, ".npy"), check=check)
+        tokens = FileTokens.open(expand_paths(paths, ".npy"), tokenizer=tokenizer, check=check)
         files, metadata = tokens.files, tokens.files[0].metadata
-        if tokenizer is None and metadata.tokenizer is not None:
-            tokenizer = tokenizer_from_json(metadata.tokenizer)
         starts_by_file = [
             offset + window_starts(len(file), block_size, stride)
             for offset, file in zip(tokens.offsets, files, strict=True)
@@ -228,7 +235,7 @@ class TokenDataset(Dataset[Sample]):
             starts,
             block_size=block_size,
             vocab_size=metadata.vocab_size,
-            tokenizer=tokenizer,
+            tokenizer=tokens.tokenizer,
             num_text_bytes=None if None in sizes else sum(filter(None, sizes)),
             source=describe_files([file.path for file in files], kind="token file") + origin,
         )
@@ -304,7 +311,10 @@ class TokenDataset(Dataset[Sample]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the tokens, the windows and `block_size`. Datasets with equal fingerprints have equal samples."""
+        """Hash of the tokens, the windows and `block_size`. Datasets with equal fingerprints have equal samples.
+
+        Of large files without metadata, such as nanoGPT's, it depends on a part of the tokens only.
+        """
         digest = hashlib.sha256(f"{self.block_size} {len(self.tokens)} {len(self)} {self.tokens.digest}\n".encode())
         digest.update(self.starts.cpu().numpy().data)
         return digest.hexdigest()

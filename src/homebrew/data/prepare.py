@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from homebrew.data.gpt2_tokenizer import CHUNK_CHARACTERS
 from homebrew.data.text_file import text_chunks
 from homebrew.data.text_paths import Paths, describe_files, text_files
-from homebrew.data.token_file import check_output_path, is_token_file, write_tokens
+from homebrew.data.token_file import check_output_path, write_tokens
+from homebrew.data.token_formats import is_token_file
 from homebrew.data.token_metadata import TokenMetadata
 from homebrew.data.tokenizer import Tokenizer, encode_chunks, get_tokenizer
 from homebrew.errors import DataError

@@ -1,5 +1,6 @@
-"""Resolve file and folder arguments to lists of files: a file, several, or folders of them."""
+"""Resolve arguments to lists of files: a file, several, folders of them, or patterns such as `*.txt`."""
 
+import glob
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,31 +10,34 @@ from homebrew.errors import DataError
 from homebrew.io import absolute_path
 
 Paths = str | Path | Sequence[str | Path]
-"""A file, a folder, or a sequence of both."""
+"""A file, a folder, a pattern such as "texts/*.txt", or a sequence of them."""
 
 
-def expand_folders(paths: Paths, *suffixes: str) -> list[Path]:
-    """Replace each folder by the files in it and in its subfolders, sorted by path. Hidden files are left out.
+def expand_paths(paths: Paths, *suffixes: str) -> list[Path]:
+    """Replace each folder by the files in it and in its subfolders, and each pattern by its matches, sorted by path.
+
+    Hidden files are left out.
 
     Args:
-        paths: Files and folders.
+        paths: Files, folders and patterns, such as "shards/train_*.bin".
         suffixes: Suffixes of the files to take from a folder. Only files with the first suffix that occurs are taken.
 
     Raises:
-        DataError: A folder has no such file.
+        DataError: A folder has no such file, or a pattern matches nothing.
     """
     files: list[Path] = []
     for path in [paths] if isinstance(paths, str | bytes | Path) or not isinstance(paths, Iterable) else paths:
-        folder = absolute_path(path)
-        # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
-        is_folder = os.path.isdir(folder) and str(path) != ""  # noqa: PTH112
-        files += _files_in(folder, suffixes) if is_folder else [Path(path)]
+        for match in _matches(path):
+            folder = absolute_path(match)
+            # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
+            is_folder = os.path.isdir(folder) and str(match) != ""  # noqa: PTH112
+            files += _files_in(folder, suffixes) if is_folder else [Path(match)]
     return files
 
 
 def text_files(paths: Paths) -> list[Path]:
-    """Return the given text files, with the `.txt` files of each given folder."""
-    return expand_folders(paths, ".txt")
+    """Return the given text files, with the `.txt` files of each given folder and the files of each pattern."""
+    return expand_paths(paths, ".txt")
 
 
 def read_texts(paths: Paths) -> str:
@@ -48,6 +52,17 @@ def describe_files(paths: Sequence[str | Path], *, kind: str = "file") -> str:
     return f"the {kind} {paths[0]}{more}" if paths else "no file"
 
 
+def _matches(path: str | Path) -> Sequence[str | Path]:
+    """Return what a pattern matches. Any other path, also of a file whose name has brackets, is returned as it is."""
+    if os.path.lexists(absolute_path(path)) or not glob.has_magic(str(path)):
+        return [path]
+    # Not the absolute path, since the name of the current folder may have brackets.
+    matches = sorted(glob.glob(os.path.expanduser(path), recursive=True))  # noqa: PTH111, PTH207
+    if not matches:
+        raise DataError(f"No file matches {str(path)!r}. Check the pattern, and the folder that it starts from.")
+    return matches
+
+
 def _files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     files = [
         path
@@ -58,5 +73,6 @@ def _files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
         if found := [path for path in files if path.suffix.lower() == suffix]:
             return found
     raise DataError(
-        f"The folder {str(folder)!r} has no {' or '.join(suffixes)} files. Pass the files, or another folder."
+        f"The folder {str(folder)!r} has no {' or '.join(suffixes)} files. Pass the files, "
+        f"a pattern such as {str(folder / 'train_*.bin')!r}, or another folder."
     )

@@ -1,11 +1,4 @@
-"""Token files: `book.npy`, a NumPy array of token ids, beside `book.json`, its metadata.
-
-The array is one-dimensional, uint16 if `vocab_size` is at most 65,536 and uint32 otherwise. Any program that reads
-NumPy's format can read it.
-
-The array is memory-mapped, so opening a file does not load it. The mapped pages count towards the process's memory
-(RssFile), but they are unmodified pages of the page cache, which the kernel drops when memory is short.
-"""
+"""Token files: reading those of `token_formats`, and writing ours, `book.npy` beside `book.json`, its metadata."""
 
 import hashlib
 import re
@@ -18,61 +11,42 @@ import numpy as np
 from torch import Tensor
 
 from homebrew.bounded_readers import open_file, parse_json, read_bytes
-from homebrew.data.text_file import check_regular_file, read_error
+from homebrew.data.token_formats import NPY_HEADER_BYTES, npy_header, open_tokens, token_dtype
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, TokenIds, as_token_ids, check_token_ids
 from homebrew.data.token_metadata import REMEDY, TokenMetadata, metadata_path
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
 from homebrew.io import absolute_path, atomic_replace, is_disk_full
 
-_NPY_MAGIC = b"\x93NUMPY"
-_HEADER_BYTES = 128
 _CHUNK_TOKENS = 2**20
 """Number of tokens validated and written at a time."""
 
+_DIGEST_BLOCKS = 64
+_DIGEST_BLOCK_TOKENS = 2**15
+"""Size of the part of a file that its digest depends on, if the file has no metadata. Smaller files are read whole."""
+
 
 class TokenFile:
-    """A token file, memory-mapped for reading.
+    """A token file in one of the formats of `token_formats`, memory-mapped for reading.
 
     Args:
-        path: Path of the `.npy` file. The JSON file is expected beside it.
+        path: Path of the file. The JSON file of a `.npy` file is expected beside it.
+        vocab_size: Size of the vocabulary. It is only needed for a file that does not contain it, such as nanoGPT's.
 
     Raises:
         DataError: If a file is missing or invalid, or the array and its metadata do not match.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
         self.path = absolute_path(path)
-        if not is_token_file(self.path):
-            raise DataError(
-                f"{self.path} is not a token file: it is not in NumPy's .npy format. Run `homebrew prepare` to make a "
-                f"token file from text."
-            )
-        if not metadata_path(self.path).exists():
-            raise DataError(
-                f"{self.path} has no metadata: {metadata_path(self.path)} does not exist. Copy it along with the "
-                f".npy file, or run `homebrew prepare` again. For an array from another program, write both files with "
-                f"homebrew.data.token_file.write_tokens."
-            )
-        self.metadata = TokenMetadata.read(metadata_path(self.path))
-        dtype, num_tokens = token_dtype(self.metadata.vocab_size), self.metadata.num_tokens
-        header = _npy_header(dtype, num_tokens)
-        with open_file(self.path, DataError) as (file, size):
-            # Compared rather than parsed: a changed length of the header would shift the ids, for example.
-            if file.read(len(header)) != header or size != len(header) + num_tokens * dtype.itemsize:
-                raise DataError(
-                    f"{self.path} is corrupt: it is not an array of {dtype} with shape {(num_tokens,)}, as its "
-                    f"metadata says. {REMEDY}"
-                )
-            array = np.memmap(file, dtype, mode="r", offset=len(header), shape=(num_tokens,))
-        self._array: TokenIds = array.view(np.ndarray)  # slicing np.memmap takes twice as long
+        self._array, self.metadata = open_tokens(self.path, vocab_size)
 
     def __len__(self) -> int:
         return len(self._array)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path only. A data loader's worker maps the file again."""
-        return type(self), (self.path,)
+        return type(self), (self.path, self.metadata.vocab_size)
 
     def read(self, start: int, stop: int) -> TokenIds:
         """Read the tokens from `start` to `stop`, (stop - start,), uint16 or uint32.
@@ -85,16 +59,34 @@ class TokenFile:
             position = int(tokens.argmax())
             raise DataError(
                 f"{self.path} has token id {tokens[position]} at position {start + position}, outside the vocabulary "
-                f"of {self.metadata.vocab_size}. The file is corrupt: restore it, or run `homebrew prepare` again."
+                f"of {self.metadata.vocab_size}. The file is corrupt or was made by another tokenizer: restore it, or "
+                f"name the tokenizer that made it."
             )
         return tokens
 
+    @property
+    def digest(self) -> str:
+        """Hash of the ids: the SHA-256 in the metadata. Without metadata, it is that of blocks all over the file.
+
+        At most `_DIGEST_BLOCKS` blocks are read, so that a run on hundreds of GB starts at once.
+        """
+        if self.metadata.sha256 is not None:
+            return self.metadata.sha256
+        digest = hashlib.sha256(f"{self._array.dtype} {len(self)}\n".encode())
+        step = max(_DIGEST_BLOCK_TOKENS, -(-len(self) // _DIGEST_BLOCKS))
+        for start in range(0, len(self), step):
+            digest.update(self._array[start : start + _DIGEST_BLOCK_TOKENS].data)
+        digest.update(self._array[-_DIGEST_BLOCK_TOKENS:].data)
+        return digest.hexdigest()
+
     def verify(self) -> None:
-        """Read the file once and compare its SHA-256 with the metadata.
+        """Read the file once and compare its SHA-256 with the metadata. A file without metadata is not read.
 
         Raises:
             DataError: If the file cannot be read, or its SHA-256 differs.
         """
+        if self.metadata.sha256 is None:
+            return
         with open_file(self.path, DataError) as (file, _):
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != self.metadata.sha256:
@@ -141,14 +133,14 @@ def write_tokens(
         # The files are renamed when the contexts exit, in reverse order: the JSON file last.
         with atomic_replace(metadata_path(path)) as new_metadata, atomic_replace(path) as new_array:
             with new_array.open("rb+") as file:
-                file.write(_npy_header(dtype, num_tokens))
+                file.write(npy_header(dtype, num_tokens))
                 for chunk in _chunks(ids, vocab_size, dtype):
                     file.write(chunk.data)
                     num_tokens += len(chunk)
                 if num_tokens == 0:
                     raise DataError(f"There are no tokens to write to {path}. Give a text that is not empty.")
                 file.seek(0)
-                file.write(_npy_header(dtype, num_tokens))
+                file.write(npy_header(dtype, num_tokens))
                 file.seek(0)
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             metadata = replace(metadata, num_tokens=num_tokens, sha256=sha256)
@@ -159,16 +151,6 @@ def write_tokens(
             f"{path} cannot be written: {error.strerror}, after {num_tokens * dtype.itemsize:,} bytes. {remedy}"
         ) from error
     return metadata
-
-
-def is_token_file(path: str | Path) -> bool:
-    """Return whether a file is in NumPy's `.npy` format. `TokenFile` validates its content."""
-    check_regular_file(path)
-    try:
-        with absolute_path(path).open("rb") as file:
-            return file.read(len(_NPY_MAGIC)) == _NPY_MAGIC
-    except OSError as error:
-        raise read_error(path, error) from error
 
 
 def check_output_path(path: Path) -> None:
@@ -188,19 +170,14 @@ def check_output_path(path: Path) -> None:
             )
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the dtype of a token file for a vocabulary of the given size."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-
-
 def _is_token_array(path: Path) -> bool:
     """Return whether a file starts with the header that `write_tokens` writes, for any number of tokens."""
     if not path.is_file():
         return False
     with open_file(path, DataError) as (file, _):
-        start = file.read(_HEADER_BYTES)
+        start = file.read(NPY_HEADER_BYTES)
     shape = re.search(rb"'shape': \((\d{1,19}),\)", start)
-    return shape is not None and start in {_npy_header(np.dtype(d), int(shape[1])) for d in ("<u2", "<u4")}
+    return shape is not None and start in {npy_header(np.dtype(d), int(shape[1])) for d in ("<u2", "<u4")}
 
 
 def _is_json(text: bytes) -> bool:
@@ -209,16 +186,6 @@ def _is_json(text: bytes) -> bool:
     except DataError:
         return False
     return True
-
-
-def _npy_header(dtype: np.dtype[Any], num_tokens: int) -> bytes:
-    """Return the bytes before a one-dimensional array in NumPy's format 1.0, as `np.save` writes them.
-
-    They have the same length for any number of tokens, so that it can be filled in once it is known.
-    """
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({num_tokens},), }}"
-    start = _NPY_MAGIC + b"\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
-    return start + text.ljust(_HEADER_BYTES - len(start) - 1).encode() + b"\n"
 
 
 def _chunks(

@@ -43,8 +43,8 @@ class TokenMetadata:
     """Description of the tokenizer (`Tokenizer.to_json`), or None if unknown."""
     source: str | None
     """Description of the text's origin, or None if unknown."""
-    sha256: str
-    """SHA-256 of the `.npy` file, in hexadecimal."""
+    sha256: str | None
+    """SHA-256 of the `.npy` file, in hexadecimal; None for a file of another program, which has no JSON file."""
 
     def to_json(self) -> str:
         """Return the text of the JSON file."""

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from homebrew.data.token_file import TokenFile
+from homebrew.data.token_formats import names_its_vocabulary
+from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json
 from homebrew.errors import DataError
+from homebrew.io import strict_json
 
 
 class TokenSource(Protocol):
@@ -78,23 +81,33 @@ class FileTokens:
 
     device = torch.device("cpu")
 
-    def __init__(self, files: Sequence[TokenFile]) -> None:
+    def __init__(self, files: Sequence[TokenFile], tokenizer: Tokenizer | None = None) -> None:
         self.files = files
+        self.tokenizer = tokenizer
         *self.offsets, self._num_tokens = accumulate(map(len, files), initial=0)
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], *, check: bool) -> Self:
+    def open(cls, paths: Sequence[Path], *, tokenizer: str | Tokenizer | None, check: bool) -> Self:
         """Open token files.
+
+        Args:
+            paths: Paths of the files.
+            tokenizer: Tokenizer that made the ids, or its name. If None, it is the one that the files name.
+            check: Whether to compare the files with the SHA-256s in their metadata.
 
         Raises:
             DataError: If a file is not a valid token file, or the files have different vocabularies or tokenizers.
         """
-        files = [TokenFile(path) for path in paths]
-        if not files:
+        if not paths:
             raise DataError("The list of token files is empty. Give the path of at least one.")
+        if isinstance(tokenizer, str):
+            tokenizer = _named_tokenizer(tokenizer, paths[0])
+        vocab_size = None if tokenizer is None else tokenizer.vocab_size
+        files = [TokenFile(path, vocab_size) for path in paths]
+        metadata = files[0].metadata
         for file in files:
             for name in ("vocab_size", "tokenizer"):
-                value, expected = getattr(file.metadata, name), getattr(files[0].metadata, name)
+                value, expected = getattr(file.metadata, name), getattr(metadata, name)
                 if value != expected:
                     raise DataError(
                         f"{file.path} has {name}={value!r:.100}, but {files[0].path} has {expected!r:.100}. Prepare "
@@ -102,12 +115,16 @@ class FileTokens:
                     )
             if check:
                 file.verify()
-        return cls(files)
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, files[0])
+        elif metadata.tokenizer is not None:
+            tokenizer = tokenizer_from_json(metadata.tokenizer)
+        return cls(files, tokenizer)
 
     @property
     def digest(self) -> str:
-        """Hash of the SHA-256s in the files' metadata."""
-        return hashlib.sha256("\n".join(file.metadata.sha256 for file in self.files).encode()).hexdigest()
+        """Hash of the files' digests."""
+        return hashlib.sha256("\n".join(file.digest for file in self.files).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._num_tokens
@@ -131,3 +148,28 @@ class FileTokens:
             return self
         ids = np.concatenate([file.read(0, len(file)).astype(np.int32) for file in self.files])
         return MemoryTokens(torch.from_numpy(ids).to(device), self.digest)
+
+
+def _named_tokenizer(name: str, path: Path) -> Tokenizer:
+    """Create a tokenizer by its name. If the token file names the same, it is the file's, with its alphabet."""
+    description = TokenFile(path).metadata.tokenizer if names_its_vocabulary(path) else None
+    if description is not None and description.get("name") == name:
+        return tokenizer_from_json(description)
+    return get_tokenizer(name)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, file: TokenFile) -> None:
+    """Check that a tokenizer is that of a token file or, if it is not named there, has as many ids."""
+    description, vocab_size = file.metadata.tokenizer, file.metadata.vocab_size
+    if description is None and tokenizer.vocab_size != vocab_size:
+        raise DataError(
+            f"{file.path} has a vocabulary of {vocab_size}, but the tokenizer {tokenizer.name!r} has "
+            f"{tokenizer.vocab_size} ids. Give the tokenizer that made the file."
+        )
+    if description is not None and strict_json(description, sort_keys=True) != strict_json(
+        tokenizer.to_json(), sort_keys=True
+    ):
+        raise DataError(
+            f"{file.path} has the tokenizer {description.get('name')!r}, but {tokenizer.name!r} was given, or one "
+            f"with other tokens. Leave the tokenizer out, or give a file that this tokenizer made."
+        )
