@@ -46,7 +46,9 @@ def test_a_file_of_another_program_has_its_ids(tmp_path, content, tokenizer, voc
     assert inputs(dataset) == (IDS + offset)[:990].tolist()
     assert dataset.vocab_size == vocab_size
     assert (dataset.tokenizer and dataset.tokenizer.name) == (None if offset else "gpt2")
-    assert pickle.loads(pickle.dumps(dataset))[5][0].equal(dataset[5][0])
+    pickled = pickle.dumps(dataset.tokens)
+    assert b"numpy" not in pickled, "the ids are mapped again"
+    assert pickle.loads(pickled).windows(torch.tensor([5]), 3).equal(dataset.tokens.windows(torch.tensor([5]), 3))
     assert dataset.bytes_per_token is None
     with pytest.raises(ValueError, match="read-only"):
         dataset.tokens.files[0].read(0, 1)[0] = 1
@@ -76,6 +78,13 @@ def test_the_tokenizer_of_a_file_without_header_must_be_named(tmp_path, open_fil
     tokenizer = get_tokenizer("char", text=bytes(range(60, 125)).decode())
     dataset = open_file(tmp_path / "train.bin", 10, tokenizer=tokenizer)
     assert (dataset.vocab_size, dataset.tokenizer) == (65, tokenizer)
+
+
+def test_a_tokenizer_that_needs_uint32_does_not_fit_a_file_without_header(tmp_path):
+    (tmp_path / "train.bin").write_bytes(raw(IDS))
+    tokenizer = get_tokenizer("char", text="".join(map(chr, range(2**18, 2**18 + 2**16 + 1))))
+    with pytest.raises(DataError, match=r"train\.bin .*uint16 ids.* 65537 ids"):
+        TokenDataset.from_file(tmp_path / "train.bin", 10, tokenizer=tokenizer)
 
 
 def test_another_tokenizer_than_that_of_the_header_raises(tmp_path):

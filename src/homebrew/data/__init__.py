@@ -3,13 +3,15 @@
 - `tokenizer`, `gpt2_vocabulary`: the `Tokenizer` protocol and the built-in tokenizers.
 - `corpora`, `download`, `text_file`: texts by name, cached downloads, text files.
 - `prepare`, `token_file`, `token_metadata`, `token_ids`: tokenize text files of any size into token files (`.npy`).
+- `token_formats`, `binary_kinds`: token files of homebrew, nanoGPT and llm.c; what a binary file is.
 - `dataset`, `windows`, `token_source`: `TokenDataset`, windows over tokens in memory or in token files.
 - `samples`, `dict_dataset`, `text_column`: what samples of other datasets may be, their labels and texts.
 - `sampler`, `sample_rng`, `collate`, `loader`, `validation`: sample order, reading, padding, batches, checks.
 
-To train on another format, use one of three ways:
+To train on another format, use one of four ways:
 
 - Pass the `Trainer` any map-style dataset. `samples.as_sample` says what a sample may be.
 - Convert the data to token files with `token_file.write_tokens`, and read them by `TokenDataset.from_shards`.
+- Add a reader of another program's token files to `token_formats`.
 - Implement `token_source.TokenSource` and pass it to `TokenDataset`, to read tokens directly from another format.
 """

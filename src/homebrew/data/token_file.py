@@ -29,6 +29,8 @@ _DIGEST_BLOCK_TOKENS = 2**15
 class TokenFile:
     """A token file in one of the formats of `token_formats`, memory-mapped for reading.
 
+    `ids` are all ids, (num_tokens,), uint16 or uint32, read-only. Use `read` to have them checked.
+
     Args:
         path: Path of the file. The JSON file of a `.npy` file is expected beside it.
         vocab_size: Size of the vocabulary. It is only needed for a file that does not contain it, such as nanoGPT's.
@@ -39,10 +41,10 @@ class TokenFile:
 
     def __init__(self, path: str | Path, vocab_size: int | None = None) -> None:
         self.path = absolute_path(path)
-        self._array, self.metadata = open_tokens(self.path, vocab_size)
+        self.ids, self.metadata = open_tokens(self.path, vocab_size)
 
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self.ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path only. A data loader's worker maps the file again."""
@@ -54,7 +56,7 @@ class TokenFile:
         Raises:
             DataError: If a token id is outside the vocabulary. On a GPU it would abort the process.
         """
-        tokens = self._array[start:stop]
+        tokens = self.ids[start:stop]
         if len(tokens) and tokens.max() >= self.metadata.vocab_size:
             position = int(tokens.argmax())
             raise DataError(
@@ -72,11 +74,11 @@ class TokenFile:
         """
         if self.metadata.sha256 is not None:
             return self.metadata.sha256
-        digest = hashlib.sha256(f"{self._array.dtype} {len(self)}\n".encode())
+        digest = hashlib.sha256(f"{self.ids.dtype} {len(self)}\n".encode())
         step = max(_DIGEST_BLOCK_TOKENS, -(-len(self) // _DIGEST_BLOCKS))
         for start in range(0, len(self), step):
-            digest.update(self._array[start : start + _DIGEST_BLOCK_TOKENS].data)
-        digest.update(self._array[-_DIGEST_BLOCK_TOKENS:].data)
+            digest.update(self.ids[start : start + _DIGEST_BLOCK_TOKENS].data)
+        digest.update(self.ids[-_DIGEST_BLOCK_TOKENS:].data)
         return digest.hexdigest()
 
     def verify(self) -> None:

@@ -143,6 +143,11 @@ def _open_headerless(path: Path, start: bytes, vocab_size: int | None) -> tuple[
             f'{path} does not say which tokenizer made its token ids. Name it with tokenizer="gpt2", or on the command '
             f"line with --tokenizer gpt2."
         )
+    if vocab_size > 2**16:
+        raise DataError(
+            f"{path} has no header, so it is read as uint16 ids, but the tokenizer has {vocab_size} ids, which need "
+            f"uint32. Write them with homebrew.data.token_file.write_tokens."
+        )
     if len(start) >= 16 and any(start) and not any(start[2::4] + start[3::4]):
         raise DataError(
             f"{path} has a zero in every second uint16, from byte 2, so its ids seem to be 32-bit or 64-bit integers. "

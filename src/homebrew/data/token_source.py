@@ -1,11 +1,10 @@
 """Token sources: where a `TokenDataset` reads its windows from, memory or token files."""
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -84,7 +83,13 @@ class FileTokens:
     def __init__(self, files: Sequence[TokenFile], tokenizer: Tokenizer | None = None) -> None:
         self.files = files
         self.tokenizer = tokenizer
-        *self.offsets, self._num_tokens = accumulate(map(len, files), initial=0)
+        *offsets, self._num_tokens = accumulate(map(len, files), initial=0)
+        self.offsets = torch.tensor(offsets)  # (num_files,), position of each file's first token
+        self._ids = [file.ids for file in files]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the files, which map their ids again, and not the ids."""
+        return type(self), (self.files, self.tokenizer)
 
     @classmethod
     def open(cls, paths: Sequence[Path], *, tokenizer: str | Tokenizer | None, check: bool) -> Self:
@@ -135,12 +140,16 @@ class FileTokens:
         Raises:
             DataError: If an id is outside the vocabulary.
         """
-        windows = np.empty((len(starts), length), np.int64)
-        for window, start in zip(windows, starts.tolist(), strict=True):
-            i = bisect_right(self.offsets, start) - 1
-            position = start - self.offsets[i]
-            window[:] = self.files[i].read(position, position + length)
-        return torch.from_numpy(windows)
+        # Few operations for each window: their overhead is larger than that of copying a thousand ids.
+        files = torch.searchsorted(self.offsets, starts, right=True) - 1
+        positions = (starts - self.offsets[files]).tolist()
+        windows = np.empty((len(starts), length), self._ids[0].dtype)
+        for window, file, position in zip(windows, files.tolist(), positions, strict=True):
+            window[:] = self._ids[file][position : position + length]
+        if windows.size and windows.max() >= self.files[0].metadata.vocab_size:
+            for file, position in zip(files.tolist(), positions, strict=True):
+                self.files[file].read(position, position + length)  # raises the error
+        return torch.from_numpy(windows.astype(np.int64))
 
     def to(self, device: torch.device) -> "MemoryTokens | FileTokens":
         """Return the ids in the memory of another device, or this source if the device is the CPU."""
