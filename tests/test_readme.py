@@ -10,6 +10,7 @@ import torch
 
 from homebrew import GPT, GPTConfig
 from homebrew.cli.main import main
+from homebrew.data.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,6 +56,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     (folder / "book.txt").write_text("It is the east, and Juliet is the sun.\n" * 100)
     (folder / "other.txt").write_text("Arise, fair sun, and kill the envious moon.\n" * 10)
+    prepare([folder / "book.txt"], folder / "book.npy")
     (folder / "hellaswag.jsonl").write_text((json.dumps(QUESTION) + "\n") * 2)
     GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder / "tiny-gpt2")
     return folder

@@ -6,6 +6,7 @@ error that it raises.
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -61,9 +62,10 @@ def open_file(path: Path, error: type[HomebrewError]) -> Iterator[tuple[io.Buffe
         with os.fdopen(open_regular(path), "rb") as file:
             yield file, file.seek(0, io.SEEK_END) + file.seek(0)
     except OSError as cause:
-        raise error(
-            f"{path} cannot be read: {cause.strerror}. It must be a regular file with read permission."
-        ) from cause
+        rule = "It must be a regular file with read permission."
+        if cause.errno == errno.EMFILE:  # each mapped file stays open
+            rule = "Raise the limit of the shell with `ulimit -n 4096`, or use fewer and larger files."
+        raise error(f"{path} cannot be read: {cause.strerror}. {rule}") from cause
 
 
 def read_bytes(path: Path, error: type[HomebrewError]) -> bytes:

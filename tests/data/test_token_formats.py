@@ -1,6 +1,7 @@
 """Token files of nanoGPT and llm.c, alone, in lists and as patterns."""
 
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -167,6 +168,18 @@ def test_an_id_beyond_the_vocabulary_is_an_error_with_file_and_position(tmp_path
     dataset = TokenDataset.from_file([tmp_path / "a.bin", tmp_path / "b.bin"], 10, tokenizer=tokenizer)
     with pytest.raises(DataError, match=rf"b\.bin has token id {token} at position {position}"):
         inputs(dataset)
+
+
+def test_more_files_than_may_be_open_raise_an_error_with_the_remedy(tmp_path):
+    for i in range(300):
+        (tmp_path / f"{i}.bin").write_bytes(llmc_shard(IDS[:50]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with pytest.raises(DataError, match=r"\.bin cannot be read.*ulimit -n"):
+            TokenDataset.from_file(tmp_path / "*.bin", 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["[1].bin", "a*.bin"])

@@ -23,7 +23,6 @@ _KINDS = {
     b"\x80\x04\x95": ("a pickle", _EXTRACT),
     b"\x80\x05\x95": ("a pickle", _EXTRACT),
 }
-_NO_TEXT = "it has NUL or many other control characters"
 _CONVERT = (
     "If it has uint16 token ids without a header, as nanoGPT's train.bin, its name must end in .bin: train on it with "
     '`homebrew train train.bin --tokenizer gpt2`, or open it with TokenDataset.from_file("train.bin", …, '
@@ -42,4 +41,4 @@ def describe_binary(start: bytes) -> str:
     for magic, (kind, remedy) in _KINDS.items():
         if start.startswith(magic):
             return f"it is {kind}. {remedy}."
-    return f"{_NO_TEXT}. {_CONVERT}."
+    return f"it has NUL or many other control characters. {_CONVERT}."
