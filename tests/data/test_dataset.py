@@ -195,6 +195,9 @@ def test_from_file(tmp_path):
         assert dataset.tokenizer.decode(dataset[0][0].tolist()) == text[: len(dataset.tokenizer.decode(dataset[0][0]))]
         assert dataset.bytes_per_token == pytest.approx(len(text.encode()) / len(dataset.tokens))
         assert str(tmp_path / "text") in dataset.source
+    assert TokenDataset.from_file(tmp_path / "text", 4).tokenizer.name == "gpt2"
+    with pytest.raises(DataError, match="tokenizer ''"):
+        TokenDataset.from_file(tmp_path / "text", 4, tokenizer="")
 
 
 @pytest.mark.parametrize(

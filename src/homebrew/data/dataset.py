@@ -131,8 +131,8 @@ class TokenDataset(Dataset[Sample]):
         if any(map(is_token_file, files)):
             return cls.from_shards(files, block_size, tokenizer=tokenizer, stride=stride, check=False)
         texts = [read_text(file) for file in files]
-        source = describe_files(files)
-        return cls.from_text(texts, block_size, tokenizer=tokenizer or "gpt2", stride=stride, source=source)
+        tokenizer = "gpt2" if tokenizer is None else tokenizer
+        return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=describe_files(files))
 
     @classmethod
     def from_dataset(
