@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Tokenizer as HuggingFaceTokenizer
 
-from homebrew.data import gpt2_tokenizer, gpt2_vocabulary
-from homebrew.data.gpt2_tokenizer import gpt2_byte_to_char
+from homebrew.data import gpt2_tokenizer, gpt2_vocabulary, tiktoken_tokenizer
 from homebrew.data.gpt2_vocabulary import GPT2_SHA256, gpt2_vocabulary_files
+from homebrew.data.tiktoken_tokenizer import gpt2_byte_to_char
 from homebrew.data.tokenizer import dataset_tokenizer, get_tokenizer, tokenizer_from_json
 from homebrew.errors import DataError, TokenizerError
 
@@ -97,7 +97,7 @@ def test_few_tokens_need_to_be_held_back(data, num_held_back):
     alphabet = data.draw(st.sampled_from(RUNS) | st.text(min_size=2, max_size=6))
     text = data.draw(st.text(alphabet, min_size=20, max_size=300))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpt2_tokenizer, "_NUM_HELD_BACK", num_held_back)
+        patch.setattr(tiktoken_tokenizer, "_NUM_HELD_BACK", num_held_back)
         chunks = (text[i : i + 20] for i in range(0, len(text), 20))
         ids = np.concatenate([*get_tokenizer("gpt2").encode_chunks(chunks)])
     assert ids.tolist() == gpt2_tokenizer._gpt2_encoding().encode_ordinary(text)

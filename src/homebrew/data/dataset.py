@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -66,7 +67,7 @@ class TokenDataset(Dataset[Sample]):
         text: str | Iterable[str],
         block_size: int,
         *,
-        tokenizer: str | Tokenizer = "gpt2",
+        tokenizer: str | Path | Tokenizer = "gpt2",
         stride: int | None = None,
         source: str | None = None,
     ) -> Self:
@@ -75,7 +76,8 @@ class TokenDataset(Dataset[Sample]):
         Args:
             text: Training text, or several, separated by the tokenizer's end-of-text token if it has one.
             block_size: Sequence length of the inputs, in tokens.
-            tokenizer: "gpt2", "bytes", "char" (the characters that occur in the text), or a custom tokenizer.
+            tokenizer: "gpt2", "bytes", "char" (the characters that occur in the text), the path of a `tokenizer.json`,
+                or a custom tokenizer.
             stride: Distance between the starts of consecutive windows, in tokens. If None it is `block_size`, so that
                 every token is a target at most once.
             source: Description of the text's origin, stored in the run's metadata.
@@ -89,7 +91,7 @@ class TokenDataset(Dataset[Sample]):
         if not any(texts):
             raise DataError("The text is empty. Give a text to train on.")
         num_text_bytes = sum(len(encode_utf8(text)) for text in texts)
-        if isinstance(tokenizer, str):
+        if isinstance(tokenizer, str | Path):
             tokenizer = get_tokenizer(tokenizer, text="".join(texts))
         end = tokenizer.end_of_text_id
         separator = np.array([] if end is None else [end], dtype=np.int64)
@@ -107,7 +109,7 @@ class TokenDataset(Dataset[Sample]):
         path: Paths,
         block_size: int,
         *,
-        tokenizer: str | Tokenizer | None = None,
+        tokenizer: str | Path | Tokenizer | None = None,
         stride: int | None = None,
     ) -> Self:
         """Create a dataset from text files, or from token files without loading them into memory.
@@ -141,7 +143,7 @@ class TokenDataset(Dataset[Sample]):
         block_size: int,
         *,
         text_column: str = "text",
-        tokenizer: str | Tokenizer = "gpt2",
+        tokenizer: str | Path | Tokenizer = "gpt2",
         stride: int | None = None,
     ) -> Self:
         """Create a dataset from the texts of another one, such as a Hugging Face `datasets.Dataset`.

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from homebrew.data.gpt2_tokenizer import CHUNK_CHARACTERS
 from homebrew.data.text_file import text_chunks
 from homebrew.data.text_paths import Paths, describe_files, text_files
+from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
 from homebrew.data.token_file import check_output_path, write_tokens
 from homebrew.data.token_formats import is_token_file
 from homebrew.data.token_metadata import TokenMetadata
-from homebrew.data.tokenizer import Tokenizer, encode_chunks, get_tokenizer
+from homebrew.data.tokenizer import CharTokenizer, Tokenizer, encode_chunks, get_tokenizer
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
 from homebrew.io import absolute_path
@@ -22,7 +22,7 @@ def prepare(
     paths: Paths,
     output: str | Path,
     *,
-    tokenizer: str = "gpt2",
+    tokenizer: str | Path = "gpt2",
     chunk_characters: int = CHUNK_CHARACTERS,
 ) -> TokenMetadata:
     """Tokenize text files into one token file.
@@ -33,7 +33,7 @@ def prepare(
     Args:
         paths: Path of a UTF-8 text file, of a folder, of which all .txt files are read, or a sequence of such paths.
         output: Path of the `.npy` file to write. An existing token file, valid or damaged, is replaced.
-        tokenizer: "gpt2", "bytes" or "char" (the characters that occur in the texts).
+        tokenizer: "gpt2", "bytes", "char" (the characters that occur in the texts), or the path of a `tokenizer.json`.
         chunk_characters: Number of characters to encode at a time.
 
     Returns:
@@ -45,6 +45,7 @@ def prepare(
     chunk_characters = as_integer("chunk_characters", chunk_characters, error=DataError)
     output = absolute_path(output)
     check_output_path(output)
+    chosen = None if tokenizer == "char" else get_tokenizer(tokenizer)  # its errors come before the texts are read
     files = text_files(paths)
     num_bytes, alphabet = 0, set[str]()
     for path in files:
@@ -52,12 +53,13 @@ def prepare(
             raise DataError(f"{path} is a token file. Give the text that it was made from, or train on it directly.")
         for chunk in text_chunks(path, chunk_characters):
             num_bytes += len(chunk.encode())
-            if tokenizer == "char":
+            if chosen is None:
                 alphabet.update(chunk)
     if not num_bytes:
         names = ", ".join(map(str, files))
         raise DataError(f"There is no text to prepare{' in ' + names if names else ''}. Give files that are not empty.")
-    chosen = get_tokenizer(tokenizer, text="".join(alphabet))
+    if chosen is None:
+        chosen = CharTokenizer("".join(alphabet))
     return write_tokens(
         output,
         _encode_files(files, chosen, chunk_characters),

@@ -1,15 +1,21 @@
-"""Tokenizers: the `Tokenizer` protocol, and the three that homebrew ships: GPT-2's, bytes and characters."""
+"""Tokenizers: the `Tokenizer` protocol, and those of homebrew: GPT-2's, bytes, characters and trained ones."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
 from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
+from homebrew.data.tiktoken_tokenizer import TiktokenTokenizer
 from homebrew.data.token_ids import validated_ids
+from homebrew.data.tokenizer_json import open_tokenizer_json
 from homebrew.data.utf8 import check_is_string, encode_utf8
 from homebrew.errors import DataError
+from homebrew.io import absolute_path
 from homebrew.user_warnings import warn
 
 
@@ -108,17 +114,20 @@ class CharTokenizer:
 _BUILT_IN = ("gpt2", "bytes", "char")
 
 
-def get_tokenizer(name: str, *, text: str | None = None) -> Tokenizer:
-    """Create a built-in tokenizer.
+def get_tokenizer(name: str | Path, *, text: str | None = None) -> Tokenizer:
+    """Create a built-in tokenizer, or open a trained one.
 
     Args:
-        name: "gpt2", "bytes" or "char".
+        name: "gpt2", "bytes" or "char", or the path of a `tokenizer.json` or its folder, such as
+            `homebrew tokenizer train` writes. It must be a byte-level BPE that splits words as GPT-2 does.
         text: Text whose characters become the alphabet of "char".
 
     Raises:
-        DataError: If the name is unknown, or "char" is requested without a text.
+        DataError: If the name is neither a tokenizer's nor an existing path, "char" is requested without a text, or
+            the file is not a supported tokenizer.
         TokenizerError: If GPT-2's vocabulary is not available locally and cannot be downloaded.
     """
+    name = str(name) if isinstance(name, Path) else name
     if name == "gpt2":
         return GPT2Tokenizer()
     if name == "bytes":
@@ -127,19 +136,23 @@ def get_tokenizer(name: str, *, text: str | None = None) -> Tokenizer:
         if not text:
             raise DataError("The 'char' tokenizer builds its alphabet from a text. Call get_tokenizer('char', text=…).")
         return CharTokenizer(text)
-    raise DataError(f"Unknown tokenizer {name!r}. Choose 'gpt2', 'bytes' or 'char'.")
+    if not isinstance(name, str) or not name or not os.path.exists(absolute_path(name)):  # noqa: PTH110
+        raise DataError(
+            f"Unknown tokenizer {name!r:.200}. Choose 'gpt2', 'bytes' or 'char', or give the path of a tokenizer.json."
+        )
+    return open_tokenizer_json(name)
 
 
 def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[str]) -> Iterator[NDArray[np.int64]]:
-    """Encode a text that is given in chunks, cut anywhere, with a built-in tokenizer."""
-    if isinstance(tokenizer, GPT2Tokenizer):
+    """Encode a text that is given in chunks, cut anywhere, with one of homebrew's tokenizers."""
+    if isinstance(tokenizer, TiktokenTokenizer):
         return tokenizer.encode_chunks(chunks)
     return map(tokenizer.encode, chunks)  # no token of bytes or characters spans two chunks
 
 
 def saved_tokenizer(description: dict[str, Any]) -> Tokenizer | None:
     """Create the tokenizer that was saved with a model. A custom one is None, with a warning."""
-    if (name := description.get("name")) in _BUILT_IN:
+    if (name := description.get("name")) in (*_BUILT_IN, BytePairTokenizer.name):
         return tokenizer_from_json(description)
     warn(
         f"The model was saved with the custom tokenizer {name!r}, which its description cannot restore. Use an object "
@@ -149,14 +162,18 @@ def saved_tokenizer(description: dict[str, Any]) -> Tokenizer | None:
 
 
 def tokenizer_from_json(description: dict[str, Any]) -> Tokenizer:
-    """Create a built-in tokenizer from the result of its `to_json`."""
-    alphabet = description.get("alphabet")
-    if not isinstance(alphabet, str | None):
-        raise DataError(
-            f"The tokenizer's alphabet is {alphabet!r:.100}, but must be a string. Restore the file that it was "
-            f"read from."
-        )
-    tokenizer = get_tokenizer(str(description.get("name")), text=alphabet)
+    """Create one of homebrew's tokenizers from the result of its `to_json`."""
+    match description:
+        case {"name": BytePairTokenizer.name, "tokens": list(tokens)} if all(
+            isinstance(token, str) for token in tokens
+        ):
+            tokenizer: Tokenizer = BytePairTokenizer(tokens)
+        case {"name": "char", "alphabet": str(alphabet)} if alphabet:
+            tokenizer = CharTokenizer(alphabet)
+        case {"name": "gpt2" | "bytes" as name}:
+            tokenizer = get_tokenizer(name)
+        case _:
+            raise DataError(f"{description!r:.200} does not describe a tokenizer. Restore the file it was read from.")
     if tokenizer.to_json() != description:
         raise DataError(
             f"The description {description!r:.200} of the tokenizer {tokenizer.name!r} has values that are not "

@@ -1,46 +1,45 @@
 """Reads the tokenizer of a model folder, if it is one that homebrew supports."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from homebrew.bounded_readers import MAX_BYTES
 from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
 from homebrew.data.tokenizer import Tokenizer, saved_tokenizer
+from homebrew.data.tokenizer_json import TOKENIZER_FILE, Encoding, open_tokenizer_json, pipeline_encoding
 from homebrew.errors import DataError, ModelError, TokenizerError
 from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, tokenizer_files
 from homebrew.hub.tokenizer_settings import unsupported_settings
 
-_Encoding = tuple[Mapping[str, Any], list[str]]
-"""The vocabulary of a tokenizer, and its merges as "a b"."""
-
-_OTHER: _Encoding = {}, []
+_OTHER: Encoding = {}, []
 """Encoding of a tokenizer of another kind."""
 
 _MAX_BYTES = 5 * 2**20
-"""Size up to which a `tokenizer.json` is read. GPT-2's has 3.6 MB; larger ones are those of other tokenizers."""
+"""Size up to which a `tokenizer.json` is read that homebrew has not written. GPT-2's has 3.6 MB; larger ones are those
+of other tokenizers."""
 
 
 def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     """Read the tokenizer of a model folder.
 
-    Tokenizers exported by homebrew are supported, and GPT-2's, which is recognized by its vocabulary and merges.
+    Tokenizers exported by homebrew are supported, GPT-2's, which is recognized by its vocabulary and merges, and any
+    byte-level BPE in a `tokenizer.json` that `get_tokenizer` opens.
 
     Returns:
-        The tokenizer, or None if the folder has none or one with another vocabulary, and for a custom one, with a
-        warning.
+        The tokenizer, or None if the folder has none or one of another kind, and for a custom one, with a warning.
 
     Raises:
         ModelError: A file is invalid, the tokenizer is a variant of a supported one, such as one with added tokens,
             it has more ids than the model, or the folder's files contradict each other.
         TokenizerError: GPT-2's vocabulary is not available.
     """
-    encoding = _read_encoding(folder)
+    path = find_file(folder, HOMEBREW_FILE)
+    encoding = _read_encoding(folder, _MAX_BYTES if path is None else MAX_BYTES)
     tokenizer: Tokenizer | None
-    if (path := find_file(folder, HOMEBREW_FILE)) is None:
-        tokenizer = GPT2Tokenizer() if _is_gpt2(encoding) else None
+    if path is None:
+        tokenizer = GPT2Tokenizer() if _is_gpt2(encoding) else _read_byte_pair_tokenizer(folder, encoding)
     else:
         tokenizer = _read_homebrew_tokenizer(path)
     if tokenizer is None:
@@ -73,27 +72,29 @@ def _read_homebrew_tokenizer(path: Path) -> Tokenizer | None:
         raise ModelError(f"{path} does not describe a homebrew tokenizer: {error}") from error
 
 
-def _read_encoding(folder: Path) -> _Encoding | None:
+def _read_byte_pair_tokenizer(folder: Path, encoding: Encoding | None) -> Tokenizer | None:
+    """Read a `tokenizer.json` that homebrew has not written. Returns None if it is of another kind."""
+    path = find_file(folder, TOKENIZER_FILE)
+    if path is None or encoding is _OTHER:
+        return None
+    try:
+        tokenizer = open_tokenizer_json(path)
+    except DataError:
+        return None
+    return None if unsupported_settings(folder, tokenizer) else tokenizer
+
+
+def _read_encoding(folder: Path, max_bytes: int) -> Encoding | None:
     """Read `tokenizer.json`, or `vocab.json` and `merges.txt`. Returns None if the folder has none of them."""
-    if (path := find_file(folder, "tokenizer.json")) is not None:  # AutoTokenizer prefers this file too
-        return _pipeline_encoding(read_json(path)) if path.stat().st_size <= _MAX_BYTES else _OTHER
+    if (path := find_file(folder, TOKENIZER_FILE)) is not None:  # AutoTokenizer prefers this file too
+        return (path.stat().st_size <= max_bytes and pipeline_encoding(read_json(path))) or _OTHER
     path, merges_path = find_file(folder, "vocab.json"), find_file(folder, "merges.txt")
     if path is not None and merges_path is not None:
         return read_json(path), _split_merges(read_bounded_text(merges_path))
     return None if path is merges_path is None else _OTHER
 
 
-def _pipeline_encoding(pipeline: Mapping[str, Any]) -> _Encoding:
-    """Return the encoding of the contents of a `tokenizer.json`."""
-    match pipeline:
-        case {"model": {"vocab": dict(vocabulary), **model}} if isinstance(merges := model.get("merges", []), list):
-            pairs: list[Any] = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges]
-            if _is_string_list(pairs):
-                return vocabulary, pairs
-    return _OTHER
-
-
-def _is_gpt2(encoding: _Encoding | None) -> bool:
+def _is_gpt2(encoding: Encoding | None) -> bool:
     if encoding is None:
         return False
     vocabulary, merges = {END_OF_TEXT: GPT2Tokenizer.end_of_text_id, **encoding[0]}, encoding[1]
@@ -101,20 +102,16 @@ def _is_gpt2(encoding: _Encoding | None) -> bool:
     return is_as_large and (vocabulary, merges) == _exported_encoding(GPT2Tokenizer())
 
 
-def _exported_encoding(tokenizer: Tokenizer) -> _Encoding:
+def _exported_encoding(tokenizer: Tokenizer) -> Encoding:
     """Return the encoding of a tokenizer's exported files."""
     if isinstance(tokenizer, GPT2Tokenizer):  # from its source, because to derive its merges takes seconds
         source = gpt2_vocabulary_files()
         return json.loads(source["encoder.json"]), _split_merges(source["vocab.bpe"].decode())
     files = tokenizer_files(tokenizer, model_max_length=1)
-    if "tokenizer.json" in files:
-        return _pipeline_encoding(json.loads(files["tokenizer.json"]))
+    if TOKENIZER_FILE in files:
+        return pipeline_encoding(json.loads(files[TOKENIZER_FILE])) or _OTHER
     return json.loads(files["vocab.json"]), _split_merges(files["merges.txt"])
 
 
 def _split_merges(text: str) -> list[str]:
     return [line for line in text.split("\n") if line and not line.startswith("#version")]
-
-
-def _is_string_list(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)

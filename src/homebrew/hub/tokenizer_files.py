@@ -1,13 +1,14 @@
 """Writer for tokenizer files: those that transformers' AutoTokenizer reads, and homebrew's own description."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from homebrew.data.gpt2_tokenizer import gpt2_byte_to_char
+from homebrew.data.byte_pair_tokenizer import BytePairTokenizer, find_merges
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
+from homebrew.data.tiktoken_tokenizer import to_notation
 from homebrew.data.tokenizer import Tokenizer
-from homebrew.errors import ModelError
+from homebrew.data.tokenizer_json import TOKENIZER_FILE, format_tokenizer_json
+from homebrew.errors import DataError, ModelError
 from homebrew.io import strict_json
 
 HOMEBREW_FILE = "homebrew_tokenizer.json"
@@ -41,20 +42,8 @@ def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str,
         ModelError: transformers cannot represent the tokenizer: tokens are neither all characters nor each the
             merge of two others, or several have the same bytes.
     """
-    end_of_text_id = tokenizer.end_of_text_id
-    ids: dict[bytes, int] = {}
-    for i in range(tokenizer.vocab_size):
-        if i != end_of_text_id and (first := ids.setdefault(token := tokenizer.decode_bytes([i]), i)) != i:
-            raise ModelError(
-                f"The tokens {first} and {i} of the tokenizer {tokenizer.name!r} are both {token!r}, which "
-                f"transformers' tokenizers cannot represent. Save the model without the tokenizer."
-            )
-    char_ids = {token.decode(errors="replace"): i for token, i in ids.items()}
-    if end_of_text_id is None and all(len(char) == 1 and char.encode() in ids for char in char_ids):
-        tokenizer_class, files = "PreTrainedTokenizerFast", {"tokenizer.json": to_json(_character_tokenizer(char_ids))}
-    else:
-        tokenizer_class, files = "GPT2Tokenizer", _byte_pair_files(ids, end_of_text_id)
-    special_token = None if end_of_text_id is None else END_OF_TEXT
+    tokenizer_class, files = _vocabulary_files(tokenizer)
+    special_token = None if tokenizer.end_of_text_id is None else END_OF_TEXT
     config = {
         "tokenizer_class": tokenizer_class,
         "model_max_length": model_max_length,
@@ -68,6 +57,24 @@ def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str,
 def to_json(value: Mapping[str, Any]) -> str:
     """Format an object as the contents of a JSON file."""
     return strict_json(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _vocabulary_files(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
+    """Return the class of transformers that reads a tokenizer, and the files with its vocabulary."""
+    if isinstance(tokenizer, BytePairTokenizer):
+        return "PreTrainedTokenizerFast", {TOKENIZER_FILE: format_tokenizer_json(tokenizer)}
+    end_of_text_id = tokenizer.end_of_text_id
+    ids: dict[bytes, int] = {}
+    for i in range(tokenizer.vocab_size):
+        if i != end_of_text_id and (first := ids.setdefault(token := tokenizer.decode_bytes([i]), i)) != i:
+            raise ModelError(
+                f"The tokens {first} and {i} of the tokenizer {tokenizer.name!r} are both {token!r}, which "
+                f"transformers' tokenizers cannot represent. Save the model without the tokenizer."
+            )
+    char_ids = {token.decode(errors="replace"): i for token, i in ids.items()}
+    if end_of_text_id is None and all(len(char) == 1 and char.encode() in ids for char in char_ids):
+        return "PreTrainedTokenizerFast", {TOKENIZER_FILE: to_json(_character_tokenizer(char_ids))}
+    return "GPT2Tokenizer", _byte_pair_files(ids, end_of_text_id)
 
 
 def _character_tokenizer(char_ids: Mapping[str, int]) -> dict[str, Any]:
@@ -84,40 +91,13 @@ def _character_tokenizer(char_ids: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _byte_pair_files(ids: Mapping[bytes, int], end_of_text_id: int | None) -> dict[str, str]:
-    """Return the vocabulary and merges as transformers' GPT2Tokenizer reads them.
-
-    The merges follow from the tokens: ids are in the order of the merges, so the pair that makes a token is what
-    remains of its bytes after the merges of all lower ids.
-    """
-    merges = ["#version: 0.2"]
-    for token in ids:
-        if len(token) > 1:
-            parts = _apply_earlier_merges(token, ids)
-            if len(parts) != 2 or not ids.keys() >= set(parts):
-                raise ModelError(
-                    f"Token {ids[token]} ({token.decode(errors='replace')!r}) is not the merge of two other tokens, "
-                    f"so transformers' GPT-2 tokenizer cannot represent it. Save the model without the tokenizer."
-                )
-            merges.append(" ".join(map(_to_chars, parts)))
-    vocabulary = {_to_chars(token): i for token, i in ids.items()}
+    """Return the vocabulary and merges as transformers' GPT2Tokenizer reads them."""
+    try:
+        merges = [f"{to_notation(a)} {to_notation(b)}" for a, b in find_merges(ids)]
+    except DataError as error:
+        raise ModelError(f"{error} To save the model without the tokenizer, pass none.") from error
+    vocabulary = {to_notation(token): i for token, i in ids.items()}
     if end_of_text_id is not None:
         vocabulary[END_OF_TEXT] = end_of_text_id
-    return {"vocab.json": strict_json(vocabulary, ensure_ascii=False), "merges.txt": "\n".join(merges) + "\n"}
-
-
-def _apply_earlier_merges(token: bytes, ids: Mapping[bytes, int]) -> list[bytes]:
-    """Split a token into bytes and apply the merges of all lower ids."""
-    parts = [bytes([byte]) for byte in token]
-    while True:
-        pair_ids = [ids.get(a + b, len(ids) + 1) for a, b in itertools.pairwise(parts)]
-        lowest = min(pair_ids, default=ids[token])
-        if lowest >= ids[token]:
-            return parts
-        i = pair_ids.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-def _to_chars(token: bytes) -> str:
-    """Write a token's bytes as GPT-2's vocabulary files do."""
-    table = gpt2_byte_to_char()
-    return "".join(table[byte] for byte in token)
+    text = "\n".join(["#version: 0.2", *merges]) + "\n"
+    return {"vocab.json": strict_json(vocabulary, ensure_ascii=False), "merges.txt": text}

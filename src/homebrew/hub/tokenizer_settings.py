@@ -6,25 +6,11 @@ from typing import Any
 
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tokenizer import CharTokenizer, Tokenizer
+from homebrew.data.tokenizer_json import BYTE_LEVEL_BPE, TOKENIZER_FILE, different_fields, different_post_processor
 from homebrew.hub.model_folder import find_file, read_json
 from homebrew.hub.tokenizer_files import ANY_CHARACTER, UNKNOWN_CHARACTER
 
 _Json = Mapping[str, Any]
-
-_PIPELINE: dict[str, tuple[Any, ...]] = {
-    "normalizer": (None,),
-    "pre_tokenizer.type": ("ByteLevel",),
-    "pre_tokenizer.add_prefix_space": (False,),
-    "pre_tokenizer.use_regex": (True, None),
-    "decoder.type": ("ByteLevel",),
-    "model.type": ("BPE", None),
-    "model.dropout": (None,),
-    "model.continuing_subword_prefix": ("", None),
-    "model.end_of_word_suffix": ("", None),
-    "model.byte_fallback": (False, None),
-    "model.ignore_merges": (False, None),
-}
-"""Fields of `tokenizer.json` that affect the ids or the decoded text, with the values in files of GPT-2's tokenizer."""
 
 _CHAR_PIPELINE: dict[str, tuple[Any, ...]] = {
     "normalizer": (None,),
@@ -57,14 +43,14 @@ def unsupported_settings(folder: Path, tokenizer: Tokenizer) -> list[str]:
     """
     pipeline, config, special_tokens, added_tokens = (
         read_json(path) if (path := find_file(folder, name)) is not None else {}
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
-    differences = list(_different_fields(config, _CONFIG))
+    fields = list(different_fields(config, _CONFIG))
     if pipeline:
         is_char = isinstance(tokenizer, CharTokenizer)
-        differences += _different_fields(pipeline, _CHAR_PIPELINE if is_char else _PIPELINE)
-        if not _adds_no_tokens(processor := pipeline.get("post_processor")):
-            differences.append(_format("post_processor", processor))
+        fields += different_fields(pipeline, _CHAR_PIPELINE if is_char else BYTE_LEVEL_BPE)
+        fields += different_post_processor(pipeline)
+    differences = [_format(name, value) for name, value in fields]
     end_of_text = None if tokenizer.end_of_text_id is None else END_OF_TEXT
     for values in (config, special_tokens):
         for name in values:
@@ -74,23 +60,6 @@ def unsupported_settings(folder: Path, tokenizer: Tokenizer) -> list[str]:
         if (content, str(token_id)) != (end_of_text, str(tokenizer.end_of_text_id)):
             differences.append(f"{_format('added token', content)} with id {token_id}")
     return list(dict.fromkeys(differences))  # several files may have the same field
-
-
-def _different_fields(values: _Json, supported: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
-    for path, allowed in supported.items():
-        value: Any = values
-        for name in path.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        if not any(type(value) is type(one) and value == one for one in allowed):  # True == 1
-            yield _format(path, value)
-
-
-def _adds_no_tokens(post_processor: object) -> bool:
-    """Return whether a post-processor of `tokenizer.json` leaves the ids of a text unchanged."""
-    match post_processor:
-        case None | {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
-            return True
-    return False
 
 
 def _added_tokens(pipeline: _Json, config: _Json, added_tokens: _Json) -> Iterator[tuple[str, object]]:

@@ -1,0 +1,185 @@
+"""The file `tokenizer.json` of a byte-level BPE, as Hugging Face's tokenizers library reads and writes it."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from homebrew.bounded_readers import parse_json, read_bytes, read_json
+from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
+from homebrew.data.gpt2_vocabulary import END_OF_TEXT
+from homebrew.data.tiktoken_tokenizer import to_notation
+from homebrew.errors import DataError
+from homebrew.io import absolute_path, atomic_replace, strict_json
+
+TOKENIZER_FILE = "tokenizer.json"
+
+Encoding = tuple[Mapping[str, Any], list[str]]
+"""The vocabulary of a tokenizer, and its merges as "a b"."""
+
+BYTE_LEVEL_BPE: dict[str, tuple[Any, ...]] = {
+    "normalizer": (None,),
+    "pre_tokenizer.type": ("ByteLevel",),
+    "pre_tokenizer.add_prefix_space": (False,),
+    "pre_tokenizer.use_regex": (True, None),
+    "decoder.type": ("ByteLevel",),
+    "model.type": ("BPE", None),
+    "model.dropout": (None,),
+    "model.continuing_subword_prefix": ("", None),
+    "model.end_of_word_suffix": ("", None),
+    "model.byte_fallback": (False, None),
+    "model.ignore_merges": (False, None),
+}
+"""Fields of `tokenizer.json` that affect the ids or the decoded text, with the values in files of GPT-2's tokenizer."""
+
+_ASK_FOR_TEXT = (
+    "For nanoGPT's character data, use the tokenizer 'char' with the text that the data was made from, such as "
+    "input.txt."
+)
+
+
+def open_tokenizer_json(path: str | Path) -> BytePairTokenizer:
+    """Open a `tokenizer.json`, or that of a folder.
+
+    Raises:
+        DataError: The file does not exist, is not valid, or has a tokenizer that is not a byte-level BPE with GPT-2's
+            rules for splitting words.
+    """
+    path = Path(os.path.realpath(absolute_path(path)))  # a snapshot of the Hub's cache consists of links
+    if path.is_dir() and not (path / TOKENIZER_FILE).is_file():
+        advice = _ASK_FOR_TEXT if (path / "meta.pkl").exists() else "Give the folder or file of a tokenizer."
+        raise DataError(f"The folder {path} has no {TOKENIZER_FILE}. {advice}")
+    if path.is_dir():
+        path = Path(os.path.realpath(path / TOKENIZER_FILE))
+    data = read_bytes(path, DataError)
+    if path.suffix in (".pkl", ".pickle") or data.startswith(b"\x80"):  # the first byte of a pickle, in no JSON
+        raise DataError(
+            f"{path} is a pickle, which can run any code when it is read, so it is not read. {_ASK_FOR_TEXT}"
+        )
+    pipeline = parse_json(data, path, DataError)
+    try:
+        return _parse_pipeline(pipeline)
+    except DataError as error:
+        raise DataError(f"The tokenizer in {path} is not supported: {error}") from error
+
+
+def format_tokenizer_json(tokenizer: BytePairTokenizer) -> str:
+    """Return the text of the `tokenizer.json` of a byte-level BPE."""
+    return strict_json(_pipeline(tokenizer), ensure_ascii=False) + "\n"
+
+
+def write_tokenizer_json(tokenizer: BytePairTokenizer, path: Path) -> None:
+    """Write a `tokenizer.json`."""
+    with _writing(path), atomic_replace(path) as temporary:
+        temporary.write_bytes(format_tokenizer_json(tokenizer).encode())
+
+
+def check_output_path(path: Path) -> None:
+    """Check that a `tokenizer.json` can be written to a path, and create its folder. Other files are not replaced."""
+    if path.exists() and "model" not in read_json(path, DataError):
+        raise DataError(f"{path} exists and is not a {TOKENIZER_FILE}, so it is not replaced. Choose another path.")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.strerror}. Choose a folder that can be written to."
+        ) from error
+
+
+def pipeline_encoding(pipeline: Mapping[str, Any]) -> Encoding | None:
+    """Return the encoding of the contents of a `tokenizer.json`, or None if its model is of another kind."""
+    match pipeline:
+        case {"model": {"vocab": dict(vocabulary), **model}} if isinstance(merges := model.get("merges", []), list):
+            pairs: list[Any] = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges]
+            if _is_string_list(pairs):
+                return vocabulary, pairs
+    return None
+
+
+def different_fields(values: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a JSON object, such as "model.type", whose value is not among the supported ones."""
+    for path, allowed in supported.items():
+        value: Any = values
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if not any(type(value) is type(one) and value == one for one in allowed):  # True == 1
+            yield path, value
+
+
+def different_post_processor(pipeline: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the post-processor of a `tokenizer.json` if it changes the ids of a text."""
+    match pipeline.get("post_processor"):
+        case None | {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+            return
+    yield "post_processor", pipeline["post_processor"]
+
+
+def _pipeline(tokenizer: BytePairTokenizer) -> dict[str, Any]:
+    """Return the contents of the `tokenizer.json` of a byte-level BPE."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end_of_text = {
+        "id": tokenizer.end_of_text_id,
+        "content": END_OF_TEXT,
+        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        "special": True,
+    }
+    return {
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
+        "added_tokens": [] if tokenizer.end_of_text_id is None else [end_of_text],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+            "vocab": {token: i for i, token in enumerate(tokenizer.tokens)},
+            "merges": [f"{to_notation(a)} {to_notation(b)}" for a, b in tokenizer.merges],
+        },
+    }
+
+
+def _parse_pipeline(pipeline: Mapping[str, Any]) -> BytePairTokenizer:
+    """Build the tokenizer of the contents of a `tokenizer.json`."""
+    differences = [*different_fields(pipeline, BYTE_LEVEL_BPE), *different_post_processor(pipeline)]
+    if differences:
+        names = ", ".join(f"{name}={value!r:.100}" for name, value in differences)
+        raise DataError(f"it has {names}. Use a byte-level BPE like GPT-2's, such as `homebrew tokenizer train` makes.")
+    encoding = pipeline_encoding(pipeline)
+    if encoding is None:
+        raise DataError("its model has no vocabulary and merges. Use a byte-level BPE.")
+    vocabulary = {**encoding[0], **_added_ids(pipeline.get("added_tokens") or [])}
+    tokens = {i: token for token, i in vocabulary.items() if type(i) is int}
+    if sorted(tokens) != list(range(len(vocabulary))):
+        raise DataError(
+            f"the ids of its {len(vocabulary)} tokens are not 0 to {len(vocabulary) - 1}. Give each one id."
+        )
+    tokenizer = BytePairTokenizer([tokens[i] for i in range(len(tokens))])
+    if encoding[1] != _pipeline(tokenizer)["model"]["merges"]:
+        raise DataError("its merges are not those of its tokens in the order of their ids. Train it again.")
+    return tokenizer
+
+
+def _added_ids(tokens: object) -> dict[str, Any]:
+    """Return the id of "<|endoftext|>" if it is an added token, the only one that is supported."""
+    match tokens:
+        case []:
+            return {}
+        case [{"content": str(content), "id": token_id}] if content == END_OF_TEXT:
+            return {END_OF_TEXT: token_id}
+    names = ", ".join(
+        repr(token["content"] if isinstance(token, dict) and "content" in token else token)
+        for token in (tokens if isinstance(tokens, Sequence) else [tokens])
+    )
+    raise DataError(f"its added tokens are {names:.300}, but only {END_OF_TEXT!r} is supported. Remove the others.")
+
+
+def _is_string_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
