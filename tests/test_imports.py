@@ -19,7 +19,7 @@ print(json.dumps({
     "environment": dict(os.environ) == before,
     "cuda": torch.cuda.is_initialized(),
     "handlers": len(logging.getLogger().handlers),
-    "heavy": [name for name in ("transformers", "tensorboard", "matplotlib", "peft") if name in sys.modules],
+    "heavy": [name for name in "transformers tokenizers tensorboard matplotlib peft".split() if name in sys.modules],
     "threads": __import__("threading").active_count(),
 }))
 """

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from homebrew.data.dataset import TokenDataset
     from homebrew.data.dict_dataset import DictDataset
     from homebrew.data.tokenizer import Tokenizer, get_tokenizer
+    from homebrew.data.train_tokenizer import train_tokenizer
     from homebrew.errors import (
         CheckpointError,
         ConfigError,
@@ -51,6 +52,7 @@ _MODULES = {
     "data.dataset": ("TokenDataset",),
     "data.dict_dataset": ("DictDataset",),
     "data.tokenizer": ("Tokenizer", "get_tokenizer"),
+    "data.train_tokenizer": ("train_tokenizer",),
     "errors": (
         "CheckpointError",
         "ConfigError",
@@ -124,6 +126,7 @@ __all__ = [
     "save_adapter",
     "score_hellaswag",
     "score_text",
+    "train_tokenizer",
     "unmerge_lora",
     "warmup_cosine",
     "warmup_stable_decay",

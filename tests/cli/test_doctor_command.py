@@ -16,7 +16,7 @@ def test_doctor_shows_what_a_run_would_use(invoke, monkeypatch, tmp_path):
 def test_doctor_prints_how_to_install_missing_extras(tmp_path, monkeypatch, invoke):
     monkeypatch.setattr("homebrew.cli.doctor_command.installed_version", lambda _: None)
     monkeypatch.setenv("COLUMNS", "200")
-    assert "pip install -e '.[offline,plot]'" in invoke("doctor", "--output-dir", tmp_path)
+    assert "pip install -e '.[offline,plot,tokenizers]'" in invoke("doctor", "--output-dir", tmp_path)
 
 
 def test_doctor_fails_if_a_run_cannot_start(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from homebrew.cli.main import main
 from homebrew.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "prepare", "sample", "eval", "export", "doctor"]
+COMMANDS = ["train", "tokenizer", "prepare", "sample", "eval", "export", "doctor"]
 TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
 
 
@@ -87,7 +87,6 @@ def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, 
         (["train", "x", "--output-dir", "y"], "--max-steps"),
         (["train", "x", "--output-dir", "y", "--max-steps", "1", "--compile", "True"], "'yes'"),
         (["train", "x", "--output-dir", "y", "--max-steps", "1", "--num-workers", "1"], "no option --num-workers"),
-        (["prepare", "x", "--output", "y", "--tokenizer", "gpt3"], "gpt2"),
         ([], ", ".join(COMMANDS)),
     ],
 )
@@ -123,12 +122,9 @@ def test_help_of_train_describes_the_data_and_the_model_first(capsys, monkeypatc
     ("arguments", "choices"),
     [
         (["train", "x", "--preset", "nano"], "'auto', 'char', 'baby', 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'"),
-        (["train", "x", "--tokenizer", "words"], "'auto', 'gpt2', 'bytes', 'char'"),
         (["train", "x", "--lora-targets", "q"], "'c_attn', 'c_proj', 'c_fc'"),
         (["train", "x", "--compile", "maybe"], "'auto', 'yes', 'no'"),
-        (["sample", "x", "--tokenizer", "char"], "'auto', 'gpt2', 'bytes'"),
         (["eval", "x", "--dtype", "half"], "'auto', 'float32', 'bfloat16', 'float16'"),
-        (["prepare", "x", "--output", "y", "--tokenizer", "words"], "'gpt2', 'bytes', 'char'"),
     ],
 )
 def test_an_unknown_choice_is_answered_by_the_choices_in_order(capsys, arguments, choices):

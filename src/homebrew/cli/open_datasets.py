@@ -18,7 +18,7 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
     return expand_paths(paths, ".npy", ".txt")
 
 
-def open_dataset(files: Sequence[Path], block_size: int, tokenizer: "Tokenizer | str | None") -> "TokenDataset":
+def open_dataset(files: Sequence[Path], block_size: int, tokenizer: "Tokenizer | str | Path | None") -> "TokenDataset":
     """Open text files, with the given tokenizer, or token files, which may name theirs."""
     from homebrew.data.dataset import TokenDataset
 

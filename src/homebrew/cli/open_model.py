@@ -29,8 +29,9 @@ class SavedModel:
     """PyTorch device: cpu, cuda, cuda:1, mps. "auto" selects the GPU if there is one."""
     dtype: Dtype = "auto"
     """Data type of the weights. "auto" selects bfloat16 on a GPU with native bfloat16, otherwise float32."""
-    tokenizer: Literal["auto", "gpt2", "bytes"] = "auto"
-    """Tokenizer of a model that does not record which one it was trained with. "auto" uses the recorded one."""
+    tokenizer: Literal["auto", "gpt2", "bytes"] | Path = "auto"
+    """Tokenizer, or path of one that `homebrew tokenizer train` has written, for a model that does not record which
+    one it was trained with. "auto" uses the recorded one."""
 
     def open_model(self) -> tuple["GPT", "Tokenizer"]:
         """Load the model, in evaluation mode and on the device, and its tokenizer.
@@ -77,11 +78,11 @@ def sample_command(folder: Path, tokenizer: "Tokenizer | None") -> str:
     from homebrew.hub.tokenizer_files import HOMEBREW_FILE
 
     is_recorded = tokenizer is not None or (folder / HOMEBREW_FILE).exists()  # that of an earlier export is kept
-    option = "" if is_recorded else " --tokenizer gpt2  (or bytes, whichever the model was trained with)"
+    option = "" if is_recorded else " --tokenizer gpt2  (or the one that the model was trained with)"
     return f"homebrew sample {shlex.quote(str(folder))}{option}"
 
 
-def resolve_tokenizer(source: str, saved: "Tokenizer | None", requested: str) -> "Tokenizer":
+def resolve_tokenizer(source: str, saved: "Tokenizer | None", requested: str | Path) -> "Tokenizer":
     """Return the tokenizer saved with a model, or the requested one if none was saved. "auto" requests none.
 
     Raises:
@@ -93,11 +94,21 @@ def resolve_tokenizer(source: str, saved: "Tokenizer | None", requested: str) ->
         if requested == "auto":
             raise ConfigError(
                 f"The tokenizer of {source} is unknown or not supported. If the model was trained with GPT-2's or the "
-                f"byte tokenizer, pass --tokenizer gpt2 or --tokenizer bytes."
+                f"byte tokenizer, pass --tokenizer gpt2 or --tokenizer bytes; if with one of its own, pass the path of "
+                f"its tokenizer.json."
             )
         return get_tokenizer(requested)
-    if requested not in ("auto", saved.name):
+    if requested != "auto" and not is_requested(saved, requested):
         raise ConfigError(
-            f"{source} has the tokenizer {saved.name!r}, not {requested!r}. Remove --tokenizer {requested}."
+            f"{source} has the tokenizer {saved.name!r}, not {str(requested)!r}. Remove --tokenizer {requested}."
         )
     return saved
+
+
+def is_requested(tokenizer: "Tokenizer | None", requested: str | Path) -> bool:
+    """Return whether a tokenizer has the requested name, or is the one in the requested file."""
+    from homebrew.data.tokenizer import get_tokenizer
+
+    if tokenizer is None or isinstance(requested, str):
+        return tokenizer is not None and tokenizer.name == requested
+    return tokenizer.to_json() == get_tokenizer(requested).to_json()

@@ -17,11 +17,12 @@ class Prepare:
     """
 
     texts: Positional[Annotated[tuple[Path, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]]
-    """UTF-8 text files, or folders of .txt files. GPT-2's tokenizer separates texts by an end-of-text token."""
+    """UTF-8 text files, or folders of .txt files. The tokenizer's end-of-text token, if any, separates texts."""
     output: Path
     """Token file to write, such as book.npy. An existing token file is replaced."""
-    tokenizer: Literal["gpt2", "bytes", "char"] = "gpt2"
-    """GPT-2's 50,257 tokens, the 256 bytes, or the characters that occur in the texts."""
+    tokenizer: Literal["gpt2", "bytes", "char"] | Path = "gpt2"
+    """GPT-2's 50,257 tokens, the 256 bytes, the characters that occur in the texts, or the path of a tokenizer that
+    `homebrew tokenizer train` has written."""
 
     def run(self) -> None:
         """Write the token file and print how to train on it."""

@@ -19,7 +19,7 @@ from homebrew.cli.open_datasets import (
     open_eval_dataset,
     token_files_tokenizer,
 )
-from homebrew.cli.open_model import resolve_tokenizer, sample_command
+from homebrew.cli.open_model import is_requested, resolve_tokenizer, sample_command
 from homebrew.cli.train_options import DataOptions, ModelOptions, TrainerOptions
 from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, DataError
@@ -141,7 +141,7 @@ class Train:
         block_size = limit if self.model.block_size is None else self.model.block_size
         if not 1 <= block_size <= limit:
             raise ConfigError(f"--block-size {block_size}: must be from 1 to {limit}, the block size of {init_from}.")
-        tokenizer: Tokenizer | str | None = None if data.tokenizer == "auto" else data.tokenizer
+        tokenizer: Tokenizer | str | Path | None = None if data.tokenizer == "auto" else data.tokenizer
         if init_from is not None and not are_token_files(files):
             tokenizer = resolve_tokenizer(init_from, model_tokenizer, data.tokenizer)
         train_dataset = open_dataset(files, block_size, tokenizer)

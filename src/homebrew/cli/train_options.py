@@ -45,8 +45,9 @@ class DataOptions:
     """Text or token file to evaluate on, or a folder of such files."""
     eval_fraction: float = 0.1
     """Fraction of DATA used for evaluation instead of training, chosen at random. 0 disables evaluation."""
-    tokenizer: Literal["auto", "gpt2", "bytes", "char"] = "auto"
-    """Tokenizer for text, or that of nanoGPT's token files, which do not name it. For text, "auto" selects that of
+    tokenizer: Literal["auto", "gpt2", "bytes", "char"] | Path = "auto"
+    """Tokenizer for text: a name, or the path of one that `homebrew tokenizer train` has written; or that of nanoGPT's
+    token files, which do not name it. For text, "auto" selects that of
     --init-from, char with --preset char, and otherwise gpt2."""
 
 
@@ -79,7 +80,7 @@ class ModelOptions:
     lora_targets: tuple[LoRATarget, ...] = _DEFAULT_LORA_TARGETS
     """Layers to which the adapter is added."""
 
-    def choose_preset(self, tokenizer: str, *, on_cpu: bool) -> None:
+    def choose_preset(self, tokenizer: str | Path, *, on_cpu: bool) -> None:
         """Replace the preset "auto" by the one for the device and the data's tokenizer, which may be "auto" too."""
         if self.preset == "auto":
             self.preset = "gpt2" if not on_cpu else "char" if tokenizer in ("auto", "char", "bytes") else "baby"

@@ -1,6 +1,7 @@
 """Data: from a text to the micro-batches of a training step.
 
-- `tokenizer`, `gpt2_vocabulary`: the `Tokenizer` protocol and the built-in tokenizers.
+- `tokenizer`, `gpt2_tokenizer`, `byte_pair_tokenizer`: the `Tokenizer` protocol and homebrew's tokenizers.
+- `train_tokenizer`, `tokenizer_json`: train a byte-level BPE; read and write its `tokenizer.json`.
 - `corpora`, `download`, `text_file`: texts by name, cached downloads, text files.
 - `prepare`, `token_file`, `token_metadata`, `token_ids`: tokenize text files of any size into token files (`.npy`).
 - `token_formats`, `binary_kinds`: token files of homebrew, nanoGPT and llm.c; what a binary file is.

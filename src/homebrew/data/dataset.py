@@ -204,7 +204,7 @@ class TokenDataset(Dataset[Sample]):
         paths: Paths,
         block_size: int,
         *,
-        tokenizer: str | Tokenizer | None = None,
+        tokenizer: str | Path | Tokenizer | None = None,
         stride: int | None = None,
         check: bool = True,
     ) -> Self:

@@ -92,7 +92,7 @@ class FileTokens:
         return type(self), (self.files, self.tokenizer)
 
     @classmethod
-    def open(cls, paths: Sequence[Path], *, tokenizer: str | Tokenizer | None, check: bool) -> Self:
+    def open(cls, paths: Sequence[Path], *, tokenizer: str | Path | Tokenizer | None, check: bool) -> Self:
         """Open token files.
 
         Args:
