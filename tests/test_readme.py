@@ -30,6 +30,7 @@ SMALLER = [
     (r"block_size=(128|256|1024)", "block_size=16"),
     (r"max_steps=\d+", "max_steps=2, micro_batch_size=2"),
     (r"--max-steps \d+", "--max-steps 2 --micro-batch-size 2"),
+    (r"--vocab-size \d+", "--vocab-size 260"),
     (r"max_new_tokens=\d+", "max_new_tokens=4"),
 ]
 QUESTION = {"ctx": "She opens the door and", "endings": ["walks in.", "flies.", "is blue.", "sings."], "label": 0}
@@ -70,7 +71,7 @@ def working_directory(folder, monkeypatch):
 def test_command_line(capsys):
     lines = [shlex.split(line, comments=True) for line in small(code("Command line", "bash")).splitlines()]
     assert [line[:2] for line in lines] == [
-        ["homebrew", command] for command in ("doctor", "prepare", "train", "sample", "eval", "export")
+        ["homebrew", command] for command in ("doctor", "tokenizer", "prepare", "train", "sample", "eval", "export")
     ]
     for line in lines:
         assert main(line[1:]) == 0, capsys.readouterr().err

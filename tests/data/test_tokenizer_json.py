@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from homebrew import get_tokenizer
 from homebrew.data import tiktoken_tokenizer
+from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
+from homebrew.data.tiktoken_tokenizer import gpt2_byte_to_char
 from homebrew.data.tokenizer import tokenizer_from_json
 from homebrew.errors import DataError
 
@@ -235,3 +237,9 @@ def test_missing_and_unusable_paths_are_errors(tmp_path):
 def test_other_descriptions_are_errors(tokens):
     with pytest.raises(DataError):
         tokenizer_from_json({"name": "bpe", "tokens": tokens})
+
+
+def test_a_vocabulary_too_long_for_a_checkpoint_is_an_error():
+    tokens = [*gpt2_byte_to_char().values(), *(f"{i:0128d}" for i in range(2**14))]
+    with pytest.raises(DataError, match="smaller vocabulary"):
+        BytePairTokenizer(tokens)

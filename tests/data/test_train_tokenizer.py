@@ -50,11 +50,13 @@ def test_the_tokens_do_not_depend_on_chunks(text, tmp_path, chunk_characters, mo
     assert train_tokenizer(text, tmp_path, vocab_size=300).tokens == expected
 
 
-def test_a_word_longer_than_a_chunk_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 100)
-    parts = [*module._cut_between_words(["ab" * 25] * 10)]
-    assert "".join(parts) == "ab" * 250
-    assert max(map(len, parts)) <= 200
+@pytest.mark.parametrize("run", ["ab", "中", " ", "\n ", "!"])
+def test_long_words_are_cut(run):
+    """Such as DNA, base64 or a line of spaces, for which the library would take minutes."""
+    chunks = ["x " + run * 40_000] * 3
+    parts = [*module._cut_between_words(chunks)]
+    assert "".join(parts) == "".join(chunks)
+    assert max(map(len, parts)) <= 2 + 2 * 128
 
 
 def test_folders_are_read(text, tmp_path):

@@ -19,7 +19,7 @@ from homebrew.cli.open_datasets import (
     open_eval_dataset,
     token_files_tokenizer,
 )
-from homebrew.cli.open_model import is_requested, resolve_tokenizer, sample_command
+from homebrew.cli.open_model import resolve_tokenizer, sample_command
 from homebrew.cli.train_options import DataOptions, ModelOptions, TrainerOptions
 from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, DataError
@@ -165,7 +165,7 @@ class Train:
         if not is_same_tokenizer(model_tokenizer, dataset.tokenizer):
             names = ", ".join(map(str, self.data.files))
             raise DataError(
-                f"{names} has the tokenizer {dataset.tokenizer.name!r}, but {self.model.init_from} has the tokenizer "
+                f"{names} has the tokenizer {dataset.tokenizer.name!r}, but {self.model.init_from} has another, the tokenizer "
                 f"{model_tokenizer.name!r}. Prepare the text with the model's tokenizer, or train a new model."
             )
 

@@ -11,6 +11,9 @@ from homebrew.errors import DataError
 MAX_TOKEN_BYTES = 128
 """Maximum length of a token. GPT-2's longest has 128 bytes. The time to check a token grows with its square."""
 
+_MAX_VOCABULARY_BYTES = 2**20
+"""Maximum length of all tokens together, with which a checkpoint's `state.json` can be read. GPT-2's have 0.3 MB."""
+
 
 class BytePairTokenizer(TiktokenTokenizer):
     """A byte-level byte-pair encoding, which `train_tokenizer` makes and `get_tokenizer(path)` opens.
@@ -91,6 +94,11 @@ def _ids_by_bytes(tokens: Sequence[str]) -> dict[bytes, int]:
         ids[data] = i
     if len(set(tokens)) < len(tokens):
         raise DataError("Several tokens are equal. Every token of a byte-pair encoding has one id.")
+    if (num_bytes := sum(map(len, ids))) > _MAX_VOCABULARY_BYTES:
+        raise DataError(
+            f"The tokens have {num_bytes:,} bytes together, but at most {_MAX_VOCABULARY_BYTES:,} are supported. Use a "
+            f"smaller vocabulary."
+        )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ids]:
         raise DataError(
             f"{len(missing)} of the 256 bytes are not tokens, so not every text can be encoded. Train the tokenizer "

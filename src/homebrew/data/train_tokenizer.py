@@ -27,6 +27,9 @@ _MIN_FREQUENCY = 2
 _LAST_WORD_BOUNDARY = re.compile(r"(?s:.*)\S(?=[ \t\r\n])")
 """Up to the last place where a text can be cut: no word continues from a character into white space."""
 
+_LONG_WORD = re.compile(r"\S{128}|\s{128}")
+"""What is cut off as a word of its own: the library takes minutes for words of a million characters."""
+
 
 def train_tokenizer(paths: Paths, output: str | Path, *, vocab_size: int) -> BytePairTokenizer:
     """Train a byte-level BPE on text files and write it to a `tokenizer.json`.
@@ -87,15 +90,20 @@ def _train(texts: Iterable[str], vocab_size: int) -> list[str]:
 
 
 def _cut_between_words(chunks: Iterable[str]) -> Iterator[str]:
-    """Move the end of each chunk, which may be the beginning of a word, to the next one.
-
-    A word longer than a chunk is cut, so that memory is bounded.
-    """
+    """Move the end of each chunk, which may be the beginning of a word, to the next one; cut long words."""
     rest = ""
     for chunk in chunks:
         text = rest + chunk
         match = _LAST_WORD_BOUNDARY.match(text)
         cut = match.end() if match else len(text) if len(text) > CHUNK_CHARACTERS else 0
-        yield text[:cut]
+        yield from _cut_long_words(text[:cut])
         rest = text[cut:]
-    yield rest
+    yield from _cut_long_words(rest)
+
+
+def _cut_long_words(text: str) -> Iterator[str]:
+    start = 0
+    for match in _LONG_WORD.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
