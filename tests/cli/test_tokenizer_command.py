@@ -122,3 +122,8 @@ def test_an_unusable_tokenizer_is_named(command, text, run, tmp_path, invoke, in
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     for name in ("gtp2", tmp_path / "config.json", tmp_path / "missing.json"):
         assert str(name) in invoke_error(command, *arguments, "--tokenizer", name)
+
+
+def test_the_name_of_a_models_tokenizer_may_be_given(text, tmp_path, invoke, tiny):
+    invoke("train", text, "--tokenizer", "char", "--output-dir", tmp_path / "run", "--max-steps", 1, *tiny)
+    invoke("sample", tmp_path / "run", "--prompt", "a", "--max-new-tokens", 1, "--tokenizer", "char")

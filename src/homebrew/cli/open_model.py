@@ -109,6 +109,6 @@ def is_requested(tokenizer: "Tokenizer | None", requested: str | Path) -> bool:
     """Return whether a tokenizer has the requested name, or is the one in the requested file."""
     from homebrew.data.tokenizer import get_tokenizer
 
-    if tokenizer is None or isinstance(requested, str):
-        return tokenizer is not None and tokenizer.name == requested
-    return tokenizer.to_json() == get_tokenizer(requested).to_json()
+    if tokenizer is None or str(requested) == tokenizer.name:
+        return tokenizer is not None
+    return isinstance(requested, Path) and tokenizer.to_json() == get_tokenizer(requested).to_json()

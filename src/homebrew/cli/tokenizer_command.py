@@ -31,13 +31,5 @@ class Tokenizer:
 
         tokenizer = train_tokenizer(self.texts, self.output, vocab_size=self.vocab_size)
         print(f"{self.output}: {tokenizer.vocab_size:,} tokens.")
-        command = [
-            "homebrew",
-            "prepare",
-            *map(str, self.texts),
-            "--tokenizer",
-            str(self.output),
-            "--output",
-            "tokens.npy",
-        ]
-        print(f"To tokenize the text: {shlex.join(command)}")
+        options = ["--tokenizer", str(self.output), "--output", "tokens.npy"]
+        print(f"To tokenize the text: {shlex.join(['homebrew', 'prepare', *map(str, self.texts), *options])}")

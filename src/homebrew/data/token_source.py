@@ -105,7 +105,7 @@ class FileTokens:
         """
         if not paths:
             raise DataError("The list of token files is empty. Give the path of at least one.")
-        if isinstance(tokenizer, str):
+        if isinstance(tokenizer, str | Path):
             tokenizer = _named_tokenizer(tokenizer, paths[0])
         vocab_size = None if tokenizer is None else tokenizer.vocab_size
         files = [TokenFile(path, vocab_size) for path in paths]
@@ -159,7 +159,7 @@ class FileTokens:
         return MemoryTokens(torch.from_numpy(ids).to(device), self.digest)
 
 
-def _named_tokenizer(name: str, path: Path) -> Tokenizer:
+def _named_tokenizer(name: str | Path, path: Path) -> Tokenizer:
     """Create a tokenizer by its name. If the token file names the same, it is the file's, with its alphabet."""
     description = TokenFile(path).metadata.tokenizer if names_its_vocabulary(path) else None
     if description is not None and description.get("name") == name:
