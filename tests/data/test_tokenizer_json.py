@@ -88,6 +88,31 @@ def test_any_trained_byte_level_bpe_is_supported(alphabet, seed, tmp_path):
     assert get_tokenizer(tmp_path).encode(text).tolist() == reference.encode(text).ids
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_merges_that_no_training_makes_are_refused_or_give_equal_ids(seed, tmp_path):
+    random = Random(seed)
+    alphabet = "ab" if seed % 2 else "abc"
+    tokens, merges = list(alphabet), []
+    for _ in range(random.randint(1, 12)):
+        pair = random.choice(tokens), random.choice(tokens)
+        if "".join(pair) not in tokens:
+            tokens.append("".join(pair))
+            merges.append(pair)
+    byte_tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*byte_tokens, *tokens[len(alphabet) :]])}
+    reference = Tokenizer(models.BPE(vocabulary, merges))
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reference.decoder = decoders.ByteLevel()
+    reference.save(str(tmp_path / "tokenizer.json"))
+    try:
+        tokenizer = get_tokenizer(tmp_path)
+    except DataError:
+        return
+    for _ in range(200):
+        text = "".join(random.choices(alphabet, k=random.randint(1, 30)))
+        assert tokenizer.encode(text).tolist() == reference.encode(text).ids
+
+
 def test_a_folder_a_string_and_a_link_are_opened(path, tmp_path):
     description = get_tokenizer(path).to_json()
     (tmp_path / "tokenizer.json").symlink_to(path)
