@@ -171,7 +171,7 @@ def test_an_argument_of_another_type_is_an_error(tmp_path, name, value):
         TokenDataset,
         token_dataset().split(0.5),
         {"train": token_dataset()},
-        torch.zeros(8, 16, dtype=torch.int64),
+        torch.zeros(8, dtype=torch.int64),
         torch.utils.data.DataLoader(token_dataset()),
         iter(token_dataset()),
     ],

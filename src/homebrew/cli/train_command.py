@@ -165,8 +165,9 @@ class Train:
         if not is_same_tokenizer(model_tokenizer, dataset.tokenizer):
             names = ", ".join(map(str, self.data.files))
             raise DataError(
-                f"{names} has the tokenizer {dataset.tokenizer.name!r}, but {self.model.init_from} has another, "
-                f"{model_tokenizer.name!r}. Prepare the text with the model's tokenizer, or train a new model."
+                f"{names} has the tokenizer {dataset.tokenizer.name!r}, but {self.model.init_from} has another, the "
+                f"tokenizer {model_tokenizer.name!r}. Prepare the text with the model's tokenizer, or train a new "
+                f"model."
             )
 
 
