@@ -13,7 +13,7 @@ from homebrew.errors import ConfigError
 class CombinedOptimizer(torch.optim.Optimizer):
     """Optimizers that share a model's parameters, behind the interface of one.
 
-    Each optimizer keeps its own parameter groups and state, which are also those of the combined one.
+    Each member keeps its own parameter groups and state. The combined optimizer shows them as its own.
 
     Args:
         optimizers: Optimizers, no two of which have a parameter in common.
@@ -96,12 +96,12 @@ def combine(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimize
 
 
 def members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of a combined one, or a list of the optimizer itself."""
+    """Return the members of a combined optimizer, or a list of the optimizer itself."""
     return optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else [optimizer]
 
 
 def class_names(optimizer: torch.optim.Optimizer) -> str:
-    """Return the class of an optimizer, or the classes of a combined one's, for messages."""
+    """Return the name of an optimizer's class, or those of a combined optimizer's members, for messages."""
     return " and ".join(type(member).__name__ for member in members(optimizer))
 
 
