@@ -167,6 +167,9 @@ class TrainStep:
                 f"DDP, FSDP or LoRA, set it before, and build a new Trainer to change it."
             )
         check_trainable(self._model, self._optimizer)
+        # Compiled code computes the gradients of the parameters that were trainable, and PyTorch 2.11 may run it again
+        # without looking at requires_grad.
+        torch.compiler.reset()
         self._trainable = trainable
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> Tensor:
