@@ -57,7 +57,8 @@ def test_a_terminal_keeps_a_table_within_80_columns_and_gets_its_cursor_back(tmp
     assert ("compiling the model…" if torch.cuda.is_available() else "taking the first step…") in output
     summary, header, *rest = screen(output)
     assert "float32" in summary
-    assert header.split() == ["step", "loss", "lr", "norm", "tokens/s", "ETA"]
+    on_gpu = ["MFU", "memory"] if torch.cuda.is_available() else []
+    assert header.split() == ["step", "loss", "lr", "norm", "tokens/s", *on_gpu, "ETA"]
     kinds = [line.split(" | ")[1].split()[0] if " | " in line else line.split()[0] for line in rest]
     assert kinds == ["1/4", "2/4", "validation", "3/4", "4/4", "validation", "saving"]
     show_cursor, hide_cursor = "\x1b[?25h", "\x1b[?25l"

@@ -109,6 +109,7 @@ class TrainsInside(Callback):
             self.train()
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("micro_batch_size", [2, 4, 8])
 def test_a_callback_can_train_another_model(tmp_path, micro_batch_size):
     alone = make_trainer(tmp_path / "alone", micro_batch_size=2)

@@ -71,6 +71,7 @@ class EvaluatesEveryStep(Callback):
         trainer.evaluate(self.dataset)
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("dataset", [RandomInputs(), Subset(RandomInputs(), range(5))], ids=["dataset", "subset"])
 def test_evaluating_a_dataset_that_draws_random_numbers_does_not_change_the_run(tmp_path, dataset):
     options = {"model": replace(CONFIG, dropout=0.5), "max_steps": 3}
