@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from homebrew.generation.sampling import Sampling
     from homebrew.generation.streaming import generate_text
     from homebrew.hub.load import load_model
+    from homebrew.hub.nanogpt import load_nanogpt
     from homebrew.hub.peft import load_adapter, save_adapter
     from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
     from homebrew.model.gpt import GPT
@@ -71,6 +72,7 @@ _MODULES = {
     "generation.sampling": ("Sampling",),
     "generation.streaming": ("generate_text",),
     "hub.load": ("load_model",),
+    "hub.nanogpt": ("load_nanogpt",),
     "hub.peft": ("load_adapter", "save_adapter"),
     "metrics.step_metrics": ("EvalMetrics", "SkippedStep", "StepMetrics"),
     "model.gpt": ("GPT",),
@@ -122,6 +124,7 @@ __all__ = [
     "load_corpus",
     "load_hellaswag",
     "load_model",
+    "load_nanogpt",
     "merge_lora",
     "save_adapter",
     "score_hellaswag",

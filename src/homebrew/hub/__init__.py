@@ -2,6 +2,7 @@
 
 load.py             opens a model and its tokenizer from any supported source
 from_pretrained.py  reads weights in the format of transformers' GPT-2
+nanogpt.py          converts checkpoints of nanoGPT
 export.py           writes, verifies and uploads that format
 hf_config.py        that format's configuration files
 peft.py             reads and writes LoRA adapters in PEFT's format

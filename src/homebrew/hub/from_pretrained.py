@@ -42,7 +42,7 @@ CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that DDP, torch.compile, FSDP and activation checkpointing add, at the start or after a dot."""
 
-_CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
+CAUSAL_MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 """Buffers in files of older transformers versions. They are ignored."""
 
 
@@ -76,8 +76,8 @@ class PretrainedWeights:
         missing, unknown = names - self.locations.keys(), self.locations.keys() - names - {LM_HEAD}
         if missing or unknown:
             raise ModelError(
-                f"The weights in {self.folder} do not match its {CONFIG_FILE}: missing {_summarize(missing)}; unknown "
-                f"{_summarize(unknown)}. Copy or download the folder again."
+                f"The weights in {self.folder} do not match its {CONFIG_FILE}: missing {summarize(missing)}; unknown "
+                f"{summarize(unknown)}. Copy or download the folder again."
             )
         with ExitStack() as stack:  # each file is opened once, because checking its header takes time
             paths = {location.path for location in self.locations.values()}
@@ -204,7 +204,7 @@ def _locate_tensors(paths: Iterable[Path]) -> dict[str, TensorLocation]:
     for path in paths:
         with open_tensors(path) as (_, shapes):
             for key, shape in shapes.items():
-                if _CAUSAL_MASK.search(key):
+                if CAUSAL_MASK.search(key):
                     continue
                 name = WRAPPERS.sub("", key)
                 if name != LM_HEAD and not name.startswith("transformer."):  # a bare GPT2Model, without the head
@@ -230,10 +230,11 @@ def _unknown_names(folder: Path, keys: Iterable[str]) -> ModelError:
                 f"again without it."
             )
     return ModelError(
-        f"{folder} has no {EMBEDDING}, but tensors such as {_summarize(keys)}. They are not the weights of a GPT-2."
+        f"{folder} has no {EMBEDDING}, but tensors such as {summarize(keys)}. They are not the weights of a GPT-2."
     )
 
 
-def _summarize(names: Iterable[str]) -> str:
+def summarize(names: Iterable[str]) -> str:
+    """Return the first names in alphabetical order, and how many more there are."""
     ordered = sorted(names)
     return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "") or "none"
