@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doc_examples import small
 
 from homebrew import GPT, GPTConfig
 from homebrew.cli.main import main
@@ -16,34 +17,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.M | re.S))
 
-# What takes hours, the network or a GPU in the README, and what takes its place here.
-SUBSTITUTES = {
-    'load_corpus("tinyshakespeare")': 'load_corpus(path="book.txt")',
-    "load_hellaswag()": 'load_hellaswag("hellaswag.jsonl")',
-    "openai-community/gpt2": "tiny-gpt2",
-    "GPTConfig()": "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
-    'GPTConfig.preset("baby")': "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
-    "train book.npy": "train book.npy --n-layer 1 --n-head 1 --n-embd 8 --block-size 64",
-    "global_batch_tokens=524_288": "global_batch_tokens=64",
-}
-SMALLER = [
-    (r"block_size=(128|256|1024)", "block_size=16"),
-    (r"max_steps=\d+", "max_steps=2, micro_batch_size=2"),
-    (r"--max-steps \d+", "--max-steps 2 --micro-batch-size 2"),
-    (r"--vocab-size \d+", "--vocab-size 260"),
-    (r"max_new_tokens=\d+", "max_new_tokens=4"),
-]
 QUESTION = {"ctx": "She opens the door and", "endings": ["walks in.", "flies.", "is blue.", "sings."], "label": 0}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiling each example takes a minute")
-
-
-def small(example: str) -> str:
-    for text, substitute in SUBSTITUTES.items():
-        example = example.replace(text, substitute)
-    for pattern, substitute in SMALLER:
-        example = re.sub(pattern, substitute, example)
-    return example
 
 
 def code(section: str, language: str) -> str:
