@@ -1,7 +1,7 @@
+import datasets
 import numpy as np
 import pytest
 import torch
-from hugging_face import ColumnDataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -373,7 +373,8 @@ class Rows(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (lambda: ColumnDataset({"text": TEXTS, "label": [0, 1, 2]}), {}),
+        (lambda: datasets.Dataset.from_dict({"text": TEXTS, "label": [0, 1, 2]}), {}),
+        (lambda: datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=2), {}),
         (lambda: [{"text": text} for text in TEXTS], {}),
         (lambda: ({"text": text} for text in TEXTS), {}),
         (Rows, {"text_column": "content"}),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hugging_face import ColumnDataset
+from datasets import Dataset
 from tiny_runs import CONFIG, Recorder, StopAt, checkpoint_tensors, equal, make_trainer, random_tokens
 from torch.nn import functional as F
 
@@ -38,17 +38,19 @@ MASKED = [shifted(row) for row in LABELS]
 DATASETS = {
     "lists of ids": (ROWS, PLAIN),
     "pairs of uint8": ([(np.array(row, np.uint8), np.array(shifted(row), np.int16)) for row in ROWS], PLAIN),
-    "token column": (ColumnDataset({"input_ids": ROWS, "text": ["some text"] * 40}), PLAIN),
-    "torch format": (ColumnDataset({"input_ids": ROWS, "targets": PLAIN}, torch.tensor), PLAIN),
-    "padded": (ColumnDataset({"input_ids": padded(ROWS, 99), "attention_mask": attention(ROWS)}, np.array), PLAIN),
-    "chat mask": (ColumnDataset({"input_ids": ROWS, "loss_mask": MASKS}), MASKED),
-    "labels": (DictDataset(ColumnDataset({"input_ids": ROWS, "labels": LABELS}), labels_are_shifted=False), MASKED),
+    "token column": (Dataset.from_dict({"input_ids": ROWS, "text": ["some text"] * 40}), PLAIN),
+    "torch format": (Dataset.from_dict({"input_ids": ROWS, "targets": PLAIN}).with_format("torch"), PLAIN),
+    "padded": (
+        Dataset.from_dict({"input_ids": padded(ROWS, 99), "attention_mask": attention(ROWS)}).with_format("numpy"),
+        PLAIN),
+    "chat mask": (Dataset.from_dict({"input_ids": ROWS, "loss_mask": MASKS}), MASKED),
+    "labels": (DictDataset(Dataset.from_dict({"input_ids": ROWS, "labels": LABELS}), labels_are_shifted=False), MASKED),
     "shifted labels": (
         DictDataset([{"input_ids": row, "labels": labels} for row, labels in zip(ROWS, MASKED, strict=True)],
                     labels_are_shifted=True), MASKED),
     "padded labels": (
         DictDataset(
-            ColumnDataset({
+            Dataset.from_dict({
                 "input_ids": padded(ROWS, 49), "labels": padded(LABELS, 49), "attention_mask": attention(ROWS),
             }), labels_are_shifted=False), MASKED),
 }  # fmt: skip

@@ -78,7 +78,7 @@ def check_map_style(dataset: object, name: str) -> None:
         )
     if not isinstance(dataset, Sized) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         raise DataError(
-            f"{name} is a {type(dataset).__name__}, but must be a map-style dataset (__len__, __getitem__): "
+            f"{name} is of type {type(dataset).__name__}, but must be a map-style dataset (__len__, __getitem__): "
             f"each step reads its samples by index, so that a run resumes exactly. Read a stream into memory with "
             f"list(dataset), or write its text or tokens to files with homebrew prepare or write_tokens, and open them "
             f"with TokenDataset.from_shards."
