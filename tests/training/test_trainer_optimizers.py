@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 from custom_optimizers import ScheduleFreeAdamW
-from tiny_runs import ONE_LAYER, Recorder, StopAt, checkpoint_tensors, equal, make_trainer, token_dataset, weights
+from tiny_runs import (
+    ONE_LAYER,
+    RaiseAt,
+    Recorder,
+    StopAt,
+    checkpoint_tensors,
+    equal,
+    make_trainer,
+    token_dataset,
+    weights,
+)
 
 from homebrew import GPT, Callback, LoRAConfig, Muon, add_lora, load_model
 from homebrew.errors import ConfigError, ResumeMismatch, TrainingError
@@ -243,6 +253,77 @@ def test_an_optimizer_may_be_used_again_without_averages(tmp_path):
     resumed = make_trainer(tmp_path / "plain", model=other, optimizer=adamw(other.parameters()), max_steps=1)
     resumed.train(resume=True)
     assert equal(weights(resumed), {name: weight.cpu() for name, weight in model.state_dict().items()})
+
+
+OPTIMIZERS = {
+    "adamw": {"optimizer": "adamw"},
+    "averaged adamw": {"optimizer": "adamw", "ema_decay": 0.5},
+    "averaged muon": {"optimizer": "muon", "ema_decay": 0.5},
+    "schedule-free": {"optimizer": ScheduleFreeAdamW},
+    "averaged SGD": {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1), "ema_decay": 0.5},
+}
+
+
+def trainer_of(folder, kind, model, *callbacks):
+    settings = OPTIMIZERS[kind]
+    if callable(settings["optimizer"]):
+        settings = settings | {"optimizer": settings["optimizer"](model.parameters())}
+    return make_trainer(folder, model=model, callbacks=callbacks, **settings)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_second_run_of_a_trainer_is_a_new_run_from_the_weights_that_the_model_has(tmp_path, kind, loads):
+    trainer = trainer_of(tmp_path / "a", kind, GPT(ONE_LAYER))
+    trainer.train()
+    if loads:
+        trainer.model.load_state_dict(GPT(ONE_LAYER, seed=7).state_dict())
+    model = GPT(ONE_LAYER)
+    model.load_state_dict(weights(trainer))
+    new = trainer_of(tmp_path / "b", kind, model)
+    new.train()
+    with pytest.warns(UserWarning, match="trained before"):
+        trainer.train(overwrite=True)
+    assert equal(checkpoint_tensors(tmp_path / "a", 6), checkpoint_tensors(tmp_path / "b", 6))
+    assert equal(weights(trainer), weights(new))
+
+
+@pytest.mark.parametrize("kind", ["averaged adamw", "schedule-free"])
+def test_a_run_that_failed_before_its_first_checkpoint_starts_again_from_loaded_weights(tmp_path, kind):
+    loaded = GPT(ONE_LAYER, seed=7).state_dict()
+    raises = RaiseAt(3, ZeroDivisionError())
+    trainer = trainer_of(tmp_path / "a", kind, GPT(ONE_LAYER), raises)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.callbacks.remove(raises)
+    trainer.model.load_state_dict(loaded)
+    with pytest.warns(UserWarning, match="trained before"):
+        trainer.train(resume=True)
+    model = GPT(ONE_LAYER)
+    model.load_state_dict(loaded)
+    new = trainer_of(tmp_path / "b", kind, model)
+    new.train()
+    assert equal(weights(trainer), weights(new))
+
+
+@pytest.mark.parametrize("when", ["before the Trainer", "after it"])
+def test_an_optimizer_that_is_used_again_does_not_bring_back_earlier_weights(tmp_path, when):
+    finished = []
+    for folder, has_trained in (("a", True), ("b", False)):
+        model = GPT(ONE_LAYER)
+        settings = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "ema_decay": 0.5}
+        if has_trained:
+            make_trainer(tmp_path / "first", **settings).train()
+        loaded = GPT(ONE_LAYER, seed=7).state_dict()
+        if when == "before the Trainer":
+            model.load_state_dict(loaded)
+        trainer = make_trainer(tmp_path / folder, **settings)
+        if when == "after it":
+            model.load_state_dict(loaded)
+        trainer.train()
+        finished.append(weights(trainer))
+    assert equal(*finished)
 
 
 def adamw(parameters, **settings):

@@ -14,7 +14,14 @@ from accelerate.utils import set_seed
 from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import Identity, check_accept_changes, check_ranks
-from homebrew.checkpoint.optimizer_state import check_state, group_settings, initial_state, optimizer_json
+from homebrew.checkpoint.optimizer_state import (
+    check_state,
+    group_numbers,
+    group_settings,
+    initial_state,
+    load_optimizer_state,
+    optimizer_json,
+)
 from homebrew.checkpoint.restore import load_run
 from homebrew.checkpoint.run_folder import RunLock, move_run_aside
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
@@ -87,6 +94,7 @@ class CheckpointManager:
         self._model = model
         self._optimizer = optimizer
         self._initial_settings = group_settings(optimizer)
+        self._initial_numbers = group_numbers(optimizer)
         self._initial_state = initial_state(model, optimizer)
         self._guard = guard
         self._output_dir = output_dir
@@ -166,6 +174,9 @@ class CheckpointManager:
         )
         start = run_on_main(accelerator, load)
         set_seed(self._seed, device_specific=True)
+        if self._restored:  # drop the optimizer's state of the earlier run
+            built = {"parameters": {}, "groups": self._initial_numbers}
+            load_optimizer_state(accelerator, self._model, self._optimizer, {}, built, self._initial_state)
         self._restored = True
         step: int = start["step"] if start else 0
         self._saved_step = step if start and start["in_store"] else None

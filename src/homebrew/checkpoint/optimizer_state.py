@@ -90,6 +90,14 @@ def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
     ]
 
 
+def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, int | float]]:
+    """Return the plain numbers in each parameter group, some of which an optimizer may change, such as step counts."""
+    return [
+        {key: value for key, value in group.items() if key not in _NOT_SAVED and isinstance(value, int | float)}
+        for group in optimizer.param_groups
+    ]
+
+
 def optimizer_json(
     model: nn.Module, optimizer: torch.optim.Optimizer, initial: list[dict[str, str]]
 ) -> tuple[dict[str, Any], list[str]]:

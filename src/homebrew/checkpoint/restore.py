@@ -110,8 +110,9 @@ def _warn_if_not_new(output_dir: Path, resume: bool | str | Path, *, has_trained
     """Warn if there is no checkpoint, but the run is not a new one."""
     if has_trained:
         warn(
-            "This Trainer has trained before, and there is no checkpoint to resume from: it starts at step 0 with its "
-            "current weights and optimizer state. To start over, build a new model and Trainer."
+            "This Trainer has trained before, and there is no checkpoint to resume from: it starts at step 0 with the "
+            "model's current weights and the optimizer as it was built. To start from new weights, build a new model "
+            "and Trainer."
         )
     elif resume and (output_dir / "metrics.jsonl").exists():
         warn(f"{output_dir} has metrics but no checkpoint: starting at step 0. A smaller save_every loses fewer steps.")

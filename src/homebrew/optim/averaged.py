@@ -40,6 +40,9 @@ class AveragedOptimizer(CombinedOptimizer):
                     f"{type(optimizer).__name__} averages the weights itself, so ema_decay={decay} would average them "
                     f"twice. Remove ema_decay."
                 )
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            for key in ("average", "num_averaged"):  # those of an earlier run
+                self.state.get(parameter, {}).pop(key, None)
         self._decay = decay
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - as in PyTorch

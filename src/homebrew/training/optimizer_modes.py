@@ -16,10 +16,12 @@ class OptimizerModes:
     """Calls an optimizer's `train()` and `eval()`, if it has both, which replace the model's weights.
 
     Switching there and back would change the weights by rounding. Therefore, in evaluation mode the weights of training
-    mode are kept in the optimizer's state. They are saved with it, so that a run resumes with exactly these weights.
+    mode are kept in the optimizer's state. They are saved with it, so that a run resumes with exactly these weights. A
+    new run does not use them: it starts from the weights that the model has.
 
     Args:
-        optimizer: Any optimizer, which is put in evaluation mode; for one without modes nothing is done.
+        optimizer: Any optimizer, which is put in evaluation mode; for one without modes nothing is done. Weights that
+            an earlier run has kept are dropped.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -29,6 +31,8 @@ class OptimizerModes:
         self._is_training = False
         for member in self._optimizers:
             member.eval()
+            for parameter in _parameters(member):
+                member.state.get(parameter, {}).pop(_TRAIN_WEIGHT, None)
 
     @torch.no_grad()
     def train(self) -> None:

@@ -34,6 +34,7 @@ from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compi
 from homebrew.training.global_settings import allow_tf32
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw, check_trainable, muon_and_adamw
+from homebrew.training.optimizer_modes import OptimizerModes
 from homebrew.training.optimizer_probe import check_future_state
 from homebrew.training.schedule import Schedule, multiplier_at
 from homebrew.training.step_logger import StepLogger
@@ -54,6 +55,7 @@ class TrainerParts:
     """Under FSDP, a copy of the unsharded model whose weights take no memory."""
     optimizer: torch.optim.Optimizer
     """The optimizer without Accelerate's wrapper."""
+    modes: OptimizerModes
     sequence_length: int
     batch: BatchPlan
     compile_mode: CompileMode
@@ -123,6 +125,7 @@ def build_parts(
     )
     identity(config.max_steps)  # raises the errors of a custom schedule
     wrapped, prepared_optimizer = prepare(accelerator, bare, bare_optimizer)
+    modes = OptimizerModes(bare_optimizer)
 
     uses_scaler = accelerator.scaler is not None
     guard = NanGuard(
@@ -148,6 +151,7 @@ def build_parts(
         wrapped=wrapped,
         meta_copy=meta,
         optimizer=bare_optimizer,
+        modes=modes,
         sequence_length=sequence_length,
         batch=batch,
         compile_mode=compile_mode,

@@ -27,7 +27,6 @@ from homebrew.training.batch_size import explain_out_of_memory
 from homebrew.training.compile import warm_up_compiled
 from homebrew.training.global_settings import exclusive_training
 from homebrew.training.optimizer import set_learning_rates
-from homebrew.training.optimizer_modes import OptimizerModes
 from homebrew.training.run_requests import RunRequests
 from homebrew.training.schedule import Schedule, multiplier_at
 from homebrew.training.setup import build_callbacks, build_parts
@@ -100,7 +99,7 @@ class Trainer:
         self._wrapped = parts.wrapped
         self._meta_copy = parts.meta_copy
         self._optimizer = parts.optimizer
-        self._modes = OptimizerModes(parts.optimizer)
+        self._modes = parts.modes
         self._guard = parts.guard
         self._train_step = parts.train_step
         self._collate = parts.collate
