@@ -127,7 +127,7 @@ def test_the_default_micro_batch_depends_on_the_device(monkeypatch, device, defa
     for size, expected in (
         (None, planned),
         (512, BatchPlan(8192, 512, 8)),
-        ("auto", (accelerator, model, planned, {"sequence_length": 16, "most": most})),
+        ("auto", (accelerator, model, planned, {"sequence_length": 16, "most": most, "averages_weights": False})),
     ):
         config = TrainerConfig(output_dir="x", max_steps=1, micro_batch_size=size, global_batch_tokens=8192 * 16)
         assert plan_batch_for_device(accelerator, model, config, 16) == expected
@@ -136,11 +136,20 @@ def test_the_default_micro_batch_depends_on_the_device(monkeypatch, device, defa
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "is_fsdp2", "num_reserved"),
-    [(1, False, 800), (2, False, 1200), (4, False, 1200), (1, True, 800), (4, True, 200)],
+    ("num_processes", "is_fsdp2", "averages", "num_reserved"),
+    [
+        (1, False, False, 800),
+        (2, False, False, 1200),
+        (4, False, False, 1200),
+        (1, True, False, 800),
+        (4, True, False, 200),
+        (1, False, True, 1600),
+        (2, False, True, 2000),
+        (4, True, True, 400),
+    ],
 )
-def test_a_trial_reserves_memory_for_the_optimizer_state(monkeypatch, num_processes, is_fsdp2, num_reserved):
-    """AdamW has two moments, which FSDP shards, and DDP a copy of the gradients."""
+def test_a_trial_reserves_memory_for_the_optimizer_state(monkeypatch, num_processes, is_fsdp2, averages, num_reserved):
+    """AdamW has two moments and an average two copies of the weights, which FSDP shards; DDP copies the gradients."""
     model, reserved, new_empty = MeanEmbedding(), [], torch.Tensor.new_empty
 
     def reserve(parameter, size):
@@ -152,8 +161,20 @@ def test_a_trial_reserves_memory_for_the_optimizer_state(monkeypatch, num_proces
     sizes = []
     model.register_forward_pre_hook(lambda *_: sizes.append(sum(tensor().numel() for tensor in reserved)))
     accelerator, batch = one_of(num_processes, is_fsdp2=is_fsdp2), BatchPlan(num_processes, 1, 1)
-    assert fit_micro_batch_size(accelerator, model, batch, sequence_length=16, most=1) == batch
+    settings = {"sequence_length": 16, "most": 1, "averages_weights": averages}
+    assert fit_micro_batch_size(accelerator, model, batch, **settings) == batch
     assert sizes == [num_reserved] * 2
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_auto_counts_the_average_of_the_weights(tmp_path, monkeypatch, ema_decay):
+    seen = []
+    original = batch_size.fit_micro_batch_size
+    monkeypatch.setattr(
+        batch_size, "fit_micro_batch_size", lambda *args, **options: seen.append(options) or original(*args, **options)
+    )
+    make_limited_trainer(tmp_path, max_sequences=99, ema_decay=ema_decay)
+    assert seen[0]["averages_weights"] is (ema_decay is not None)
 
 
 def test_a_trial_accumulates_gradients_as_in_training():

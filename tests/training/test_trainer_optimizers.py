@@ -18,6 +18,7 @@ from tiny_runs import (
 )
 
 from homebrew import GPT, Callback, LoRAConfig, Muon, add_lora, load_model
+from homebrew.checkpoint.state_dict import checkpoint_bytes
 from homebrew.errors import ConfigError, ResumeMismatch, TrainingError
 
 
@@ -242,6 +243,19 @@ def test_a_run_with_averaged_weights_resumes_bitwise(tmp_path):
     assert equal(weights(uninterrupted), weights(resumed))
     with pytest.raises(ResumeMismatch, match=r"ema_decay was '0.5', is '0.6'\."):
         make_trainer(tmp_path / "b", model=GPT(ONE_LAYER), **settings | {"ema_decay": 0.6}).train(resume=True)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_checkpoint_bytes_is_the_size_of_the_tensors_of_a_checkpoint(tmp_path, ema_decay, is_adapter):
+    model = GPT(ONE_LAYER)
+    if is_adapter:
+        add_lora(model, LoRAConfig())
+    trainer = make_trainer(tmp_path, model=model, max_steps=2, ema_decay=ema_decay)
+    trainer.train()
+    tensors = checkpoint_tensors(tmp_path, 2)
+    saved = [tensor.nbytes for name, tensor in tensors.items() if not name.startswith(("rng", "guard")) and tensor.ndim]
+    assert checkpoint_bytes(trainer.model, trainer._optimizer) == sum(saved)
 
 
 def test_an_optimizer_may_be_used_again_without_averages(tmp_path):

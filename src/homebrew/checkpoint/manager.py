@@ -107,7 +107,7 @@ class CheckpointManager:
         self._is_locked = False  # equal on all ranks, while only rank 0 holds the lock
         self._writer = AsyncWriter()
         multi_rank_fsdp = uses_fsdp(accelerator) and accelerator.num_processes > 1
-        self._sharded = multi_rank_fsdp and checkpoint_bytes(model) > gather_limit_bytes
+        self._sharded = multi_rank_fsdp and checkpoint_bytes(model, optimizer) > gather_limit_bytes
         self._saved_step: int | None = None
         self._restored = False  # whether `restore` has been called
         self._warned = False
@@ -194,7 +194,7 @@ class CheckpointManager:
         if self._sharded:
             check_shared_folder(accelerator, self._store, step)
         else:
-            reserve_staging(accelerator, self._model)
+            reserve_staging(accelerator, self._model, self._optimizer)
         return step, start["num_samples"] if start else 0
 
     def path(self, step: int) -> Path:

@@ -23,6 +23,7 @@ from homebrew.distributed.collectives import broadcast_bytes, broadcast_tensors,
 from homebrew.distributed.fsdp import full_tensor, shard_like, uses_fsdp
 from homebrew.errors import CorruptCheckpoint, ModelError
 from homebrew.model.lora import LoRALinear, adapter_state_dict
+from homebrew.optim.averaged import AveragedOptimizer
 
 
 class Stateful(Protocol):
@@ -35,13 +36,19 @@ class Stateful(Protocol):
         """Restore the state."""
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Return the size in bytes of the checkpoint of a run with Adam: the weights, and two moments of each trained one.
-
-    Muon's is smaller, with one momentum for each matrix; averaged weights add two tensors for each trained one.
-    """
+def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Return the size in bytes of the checkpoint of a run with Adam; Muon's has one momentum less for each matrix."""
     saved = 0 if _weights_name(model) == "adapter" else 1
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else saved) for p in model.parameters())
+    trained = _copies_of_trained(optimizer)
+    return sum(p.numel() * p.element_size() * (trained if p.requires_grad else saved) for p in model.parameters())
+
+
+def _copies_of_trained(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many tensors of its shape are saved for each trained parameter.
+
+    These are the weights, Adam's two moments, and for an average of the weights the average and the training weights.
+    """
+    return 5 if isinstance(optimizer, AveragedOptimizer) else 3
 
 
 def check_savable(model: nn.Module) -> None:
@@ -131,7 +138,7 @@ def scatter_run(
                 set_seed(seed, device_specific=True)
 
 
-def reserve_staging(accelerator: Accelerator, model: nn.Module) -> None:
+def reserve_staging(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Allocate the pinned memory for `gather_run`'s copies ahead of the first save; does nothing without a GPU.
 
     Page-locking takes longer than a training step, and PyTorch caches pinned memory after it has been freed. Sharded
@@ -140,7 +147,8 @@ def reserve_staging(accelerator: Accelerator, model: nn.Module) -> None:
     if accelerator.device.type == "cuda" and accelerator.is_main_process and not uses_fsdp(accelerator):
         trained = [p for p in model.parameters() if p.requires_grad]
         with contextlib.suppress(RuntimeError):  # not enough memory to lock: copies will be slower
-            _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in range(3)]
+            copies = range(_copies_of_trained(optimizer))
+            _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in copies]
 
 
 def check_files(

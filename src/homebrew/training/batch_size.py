@@ -89,25 +89,47 @@ def plan_batch_for_device(
         return plan
     # Running out of memory on a CPU ends the process instead of raising an error, so larger sizes are not tried.
     most = plan.global_batch_size if accelerator.device.type != "cpu" else plan.micro_batch_size
-    return fit_micro_batch_size(accelerator, model, plan, sequence_length=sequence_length, most=most)
+    return fit_micro_batch_size(
+        accelerator,
+        model,
+        plan,
+        sequence_length=sequence_length,
+        most=most,
+        averages_weights=config.ema_decay is not None,
+    )
 
 
 def fit_micro_batch_size(
-    accelerator: Accelerator, model: GPT, plan: BatchPlan, *, sequence_length: int, most: int
+    accelerator: Accelerator,
+    model: GPT,
+    plan: BatchPlan,
+    *,
+    sequence_length: int,
+    most: int,
+    averages_weights: bool = False,
 ) -> BatchPlan:
     """Divide the same global batch into the largest micro-batches that fit on every rank.
 
     Trials use the bare model, so that no rank waits for another that has run out of memory. A compiled or sharded step
     needs less memory than a trial.
 
+    Args:
+        accelerator: The run's accelerator.
+        model: Model without wrappers.
+        plan: How to divide the step without a trial.
+        sequence_length: Tokens in a sequence.
+        most: Largest micro-batch to try, in sequences.
+        averages_weights: Whether the run averages its weights.
+
     Raises:
         TrainingError: Not even one sequence fits.
     """
+    num_moments = 4 if averages_weights else 2  # with the average, and in an evaluation the training weights
     share = plan.global_batch_size // accelerator.num_processes
     sizes = [size for size in range(1, most + 1) if share % size == 0]
 
     def fits(size: int) -> bool:
-        fits_here = _fits(accelerator, model, size, sequence_length)
+        fits_here = _fits(accelerator, model, size, sequence_length, num_moments)
         num_fits = accelerator.reduce(torch.tensor(float(fits_here), device=accelerator.device), "sum")
         return bool(num_fits.item() == accelerator.num_processes)
 
@@ -162,14 +184,14 @@ def explain_out_of_memory(accelerator: Accelerator, plan: BatchPlan) -> Iterator
 _MEMORY_ADVICE = "Set activation_checkpointing=True, shard the model with FSDP2 over more GPUs, or use a smaller model."
 
 
-def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int) -> bool:
+def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int, num_moments: int) -> bool:
     """Return whether a trial fits on this rank; its memory is freed, and is not counted in the logged peak."""
     device = accelerator.device
     was_training = model.training
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _run_trial(accelerator, model, size, sequence_length)  # a function frees its tensors
+            _run_trial(accelerator, model, size, sequence_length, num_moments)  # a function frees its tensors
     except torch.OutOfMemoryError:
         return False
     else:
@@ -182,9 +204,9 @@ def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int)
             torch.cuda.reset_peak_memory_stats(device)
 
 
-def _run_trial(accelerator: Accelerator, model: GPT, size: int, sequence_length: int) -> None:
+def _run_trial(accelerator: Accelerator, model: GPT, size: int, sequence_length: int, num_moments: int) -> None:
     """Run two micro-batches, with the optimizer state allocated; the second one accumulates gradients."""
-    _reserved = _reserve_optimizer_state(accelerator, model)
+    _reserved = _reserve_optimizer_state(accelerator, model, num_moments)
     ids = torch.zeros(size, sequence_length, dtype=torch.int64, device=accelerator.device)
     for _ in range(2):
         with accelerator.autocast():
@@ -192,9 +214,10 @@ def _run_trial(accelerator: Accelerator, model: GPT, size: int, sequence_length:
         loss.backward()
 
 
-def _reserve_optimizer_state(accelerator: Accelerator, model: GPT) -> list[torch.Tensor]:
-    """Allocate as much memory as AdamW's two moments, and DDP's copy of the gradients, will take."""
+def _reserve_optimizer_state(accelerator: Accelerator, model: GPT, num_moments: int) -> list[torch.Tensor]:
+    """Allocate as much memory as the optimizer's moments, and DDP's copy of the gradients, will take."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if uses_fsdp(accelerator):
-        return [p.new_empty(2 * p.numel() // accelerator.num_processes) for p in trainable]
-    return [p.new_empty((2 if accelerator.num_processes == 1 else 3) * p.numel()) for p in trainable]
+        return [p.new_empty(num_moments * p.numel() // accelerator.num_processes) for p in trainable]
+    num_copies = num_moments if accelerator.num_processes == 1 else num_moments + 1
+    return [p.new_empty(num_copies * p.numel()) for p in trainable]

@@ -93,9 +93,9 @@ class TrainerConfig:
     keep_every: int | None = None
     """Keep checkpoints at multiples of this step permanently."""
     gather_limit_bytes: int = 32_000_000_000
-    """Under FSDP, the largest checkpoint, in bytes (12 per trainable parameter), that rank 0 gathers and writes. Of a
-    larger one, each rank writes its shards; `output_dir` must then be on a shared file system. Both kinds load on any
-    number of processes."""
+    """Under FSDP, the largest checkpoint, in bytes (12 per trainable parameter, with `ema_decay` 20), that rank 0
+    gathers and writes. Of a larger one, each rank writes its shards; `output_dir` must then be on a shared file system.
+    Both kinds load on any number of processes."""
     num_workers: int = 0
     """Data loader processes, for slow custom datasets. Evaluation always reads in the main process."""
     loader_timeout_seconds: float = 600.0
