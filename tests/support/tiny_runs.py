@@ -58,12 +58,13 @@ def make_trainer(
         "max_steps": 6,
         "global_batch_tokens": 8 * 16,
         "micro_batch_size": 8,
-        "learning_rate": 1e-2,
         "log_every": 1,
         "mixed_precision": "no",  # the same numbers on every device
     }
     if isinstance(optimizer, str):
         config, optimizer = config | {"optimizer": optimizer}, None
+    if optimizer is None:
+        defaults["learning_rate"] = 1e-2
     return Trainer(
         model,
         token_dataset() if train_dataset is None else train_dataset,

@@ -285,7 +285,7 @@ def build(task, rank):
             global_batch_tokens=8 * 16,
             micro_batch_size=task.get("micro_batch_size", 2),
             optimizer="muon" if optimizer == "muon" else "adamw",
-            learning_rate=1e-2,
+            learning_rate=None if optimizer in OPTIMIZERS else 1e-2,
             ema_decay=task.get("ema_decay"),
             log_every=1,
             save_every=task.get("save_every"),

@@ -94,12 +94,14 @@ OPTIMIZERS = {
 def train(output_dir, name, *, steps, **arguments):
     """Train to a step with an optimizer and a constant schedule; return the Trainer."""
     model = GPT(ONE_LAYER)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    is_built_in = optimizer is None or isinstance(optimizer, str)
     trainer = make_trainer(
         output_dir,
         model=model,
-        optimizer=OPTIMIZERS[name](model.parameters()),
+        optimizer=optimizer,
         schedule=lambda step: 1.0,
-        learning_rate=1e-3,
+        learning_rate=1e-3 if is_built_in else None,
         max_steps=4,
         callbacks=[StopAt(steps)],
         progress=False,

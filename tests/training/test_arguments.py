@@ -67,6 +67,41 @@ def test_an_optimizer_that_the_trainer_cannot_step_is_an_error(tmp_path, name):
         make_trainer(tmp_path, model=model, optimizer=OPTIMIZERS[name](model.parameters()))
 
 
+UNUSED = [
+    ("optimizer", {"learning_rate": 6e-4}, "learning_rate=0.0006"),
+    ("optimizer", {"betas": (0.9, 0.95)}, r"betas=\(0.9, 0.95\)"),  # also the value that AdamW has by default
+    ("optimizer", {"weight_decay": 0.0}, "weight_decay=0.0"),
+    ("optimizer", {"optimizer": "muon", "muon_momentum": 0.9}, "optimizer='muon', muon_momentum=0.9"),
+    ("schedule", {"lr_schedule": "linear"}, "lr_schedule='linear'"),
+    ("schedule", {"lr_schedule": "wsd", "decay_fraction": 0.3}, "lr_schedule='wsd', decay_fraction=0.3"),
+    ("schedule", {"warmup_steps": 0}, "warmup_steps=0"),
+    ("schedule", {"min_lr_ratio": 0.1}, "min_lr_ratio=0.1"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), UNUSED, ids=[message for _, _, message in UNUSED])
+def test_settings_that_a_custom_part_replaces_are_an_error(tmp_path, name, settings, message):
+    model = GPT(ONE_LAYER)
+    custom = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "schedule": lambda step: 1.0}[name]
+    config = TrainerConfig(output_dir=tmp_path, max_steps=1, **settings)
+    with pytest.raises(ConfigError, match=f"{message}: not used with a custom {name}"):
+        Trainer(model, token_dataset(), config=config, **{name: custom})
+
+
+def test_settings_that_a_custom_part_does_not_replace_are_used(tmp_path):
+    model = GPT(ONE_LAYER)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"lr_schedule": "wsd", "warmup_steps": 1, "decay_fraction": 0.3, "min_lr_ratio": 0.2}
+    make_trainer(tmp_path, model=model, optimizer=optimizer, **settings)
+    settings = {"optimizer": "muon", "muon_momentum": 0.9, "betas": (0.8, 0.9), "weight_decay": 0.0}
+    make_trainer(tmp_path, schedule=lambda step: 1.0, **settings)
+
+
+def test_a_timeout_that_a_custom_accelerator_does_not_use_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"collective_timeout_seconds=30.*InitProcessGroupKwargs"):
+        make_trainer(tmp_path, accelerator=Accelerator(mixed_precision="no"), collective_timeout_seconds=30)
+
+
 def test_transformers_adafactor_trains_with_a_learning_rate(tmp_path):
     model = GPT(ONE_LAYER)
     optimizer = Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)

@@ -62,6 +62,22 @@ def test_one_error_lists_all_invalid_settings(name, value):
 
 
 @pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"decay_fraction": 0.5}, "lr_schedule='wsd'"),  # also the value that "wsd" has by default
+        ({"decay_fraction": 0.2, "lr_schedule": "linear"}, "lr_schedule='wsd'"),
+        ({"decay_fraction": 0, "lr_schedule": "cosine"}, "lr_schedule='wsd'"),
+        ({"muon_momentum": 0.95}, "optimizer='muon'"),
+        ({"muon_momentum": 0.0, "optimizer": "adamw"}, "optimizer='muon'"),
+    ],
+)
+def test_a_setting_that_would_not_be_used_is_an_error(settings, needed):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value}: needs {needed}"):
+        TrainerConfig(output_dir="x", max_steps=1, **settings)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("learning_rate", 1),

@@ -133,8 +133,12 @@ class TrainerOptions(TrainerConfig):
     micro_batch_size: _Optional[int | Literal["auto"]] = TrainerConfig.micro_batch_size
     learning_rate: _Optional[float] = TrainerConfig.learning_rate
     warmup_steps: _Optional[int] = TrainerConfig.warmup_steps
+    decay_fraction: _Optional[float] = TrainerConfig.decay_fraction
     min_lr_ratio: _Optional[float] = TrainerConfig.min_lr_ratio
+    betas: _Optional[tuple[float, float]] = TrainerConfig.betas
     ema_decay: _Optional[float] = TrainerConfig.ema_decay
+    muon_momentum: _Optional[float] = TrainerConfig.muon_momentum
+    weight_decay: _Optional[float] = TrainerConfig.weight_decay
     loss_spike_zscore: _Optional[float] = TrainerConfig.loss_spike_zscore
     compile: Annotated[bool | Literal["auto"], _COMPILE_OPTION] = TrainerConfig.compile
     eval_every: _Optional[int] = TrainerConfig.eval_every

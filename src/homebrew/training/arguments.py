@@ -21,6 +21,12 @@ from homebrew.model.gpt_config import GPTConfig
 from homebrew.training.schedule import Schedule
 from homebrew.training.trainer_config import TrainerConfig
 
+_UNUSED_WITH = {
+    "optimizer": ("optimizer", "learning_rate", "betas", "muon_momentum", "weight_decay"),
+    "schedule": ("lr_schedule", "warmup_steps", "decay_fraction", "min_lr_ratio"),
+}
+"""Settings of the config in whose place an argument of the Trainer is used."""
+
 _OPTIMIZER = "a torch.optim.Optimizer. Build it over the model's parameters."
 
 
@@ -58,6 +64,11 @@ def check_arguments(
         check_optimizer(optimizer)
     if schedule is not None:
         check_schedule(schedule)
+    for name, argument in (("optimizer", optimizer), ("schedule", schedule)):
+        if argument is not None and (unused := config.changed(*_UNUSED_WITH[name])):
+            raise ConfigError(
+                f"{unused}: not used with a custom {name}. Set the same in the {name}, and remove it from the config."
+            )
     check_callbacks(callbacks)
 
 

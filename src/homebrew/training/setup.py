@@ -128,12 +128,17 @@ def build_parts(
     modes = OptimizerModes(bare_optimizer)
 
     uses_scaler = accelerator.scaler is not None
+    if uses_scaler and config.loss_spike_zscore is not None:
+        raise ConfigError(
+            f"loss_spike_zscore={config.loss_spike_zscore!r} is not supported in fp16, where the gradient scaler "
+            f"decides which steps to skip. Remove it, or use mixed_precision='bf16'."
+        )
     guard = NanGuard(
         bare_optimizer,
         "skip" if uses_scaler else config.non_finite,  # fp16: overflowing steps are how the scaler finds its scale
         config.non_finite_limit,
         device,
-        spike_zscore=None if uses_scaler else config.loss_spike_zscore,
+        spike_zscore=config.loss_spike_zscore,
     )
     train_step = TrainStep(
         wrapped,
@@ -167,12 +172,13 @@ def build_parts(
 
 def build_optimizers(model: GPT, config: TrainerConfig) -> list[torch.optim.Optimizer]:
     """Build the optimizers that the config names."""
-    learning_rate, betas, weight_decay = config.peak_learning_rate(), config.betas, config.weight_decay
+    learning_rate = config.peak_learning_rate()
+    betas = (0.9, 0.95) if config.betas is None else config.betas
+    weight_decay = 0.1 if config.weight_decay is None else config.weight_decay
     if config.optimizer == "adamw":
         return [adamw(model.parameters(), learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)]
-    return muon_and_adamw(
-        model, learning_rate=learning_rate, momentum=config.muon_momentum, betas=betas, weight_decay=weight_decay
-    )
+    momentum = 0.95 if config.muon_momentum is None else config.muon_momentum
+    return muon_and_adamw(model, learning_rate=learning_rate, momentum=momentum, betas=betas, weight_decay=weight_decay)
 
 
 def build_callbacks(callbacks: Sequence[Callback], *, progress: bool) -> list[Callback]:
@@ -190,6 +196,11 @@ def build_callbacks(callbacks: Sequence[Callback], *, progress: bool) -> list[Ca
 def resolve_accelerator(accelerator: Accelerator | None, config: TrainerConfig) -> Accelerator:
     """Return the user's Accelerator after checking it, or a new one."""
     if accelerator is not None:
+        if timeout := config.changed("collective_timeout_seconds"):
+            raise ConfigError(
+                f"{timeout} has no effect on an Accelerator that is already built. Build it with "
+                f"kwargs_handlers=[InitProcessGroupKwargs(timeout=...)], and remove the setting."
+            )
         return check_accelerator(accelerator, mixed_precision=config.mixed_precision, log_with=config.log_with)
     return build_accelerator(
         output_dir=config.output_dir,

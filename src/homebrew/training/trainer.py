@@ -45,10 +45,11 @@ class Trainer:
         eval_dataset: A dataset of the same kind to evaluate on.
         config: Training configuration.
         optimizer: Optimizer over the model's parameters, to use instead of the config's; or several, each over some of
-            the parameters. The config's `optimizer`, `learning_rate`, `betas`, `muon_momentum` and `weight_decay` are
-            then not used.
-        schedule: Function from the step to the multiplier of the learning rate, to use instead of the config's. It
-            multiplies the learning rates that the optimizer has when `train()` is called.
+            the parameters. The config must then leave `optimizer`, `learning_rate`, `betas`, `muon_momentum` and
+            `weight_decay` at their defaults.
+        schedule: Function from the step to the multiplier of the learning rates that the optimizer has when `train()`
+            is called. The config must then leave `lr_schedule`, `warmup_steps`, `decay_fraction` and `min_lr_ratio` at
+            their defaults.
         accelerator: Accelerator to use, with its precision and trackers, instead of one with the launcher's settings.
         callbacks: Callbacks that receive training events, after the built-in ones. A `ProgressDisplay` or `RunLogger`
             among them replaces the built-in one.

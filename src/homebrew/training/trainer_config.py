@@ -43,19 +43,20 @@ class TrainerConfig:
     begins, a run can be extended."""
     warmup_steps: int | None = None
     """Number of linear warm-up steps. Default: a twentieth of `max_steps`; for "wsd", 20."""
-    decay_fraction: float = 0.5
-    """Length of the decay with "wsd", as a fraction of `max_steps`."""
+    decay_fraction: float | None = None
+    """Length of the decay with "wsd", as a fraction of `max_steps`. Default: 0.5."""
     min_lr_ratio: float | None = None
     """Final learning rate, as a fraction of `learning_rate`. Default: 0.1 for "cosine", otherwise 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay of the first and second moments."""
+    betas: tuple[float, float] | None = None
+    """AdamW's decay of the first and second moments. Default: 0.9 and 0.95."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, such as 0.99. The average is evaluated, sampled and saved
     in place of the last weights. It helps where the learning rate does not end at 0. Default: no average."""
-    muon_momentum: float = 0.95
-    """Muon's decay of the gradients' running mean."""
-    weight_decay: float = 0.1
-    """Weight decay of matrices and embeddings, for both optimizers; biases and layer norms are not decayed."""
+    muon_momentum: float | None = None
+    """Muon's decay of the gradients' running mean. Default: 0.95."""
+    weight_decay: float | None = None
+    """Weight decay of matrices and embeddings, for both optimizers; biases and layer norms are not decayed. Default:
+    0.1."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this global norm. None, or infinity, disables clipping."""
     non_finite: NonFinitePolicy = "raise"
@@ -65,7 +66,7 @@ class TrainerConfig:
     """Maximum number of consecutive skipped steps."""
     loss_spike_zscore: float | None = None
     """Skip a step whose loss is more than this many standard deviations above the running mean. Default: never. Not
-    used in fp16, where the gradient scaler decides which steps to skip."""
+    supported in fp16, where the gradient scaler decides which steps to skip."""
     seed: int = 42
     """Random seed for data order and dropout, and for the initial weights of a model that the Trainer creates."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -120,9 +121,16 @@ class TrainerConfig:
         return warmup_stable_decay(
             warmup_steps=warmup_steps,
             max_steps=self.max_steps,
-            decay_fraction=self.decay_fraction if self.lr_schedule == "wsd" else 1.0,
+            decay_fraction=(
+                1.0 if self.lr_schedule == "linear" else 0.5 if self.decay_fraction is None else self.decay_fraction
+            ),
             min_lr_ratio=self.min_lr_ratio or 0.0,
         )
+
+    def changed(self, *names: str) -> str:
+        """Return those of the named settings that do not have their defaults, as "betas=(0.9, 0.99), seed=1"."""
+        values = {name: getattr(self, name) for name in names}
+        return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != getattr(type(self), name))
 
     def __post_init__(self) -> None:
         problems = [
@@ -133,6 +141,10 @@ class TrainerConfig:
         ]
         if _is_one_of(self.micro_batch_size, "auto") and self.global_batch_tokens is None:
             problems.append("micro_batch_size='auto': needs global_batch_tokens.")
+        if self.decay_fraction is not None and self.lr_schedule != "wsd":
+            problems.append(f"decay_fraction={self.decay_fraction!r}: needs lr_schedule='wsd', remove it for others.")
+        if self.muon_momentum is not None and self.optimizer != "muon":
+            problems.append(f"muon_momentum={self.muon_momentum!r}: needs optimizer='muon', remove it for others.")
         if not problems and self.warmup_steps is not None and self.warmup_steps > self.max_steps:
             problems.append(f"warmup_steps={self.warmup_steps}: must be at most max_steps={self.max_steps}.")
         if problems:
@@ -221,24 +233,33 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "a number above 0, or None",
         lambda value: value is None or (_is_number(value) and value > 0),
     ),
-    ("weight_decay", "a finite number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf),
-    ("decay_fraction", "a number between 0 and 1", _is_fraction),
-    ("min_lr_ratio", "a number between 0 and 1, or None", lambda value: value is None or _is_fraction(value)),
     (
-        "ema_decay",
+        "weight_decay",
+        "a finite number of at least 0, or None",
+        lambda value: value is None or (_is_number(value) and 0 <= value < math.inf),
+    ),
+    (
+        "decay_fraction min_lr_ratio",
+        "a number between 0 and 1, or None",
+        lambda value: value is None or _is_fraction(value),
+    ),
+    (
+        "ema_decay muon_momentum",
         "a number of at least 0 and less than 1, or None",
         lambda value: value is None or (_is_fraction(value) and value < 1),
     ),
-    ("muon_momentum", "a number of at least 0 and less than 1", lambda value: _is_fraction(value) and value < 1),
     ("optimizer", "one of 'adamw', 'muon'", lambda value: _is_one_of(value, "adamw", "muon")),
     ("lr_schedule", "one of 'cosine', 'linear', 'wsd'", lambda value: _is_one_of(value, "cosine", "linear", "wsd")),
     (
         "betas",
-        "two numbers of at least 0 and less than 1",
+        "two numbers of at least 0 and less than 1, or None",
         lambda value: (
-            isinstance(value, tuple | list)
-            and len(value) == 2
-            and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
+            value is None
+            or (
+                isinstance(value, tuple | list)
+                and len(value) == 2
+                and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
+            )
         ),
     ),
     ("activation_checkpointing", "True or False", lambda value: isinstance(value, bool)),
