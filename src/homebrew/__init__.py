@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer, get_tokenizer
     from homebrew.data.train_tokenizer import train_tokenizer
     from homebrew.errors import (
+        ArgumentError,
         CheckpointError,
         ConfigError,
         CorruptCheckpoint,
@@ -55,6 +56,7 @@ _MODULES = {
     "data.tokenizer": ("Tokenizer", "get_tokenizer"),
     "data.train_tokenizer": ("train_tokenizer",),
     "errors": (
+        "ArgumentError",
         "CheckpointError",
         "ConfigError",
         "CorruptCheckpoint",
@@ -88,6 +90,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 __all__ = [
     "GPT",
+    "ArgumentError",
     "Callback",
     "CheckpointError",
     "ConfigError",

@@ -4,6 +4,7 @@ Each message says which value is wrong, which rule it breaks, and what to do abo
 
 HomebrewError
 ├── ConfigError            an option, or a combination of options, is invalid
+│   ├── ArgumentError      an argument does not exist
 │   └── LaunchError        the launch is invalid, or Accelerate sees other processes than the launcher started
 ├── DataError              text, tokens or a data file cannot be used
 │   └── TokenizerError     a tokenizer's vocabulary is not available
@@ -22,6 +23,10 @@ class HomebrewError(Exception):
 
 class ConfigError(HomebrewError, ValueError):
     """An option, or a combination of options, is invalid."""
+
+
+class ArgumentError(ConfigError, TypeError):
+    """An argument does not exist."""
 
 
 class LaunchError(ConfigError):

@@ -8,38 +8,28 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tyro.conf import Positional, Suppress
 
-_OTHER_NAMES = {
-    "--block-size": "context context-length context-size ctx seq-len sequence-length max-length",
-    "--eval-batches": "eval-iters",
-    "--eval-data": "val-data validation-data val",
-    "--eval-every": "eval-interval eval-steps",
-    "--eval-fraction": "val-fraction val-split test-size split",
-    "--init-from": "from pretrained checkpoint base base-model model-name-or-path",
-    "--learning-rate": "lr rate",
-    "--log-every": "log-interval logging-steps",
-    "--log-with": "report-to tracker wandb tensorboard",
-    "--lora-rank": "lora lora-r r rank",
-    "--max-grad-norm": "grad-clip clip clip-norm",
-    "--max-new-tokens": "max-tokens num-tokens tokens length max-length n",
-    "--max-steps": "steps num-steps iters iterations max-iters epochs num-epochs num-train-epochs",
-    "--micro-batch-size": "batch bs batch-size per-device-train-batch-size",
-    "--global-batch-tokens": "batch batch-tokens gradient-accumulation-steps",
-    "--mixed-precision": "precision dtype bf16 fp16 amp",
-    "--n-embd": "n-embed d-model dim hidden-size embedding-size width",
-    "--n-head": "heads n-heads num-heads",
-    "--n-layer": "depth layers n-layers num-layers",
-    "--output": "out output-file output-dir",
-    "--output-dir": "out out-dir output save-dir",
-    "--preset": "config model model-size model-type size",
-    "--prompt": "input start",
-    "--save-every": "save-interval save-steps checkpoint-every",
-    "--temperature": "temp t",
-    "--text": "data file input",
-    "--tokenizer": "encoding vocab",
-    "--warmup-steps": "warmup warmup-iters",
-    "--weight-decay": "decay wd",
+from homebrew.training.argument_names import OTHER_NAMES, similar_names
+
+_OTHER_NAMES = {name.replace("_", "-"): others.replace("_", "-") for name, others in OTHER_NAMES.items()} | {
+    "block-size": "context context-length context-size ctx seq-len sequence-length max-length",
+    "eval-data": "val-data validation-data val",
+    "eval-fraction": "val-fraction val-split test-size split",
+    "init-from": "from pretrained checkpoint base base-model model-name-or-path",
+    "lora-rank": "lora lora-r r rank",
+    "max-new-tokens": "max-tokens num-tokens tokens length max-length n",
+    "n-embd": "n-embed d-model dim hidden-size embedding-size width",
+    "n-head": "heads n-heads num-heads",
+    "n-layer": "depth layers n-layers num-layers",
+    "output": "out output-file output-dir",
+    "preset": "config model model-size model-type size",
+    "prompt": "input start",
+    "resume": "resume-from-checkpoint",
+    "overwrite": "overwrite-output-dir",
+    "temperature": "temp t",
+    "text": "data file input",
+    "tokenizer": "encoding vocab",
 }
-"""Names of options in other programs, such as nanoGPT and the scripts of transformers."""
+"""Names of options in other programs."""
 
 _NOT_OPTIONS = {*Positional[int].__metadata__, *Suppress[int].__metadata__}  # type: ignore[attr-defined]
 
@@ -77,15 +67,10 @@ def explain_unknown_name(arguments: Sequence[str], commands: Mapping[str, type])
     for word in words:
         option = word.partition("=")[0].replace("_", "-")
         if re.match(r"--[A-Za-z]", option) and option not in options:
-            similar = _similar(option, options)
-            hint = f"Did you mean {' or '.join(similar)}? " if similar else ""
+            similar = similar_names(option.lower()[2:], [known[2:] for known in options], _OTHER_NAMES)
+            hint = f"Did you mean {' or '.join(f'--{known}' for known in similar)}? " if similar else ""
             return f"`homebrew {name}` has no option {option}. {hint}To list all options: homebrew {name} --help"
     return None
-
-
-def _similar(name: str, options: Sequence[str]) -> list[str]:
-    meant = [option for option in options if name.lower()[2:] in _OTHER_NAMES.get(option, "").split()]
-    return meant or difflib.get_close_matches(name.lower(), options, n=2)
 
 
 def in_terms_of_options(message: str, command: type) -> str:

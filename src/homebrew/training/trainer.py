@@ -22,6 +22,7 @@ from homebrew.generation.sampling import Sampling
 from homebrew.metrics.step_metrics import EvalMetrics
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
+from homebrew.training.argument_names import explain_unknown_arguments
 from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.batch_size import explain_out_of_memory
 from homebrew.training.compile import warm_up_compiled
@@ -59,6 +60,7 @@ class Trainer:
         HomebrewError: A setting, the data or the launch is invalid. Nothing has been trained or written.
     """
 
+    @explain_unknown_arguments
     def __init__(
         self,
         model: GPT | GPTConfig,
@@ -121,6 +123,7 @@ class Trainer:
             f"output_dir={str(self.config.output_dir)!r})"
         )
 
+    @explain_unknown_arguments
     def train(
         self, resume: bool | str | Path = False, *, accept_changes: Collection[str] = (), overwrite: bool = False
     ) -> None:

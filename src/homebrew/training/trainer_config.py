@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeGuard
 
 from homebrew.errors import ConfigError
 from homebrew.io import absolute_path
+from homebrew.training.argument_names import explain_unknown_fields
 from homebrew.training.schedule import Schedule, warmup_cosine, warmup_stable_decay
 
 NonFinitePolicy = Literal["raise", "skip"]
 
 
+@explain_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Training configuration; the defaults are those of GPT-3's smallest model (Brown et al. 2020, appendix B).
