@@ -3,13 +3,15 @@ import resource
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from torch.utils.data import Dataset
 
-from homebrew import Callback, GPTConfig, RunLogger, TokenDataset, Trainer, TrainerConfig
+from homebrew import GPT, Callback, GPTConfig, RunLogger, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import ConfigError
+from homebrew.training.schedule import WarmupCosine
 
 MODEL = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
 
@@ -135,6 +137,44 @@ def test_a_dataset_with_an_unsupported_tokenizer_is_described_without_it(tmp_pat
 def test_values_json_cannot_represent_are_written_as_strings(tmp_path):
     make_trainer(tmp_path, train_dataset=CustomDataset(source=Path("some/text"))).train()
     assert json.loads((tmp_path / "run.json").read_text())["train_dataset"]["source"] == "some/text"
+
+
+def half(step):
+    return 0.5
+
+
+RUNS = {
+    "default": ({}, "AdamW", {"betas": [0.9, 0.95], "weight_decay": 0.1}, "WarmupCosine(warmup_steps=0, "),
+    "muon": ({"optimizer": "muon", "lr_schedule": "wsd"}, "Muon and AdamW", {"momentum": 0.95}, "WarmupStableDecay("),
+    "custom": (
+        {"optimizer": lambda p: torch.optim.SGD(p, lr=torch.tensor(0.5)), "schedule": half, "ema_decay": 0.9},
+        "SGD",
+        {"lr": 0.5, "weight_decay": 0, "nesterov": False},
+        "half",
+    ),
+    "several": (
+        {"optimizer": lambda p: [torch.optim.Adagrad([x], lr=0.5) for x in p], "schedule": WarmupCosine(1, 6)},
+        "Adagrad",
+        {"lr": 0.5},
+        "WarmupCosine(warmup_steps=1, ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "name", "group", "schedule"), RUNS.values(), ids=RUNS.keys())
+def test_run_json_and_the_log_say_which_optimizer_and_schedule_a_run_has(
+    tmp_path, capsys, settings, name, group, schedule
+):
+    model = GPT(tiny_runs.ONE_LAYER)
+    if callable(settings.get("optimizer")):
+        settings = settings | {"optimizer": settings["optimizer"](model.parameters())}
+    tiny_runs.make_trainer(tmp_path, model=model, max_steps=1, **settings).train()
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["optimizer"]["class"] == name
+    assert run["optimizer"]["groups"][0].items() >= group.items()
+    assert run["schedule"].rpartition("<locals>.")[2].startswith(schedule)
+    assert run["config"]["optimizer"] == (settings["optimizer"] if settings.get("optimizer") == "muon" else None)
+    assert f"| {name} |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])

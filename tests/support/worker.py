@@ -137,7 +137,7 @@ class Poison(Callback):
 
     def on_step_end(self, trainer):
         digest = hashlib.sha256()
-        states = [state[key] for state in trainer._optimizer.state.values() for key in sorted(state)]
+        states = [state[key] for state in trainer.optimizer.state.values() for key in sorted(state)]
         for tensor in (*trainer.model.state_dict().values(), *states):
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             digest.update(local.contiguous().numpy().tobytes())

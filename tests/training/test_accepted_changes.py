@@ -112,7 +112,7 @@ def train(output_dir, name, *, steps, **arguments):
 
 def describe_state(trainer):
     """Return the keys of the optimizer's state, its step counts, and the plain numbers of its groups."""
-    optimizer = trainer._optimizer
+    optimizer = trainer.optimizer
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in trainer.model.named_parameters()}
     return (
         {name: sorted(state) for name, state in states.items()},
@@ -173,7 +173,7 @@ class RecordState(Callback):
     """Copies the optimizer's state at the start."""
 
     def on_train_begin(self, trainer):
-        state = state_tensors(trainer.model, trainer._optimizer)
+        state = state_tensors(trainer.model, trainer.optimizer)
         self.tensors = {f"optimizer/{name}": value.clone() for name, value in state.items()}
 
 

@@ -30,7 +30,7 @@ class Snapshots(Callback):
     def on_step_end(self, trainer):
         states = {
             f"{i}/{key}": value.clone()
-            for i, state in enumerate(trainer._optimizer.state.values())
+            for i, state in enumerate(trainer.optimizer.state.values())
             for key, value in state.items()
         }
         self.by_step[trainer.step] = weights(trainer) | states

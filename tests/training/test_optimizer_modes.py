@@ -80,7 +80,7 @@ def test_evaluation_checkpoints_samples_and_events_use_the_weights_of_evaluation
         other = make_trainer(tmp_path / f"other-{step}", model=manual, optimizer=optimizer)
         assert other.evaluate(dataset).loss == pytest.approx(loss.loss, abs=1e-6)
     assert equal(weights(trainer), evaluate.seen[6])
-    assert not trainer._optimizer.param_groups[0]["train_mode"]
+    assert not trainer.optimizer.param_groups[0]["train_mode"]
 
 
 def test_the_modes_differ_and_return_to_the_same_bits():
@@ -110,13 +110,13 @@ def test_the_modes_differ_and_return_to_the_same_bits():
 def test_a_learning_rate_in_a_tensor_stays_the_same_tensor(tmp_path, optimizer):
     class Record(Callback):
         def on_step_end(self, trainer):
-            group = trainer._optimizer.param_groups[0]
+            group = trainer.optimizer.param_groups[0]
             assert group["lr"] is learning_rate
             used.append(float(group["lr"]))
 
     used = []
     trainer = make(tmp_path / "a", Record(), optimizer=optimizer, schedule=lambda step: 1 / (1 + step), max_steps=3)
-    learning_rate = trainer._optimizer.param_groups[0]["lr"]
+    learning_rate = trainer.optimizer.param_groups[0]["lr"]
     peak = float(learning_rate)
     trainer.train()
     assert used == pytest.approx([peak, peak / 2, peak / 3])
@@ -124,7 +124,7 @@ def test_a_learning_rate_in_a_tensor_stays_the_same_tensor(tmp_path, optimizer):
     make(tmp_path / "b", StopAt(2), optimizer=optimizer).train()
     resumed = make(tmp_path / "b", optimizer=optimizer)
     resumed.train(resume=True)
-    assert isinstance(resumed._optimizer.param_groups[0]["lr"], torch.Tensor)
+    assert isinstance(resumed.optimizer.param_groups[0]["lr"], torch.Tensor)
 
 
 class ListState(torch.optim.SGD):

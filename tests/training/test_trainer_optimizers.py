@@ -255,7 +255,7 @@ def test_checkpoint_bytes_is_the_size_of_the_tensors_of_a_checkpoint(tmp_path, e
     trainer.train()
     tensors = checkpoint_tensors(tmp_path, 2)
     saved = [tensor.nbytes for name, tensor in tensors.items() if not name.startswith(("rng", "guard")) and tensor.ndim]
-    assert checkpoint_bytes(trainer.model, trainer._optimizer) == sum(saved)
+    assert checkpoint_bytes(trainer.model, trainer.optimizer) == sum(saved)
 
 
 def test_an_optimizer_may_be_used_again_without_averages(tmp_path):

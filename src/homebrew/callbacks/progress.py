@@ -14,6 +14,7 @@ from homebrew.callbacks.background_stream import BackgroundStream
 from homebrew.callbacks.base import Callback
 from homebrew.distributed.precision import describe_precision
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
+from homebrew.optim.combined import class_names
 
 if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer
@@ -198,7 +199,7 @@ def _summary(trainer: "Trainer") -> str:
     trainable = f" ({num_trainable:,} trainable)" if has_frozen else ""
     return (
         f"{model.num_parameters():,} parameters{trainable} | {accelerator.device} × {accelerator.num_processes} | "
-        f"{describe_precision(accelerator, trainer.config.mixed_precision)} | "
+        f"{describe_precision(accelerator, trainer.config.mixed_precision)} | {class_names(trainer.optimizer)} | "
         f"batch {batch.global_batch_size} × {trainer.sequence_length} tokens "
         f"(micro-batch {batch.micro_batch_size}, accumulation {batch.accumulation_steps}) | "
         f"{'resumes at ' if trainer.step else ''}step {trainer.step}/{trainer.config.max_steps}"

@@ -3,7 +3,7 @@
 import contextlib
 import platform
 from collections.abc import Sequence, Sized
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +20,7 @@ from homebrew.errors import ConfigError
 from homebrew.io import atomic_replace, remove_leftovers, strict_json
 from homebrew.metrics.metrics_log import MetricsLog
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
+from homebrew.optim.combined import class_names
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 class RunLogger(Callback):
     """Records a run: writes `run.json` and `metrics.jsonl`, and sends metrics to Accelerate's trackers.
 
-    Only rank 0 writes files. `run.json` describes the run (configuration, model, data, hardware, versions).
-    `metrics.jsonl` has one event per line, with `"event"` being "begin" or "resume", "step", "evaluate", "save",
-    "step_skipped" or "end".
+    Only rank 0 writes files. `run.json` describes the run (configuration, optimizer, model, data, hardware,
+    versions). `metrics.jsonl` has one event per line, with `"event"` being "begin" or "resume", "step", "evaluate",
+    "save", "step_skipped" or "end".
 
     Args:
         command: Command that started the run, recorded in `run.json`.
@@ -121,11 +122,13 @@ class RunLogger(Callback):
 
 
 def describe_run(trainer: "Trainer") -> dict[str, Any]:
-    """Return the contents of `run.json`: configuration, model, data, hardware and versions."""
+    """Return the contents of `run.json`: configuration, optimizer, model, data, hardware and versions."""
     accelerator = trainer.accelerator
     config = asdict(trainer.config)
     return {
         "config": config | {"output_dir": str(config["output_dir"])},
+        "optimizer": describe_optimizer(trainer.optimizer),
+        "schedule": describe_schedule(trainer.schedule),
         "model": asdict(trainer.model.config) | {"num_parameters": trainer.model.num_parameters()},
         "train_dataset": describe_dataset(trainer.train_dataset),
         "eval_dataset": None if trainer.eval_dataset is None else describe_dataset(trainer.eval_dataset),
@@ -139,6 +142,25 @@ def describe_run(trainer: "Trainer") -> dict[str, Any]:
             "accelerate": accelerate.__version__,
         },
     }
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the name of an optimizer's class, or of several, and the plain settings of each parameter group."""
+    groups = [
+        {"num_parameters": sum(parameter.numel() for parameter in group["params"]), "lr": float(group["lr"])}
+        | {
+            name: value
+            for name, value in group.items()
+            if name != "lr" and isinstance(value, int | float | str | tuple)
+        }
+        for group in optimizer.param_groups
+    ]
+    return {"class": class_names(optimizer), "groups": groups}
+
+
+def describe_schedule(schedule: object) -> str:
+    """Return the name of a schedule, and the settings of a built-in one."""
+    return repr(schedule) if is_dataclass(schedule) else getattr(schedule, "__qualname__", type(schedule).__name__)
 
 
 def describe_dataset(dataset: Dataset[Any]) -> dict[str, Any]:

@@ -131,7 +131,9 @@ class TrainerOptions(TrainerConfig):
     output_dir: Path
     global_batch_tokens: _Optional[int] = TrainerConfig.global_batch_tokens
     micro_batch_size: _Optional[int | Literal["auto"]] = TrainerConfig.micro_batch_size
+    optimizer: _Optional[Literal["adamw", "muon"]] = TrainerConfig.optimizer
     learning_rate: _Optional[float] = TrainerConfig.learning_rate
+    lr_schedule: _Optional[Literal["cosine", "linear", "wsd"]] = TrainerConfig.lr_schedule
     warmup_steps: _Optional[int] = TrainerConfig.warmup_steps
     decay_fraction: _Optional[float] = TrainerConfig.decay_fraction
     min_lr_ratio: _Optional[float] = TrainerConfig.min_lr_ratio

@@ -101,8 +101,8 @@ def members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
 
 
 def class_names(optimizer: torch.optim.Optimizer) -> str:
-    """Return the name of an optimizer's class, or those of a combined optimizer's members, for messages."""
-    return " and ".join(type(member).__name__ for member in members(optimizer))
+    """Return the name of an optimizer's class, or the different ones of a combined optimizer, for messages."""
+    return " and ".join(dict.fromkeys(type(member).__name__ for member in members(optimizer)))
 
 
 def has_modes(optimizer: torch.optim.Optimizer) -> bool:

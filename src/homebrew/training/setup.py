@@ -175,7 +175,7 @@ def build_optimizers(model: GPT, config: TrainerConfig) -> list[torch.optim.Opti
     learning_rate = config.peak_learning_rate()
     betas = (0.9, 0.95) if config.betas is None else config.betas
     weight_decay = 0.1 if config.weight_decay is None else config.weight_decay
-    if config.optimizer == "adamw":
+    if config.optimizer != "muon":
         return [adamw(model.parameters(), learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)]
     momentum = 0.95 if config.muon_momentum is None else config.muon_momentum
     return muon_and_adamw(model, learning_rate=learning_rate, momentum=momentum, betas=betas, weight_decay=weight_decay)

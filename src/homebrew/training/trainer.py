@@ -91,6 +91,8 @@ class Trainer:
         )
         self.accelerator = parts.accelerator
         self.model = parts.model
+        self.optimizer = parts.optimizer
+        """The optimizer without Accelerate's wrapper; several are combined into one."""
         self.batch = parts.batch
         self.sequence_length = parts.sequence_length
         self.compile_mode = parts.compile_mode
@@ -101,7 +103,6 @@ class Trainer:
         """A callback sets this, on any process, to end the run. With several processes, one more step is taken."""
         self._wrapped = parts.wrapped
         self._meta_copy = parts.meta_copy
-        self._optimizer = parts.optimizer
         self._modes = parts.modes
         self._guard = parts.guard
         self._train_step = parts.train_step
@@ -171,7 +172,7 @@ class Trainer:
                         break
                     self._warm_up(micro_batches[0])
                     multiplier = multiplier_at(self.schedule, self.step, max(self._peak_learning_rates))
-                    set_learning_rates(self._optimizer, self._peak_learning_rates, multiplier)
+                    set_learning_rates(self.optimizer, self._peak_learning_rates, multiplier)
                     result = self._train_step(micro_batches)  # stays on the device
                     self.step += 1
                     self._num_samples += self.batch.global_batch_size
@@ -286,7 +287,7 @@ class Trainer:
 
     def _start(self, resume: bool | str | Path, accept_changes: Collection[str], *, overwrite: bool) -> None:
         """Restore the checkpoint, or start from step 0."""
-        self._peak_learning_rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self._peak_learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
         self.step, self._num_samples = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
@@ -301,7 +302,7 @@ class Trainer:
         self._is_running = False
         self._modes.eval()
         self._logger.cancel()
-        set_learning_rates(self._optimizer, self._peak_learning_rates, 1.0)  # restore the peaks
+        set_learning_rates(self.optimizer, self._peak_learning_rates, 1.0)  # restore the peaks
         emit_train_end(self, error)
 
     @contextmanager

@@ -34,15 +34,16 @@ class TrainerConfig:
     micro_batch_size: int | Literal["auto"] | None = None
     """Sequences in a forward and backward pass of one process. Default: depends on the device. "auto" finds the largest
     number that fits in every process's memory before training; needs `global_batch_tokens`."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """"adamw": AdamW for all parameters. "muon": Muon for the matrices of the blocks, AdamW for embeddings, biases and
-    layer norms. Muon needs fewer steps to train a new model on much data. Fine-tuning usually uses AdamW."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """"adamw", the default: AdamW for all parameters. "muon": Muon for the matrices of the blocks, AdamW for
+    embeddings, biases and layer norms. Muon needs fewer steps to train a new model on much data. Fine-tuning usually
+    uses AdamW."""
     learning_rate: float | None = None
     """Peak learning rate of the built-in optimizer. Default: 6e-4 for AdamW, 4e-3 for Muon."""
-    lr_schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """Learning rate after the warm-up. "cosine": half a cosine; "linear": linear decay over the whole run; "wsd"
-    (warm-up, stable, decay): constant, then linear decay over the last `decay_fraction` of the run. Until this decay
-    begins, a run can be extended."""
+    lr_schedule: Literal["cosine", "linear", "wsd"] | None = None
+    """Learning rate after the warm-up. "cosine", the default: half a cosine; "linear": linear decay over the whole run;
+    "wsd" (warm-up, stable, decay): constant, then linear decay over the last `decay_fraction` of the run. Until this
+    decay begins, a run can be extended."""
     warmup_steps: int | None = None
     """Number of linear warm-up steps. Default: a twentieth of `max_steps`; for "wsd", 20."""
     decay_fraction: float | None = None
@@ -106,15 +107,15 @@ class TrainerConfig:
 
     def peak_learning_rate(self) -> float:
         """Return `learning_rate`, or the optimizer's default."""
-        defaults = {"adamw": 6e-4, "muon": 4e-3}
-        return defaults[self.optimizer] if self.learning_rate is None else self.learning_rate
+        default = 4e-3 if self.optimizer == "muon" else 6e-4
+        return default if self.learning_rate is None else self.learning_rate
 
     def schedule(self) -> Schedule:
         """Return the schedule that `lr_schedule` names."""
         warmup_steps = self.warmup_steps
         if warmup_steps is None:  # with "wsd" independent of max_steps, or a longer run would have another past
             warmup_steps = 20 if self.lr_schedule == "wsd" else self.max_steps // 20
-        if self.lr_schedule == "cosine":
+        if self.lr_schedule in (None, "cosine"):
             return warmup_cosine(
                 warmup_steps=warmup_steps,
                 max_steps=self.max_steps,
@@ -250,8 +251,16 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "a number of at least 0 and less than 1, or None",
         lambda value: value is None or (_is_fraction(value) and value < 1),
     ),
-    ("optimizer", "one of 'adamw', 'muon'", lambda value: _is_one_of(value, "adamw", "muon")),
-    ("lr_schedule", "one of 'cosine', 'linear', 'wsd'", lambda value: _is_one_of(value, "cosine", "linear", "wsd")),
+    (
+        "optimizer",
+        "one of 'adamw', 'muon', or None",
+        lambda value: value is None or _is_one_of(value, "adamw", "muon"),
+    ),
+    (
+        "lr_schedule",
+        "one of 'cosine', 'linear', 'wsd', or None",
+        lambda value: value is None or _is_one_of(value, "cosine", "linear", "wsd"),
+    ),
     (
         "betas",
         "two numbers of at least 0 and less than 1, or None",
