@@ -1,5 +1,6 @@
 """Finds the checkpoint to resume from, checks that it belongs to the run, and loads its state, on rank 0."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from torch import nn
 
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import Identity, check_identity, differing_keys
-from homebrew.checkpoint.manifest import STATE, Checkpoint, open_checkpoint
+from homebrew.checkpoint.manifest import FOLDER, MANIFEST, STATE, Checkpoint, open_checkpoint
 from homebrew.checkpoint.state_dict import Stateful, check_files
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.constants import Aspect
-from homebrew.errors import ConfigError, CorruptCheckpoint
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from homebrew.io import absolute_path
 from homebrew.user_warnings import warn
+
+_MAX_LISTED = 4
 
 
 def load_run(
@@ -53,6 +56,7 @@ def load_run(
     Raises:
         ConfigError: The store cannot be written to; it has checkpoints, and `resume` is False or names an older one; or
             `resume` is a run's folder.
+        CheckpointError: There is no checkpoint at the path.
         CorruptCheckpoint: The checkpoint is invalid, or every one in the store is.
         ResumeMismatch: The checkpoint belongs to another run.
     """
@@ -95,6 +99,8 @@ def _find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Check
     path = absolute_path(resume)
     if Path(path, "checkpoints").is_dir():
         raise ConfigError(f"resume={str(path)!r} is a run's folder. Use resume=True, or one of its checkpoints.")
+    if not any(os.path.lexists(path / name) for name in (MANIFEST, STATE)):
+        raise _no_checkpoint(store, path)
     checkpoint = open_checkpoint(path)
     if max(store.steps(), default=0) > checkpoint.step:
         newest, _ = store.latest()
@@ -104,6 +110,16 @@ def _find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Check
                 f"would resume. Choose another output_dir, move the newer checkpoints away, or use train(resume=True)."
             )
     return checkpoint
+
+
+def _no_checkpoint(store: CheckpointStore, path: Path) -> CheckpointError:
+    """Return the error for a path that is not a checkpoint, with the checkpoints that may have been meant."""
+    nearby = (path.glob("*"), path.parent.glob("*"), path.parent.glob("checkpoints/*"), store.folder.glob("*"))
+    groups = (sorted(folder for folder in found if FOLDER.fullmatch(folder.name)) for found in nearby)
+    newest = next(filter(None, groups), [])[-_MAX_LISTED:]
+    remedy = f"Checkpoints nearby: {', '.join(map(str, newest))}." if newest else "Check the path, or use resume=True."
+    problem = "is not a checkpoint" if os.path.lexists(path) else "does not exist"
+    return CheckpointError(f"resume={str(path)!r} {problem}. {remedy}")
 
 
 def _warn_if_not_new(output_dir: Path, resume: bool | str | Path, *, has_trained: bool) -> None:

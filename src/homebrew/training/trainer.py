@@ -143,7 +143,7 @@ class Trainer:
                 `overwrite` is given, or `resume` names a checkpoint older than the newest. Or this Trainer, or another
                 thread of this process, is training already.
             LaunchError: The ranks have different settings.
-            CheckpointError: The checkpoint is corrupt or belongs to another run.
+            CheckpointError: The checkpoint does not exist, is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
         """
         check_start(resume, overwrite=overwrite)
