@@ -49,7 +49,9 @@ class ProgressDisplay(Callback):
         self._saved_step = trainer.step or None
         self._print(_summary(trainer))
         if trainer.step >= trainer.config.max_steps:
-            self._print('The run already has all its steps. To train longer, raise max_steps and accept "schedule".')
+            is_stable = trainer.config.lr_schedule == "wsd"
+            how = "resume a checkpoint from before the decay" if is_stable else 'accept the change of "schedule"'
+            self._print(f"The run already has all its steps. To train longer, raise max_steps and {how}.")
             return
         waiting = "compiling the model…" if trainer.compile_mode != "none" else "taking the first step…"
         if self._console.is_terminal:

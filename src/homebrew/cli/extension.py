@@ -1,0 +1,46 @@
+"""How to train a run with the schedule "wsd" for longer, after its decay has begun."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from homebrew.training.trainer_config import TrainerConfig
+
+
+def recorded_max_steps(output_dir: str | Path) -> int:
+    """Return the `max_steps` of the run in a folder, or 0 if it is not known."""
+    from homebrew.hub.model_folder import find_file, read_json
+
+    path = find_file(Path(output_dir), "run.json")
+    config = None if path is None else read_json(path).get("config")
+    max_steps = config.get("max_steps") if isinstance(config, dict) else None
+    return max_steps if isinstance(max_steps, int) else 0
+
+
+def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
+    """Return how to extend the run in `output_dir` from a checkpoint from before its decay.
+
+    Args:
+        config: Options of the run. If its `max_steps` is larger, it is the number of steps to extend the run to.
+        max_steps: Number of steps in the run.
+    """
+    from homebrew.checkpoint.store import CheckpointStore
+
+    longer = config.max_steps if config.max_steps > max_steps else 2 * max_steps
+    decay_start = int(max_steps * (1 - (0.5 if config.decay_fraction is None else config.decay_fraction)))
+    store = CheckpointStore(Path(config.output_dir))
+    kept = [step for step in store.steps() if step <= decay_start]
+    old, new = (shlex.quote(f"{config.output_dir}{suffix}") for suffix in ("", "-longer"))
+    if not kept:
+        return (
+            f"No checkpoint from before the decay of the learning rate, which began at step {decay_start}, is kept "
+            f"(see --keep-every). To train longer all the same, with a learning rate that rises again: homebrew train "
+            f"--resume --output-dir {old} --max-steps {longer} --accept-changes schedule"
+        )
+    return (
+        f"To train longer, continue from step {kept[-1]}, before the decay of the learning rate, in a new folder: "
+        f"mkdir -p {new}/checkpoints && cp {old}/run.json {new} && "
+        f"cp -r {old}/checkpoints/{store.path(kept[-1]).name} {new}/checkpoints && "
+        f"homebrew train --resume --output-dir {new} --max-steps {longer}"
+    )
