@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from homebrew import GPT, GPTConfig, get_tokenizer
+from homebrew import GPT, GPTConfig, bounded_readers, get_tokenizer, train_tokenizer
 from homebrew.errors import ModelError
 from homebrew.hub.load import load_model
 from homebrew.hub.read_tokenizer import read_tokenizer
@@ -51,6 +51,25 @@ def test_gpt2_is_recognized_by_its_vocabulary_and_merges(folder, saved_by):
     assert read_tokenizer(folder, vocab_size=50_304).name == "gpt2"
     with pytest.raises(ModelError, match=r"50257 ids.*vocab_size is 50000"):
         read_tokenizer(folder, vocab_size=50_000)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte pairs", "char"])
+def test_every_file_is_read_once(folder, tmp_path, monkeypatch, name):
+    if name == "gpt2":
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    elif name == "byte pairs":
+        (tmp_path / "text.txt").write_text("a text to train on, a text to train on")
+        folder = tmp_path / "byte pairs"
+        train_tokenizer(tmp_path / "text.txt", folder, vocab_size=260)
+    else:
+        folder = tmp_path / "char"
+        model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=4))
+        model.save_pretrained(folder, get_tokenizer("char", text="text"))
+    read, open_file = [], bounded_readers.open_file
+    monkeypatch.setattr(bounded_readers, "open_file", lambda path, error: read.append(path) or open_file(path, error))
+    assert read_tokenizer(folder, vocab_size=60_000) is not None
+    assert "tokenizer.json" in {path.name for path in read}
+    assert len(read) == len(set(read))
 
 
 def test_other_tokenizers_of_gpt2s_size_are_not_recognized(folder):

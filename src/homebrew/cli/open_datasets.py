@@ -24,9 +24,7 @@ def open_dataset(files: Sequence[Path], block_size: int, tokenizer: "Tokenizer |
 
     if not files:
         raise DataError("No data is given. Pass text files or token files.")
-    if are_token_files(files):
-        return TokenDataset.from_shards(files, block_size, tokenizer=tokenizer)
-    return TokenDataset.from_file(files, block_size, tokenizer=tokenizer)
+    return TokenDataset.from_file(files, block_size, tokenizer=tokenizer, check=True)
 
 
 def open_eval_dataset(files: Sequence[Path], train_dataset: "TokenDataset") -> "TokenDataset":

@@ -111,6 +111,7 @@ class TokenDataset(Dataset[Sample]):
         *,
         tokenizer: str | Path | Tokenizer | None = None,
         stride: int | None = None,
+        check: bool = False,
     ) -> Self:
         """Create a dataset from text files, or from token files without loading them into memory.
 
@@ -124,6 +125,7 @@ class TokenDataset(Dataset[Sample]):
             tokenizer: For text files, as in `from_text`; "gpt2" if None. For token files it is only needed for
                 nanoGPT's, which do not say which tokenizer made them.
             stride: As in `from_text`.
+            check: As in `from_shards`, for token files.
 
         Raises:
             DataError: If a file is neither UTF-8 text nor a valid token file, a folder has no such files, or the
@@ -131,7 +133,7 @@ class TokenDataset(Dataset[Sample]):
         """
         files = expand_paths(path, ".npy", ".txt")
         if any(map(is_token_file, files)):
-            return cls.from_shards(files, block_size, tokenizer=tokenizer, stride=stride, check=False)
+            return cls.from_shards(files, block_size, tokenizer=tokenizer, stride=stride, check=check)
         texts = [read_text(file) for file in files]
         tokenizer = "gpt2" if tokenizer is None else tokenizer
         return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=describe_files(files))

@@ -59,7 +59,7 @@ def open_tokenizer_json(path: str | Path) -> BytePairTokenizer:
         )
     pipeline = parse_json(data, path, DataError)
     try:
-        return _parse_pipeline(pipeline)
+        return parse_pipeline(pipeline)
     except DataError as error:
         raise DataError(f"The tokenizer in {path} is not supported: {error}") from error
 
@@ -75,7 +75,7 @@ def write_tokenizer_json(tokenizer: BytePairTokenizer, path: Path) -> None:
         temporary.write_bytes(format_tokenizer_json(tokenizer).encode())
 
 
-def check_output_path(path: Path) -> None:
+def check_tokenizer_path(path: Path) -> None:
     """Check that a `tokenizer.json` can be written to a path, and create its folder. Other files are not replaced."""
     if path.exists() and "model" not in read_json(path, DataError):
         raise DataError(f"{path} exists and is not a {TOKENIZER_FILE}, so it is not replaced. Choose another path.")
@@ -146,8 +146,8 @@ def _pipeline(tokenizer: BytePairTokenizer) -> dict[str, Any]:
     }
 
 
-def _parse_pipeline(pipeline: Mapping[str, Any]) -> BytePairTokenizer:
-    """Build the tokenizer of the contents of a `tokenizer.json`."""
+def parse_pipeline(pipeline: Mapping[str, Any]) -> BytePairTokenizer:
+    """Build the tokenizer of the contents of a `tokenizer.json`; raise DataError if it is not supported."""
     differences = [*different_fields(pipeline, BYTE_LEVEL_BPE), *different_post_processor(pipeline)]
     if differences:
         names = ", ".join(f"{name}={value!r:.100}" for name, value in differences)

@@ -9,16 +9,16 @@ from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.text_file import text_chunks
 from homebrew.data.text_paths import Paths, text_files
 from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
-from homebrew.data.tokenizer_json import TOKENIZER_FILE, check_output_path, write_tokenizer_json
+from homebrew.data.tokenizer_json import TOKENIZER_FILE, check_tokenizer_path, write_tokenizer_json
 from homebrew.errors import DataError, TokenizerError
 from homebrew.integers import as_integer
 from homebrew.io import absolute_path
 from homebrew.user_warnings import warn
 
-MIN_VOCAB_SIZE = 257
+_MIN_SIZE = 257
 """The 256 bytes and the end-of-text token."""
 
-MAX_VOCAB_SIZE = 2**16
+_MAX_SIZE = 2**16
 """Maximum size of a trained vocabulary. A token file stores ids below it in two bytes."""
 
 _MIN_FREQUENCY = 2
@@ -47,13 +47,13 @@ def train_tokenizer(paths: Paths, output: str | Path, *, vocab_size: int) -> Byt
         DataError: If a file cannot be read as UTF-8 text, all files are empty, or `output` cannot be written.
         TokenizerError: If the tokenizers library is not installed.
     """
-    vocab_size = as_integer("vocab_size", vocab_size, MIN_VOCAB_SIZE, MAX_VOCAB_SIZE)
+    vocab_size = as_integer("vocab_size", vocab_size, _MIN_SIZE, _MAX_SIZE)
     path = absolute_path(output)
     path = path if path.suffix == ".json" and not path.is_dir() else path / TOKENIZER_FILE
     files = text_files(paths)
     if not any(any(text_chunks(file, CHUNK_CHARACTERS)) for file in files):
         raise DataError("There is no text to train a tokenizer on. Give files that are not empty.")
-    check_output_path(path)
+    check_tokenizer_path(path)
     texts = (text for file in files for text in _cut_between_words(text_chunks(file, CHUNK_CHARACTERS)))
     tokenizer = BytePairTokenizer(_train(texts, vocab_size))
     if tokenizer.vocab_size < vocab_size:

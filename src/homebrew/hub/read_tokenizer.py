@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from homebrew.bounded_readers import MAX_BYTES
+from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
 from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
 from homebrew.data.tokenizer import Tokenizer, saved_tokenizer
-from homebrew.data.tokenizer_json import TOKENIZER_FILE, Encoding, open_tokenizer_json, pipeline_encoding
+from homebrew.data.tokenizer_json import TOKENIZER_FILE, Encoding, parse_pipeline, pipeline_encoding
 from homebrew.errors import DataError, ModelError, TokenizerError
 from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, tokenizer_files
@@ -36,12 +38,13 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
         TokenizerError: GPT-2's vocabulary is not available.
     """
     path = find_file(folder, HOMEBREW_FILE)
-    encoding = _read_encoding(folder, _MAX_BYTES if path is None else MAX_BYTES)
+    pipeline = _read_pipeline(folder, _MAX_BYTES if path is None else MAX_BYTES)
+    encoding = _read_encoding(folder) if pipeline is None else pipeline_encoding(pipeline) or _OTHER
     tokenizer: Tokenizer | None
-    if path is None:
-        tokenizer = GPT2Tokenizer() if _is_gpt2(encoding) else _read_byte_pair_tokenizer(folder, encoding)
-    else:
+    if path is not None:
         tokenizer = _read_homebrew_tokenizer(path)
+    else:
+        tokenizer = GPT2Tokenizer() if _is_gpt2(encoding) else _byte_pair_tokenizer(pipeline or {})
     if tokenizer is None:
         return None
     if path is not None and encoding not in (None, _exported_encoding(tokenizer)):
@@ -49,7 +52,9 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
             f"The tokenizer in {folder} has other tokens or merges than the tokenizer {tokenizer.name!r} in "
             f"{HOMEBREW_FILE}. Restore the tokenizer's files, or remove {HOMEBREW_FILE}."
         )
-    if settings := unsupported_settings(folder, tokenizer):
+    if settings := unsupported_settings(folder, tokenizer, pipeline or {}):
+        if path is None and isinstance(tokenizer, BytePairTokenizer):
+            return None
         raise ModelError(
             f"The tokenizer in {folder} has the vocabulary of {tokenizer.name!r}, but is not supported because of "
             f"{', '.join(settings)}. Replace its files if the model was trained with the plain tokenizer, or load only "
@@ -72,22 +77,24 @@ def _read_homebrew_tokenizer(path: Path) -> Tokenizer | None:
         raise ModelError(f"{path} does not describe a homebrew tokenizer: {error}") from error
 
 
-def _read_byte_pair_tokenizer(folder: Path, encoding: Encoding | None) -> Tokenizer | None:
-    """Read a `tokenizer.json` that homebrew has not written. Returns None if it is of another kind."""
+def _read_pipeline(folder: Path, max_bytes: int) -> dict[str, Any] | None:
+    """Read `tokenizer.json`, which AutoTokenizer prefers to other files too. {} stands for one that is too large."""
     path = find_file(folder, TOKENIZER_FILE)
-    if path is None or encoding is _OTHER:
+    if path is None:
         return None
+    return read_json(path) if path.stat().st_size <= max_bytes else {}
+
+
+def _byte_pair_tokenizer(pipeline: dict[str, Any]) -> BytePairTokenizer | None:
+    """Return the tokenizer of a `tokenizer.json` that homebrew has not written, or None if it is of another kind."""
     try:
-        tokenizer = open_tokenizer_json(path)
+        return parse_pipeline(pipeline)
     except DataError:
         return None
-    return None if unsupported_settings(folder, tokenizer) else tokenizer
 
 
-def _read_encoding(folder: Path, max_bytes: int) -> Encoding | None:
-    """Read `tokenizer.json`, or `vocab.json` and `merges.txt`. Returns None if the folder has none of them."""
-    if (path := find_file(folder, TOKENIZER_FILE)) is not None:  # AutoTokenizer prefers this file too
-        return (path.stat().st_size <= max_bytes and pipeline_encoding(read_json(path))) or _OTHER
+def _read_encoding(folder: Path) -> Encoding | None:
+    """Read `vocab.json` and `merges.txt`. Returns None if the folder has none of them."""
     path, merges_path = find_file(folder, "vocab.json"), find_file(folder, "merges.txt")
     if path is not None and merges_path is not None:
         return read_json(path), _split_merges(read_bounded_text(merges_path))

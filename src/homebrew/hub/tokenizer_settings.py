@@ -6,7 +6,7 @@ from typing import Any
 
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tokenizer import CharTokenizer, Tokenizer
-from homebrew.data.tokenizer_json import BYTE_LEVEL_BPE, TOKENIZER_FILE, different_fields, different_post_processor
+from homebrew.data.tokenizer_json import BYTE_LEVEL_BPE, different_fields, different_post_processor
 from homebrew.hub.model_folder import find_file, read_json
 from homebrew.hub.tokenizer_files import ANY_CHARACTER, UNKNOWN_CHARACTER
 
@@ -34,16 +34,17 @@ _CONFIG: dict[str, tuple[Any, ...]] = {
 """Supported values in `tokenizer_config.json` of any tokenizer."""
 
 
-def unsupported_settings(folder: Path, tokenizer: Tokenizer) -> list[str]:
+def unsupported_settings(folder: Path, tokenizer: Tokenizer, pipeline: _Json) -> list[str]:
     """Return the settings of a tokenizer in transformers' format by which it differs from `tokenizer`.
 
     Args:
         folder: Folder with the tokenizer's files.
         tokenizer: Built-in tokenizer with the same vocabulary and merges.
+        pipeline: Contents of the folder's `tokenizer.json`, empty without one.
     """
-    pipeline, config, special_tokens, added_tokens = (
+    config, special_tokens, added_tokens = (
         read_json(path) if (path := find_file(folder, name)) is not None else {}
-        for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     fields = list(different_fields(config, _CONFIG))
     if pipeline:
