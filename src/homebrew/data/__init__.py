@@ -5,7 +5,7 @@
 - `corpora`, `download`, `text_file`: texts by name, cached downloads, text files.
 - `prepare`, `token_file`, `token_metadata`, `token_ids`: tokenize text files of any size into token files (`.npy`).
 - `token_formats`, `binary_kinds`: token files of homebrew, nanoGPT and llm.c; what a binary file is.
-- `dataset`, `windows`, `token_source`: `TokenDataset`, windows over tokens in memory or in token files.
+- `dataset`, `window_dataset`, `windows`, `token_source`: `TokenDataset`, windows over tokens in memory or token files.
 - `samples`, `dict_dataset`, `text_column`: what samples of other datasets may be, their labels and texts.
 - `sampler`, `sample_rng`, `collate`, `loader`, `validation`: sample order, reading, padding, batches, checks.
 

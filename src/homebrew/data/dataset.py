@@ -1,9 +1,6 @@
-"""`TokenDataset`: fixed-length windows over a sequence of token ids."""
+"""`TokenDataset`: creates datasets of fixed-length windows from texts, token ids and files."""
 
-import copy
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,53 +10,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from homebrew.data.samples import Sample
 from homebrew.data.text_column import column_of_texts
 from homebrew.data.text_file import read_text
 from homebrew.data.text_paths import Paths, describe_files, expand_paths
 from homebrew.data.token_formats import is_token_file
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, as_token_ids, check_token_ids
-from homebrew.data.token_source import FileTokens, MemoryTokens, TokenSource
+from homebrew.data.token_source import FileTokens, MemoryTokens
 from homebrew.data.tokenizer import Tokenizer, get_tokenizer
 from homebrew.data.utf8 import encode_utf8
-from homebrew.data.windows import check_not_empty, split_starts, window_starts
+from homebrew.data.window_dataset import WindowDataset
+from homebrew.data.windows import check_not_empty, window_starts
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
 
 
-class TokenDataset(Dataset[Sample]):
+class TokenDataset(WindowDataset):
     """Windows of `block_size + 1` consecutive tokens. The inputs omit the last token, the targets the first.
 
-    Use `from_text`, `from_file`, `from_dataset`, `from_tokens` or `from_shards` to create a dataset.
-
-    Args:
-        tokens: Source of the token ids.
-        starts: Position of the first token of each window, (num_windows,), int64.
-        block_size: Sequence length of the inputs, in tokens.
-        vocab_size: Size of the vocabulary; all token ids are below it.
-        tokenizer: Tokenizer that made the token ids.
-        num_text_bytes: Size of the text in UTF-8 bytes.
-        source: Description of the text's origin.
+    Use `from_text`, `from_file`, `from_dataset`, `from_tokens` or `from_shards` to create a dataset. For the arguments
+    of the constructor, see `WindowDataset`.
     """
-
-    def __init__(
-        self,
-        tokens: TokenSource,
-        starts: Tensor,
-        *,
-        block_size: int,
-        vocab_size: int,
-        tokenizer: Tokenizer | None = None,
-        num_text_bytes: int | None = None,
-        source: str | None = None,
-    ) -> None:
-        self.tokens = tokens
-        self.starts = starts
-        self.block_size = block_size
-        self.vocab_size = vocab_size
-        self.tokenizer = tokenizer
-        self.num_text_bytes = num_text_bytes
-        self.source = source
 
     @classmethod
     def from_text(
@@ -243,88 +213,3 @@ class TokenDataset(Dataset[Sample]):
             num_text_bytes=None if None in sizes else sum(filter(None, sizes)),
             source=describe_files([file.path for file in files], kind="token file") + origin,
         )
-
-    def split(self, fraction: float, *, seed: int | None = 42) -> tuple[Self, Self]:
-        """Split the windows into two datasets that share the tokens.
-
-        Args:
-            fraction: Fraction of the windows in the first dataset, between 0 and 1.
-            seed: Random seed for distributing the windows. If None the text is cut in two instead, which is required
-                for overlapping windows.
-
-        Raises:
-            DataError: If a dataset would be empty, or the windows overlap and `seed` is not None.
-        """
-        first, second = split_starts(self.starts, self.block_size, fraction, seed)
-        return self._with_starts(first), self._with_starts(second)
-
-    def __repr__(self) -> str:
-        tokenizer = self.tokenizer and self.tokenizer.name
-        return (
-            f"{type(self).__name__}({len(self):,} windows of block_size={self.block_size}, "
-            f"vocab_size={self.vocab_size}, tokenizer={tokenizer!r}, source={self.source!r})"
-        )
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> Sample:
-        input_ids, targets = self.batch(torch.tensor([index], device=self.device))
-        return input_ids[0], targets[0]
-
-    def batch(self, indices: Tensor) -> Sample:
-        """Return a batch of windows on the dataset's device.
-
-        Args:
-            indices: Indices of the windows, (B,), int64, on the same device.
-
-        Returns:
-            `input_ids` and `targets`, each (B, block_size), int64.
-        """
-        windows = self.tokens.windows(self.starts[indices], self.block_size + 1)
-        # Contiguous copies instead of views: torch.compile would compile the model once for each stride.
-        input_ids = windows[:, :-1].clone(memory_format=torch.contiguous_format)
-        targets = windows[:, 1:].clone(memory_format=torch.contiguous_format)
-        return input_ids, targets
-
-    def to(self, device: torch.device) -> Self:
-        """Return the dataset with its tokens on another device."""
-        moved = self._with_starts(self.starts.to(device))
-        moved.tokens = self.tokens.to(device)
-        return moved
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the batches."""
-        return self.tokens.device
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of targets in all windows."""
-        return len(self) * self.block_size
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the dataset needs on a device, in bytes."""
-        return 4 * len(self.tokens) + self.starts.nbytes
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """Average UTF-8 bytes per token, which converts the loss to bits per byte. None if unknown."""
-        return None if self.num_text_bytes is None else self.num_text_bytes / len(self.tokens)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the tokens, the windows and `block_size`. Datasets with equal fingerprints have equal samples.
-
-        Of large files without metadata, such as nanoGPT's, it depends on a part of the tokens only.
-        """
-        digest = hashlib.sha256(f"{self.block_size} {len(self.tokens)} {len(self)} {self.tokens.digest}\n".encode())
-        digest.update(self.starts.cpu().numpy().data)
-        return digest.hexdigest()
-
-    def _with_starts(self, starts: Tensor) -> Self:
-        other = copy.copy(self)  # with the attributes of a subclass
-        other.__dict__.pop("fingerprint", None)
-        other.starts = starts
-        return other
