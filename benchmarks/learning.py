@@ -164,20 +164,28 @@ def parse_variant(text: str) -> Variant:
 
 def _parse(text: str) -> dict[str, Any]:
     """Parse "key=value,key=value" as the arguments of a call. A value that is not a Python literal is a string."""
-    source = f"dict({text})"
+    source = f"dict({text}\n)"  # a new line, because the text may end with a comment
     try:
-        call = ast.parse(source, mode="eval").body
+        call: ast.expr | None = ast.parse(source, mode="eval").body
     except SyntaxError:
         call = None
-    if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
-        raise ConfigError(f"{text!r} cannot be parsed. Write key=value,key=value.")
+    match call:
+        case ast.Call(func=ast.Name(), args=[], keywords=keywords) if _are_different(keywords):
+            pass
+        case _:
+            raise ConfigError(f"{text!r} cannot be parsed. Write key=value,key=value, each key once.")
     values = {}
-    for keyword in call.keywords:
+    for keyword in keywords:
         try:
             values[str(keyword.arg)] = ast.literal_eval(keyword.value)
         except ValueError:
             values[str(keyword.arg)] = ast.get_source_segment(source, keyword.value)
     return values
+
+
+def _are_different(keywords: list[ast.keyword]) -> bool:
+    """Return whether no keyword occurs twice, and none is `**`."""
+    return len({keyword.arg for keyword in keywords} - {None}) == len(keywords)
 
 
 def load_data(options: Options) -> tuple[TokenDataset, TokenDataset, dict[str, Any]]:

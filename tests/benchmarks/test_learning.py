@@ -124,7 +124,22 @@ def test_values_are_literals_or_strings(learning):
     assert learning.parse_variant("defaults").settings == {}
 
 
-@pytest.mark.parametrize("settings", ["learning_rat=1", "seed=1", "output_dir=x", "1", "a=", "**x"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "learning_rat=1",
+        "seed=1",
+        "output_dir=x",
+        "1",
+        "a=",
+        "**x",
+        "log_every=1)(weight_decay=2",
+        "log_every=1).copy(weight_decay=2",
+        "log_every=1)#",
+        "log_every=1) or dict(log_every=2",
+        "weight_decay=1,weight_decay=2",
+    ],
+)
 def test_invalid_settings_raise_before_any_run(learning, tmp_path, settings):
     with pytest.raises(ConfigError):
         learning.main(learning.Options(tmp_path / "new", variants=("good", f"bad:{settings}")))
