@@ -49,6 +49,17 @@ def test_groups_and_state_are_shared():
     assert combined.state.keys() == set(parameters)
 
 
+def test_a_group_that_no_optimizer_would_train_is_refused():
+    parameters = matrix_and_vector()
+    optimizers = build(parameters)
+    combined = combine(optimizers)
+    new = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ConfigError, match="one of the optimizers"):
+        combined.add_param_group({"params": [new]})
+    optimizers[0].add_param_group({"params": [new]})
+    assert combined.param_groups[1]["params"] == [new]
+
+
 def test_state_that_exists_before_is_kept():
     parameters = matrix_and_vector()
     combined = combine([Muon(parameters[:1]), torch.optim.Adagrad(parameters[1:])])  # Adagrad has state at once

@@ -182,7 +182,8 @@ def test_a_run_ended_by_non_finite_steps_cannot_be_saved_but_trained_again(tmp_p
                 with pytest.raises(NonFiniteError):
                     trainer.save()
 
-    settings = {"non_finite": policy, "non_finite_limit": 2, "log_every": 5, "save_every": None}
+    limit = {"non_finite_limit": 2} if policy == "skip" else {}
+    settings = {"non_finite": policy, "log_every": 5, "save_every": None} | limit
     trainer = make_small_trainer(tmp_path, callbacks=[SaveOnSkip()], **settings)
     before = weights(trainer)
     handle = trainer.model.transformer.ln_f.bias.register_hook(lambda grad: grad * math.nan)
@@ -253,6 +254,14 @@ def test_a_gradient_scaler_refuses_the_loss_spike_rule(tmp_path):
     accelerator.scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(ConfigError, match=r"loss_spike_zscore=5\.0.*fp16"):
         make_small_trainer(tmp_path, accelerator=accelerator, loss_spike_zscore=5.0, mixed_precision="auto")
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_a_limit_of_skipped_steps_is_an_error_if_none_can_be_skipped(tmp_path, limit):
+    with pytest.raises(ConfigError, match=rf"non_finite_limit={limit}.*non_finite='skip'"):
+        make_small_trainer(tmp_path, non_finite_limit=limit)
+    make_small_trainer(tmp_path, non_finite_limit=limit, non_finite="skip")
+    make_small_trainer(tmp_path, non_finite_limit=limit, loss_spike_zscore=5.0)
 
 
 class CountHostReads(TorchDispatchMode):

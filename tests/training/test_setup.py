@@ -5,9 +5,10 @@ import weakref
 
 import pytest
 import torch
-from tiny_runs import CONFIG, make_trainer, token_dataset
+from accelerate import Accelerator
+from tiny_runs import CONFIG, ONE_LAYER, make_trainer, token_dataset
 
-from homebrew import GPT, TrainerConfig
+from homebrew import GPT, Muon, TrainerConfig
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.training.global_settings import RECOMPILE_LIMIT, allow_tf32, raise_recompile_limit
@@ -79,6 +80,19 @@ def test_custom_callbacks_come_after_the_built_in_ones_or_replace_them():
 def test_progress_switches_the_display(tmp_path, capsys, progress):
     make_trainer(tmp_path, max_steps=1, progress=progress).train()
     assert bool(capsys.readouterr().out) is progress
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, torch.bfloat16), ({"cpu_dtype": torch.float32}, torch.float32)])
+def test_under_bf16_muon_iterates_in_bfloat16_unless_its_dtype_is_given(tmp_path, monkeypatch, given, used):
+    model = GPT(ONE_LAYER)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    muon = Muon(matrices, lr=0.1)
+    vars(muon).update(given)
+    adamw = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.dim() < 2])
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "bf16")
+    make_trainer(tmp_path, model=model, optimizer=[muon, adamw], accelerator=accelerator, mixed_precision="auto")
+    assert muon.cpu_dtype == used
 
 
 def test_tf32_is_allowed_for_a_cuda_device_only():

@@ -42,6 +42,16 @@ class CombinedOptimizer(torch.optim.Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         """Do nothing: PyTorch's constructor sets an empty list."""
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse the group: it is not known which optimizer should have it. PyTorch's constructor may add groups.
+
+        Raises:
+            ConfigError: The optimizers have been combined.
+        """
+        if self.optimizers:
+            raise ConfigError("A combined optimizer cannot add a parameter group. Add it to one of the optimizers.")
+        super().add_param_group(param_group)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # noqa: ANN401 - as in PyTorch
         """Let each optimizer take a step; return the closure's result."""
         loss = None if closure is None else torch.enable_grad()(closure)()

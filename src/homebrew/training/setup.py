@@ -106,7 +106,7 @@ def build_parts(
         check_future_state(optimizer)
     optimizers = build_optimizers(bare, config) if optimizer is None else members(optimizer)
     for member in optimizers:
-        if isinstance(member, Muon) and accelerator.mixed_precision == "bf16":
+        if isinstance(member, Muon) and accelerator.mixed_precision == "bf16" and "cpu_dtype" not in vars(member):
             member.cpu_dtype = torch.bfloat16
     decay = config.ema_decay
     bare_optimizer = combine(optimizers) if decay is None else AveragedOptimizer(optimizers, decay)
@@ -128,11 +128,7 @@ def build_parts(
     modes = OptimizerModes(bare_optimizer)
 
     uses_scaler = accelerator.scaler is not None
-    if uses_scaler and config.loss_spike_zscore is not None:
-        raise ConfigError(
-            f"loss_spike_zscore={config.loss_spike_zscore!r} is not supported in fp16, where the gradient scaler "
-            f"decides which steps to skip. Remove it, or use mixed_precision='bf16'."
-        )
+    check_guard_settings(config, uses_scaler=uses_scaler)
     guard = NanGuard(
         bare_optimizer,
         "skip" if uses_scaler else config.non_finite,  # fp16: overflowing steps are how the scaler finds its scale
@@ -168,6 +164,20 @@ def build_parts(
         logger=build_logger(config, bare, batch, accelerator, guard, sequence_length=sequence_length),
         checkpoints=build_checkpoint_manager(config, accelerator, bare, bare_optimizer, guard, identity, train_dataset),
     )
+
+
+def check_guard_settings(config: TrainerConfig, *, uses_scaler: bool) -> None:
+    """Raise ConfigError for settings of skipped steps that would have no effect."""
+    limit, zscore = config.changed("non_finite_limit"), config.changed("loss_spike_zscore")
+    if zscore and uses_scaler:
+        raise ConfigError(
+            f"{zscore} is not supported in fp16, where the gradient scaler decides which steps to skip. Remove it, or "
+            f"use mixed_precision='bf16'."
+        )
+    if limit and not (zscore or uses_scaler or config.non_finite == "skip"):
+        raise ConfigError(
+            f"{limit} has no effect, as the first non-finite step ends the run. Set non_finite='skip', or remove it."
+        )
 
 
 def build_optimizers(model: GPT, config: TrainerConfig) -> list[torch.optim.Optimizer]:
