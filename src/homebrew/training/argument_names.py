@@ -23,13 +23,13 @@ OTHER_NAMES = {
     "lr_schedule": "lr_scheduler_type decay_lr scheduler",
     "max_grad_norm": "grad_clip clip clip_norm",
     "max_steps": "steps num_steps iters iterations max_iters lr_decay_iters epochs num_epochs num_train_epochs",
-    "micro_batch_size": "batch bs batch_size per_device_train_batch_size per_device_eval_batch_size",
+    "micro_batch_size": "batch bs batch_size per_device_train_batch_size auto_find_batch_size",
     "min_lr_ratio": "min_lr",
-    "mixed_precision": "precision dtype bf16 fp16 amp",
+    "mixed_precision": "precision dtype bf16 fp16 tf32 amp",
     "num_workers": "dataloader_num_workers",
     "optimizer": "optim",
     "output_dir": "out out_dir output save_dir",
-    "save_every": "save_interval save_steps save_strategy checkpoint_every",
+    "save_every": "save_interval save_steps save_strategy checkpoint_every always_save_checkpoint",
     "warmup_steps": "warmup warmup_iters warmup_ratio",
     "weight_decay": "decay wd",
 }
@@ -53,8 +53,13 @@ _ADVICE = {
     "block_size": "The sequence length is that of train_dataset.",
     "resume_from_checkpoint": "Use train(resume=True), or train(resume=...) with the path of a checkpoint.",
     "overwrite_output_dir": "Use train(overwrite=True).",
+    "num_train_epochs": "Use max_steps, which is epochs * tokens / global_batch_tokens.",
+    "gradient_accumulation_steps": "Use global_batch_tokens, the tokens of a step over all processes.",
+    "min_lr": "Use min_lr_ratio, which is min_lr / learning_rate.",
+    "decay_lr": "Choose the decay with lr_schedule, or use none with Trainer(..., schedule=lambda step: 1.0).",
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "dropout", "vocab_size"), "It is a setting of GPTConfig."),
 }
-"""What to do instead of passing arguments that have no counterpart."""
+"""What to do instead, for arguments without an equal counterpart."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
