@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, weights
+from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, token_dataset, weights
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 
 from homebrew import GPT, Muon
@@ -83,6 +83,27 @@ def test_a_step_skipped_by_a_gradient_scaler_has_no_effect_on_later_ones(name):
         scaler.step(optimizer)
         scaler.update()
     assert all(0 < (1 - parameter).abs().max() < 0.1 for parameter in parameters)
+
+
+CHANGES = {
+    "begin": ("on_train_begin", lambda trainer, scheduler: trainer.optimizer.param_groups[0].update(lr=0.5)),
+    "step": ("on_step_end", lambda trainer, scheduler: scheduler.step()),
+    "evaluation": ("on_evaluate", lambda trainer, scheduler: trainer.optimizer.param_groups[-1].update(lr=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_learning_rate_that_a_callback_sets_is_replaced_with_a_warning(tmp_path, name):
+    event, change = CHANGES[name]
+    callback, recorder, model = Callback(), Recorder(), GPT(ONE_LAYER)
+    optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()]
+    scheduler = StepLR(optimizers[0], 1)
+    setattr(callback, event, lambda trainer, *_: change(trainer, scheduler))
+    settings = {"optimizer": optimizers, "schedule": lambda step: 0.5, "eval_dataset": token_dataset(200)}
+    trainer = make_trainer(tmp_path, model=model, callbacks=[callback, recorder], eval_every=3, **settings)
+    with pytest.warns(UserWarning, match=r"learning rate.*schedule"):
+        trainer.train()
+    assert {metrics.learning_rate for metrics in recorder.metrics.values()} == {0.05}
 
 
 SCHEDULERS = {

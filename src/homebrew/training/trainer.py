@@ -172,7 +172,8 @@ class Trainer:
                         break
                     self._warm_up(micro_batches[0])
                     multiplier = multiplier_at(self.schedule, self.step, max(self._peak_learning_rates))
-                    set_learning_rates(self.optimizer, self._peak_learning_rates, multiplier)
+                    set_learning_rates(self.optimizer, self._peak_learning_rates, multiplier, previous=self._multiplier)
+                    self._multiplier = multiplier
                     result = self._train_step(micro_batches)  # stays on the device
                     self.step += 1
                     self._num_samples += self.batch.global_batch_size
@@ -288,6 +289,7 @@ class Trainer:
     def _start(self, resume: bool | str | Path, accept_changes: Collection[str], *, overwrite: bool) -> None:
         """Restore the checkpoint, or start from step 0."""
         self._peak_learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._multiplier = 1.0  # the schedule's, at the last step
         self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
         self.step, self._num_samples = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
