@@ -321,6 +321,30 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again_from_loaded_
     assert equal(weights(trainer), weights(new))
 
 
+@pytest.mark.filterwarnings("ignore:.*trained before")
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_setting_that_is_changed_between_two_runs_is_used(tmp_path, resume):
+    model = GPT(ONE_LAYER)
+    optimizer = ScheduleFreeAdamW(model.parameters())
+    trainer = make_trainer(tmp_path, model=model, optimizer=optimizer, schedule=lambda step: 1.0, max_steps=2)
+    trainer.train()
+    assert optimizer.param_groups[0]["k"] == 2
+    optimizer.param_groups[0]["beta"] = 0.8
+    trainer.train(resume=resume, overwrite=not resume)
+    assert (optimizer.param_groups[0]["beta"], optimizer.param_groups[0]["k"]) == (0.8, 2)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_group_that_is_added_between_two_runs_is_an_error(tmp_path, resume):
+    model = GPT(ONE_LAYER)
+    optimizer = adamw(model.parameters())
+    trainer = make_trainer(tmp_path, model=model, optimizer=optimizer, max_steps=2)
+    trainer.train()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    with pytest.raises(TrainingError, match="parameter groups have changed"):
+        trainer.train(resume=resume, overwrite=not resume)
+
+
 @pytest.mark.parametrize("when", ["before the Trainer", "after it"])
 def test_an_optimizer_that_is_used_again_does_not_bring_back_earlier_weights(tmp_path, when):
     finished = []

@@ -149,7 +149,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     groups = [
         {"num_parameters": sum(parameter.numel() for parameter in group["params"]), "lr": float(group["lr"])}
         | {
-            name: value
+            str(name): value
             for name, value in group.items()
             if name != "lr" and isinstance(value, int | float | str | tuple)
         }

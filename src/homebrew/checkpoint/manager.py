@@ -94,7 +94,7 @@ class CheckpointManager:
         self._model = model
         self._optimizer = optimizer
         self._initial_settings = group_settings(optimizer)
-        self._initial_numbers = group_numbers(optimizer)
+        self._initial_numbers = self._last_numbers = group_numbers(optimizer)  # when it was built, and after the run
         self._initial_state = initial_state(model, optimizer)
         self._guard = guard
         self._output_dir = output_dir
@@ -129,6 +129,7 @@ class CheckpointManager:
             yield
         finally:
             self._is_locked = False
+            self._last_numbers = group_numbers(self._optimizer)
             self._writer.close()  # if this is interrupted too, the lock stays until the next block
             self._lock.release()
 
@@ -174,8 +175,12 @@ class CheckpointManager:
         )
         start = run_on_main(accelerator, load)
         set_seed(self._seed, device_specific=True)
-        if self._restored:  # drop the optimizer's state of the earlier run
-            built = {"parameters": {}, "groups": self._initial_numbers}
+        if self._restored:  # drop the optimizer's state of the earlier run, but not what the user has changed since
+            numbers = zip(self._initial_numbers, self._last_numbers, group_numbers(self._optimizer), strict=True)
+            groups = [
+                {key: first[key] for key in first if last.get(key) == now.get(key)} for first, last, now in numbers
+            ]
+            built = {"parameters": {}, "groups": groups}
             load_optimizer_state(accelerator, self._model, self._optimizer, {}, built, self._initial_state)
         self._restored = True
         step: int = start["step"] if start else 0

@@ -77,8 +77,10 @@ class TrainStep:
         """Clear the gradients before a run's first step.
 
         Raises:
-            TrainingError: An earlier step failed under FSDP, whose internal state is then undefined.
+            TrainingError: An earlier step failed under FSDP, whose internal state is then undefined; or the parameters
+                are not those of the Trainer's construction.
         """
+        self.check_identities()
         if self._is_incomplete and uses_fsdp(self._accelerator):
             raise TrainingError("An earlier step failed, and FSDP cannot recover from that. Build a new Trainer.")
         self._is_incomplete = False

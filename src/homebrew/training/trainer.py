@@ -113,6 +113,7 @@ class Trainer:
         self._evaluates_eagerly = parts.evaluates_eagerly
         self._needs_warm_up = self.compile_mode != "none"
         self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
+        self._multiplier = 1.0  # of the learning rates, at the last step
         self._is_running = False
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
         self._emit("on_init_end")
@@ -289,7 +290,7 @@ class Trainer:
     def _start(self, resume: bool | str | Path, accept_changes: Collection[str], *, overwrite: bool) -> None:
         """Restore the checkpoint, or start from step 0."""
         self._peak_learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._multiplier = 1.0  # the schedule's, at the last step
+        self._multiplier = 1.0
         self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
         self.step, self._num_samples = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
