@@ -220,7 +220,7 @@ def test_a_dataset_of_another_type_is_an_error(tmp_path, name, dataset):
 
 def test_training_without_a_dataset_is_an_error(tmp_path):
     config = TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no")
-    with pytest.raises(DataError, match="train_dataset is a NoneType"):
+    with pytest.raises(DataError, match="train_dataset is of type NoneType"):
         Trainer(ONE_LAYER, None, config=config)
 
 
