@@ -284,7 +284,7 @@ def build(task, rank):
             mixed_precision="no",
             global_batch_tokens=8 * 16,
             micro_batch_size=task.get("micro_batch_size", 2),
-            optimizer="muon" if optimizer == "muon" else "adamw",
+            optimizer="muon" if optimizer == "muon" else None,
             learning_rate=None if optimizer in OPTIMIZERS else 1e-2,
             ema_decay=task.get("ema_decay"),
             log_every=1,
