@@ -76,6 +76,15 @@ def test_resume_restores_all_that_a_model_holds(tmp_path, model):
     assert model is adapted or len(saved) == sum(name.startswith("model/") for name in tensors)
 
 
+@pytest.mark.usefixtures("deterministic")
+def test_averaged_weights_are_resumed_with_a_parameter_without_gradient(tmp_path):
+    options = {"ema_decay": 0.9, "progress": False}
+    make_trainer(tmp_path / "uninterrupted", model=Unused(ONE_LAYER), **options).train()
+    make_trainer(tmp_path / "stopped", model=Unused(ONE_LAYER), callbacks=[StopAt(3)], **options).train()
+    make_trainer(tmp_path / "stopped", model=Unused(ONE_LAYER), **options).train(resume=True)
+    assert equal(checkpoint_tensors(tmp_path / "stopped", 6), checkpoint_tensors(tmp_path / "uninterrupted", 6))
+
+
 class ExtraState(GPT):
     def get_extra_state(self):
         return {"words": ["one"]}

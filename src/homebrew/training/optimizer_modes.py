@@ -52,8 +52,9 @@ class OptimizerModes:
             return
         for optimizer in self._optimizers:
             for parameter in _parameters(optimizer):
-                state = optimizer.state.setdefault(parameter, {})  # a combined optimizer creates no state when read
-                state[_TRAIN_WEIGHT] = parameter.detach().clone()
+                # A parameter without state has had no gradient, and some optimizers cannot load a part of their state.
+                if state := optimizer.state.get(parameter):
+                    state[_TRAIN_WEIGHT] = parameter.detach().clone()
             optimizer.eval()
         self._is_training = False
 
