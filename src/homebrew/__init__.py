@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
     from homebrew.model.gpt import GPT
     from homebrew.model.gpt_config import GPTConfig
+    from homebrew.model.language_model import LanguageModel
     from homebrew.model.lora import LoRAConfig, add_lora, merge_lora, unmerge_lora
     from homebrew.optim.muon import Muon
     from homebrew.training.schedule import warmup_cosine, warmup_stable_decay
@@ -79,6 +80,7 @@ _MODULES = {
     "metrics.step_metrics": ("EvalMetrics", "SkippedStep", "StepMetrics"),
     "model.gpt": ("GPT",),
     "model.gpt_config": ("GPTConfig",),
+    "model.language_model": ("LanguageModel",),
     "model.lora": ("LoRAConfig", "add_lora", "merge_lora", "unmerge_lora"),
     "optim.muon": ("Muon",),
     "training.schedule": ("warmup_cosine", "warmup_stable_decay"),
@@ -102,6 +104,7 @@ __all__ = [
     "GPTConfig",
     "HellaSwagScore",
     "HomebrewError",
+    "LanguageModel",
     "LaunchError",
     "LoRAConfig",
     "ModelError",

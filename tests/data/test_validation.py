@@ -64,15 +64,16 @@ class NoLength(Dataset):
     ],
 )
 def test_valid_datasets_pass(dataset):
-    assert check_dataset(dataset, "train_dataset", block_size=8, vocab_size=9) == 8
+    assert check_dataset(dataset, "train_dataset", block_size=8, vocab_size=9) == [8]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "sequence_length"), [([5], 5), ([5] * 40, 5), ([5, 6], 16), ([5] * 20 + [3] * 10 + [5] * 20, 16)]
+    ("lengths", "found"), [([5], [5]), ([5] * 40, [5]), ([6, 5], [5, 6]), ([5] * 20 + [3] * 10 + [5] * 20, [3, 5])]
 )
-def test_the_sequence_length_of_samples_of_different_lengths_is_the_block_size(lengths, sequence_length):
+@pytest.mark.parametrize("limits", [{"block_size": 16, "vocab_size": 9}, {"block_size": None, "vocab_size": None}])
+def test_the_lengths_of_samples_all_over_the_dataset_are_returned(lengths, found, limits):
     dataset = [(IDS[:1].repeat(length), IDS[:1].repeat(length)) for length in lengths]
-    assert check_dataset(dataset, "train_dataset", block_size=16, vocab_size=9) == sequence_length
+    assert check_dataset(dataset, "train_dataset", **limits) == found
 
 
 class Draws(CustomDataset):

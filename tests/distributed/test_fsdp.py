@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from language_models import NanoGPT, transformers_model
 
 from homebrew import GPT, GPTConfig
 from homebrew.distributed.fsdp import (
@@ -28,7 +29,7 @@ def fsdp_accelerator(num_processes=2, **settings):
 
 
 def test_nothing_is_configured_without_fsdp():
-    assert configure_fsdp(Accelerator(cpu=True)) is False
+    assert configure_fsdp(Accelerator(cpu=True), GPT(SHAPE)) is False
     assert keeps_weights_gathered(Accelerator(cpu=True)) is False
 
 
@@ -36,7 +37,7 @@ def test_configure_fsdp_overrides_accelerate_defaults():
     accelerator = fsdp_accelerator(activation_checkpointing=True, cpu_ram_efficient_loading=True)
     plugin = accelerator.state.fsdp_plugin
     assert plugin.mixed_precision_policy.reduce_dtype == torch.bfloat16  # the default that needs overriding
-    assert configure_fsdp(accelerator) is True
+    assert configure_fsdp(accelerator, GPT(SHAPE)) is True
     assert plugin.activation_checkpointing is False
     assert plugin.cpu_ram_efficient_loading is False
     assert plugin.transformer_cls_names_to_wrap == ["Block"]
@@ -49,7 +50,7 @@ def test_configure_fsdp_overrides_accelerate_defaults():
 )
 def test_keeps_weights_gathered(num_processes, reshard, expected):
     accelerator = fsdp_accelerator(num_processes, reshard_after_forward=reshard)
-    configure_fsdp(accelerator)
+    configure_fsdp(accelerator, GPT(SHAPE))
     assert keeps_weights_gathered(accelerator) is expected
 
 
@@ -67,6 +68,61 @@ def test_launcher_compilation_is_not_supported_with_fsdp():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     with pytest.raises(LaunchError, match="dynamo_backend"):
         check_fsdp_options(Accelerator(cpu=True, dynamo_backend="eager"), plugin)
+
+
+def shared_mlp():
+    model = NanoGPT()
+    model.h[1].mlp = model.h[0].mlp
+    return model
+
+
+def shared_weight():
+    model = NanoGPT()
+    model.h[1].attention.weight = model.h[0].attention.weight
+    return model
+
+
+def block_tied_to_head():
+    model = NanoGPT(vocab_size=96)
+    model.h[0].attention.weight = model.lm_head.weight
+    return model
+
+
+def one_block_twice():
+    model = NanoGPT()
+    model.h[1] = model.h[0]
+    return model
+
+
+def norm_in_bfloat16():
+    model = NanoGPT()
+    model.h[0].norm.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (shared_mlp, r"h\.1\.mlp\.0\.weight is shared"),
+        (shared_weight, r"h\.1\.attention\.weight is shared"),
+        (block_tied_to_head, "is shared"),
+        (norm_in_bfloat16, "bfloat16 and torch.float32"),
+    ],
+)
+def test_a_model_that_cannot_be_sharded_is_an_error_at_construction(model, message):
+    accelerator = fsdp_accelerator()
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    with pytest.raises(LaunchError, match=message):
+        configure_fsdp(accelerator, model())
+
+
+@pytest.mark.parametrize("model", [one_block_twice, NanoGPT, lambda: transformers_model("qwen2")])
+def test_the_blocks_of_other_models_are_sharded(model):
+    accelerator = fsdp_accelerator()
+    configure_fsdp(accelerator, model())
+    (block,) = accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap
+    assert block in ("Block", "Qwen2DecoderLayer")
+    configure_fsdp(accelerator, norm_in_bfloat16())  # Accelerate casts the weights to float32
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -8,7 +8,8 @@ from homebrew import GPT, GPTConfig, TokenDataset
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.collate import Collate
 from homebrew.errors import DataError, ModelError
-from homebrew.evaluation.mean_loss import check_loss, mean_loss
+from homebrew.evaluation.mean_loss import mean_loss
+from homebrew.model.language_model import check_loss
 
 CONFIG = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
 

@@ -12,6 +12,7 @@ from tiny_runs import ONE_LAYER, make_trainer
 from homebrew import GPT, GPTConfig, TrainerConfig
 from homebrew.distributed.accelerator import build_accelerator
 from homebrew.errors import ConfigError, TrainingError
+from homebrew.model.language_model import module_loss
 from homebrew.training import batch_size
 from homebrew.training.batch_size import (
     BatchPlan,
@@ -124,10 +125,11 @@ def test_the_default_micro_batch_depends_on_the_device(monkeypatch, device, defa
     monkeypatch.setattr(batch_size, "fit_micro_batch_size", lambda *args, **options: (*args, options))
     default = default_tokens // 16
     planned = BatchPlan(8192, default, 4096 // default)
+    options = {"sequence_length": 16, "most": most, "averages_weights": False, "loss_function": module_loss}
     for size, expected in (
         (None, planned),
         (512, BatchPlan(8192, 512, 8)),
-        ("auto", (accelerator, model, planned, {"sequence_length": 16, "most": most, "averages_weights": False})),
+        ("auto", (accelerator, model, planned, options)),
     ):
         config = TrainerConfig(output_dir="x", max_steps=1, micro_batch_size=size, global_batch_tokens=8192 * 16)
         assert plan_batch_for_device(accelerator, model, config, 16) == expected

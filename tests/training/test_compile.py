@@ -23,6 +23,7 @@ GRAPHS = {"triton.cudagraphs": True}
         ("cuda", "auto", {"flops": LAUNCH_BOUND_FLOPS, "dropout": 0.1}, "kernels", {}),
         ("cuda", "auto", {"distributed": DistributedType.MULTI_GPU}, "kernels", {}),
         ("cuda", "auto", {"launcher": DynamoBackend.INDUCTOR}, "none", None),
+        ("cuda", "auto", {"graphs": False}, "kernels", {}),  # another model than a GPT
         ("cuda", False, {}, "none", None),
         ("cpu", "auto", {}, "none", None),
         ("cpu", True, {"dropout": 0.1}, "kernels", {}),
@@ -30,10 +31,11 @@ GRAPHS = {"triton.cudagraphs": True}
 )
 def test_compile_mode_and_options(monkeypatch, device, wanted, changes, mode, options):
     case = {"flops": 1e9, "micro_batches": 1, "memory": 10**9, "distributed": DistributedType.NO, "dropout": 0.0}
-    case |= {"launcher": DynamoBackend.NO, **changes}
+    case |= {"launcher": DynamoBackend.NO, "graphs": True, **changes}
     model = nn.Linear(10, 10, bias=False)  # 400 bytes
-    model.device = torch.device("cpu")
     model.config = SimpleNamespace(dropout=case["dropout"])
+    interface = SimpleNamespace(supports_cuda_graphs=case["graphs"])
+    monkeypatch.setattr("homebrew.training.compile.interface_of", lambda _: interface)
     calls = []
     monkeypatch.setattr(model, "compile", lambda **settings: calls.append(settings))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, case["memory"]))

@@ -88,6 +88,36 @@ def test_the_optimizer_must_hold_exactly_the_trainable_parameters():
 SETTINGS = {"learning_rate": 2e-3, "momentum": 0.7, "betas": (0.8, 0.9), "weight_decay": 0.3}
 
 
+class Blocks(torch.nn.Module):
+    """A model whose blocks share a matrix among them, and one with the head, and have an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.lists = torch.nn.ModuleDict({"small": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4)) for _ in range(2)
+        )
+        self.layers[1][0] = self.layers[0][0]
+        self.layers[0][1].weight.requires_grad_(False)
+        self.head = torch.nn.Linear(4, 4)
+        self.layers[0][2].weight = self.head.weight
+        self.layers[1].append(torch.nn.Embedding(4, 4))
+
+
+def test_muon_has_each_matrix_that_only_the_blocks_of_a_model_use():
+    model = Blocks()
+    muon, other = muon_and_adamw(model, **SETTINGS)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    (group,) = muon.param_groups
+    assert [names[id(p)] for p in group["params"]] == [
+        f"layers.{name}.weight" for name in ("0.0", "0.3", "1.1", "1.2", "1.3")
+    ]
+    rest = [names[id(p)] for group in other.param_groups for p in group["params"]]
+    assert sorted(rest + [names[id(p)] for p in group["params"]]) == sorted(
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    )
+
+
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = GPT(GPT2_SMALL_DEPTH)
     muon, other = muon_and_adamw(model, **SETTINGS)

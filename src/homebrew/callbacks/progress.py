@@ -14,6 +14,7 @@ from homebrew.callbacks.background_stream import BackgroundStream
 from homebrew.callbacks.base import Callback
 from homebrew.distributed.precision import describe_precision
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
+from homebrew.model.interfaces import interface_of
 from homebrew.optim.combined import class_names
 
 if TYPE_CHECKING:
@@ -196,11 +197,12 @@ def format_metrics(metrics: StepMetrics, max_steps: int) -> list[tuple[str, str]
 
 def _summary(trainer: "Trainer") -> str:
     model, batch, accelerator = trainer.model, trainer.batch, trainer.accelerator
+    num_parameters = interface_of(model).num_parameters()
     num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
     trainable = f" ({num_trainable:,} trainable)" if has_frozen else ""
     return (
-        f"{model.num_parameters():,} parameters{trainable} | {accelerator.device} × {accelerator.num_processes} | "
+        f"{num_parameters:,} parameters{trainable} | {accelerator.device} × {accelerator.num_processes} | "
         f"{describe_precision(accelerator, trainer.config.mixed_precision)} | {class_names(trainer.optimizer)} | "
         f"batch {batch.global_batch_size} × {trainer.sequence_length} tokens "
         f"(micro-batch {batch.micro_batch_size}, accumulation {batch.accumulation_steps}) | "

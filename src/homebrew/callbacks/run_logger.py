@@ -20,6 +20,7 @@ from homebrew.errors import ConfigError
 from homebrew.io import atomic_replace, remove_leftovers, strict_json
 from homebrew.metrics.metrics_log import MetricsLog
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
+from homebrew.model.interfaces import interface_of
 from homebrew.optim.combined import class_names
 
 if TYPE_CHECKING:
@@ -125,11 +126,12 @@ def describe_run(trainer: "Trainer") -> dict[str, Any]:
     """Return the contents of `run.json`: configuration, optimizer, model, data, hardware and versions."""
     accelerator = trainer.accelerator
     config = asdict(trainer.config)
+    model = interface_of(trainer.model)
     return {
         "config": config | {"output_dir": str(config["output_dir"])},
         "optimizer": describe_optimizer(trainer.optimizer),
         "schedule": describe_schedule(trainer.schedule),
-        "model": asdict(trainer.model.config) | {"num_parameters": trainer.model.num_parameters()},
+        "model": model.description() | {"num_parameters": model.num_parameters()},
         "train_dataset": describe_dataset(trainer.train_dataset),
         "eval_dataset": None if trainer.eval_dataset is None else describe_dataset(trainer.eval_dataset),
         "batch": asdict(trainer.batch),

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from homebrew.constants import Aspect
 from homebrew.distributed.collectives import run_on_all
 from homebrew.errors import ConfigError, DataError, LaunchError, ResumeMismatch
-from homebrew.model.gpt import GPT
+from homebrew.model.interfaces import interface_of
 from homebrew.model.lora import base_fingerprint, lora_layers
 from homebrew.optim.combined import members
 
@@ -33,7 +33,7 @@ _NUM_HASHED = 1000
 _NOT_SETTINGS = {"params", "param_names", "lr", "initial_lr", "fused", "foreach", "capturable", "differentiable"}
 """Keys of a parameter group that are compared elsewhere, or change an optimizer's speed and not its result."""
 _HARMLESS_KEYS: Mapping[Aspect, set[str]] = {
-    "model": {"dropout", "n_head"},
+    "model": {"dropout", "n_head", "class", "config", "dtype"},
     "adapter": {"alpha", "base_sha256", "dropout"},
     "optimizer": {"betas", "eps", "max_grad_norm", "weight_decay"},
 }
@@ -43,7 +43,7 @@ _HARMLESS_KEYS: Mapping[Aspect, set[str]] = {
 def run_identity(
     *,
     dataset: Dataset[Any],
-    model: GPT,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     max_steps: int,
@@ -66,7 +66,7 @@ def run_identity(
     averaging = {} if ema_decay is None else {"ema_decay": _canonical(ema_decay)}
     constant = {
         "dataset": _fingerprint(dataset),
-        "model": asdict(model.config),
+        "model": interface_of(model).description(),
         "adapter": _adapter(model),
         "optimizer": _optimizer_settings(model, optimizer) | {"max_grad_norm": _canonical(max_grad_norm)} | averaging,
         "global_batch_size": global_batch_size,
@@ -141,7 +141,7 @@ def _canonical(value: object) -> str:
     return repr(value) if isinstance(value, str | bool | None) else type(value).__name__
 
 
-def _adapter(model: GPT) -> dict[str, Any] | None:
+def _adapter(model: nn.Module) -> dict[str, Any] | None:
     """Return the adapter's configuration and a fingerprint of its base model, or None without LoRA."""
     configs = [layer.config for layer in lora_layers(model).values()]
     if not configs:
@@ -203,10 +203,13 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
 
 
 def _state_fits(aspect: Aspect, saved: Any, ours: Any) -> bool:  # noqa: ANN401 - JSON values
-    """Return whether saved state fits our settings. With more betas, for example, an optimizer has more state."""
+    """Return whether saved state fits our settings. With more betas, for example, an optimizer has more state.
+
+    The `config` of a model of transformers may have more or fewer fields: names and shapes are compared as well.
+    """
     keys = differing_keys(saved, ours)
     return _HARMLESS_KEYS[aspect].issuperset(keys) and all(
-        str(saved.get(key)).count(",") == str(ours.get(key)).count(",") for key in keys
+        key == "config" or str(saved.get(key)).count(",") == str(ours.get(key)).count(",") for key in keys
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 
 from homebrew.checkpoint.async_writer import AsyncWriter
 from homebrew.checkpoint.checkpoint_files import TensorFiles
@@ -42,7 +43,7 @@ from homebrew.data.tokenizer import Tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import CheckpointError, ConfigError, HomebrewError
-from homebrew.model.gpt import GPT
+from homebrew.model.interfaces import interface_of
 from homebrew.optim.combined import class_names
 from homebrew.user_warnings import warn
 
@@ -76,7 +77,7 @@ class CheckpointManager:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: GPT,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         guard: Stateful,
         *,
@@ -258,7 +259,7 @@ class CheckpointManager:
             "optimizer": numbers,
             "identity": self._identity(step),
             "tokenizer": self._tokenizer,
-            "base": self._model.source,
+            "base": interface_of(self._model).source,
             "num_processes": self._accelerator.num_processes,
             "mixed_precision": self._accelerator.mixed_precision,
         }

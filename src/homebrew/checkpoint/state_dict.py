@@ -65,10 +65,13 @@ def check_savable(model: nn.Module) -> None:
             f"buffers, without extra state and state dict hooks."
         )
     for name, tensor in _saved_weights(model).items():
-        if not is_savable(tensor):
+        is_strided = tensor.layout is torch.strided
+        is_expanded = is_strided and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if is_expanded or not is_savable(tensor):
+            kind = "an expanded tensor" if is_expanded else f"a {describe(tensor)}"
             raise ModelError(
-                f"The model's {name} is a {describe(tensor)}, which a checkpoint cannot hold. Use a dense tensor of "
-                f"another dtype, or register it with persistent=False."
+                f"The model's {name} is {kind}, which a checkpoint cannot hold or restore. Use a dense tensor of "
+                f"another dtype, or the expanded one's clone(), or register it with persistent=False."
             )
 
 

@@ -21,14 +21,14 @@ class Collate:
     By default a batch is as long as its longest sample.
 
     Args:
-        vocab_size: Size of the model's vocabulary.
-        block_size: Maximum number of tokens in a sample.
-        lengths: Allowed lengths of a batch, in ascending order, of which the last is `block_size`. A compiled model is
-            compiled once for each length that occurs, so it should see few of them.
+        vocab_size: Size of the model's vocabulary. None: ids are not checked.
+        block_size: Maximum number of tokens in a sample. None: any number.
+        lengths: Lengths of a batch, in ascending order. A batch is as long as the first that its longest sample fits
+            into. A compiled model is compiled once for each length that occurs, so it should see few of them.
     """
 
-    vocab_size: int
-    block_size: int
+    vocab_size: int | None
+    block_size: int | None
     lengths: tuple[int, ...] = ()
 
     def __call__(self, samples: Sequence[Sample]) -> Sample:
@@ -38,7 +38,7 @@ class Collate:
             DataError: A sample is longer than `block_size`, or has an id outside the vocabulary.
         """
         longest = max(len(input_ids) for input_ids, _ in samples)
-        if longest > self.block_size:
+        if self.block_size is not None and longest > self.block_size:
             raise DataError(
                 f"A sample has {longest} tokens, but the model's block_size is {self.block_size}. Use shorter "
                 f"sequences, or a model with block_size={longest}."

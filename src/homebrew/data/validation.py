@@ -27,11 +27,13 @@ _ATTRIBUTES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 """Attributes that a dataset may have, the rule their values must follow, and a predicate for the rule."""
 
 
-def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int, vocab_size: int) -> int:
+def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int | None, vocab_size: int | None) -> list[int]:
     """Check that a dataset can be used with a model of the given sizes. Error messages call the dataset `name`.
 
+    A size that is None is not checked.
+
     Returns:
-        Sequence length: the number of tokens in each sample, or `block_size` if the samples differ in length.
+        The lengths in tokens of the samples that were read, each once, in ascending order.
 
     Raises:
         DataError: If the dataset is not map-style or is empty, or if one of `NUM_CHECKED` samples is not valid (see
@@ -44,7 +46,7 @@ def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int, vocab_si
                 f"{name}.{attribute} is {value!r:.100}, but must be {rule}. Change or remove the attribute."
             )
     dataset_vocab_size = getattr(dataset, "vocab_size", 0)
-    if dataset_vocab_size > vocab_size:
+    if vocab_size is not None and dataset_vocab_size > vocab_size:
         raise DataError(
             f"{name} has token ids up to {dataset_vocab_size - 1}, but the model's vocab_size is {vocab_size}. Build "
             f"the model with vocab_size={dataset_vocab_size}."
@@ -54,14 +56,14 @@ def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int, vocab_si
         sample_name = f"{name}[{index}]"
         sample = _read_sample(dataset, index, sample_name, num_samples)
         length = len(sample[0])
-        if length > block_size:
+        if block_size is not None and length > block_size:
             raise DataError(
                 f"{sample_name} has {length} tokens, but the model's block_size is {block_size}. Use shorter "
                 f"sequences, or a model with block_size={length}."
             )
         check_ids(*sample, sample_name, vocab_size)
         lengths.add(length)
-    return lengths.pop() if len(lengths) == 1 else block_size
+    return sorted(lengths)
 
 
 def check_map_style(dataset: object, name: str) -> None:
@@ -112,8 +114,10 @@ def _read_sample(dataset: Dataset[Any], index: int, name: str, num_samples: int)
     return as_sample(sample, name)
 
 
-def check_ids(input_ids: Tensor, targets: Tensor, name: str, vocab_size: int) -> None:
-    """Check that all token ids are in the model's vocabulary. A target may also be `IGNORE_INDEX`."""
+def check_ids(input_ids: Tensor, targets: Tensor, name: str, vocab_size: int | None) -> None:
+    """Check that all token ids are in the model's vocabulary, if known. A target may also be `IGNORE_INDEX`."""
+    if vocab_size is None:
+        return
     for kind, ids in (("input_ids", input_ids), ("targets", targets[targets != IGNORE_INDEX])):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise DataError(

@@ -1,4 +1,4 @@
-"""FSDP2 through Accelerate: configure the plugin for GPT, and gather full weights."""
+"""FSDP2 through Accelerate: configure the plugin for a model, and gather full weights."""
 
 import copy
 from dataclasses import replace
@@ -10,8 +10,7 @@ from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
 from homebrew.errors import LaunchError
-from homebrew.model.gpt import GPT
-from homebrew.model.transformer import Block
+from homebrew.model.interfaces import interface_of
 
 
 def uses_fsdp(accelerator: Accelerator) -> bool:
@@ -19,18 +18,18 @@ def uses_fsdp(accelerator: Accelerator) -> bool:
     return bool(accelerator.is_fsdp2)
 
 
-def configure_fsdp(accelerator: Accelerator) -> bool:
-    """Make Accelerate's FSDP2 shard a GPT block by block and reduce gradients in float32; without FSDP, do nothing.
+def configure_fsdp(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Make Accelerate's FSDP2 shard a model block by block and reduce gradients in float32; without FSDP, do nothing.
 
-    Each block is an FSDP unit. The embeddings, the final norm and the head, which shares the embedding's weight, belong
-    to the root unit.
+    Each block is an FSDP unit. In a GPT, the embeddings, the final norm and the head, which shares the embedding's
+    weight, belong to the root unit.
 
     Returns:
         Whether the launch asks for activation checkpointing. Accelerate's does not restore the random state, so the
         recomputed dropout masks would differ: it is switched off, and the caller should use the model's own.
 
     Raises:
-        LaunchError: If the launch uses options that are not supported; the message lists all of them.
+        LaunchError: If the launch uses options that are not supported, or FSDP2 cannot shard the model.
     """
     plugin: FullyShardedDataParallelPlugin | None = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -38,8 +37,10 @@ def configure_fsdp(accelerator: Accelerator) -> bool:
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     check_fsdp_options(accelerator, plugin)
+    block_types = {type(block) for block in interface_of(model).blocks()}
+    check_shardable(model, tuple(block_types), casts_weights=plugin.mixed_precision_policy is not None)
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    plugin.transformer_cls_names_to_wrap = [Block.__name__]
+    plugin.transformer_cls_names_to_wrap = sorted(block_type.__name__ for block_type in block_types)
     # It would leave the model on the meta device and untie the head; every rank has the weights anyway.
     plugin.cpu_ram_efficient_loading = False
     if plugin.mixed_precision_policy is not None:
@@ -72,8 +73,36 @@ def check_fsdp_options(accelerator: Accelerator, plugin: FullyShardedDataParalle
         raise LaunchError("The launcher's FSDP options are not supported. Change:\n  " + "\n  ".join(unsupported))
 
 
+def check_shardable(model: nn.Module, block_types: tuple[type[nn.Module], ...], *, casts_weights: bool) -> None:
+    """Raise LaunchError for a model that FSDP2 refuses only in the first step.
+
+    These are weights that two blocks share, or a block and the rest of the model; and trainable weights of several
+    dtypes, unless Accelerate casts them to float32.
+    """
+    units: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module, unit: nn.Module, prefix: str) -> None:
+        unit = module if isinstance(module, block_types) else unit
+        for name, parameter in module.named_parameters(recurse=False):
+            if units.setdefault(id(parameter), unit) is not unit:
+                raise LaunchError(
+                    f"FSDP2 cannot shard {type(model).__name__}: {prefix}{name} is shared by two blocks, or by a block "
+                    f"and the rest of the model. Use DDP for this model."
+                )
+        for name, child in module.named_children():
+            visit(child, unit, f"{prefix}{name}.")
+
+    visit(model, model, "")
+    dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.requires_grad}
+    if len(dtypes) > 1 and not casts_weights:
+        raise LaunchError(
+            f"FSDP2 cannot shard {type(model).__name__}, whose trainable weights are {' and '.join(sorted(dtypes))}. "
+            f"Convert the model to one dtype, such as with model.float()."
+        )
+
+
 def prepare(
-    accelerator: Accelerator, model: GPT, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Prepare a model and its optimizer with Accelerate, and shard the state that an optimizer has from the start.
 
@@ -81,11 +110,26 @@ def prepare(
 
     Returns:
         The wrapped model, and Accelerate's wrapper of the optimizer.
+
+    Raises:
+        LaunchError: FSDP2 cannot shard the model, for example because it has a scalar parameter.
     """
     states: dict[str, dict[str, Any]] = {}
     if uses_fsdp(accelerator):
+        if accelerator.num_processes > 1:  # as DDP does: a model may be initialized randomly on each rank
+            for tensor in (*model.parameters(), *model.buffers()):
+                value = tensor.detach().contiguous()
+                torch.distributed.broadcast(value, src=0)
+                if not tensor.is_contiguous():
+                    tensor.detach().copy_(value)
         states = {name: optimizer.state.pop(p) for name, p in model.named_parameters() if p in optimizer.state}
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    try:
+        wrapped, prepared = accelerator.prepare(model, optimizer)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        if not uses_fsdp(accelerator):
+            raise
+        reason = str(error).strip().partition("\n")[0].removesuffix(".")
+        raise LaunchError(f"FSDP2 cannot shard {type(model).__name__}: {reason}. Use DDP for this model.") from error
     parameters = dict(model.named_parameters())
     for name, values in states.items():
         optimizer.state[parameters[name]] = {
@@ -156,7 +200,7 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None).clone()
 
 
-def meta_copy(model: GPT) -> GPT:
+def meta_copy(model: nn.Module) -> nn.Module:
     """Return a copy of the model, with its adapters and tied weights, whose parameters are on the meta device."""
     parameters = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
@@ -165,7 +209,7 @@ def meta_copy(model: GPT) -> GPT:
     return copy.deepcopy(model, parameters)
 
 
-def gather_full_model(template: GPT, wrapped: nn.Module) -> GPT:
+def gather_full_model(template: nn.Module, wrapped: nn.Module) -> nn.Module:
     """Return an unwrapped model in eval mode with the full weights of a wrapped or sharded model; collective.
 
     `template` is the result of `meta_copy` and is not changed.
@@ -175,6 +219,9 @@ def gather_full_model(template: GPT, wrapped: nn.Module) -> GPT:
     model = copy.deepcopy(template)
     tensors: dict[str, Any] = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
     model.load_state_dict(tensors, assign=True)
-    if template.lm_head.weight is template.transformer.wte.weight:
-        model.lm_head.weight = model.transformer.wte.weight
+    first: dict[int, str] = {}
+    for name, parameter in template.named_parameters(remove_duplicate=False):
+        if (tied := first.setdefault(id(parameter), name)) != name:  # assigning has untied it
+            path, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(path), attribute, model.get_parameter(tied))
     return model.eval()

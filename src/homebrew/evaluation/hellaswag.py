@@ -22,7 +22,7 @@ from homebrew.evaluation.perplexity import ProgressFn
 from homebrew.integers import as_integer
 from homebrew.io import absolute_path
 from homebrew.model.eval_mode import eval_mode
-from homebrew.model.gpt import GPT
+from homebrew.model.gpt import GPT, check_gpt
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 NUM_ENDINGS = 4
@@ -92,7 +92,9 @@ def score_hellaswag(
     Raises:
         ConfigError: `batch_size` is less than 1.
         DataError: There are no questions, or an ending does not fit in the model's block size.
+        ModelError: The model is not a GPT.
     """
+    check_gpt(model, "score_hellaswag")
     batch_size = as_integer("batch_size", batch_size)
     if not questions:
         raise DataError("questions is empty. Pass at least one question, such as those of load_hellaswag().")

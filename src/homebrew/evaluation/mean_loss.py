@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.collate import Collate
 from homebrew.data.loader import eval_batches
 from homebrew.distributed.fsdp import reshard
-from homebrew.errors import DataError, ModelError
+from homebrew.errors import DataError
 from homebrew.model.eval_mode import eval_mode
+from homebrew.model.language_model import LossFunction, module_loss
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def mean_loss(
     collate: Collate,
     max_batches: int | None,
     eager: bool,
+    loss_function: LossFunction = module_loss,
 ) -> tuple[float, int]:
     """Compute the mean loss per target over a dataset. Must be called on all ranks.
 
@@ -52,7 +54,7 @@ def mean_loss(
             max_batches=max_batches,
         ):
             num_targets = (targets != IGNORE_INDEX).sum()
-            loss = check_loss(model(input_ids, targets))
+            loss = loss_function(model, input_ids, targets)
             totals += torch.stack([loss * num_targets, num_targets])
     reshard(accelerator, model)
     total_loss, total_targets = accelerator.reduce(totals, "sum").tolist()
@@ -61,18 +63,3 @@ def mean_loss(
             f"The evaluation has no targets: all are {IGNORE_INDEX}, which is ignored. Evaluate other samples."
         )
     return total_loss / total_targets, int(total_targets)
-
-
-def check_loss(loss: object) -> Tensor:
-    """Return what a model's `forward(input_ids, targets)` returned, which a subclass of GPT may have changed.
-
-    Raises:
-        ModelError: It is not a floating-point scalar.
-    """
-    if isinstance(loss, Tensor) and loss.shape == () and loss.is_floating_point():
-        return loss
-    kind = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{loss!r:.100}"
-    raise ModelError(
-        f"The model's forward(input_ids, targets) returned {kind}, but must return the mean loss over the targets, a "
-        f"scalar tensor. Change its forward method."
-    )

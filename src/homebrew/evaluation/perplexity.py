@@ -11,7 +11,7 @@ from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError, ModelError
 from homebrew.integers import as_integer, is_integer
 from homebrew.model.eval_mode import eval_mode
-from homebrew.model.gpt import GPT
+from homebrew.model.gpt import GPT, check_gpt
 
 ProgressFn = Callable[[Sequence[int]], Iterable[int]]
 """Wraps a sequence of batch indices to display progress, such as `rich.progress.track`; `iter` displays nothing."""
@@ -73,8 +73,9 @@ def score_text(
     Raises:
         ConfigError: `stride` or `batch_size` is out of range.
         DataError: The text has fewer than two tokens.
-        ModelError: The text has token ids outside the model's vocabulary.
+        ModelError: The model is not a GPT, or the text has token ids outside its vocabulary.
     """
+    check_gpt(model, "score_text")
     block_size = model.config.block_size
     stride = max(1, block_size // 2) if stride is None else stride
     if not (is_integer(stride) and 1 <= stride <= block_size):

@@ -1,1 +1,1 @@
-"""Text generation: decoding, sampling, the key-value cache and streaming."""
+"""Text generation: decoding, sampling, the key-value cache, streaming, and other models' own `generate`."""

@@ -9,7 +9,7 @@ from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError
 from homebrew.generation.generate import FINISHED, Overflow, stream_tokens
 from homebrew.generation.sampling import Sampling
-from homebrew.model.gpt import GPT
+from homebrew.model.gpt import GPT, check_gpt
 
 
 def generate_text(
@@ -46,8 +46,9 @@ def generate_text(
     Raises:
         ConfigError: A stop string is empty, or another option is out of range.
         DataError: The tokenizer cannot encode the prompt.
-        ModelError: The prompt is empty, is too long, or has an id outside the model's vocabulary.
+        ModelError: The model is not a GPT. Or the prompt is empty, is too long, or has an id outside the vocabulary.
     """
+    check_gpt(model, "generate_text")
     stop = _as_strings(stop)
     ids = [int(i) for i in tokenizer.encode(prompt)]
     steps = stream_tokens(

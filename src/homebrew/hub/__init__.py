@@ -4,6 +4,7 @@ load.py             opens a model and its tokenizer from any supported source
 from_pretrained.py  reads weights in the format of transformers' GPT-2
 nanogpt.py          converts checkpoints of nanoGPT
 export.py           writes, verifies and uploads that format
+save_model.py       saves a model of any kind
 hf_config.py        that format's configuration files
 peft.py             reads and writes LoRA adapters in PEFT's format
 read_tokenizer.py   reads a folder's tokenizer

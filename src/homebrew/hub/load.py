@@ -217,6 +217,12 @@ def _base_model(source: str | Path) -> GPT:
 def _model_config(checkpoint: Checkpoint) -> GPTConfig:
     identity = checkpoint.state.get("identity")
     values = identity.get("model") if isinstance(identity, dict) else None
+    if isinstance(values, dict) and "class" in values:
+        raise ModelError(
+            f"{checkpoint.path} is from a run of a {values['class']!r:.100}, but only a GPT can be opened here. "
+            f"In Python, build that model and load {_MODEL_FILE}.safetensors with safetensors.torch.load_model, or "
+            f"resume the run and call trainer.save_pretrained(folder)."
+        )
     try:
         return GPTConfig(**values)  # type: ignore[arg-type]  # GPTConfig validates the values
     except (TypeError, ConfigError) as error:

@@ -290,3 +290,12 @@ class GPT(nn.Module):
 
     def _num_padding_parameters(self) -> int:
         return (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+
+
+def check_gpt(model: object, function: str) -> None:
+    """Raise ModelError unless a model is a GPT, which the named function needs."""
+    if not isinstance(model, GPT):
+        raise ModelError(
+            f"{function} needs a GPT of homebrew, but the model is a {type(model).__name__}. For other models, use "
+            f"trainer.evaluate() and trainer.sample()."
+        )

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer, SparseAdam
 
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.errors import ConfigError
-from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
+from homebrew.model.interfaces import interface_of
+from homebrew.model.language_model import LanguageModel, ModelInterface
 from homebrew.training.schedule import Schedule
 from homebrew.training.trainer_config import TrainerConfig
 
@@ -27,11 +30,14 @@ _UNUSED_WITH = {
 }
 """Settings of the config in whose place an argument of the Trainer is used."""
 
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule")
+"""Classes of wrapped models, compared by name because importing some takes long. torch.compile returns the last."""
+
 _OPTIMIZER = "a torch.optim.Optimizer. Build it over the model's parameters."
 
 
 def check_arguments(
-    model: GPT | GPTConfig,
+    model: LanguageModel | GPTConfig,
     config: TrainerConfig,
     optimizer: Optimizer | Sequence[Optimizer] | None,
     schedule: Schedule | None,
@@ -46,7 +52,12 @@ def check_arguments(
         ConfigError: An argument is of another type than the Trainer needs, or the Trainer cannot use it.
     """
     rules: tuple[tuple[str, object, type | tuple[type, ...], str], ...] = (
-        ("model", model, (GPT, GPTConfig), "a GPT or a GPTConfig. Pass the model without wrappers"),
+        (
+            "model",
+            model,
+            (nn.Module, GPTConfig),
+            "an nn.Module that follows LanguageModel, such as a GPT, or a GPTConfig",
+        ),
         ("config", config, TrainerConfig, "a TrainerConfig. Pass TrainerConfig(output_dir=..., max_steps=...)"),
         ("optimizer", optimizer, (Optimizer, list, tuple, NoneType), f"{_OPTIMIZER} Several go into a list"),
         ("accelerator", accelerator, (Accelerator, NoneType), "an Accelerator. Pass None to build it from the config"),
@@ -56,7 +67,7 @@ def check_arguments(
     for name, value, types, rule in rules:
         if not isinstance(value, types):
             raise ConfigError(f"{name} is {_describe(value)}, but must be {rule}.")
-    if isinstance(model, GPT):
+    if isinstance(model, nn.Module):
         check_model(model)
     if isinstance(optimizer, Sequence):
         check_optimizers(optimizer)
@@ -72,17 +83,34 @@ def check_arguments(
     check_callbacks(callbacks)
 
 
-def check_model(model: GPT) -> None:
-    """Check that a model has weights that can be trained.
+def check_model(model: nn.Module) -> None:
+    """Check that a model can be called by the Trainer, and has weights that can be trained.
 
     Raises:
-        ConfigError: A weight has no data, is in float16, or was created under inference_mode.
+        ConfigError: The model is wrapped, or is not called with `input_ids` and `targets`. Or a weight has no data, is
+            in float16, or was created under inference_mode.
     """
-    for name, parameter in model.named_parameters():
+    if wrapper := next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None):
+        raise ConfigError(f"The model is wrapped in {wrapper}. Pass the model itself: the Trainer wraps it.")
+    interface = interface_of(model)
+    if type(interface) is ModelInterface and not _can_be_called(model.forward, "input_ids", "targets"):
+        raise ConfigError(
+            f"The model is a {type(model).__name__}, whose forward{inspect.signature(model.forward)} cannot be called "
+            f"with input_ids and targets. Give it these two arguments, and return the mean loss over the targets."
+        )
+    interface.check()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ConfigError(f"The model's {name} has sparse gradients. Build it with sparse=False.")
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(parameter, UninitializedParameter | UninitializedBuffer):
+            raise ConfigError(f"The model's {name} has no shape yet. Call the model once before you build the Trainer.")
         if parameter.is_meta:
             raise ConfigError(
                 f"The model's {name} is on the meta device and has no values. Build it on another device."
             )
+        if not isinstance(parameter, nn.Parameter):
+            continue
         if parameter.is_inference():
             raise ConfigError(
                 f"The model's {name} is a tensor without gradients of torch.inference_mode(). Build the model outside."
@@ -123,7 +151,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"the loss once and calls step(). Use an optimizer whose step() needs no arguments, such as AdamW."
         )
     if isinstance(optimizer, SparseAdam):
-        raise ConfigError("SparseAdam needs sparse gradients, but those of a GPT are dense. Use Adam.")
+        raise ConfigError("SparseAdam needs sparse gradients, but the model's are dense. Use Adam.")
     for group in optimizer.param_groups:
         if group.get("differentiable"):
             raise ConfigError(f"{name} has differentiable=True, which cannot update weights in place. Remove it.")

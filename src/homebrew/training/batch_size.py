@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
+from torch import nn
 
 from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import ConfigError, TrainingError
-from homebrew.model.gpt import GPT
+from homebrew.model.language_model import LossFunction, module_loss
+from homebrew.model.trial import trial
 from homebrew.training.trainer_config import TrainerConfig
 
 DEFAULT_MICRO_BATCH_TOKENS = {"cuda": 65_536}
@@ -70,7 +72,11 @@ def plan_batch(
 
 
 def plan_batch_for_device(
-    accelerator: Accelerator, model: GPT, config: TrainerConfig, sequence_length: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    config: TrainerConfig,
+    sequence_length: int,
+    loss_function: LossFunction = module_loss,
 ) -> BatchPlan:
     """Plan the batch of a config. For `micro_batch_size="auto"`, find the largest micro-batch that fits in memory.
 
@@ -96,17 +102,19 @@ def plan_batch_for_device(
         sequence_length=sequence_length,
         most=most,
         averages_weights=config.ema_decay is not None,
+        loss_function=loss_function,
     )
 
 
 def fit_micro_batch_size(
     accelerator: Accelerator,
-    model: GPT,
+    model: nn.Module,
     plan: BatchPlan,
     *,
     sequence_length: int,
     most: int,
     averages_weights: bool = False,
+    loss_function: LossFunction = module_loss,
 ) -> BatchPlan:
     """Divide the same global batch into the largest micro-batches that fit on every rank.
 
@@ -120,6 +128,7 @@ def fit_micro_batch_size(
         sequence_length: Tokens in a sequence.
         most: Largest micro-batch to try, in sequences.
         averages_weights: Whether the run averages its weights.
+        loss_function: Computes the loss of a micro-batch.
 
     Raises:
         TrainingError: Not even one sequence fits.
@@ -129,7 +138,7 @@ def fit_micro_batch_size(
     sizes = [size for size in range(1, most + 1) if share % size == 0]
 
     def fits(size: int) -> bool:
-        fits_here = _fits(accelerator, model, size, sequence_length, num_moments)
+        fits_here = _fits(accelerator, model, size, sequence_length, num_moments, loss_function)
         num_fits = accelerator.reduce(torch.tensor(float(fits_here), device=accelerator.device), "sum")
         return bool(num_fits.item() == accelerator.num_processes)
 
@@ -184,37 +193,48 @@ def explain_out_of_memory(accelerator: Accelerator, plan: BatchPlan) -> Iterator
 _MEMORY_ADVICE = "Set activation_checkpointing=True, shard the model with FSDP2 over more GPUs, or use a smaller model."
 
 
-def _fits(accelerator: Accelerator, model: GPT, size: int, sequence_length: int, num_moments: int) -> bool:
+def _fits(
+    accelerator: Accelerator,
+    model: nn.Module,
+    size: int,
+    sequence_length: int,
+    num_moments: int,
+    loss_function: LossFunction,
+) -> bool:
     """Return whether a trial fits on this rank; its memory is freed, and is not counted in the logged peak."""
     device = accelerator.device
-    was_training = model.training
-    model.train()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _run_trial(accelerator, model, size, sequence_length, num_moments)  # a function frees its tensors
+        with trial(model):  # a function frees the tensors of the trial
+            _run_trial(accelerator, model.train(), size, sequence_length, num_moments, loss_function)
     except torch.OutOfMemoryError:
         return False
     else:
         return True
     finally:
-        model.train(was_training)
         model.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
 
-def _run_trial(accelerator: Accelerator, model: GPT, size: int, sequence_length: int, num_moments: int) -> None:
+def _run_trial(
+    accelerator: Accelerator,
+    model: nn.Module,
+    size: int,
+    sequence_length: int,
+    num_moments: int,
+    loss_function: LossFunction,
+) -> None:
     """Run two micro-batches, with the optimizer state allocated; the second one accumulates gradients."""
     _reserved = _reserve_optimizer_state(accelerator, model, num_moments)
     ids = torch.zeros(size, sequence_length, dtype=torch.int64, device=accelerator.device)
     for _ in range(2):
         with accelerator.autocast():
-            loss = model(ids, ids)
-        loss.backward()
+            loss = loss_function(model, ids, ids)
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _reserve_optimizer_state(accelerator: Accelerator, model: GPT, num_moments: int) -> list[torch.Tensor]:
+def _reserve_optimizer_state(accelerator: Accelerator, model: nn.Module, num_moments: int) -> list[torch.Tensor]:
     """Allocate as much memory as the optimizer's moments, and DDP's copy of the gradients, will take."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if uses_fsdp(accelerator):

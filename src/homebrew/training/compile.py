@@ -9,8 +9,9 @@ from torch import nn
 
 from homebrew.data.loader import Batch
 from homebrew.distributed.fsdp import uses_fsdp
-from homebrew.evaluation.mean_loss import check_loss
-from homebrew.model.gpt import GPT
+from homebrew.model.interfaces import interface_of
+from homebrew.model.language_model import LossFunction, module_loss
+from homebrew.model.trial import trial
 from homebrew.training.batch_size import BatchPlan
 from homebrew.training.global_settings import raise_recompile_limit
 
@@ -27,7 +28,7 @@ CompileMode = Literal["none", "kernels", "cuda_graphs"]
 
 
 def compile_model(
-    model: GPT,
+    model: nn.Module,
     wanted: bool | Literal["auto"],
     accelerator: Accelerator,
     batch: BatchPlan,
@@ -53,17 +54,18 @@ def compile_model(
         return "none"
     raise_recompile_limit()
     if uses_fsdp(accelerator):
-        for block in model.transformer.h:  # FSDP gathers weights between blocks
+        for block in interface_of(model).blocks():  # FSDP gathers weights between blocks
             block.compile()
         return "kernels"
     use_graphs = (
         on_cuda
+        and interface_of(model).supports_cuda_graphs
         and micro_batch_flops < LAUNCH_BOUND_FLOPS
         and accelerator.distributed_type == DistributedType.NO
         and (batch.accumulation_steps == 1 or _gradients_fit_twice(model))
     )
     options = {"triton.cudagraphs": True} if use_graphs else {}
-    if use_graphs and model.config.dropout:
+    if use_graphs and model.config.dropout:  # type: ignore[union-attr]  # only a GPT supports graphs
         # Inductor's kernel for the sums of a layer norm along both axes is slow if it also contains a dropout.
         options["triton.mix_order_reduction"] = False
     # Static shapes: PyTorch would switch to dynamic ones for a second Trainer with another batch size.
@@ -71,7 +73,14 @@ def compile_model(
     return "cuda_graphs" if use_graphs else "kernels"
 
 
-def warm_up_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *, evaluates: bool) -> None:
+def warm_up_compiled(
+    accelerator: Accelerator,
+    model: nn.Module,
+    batch: Batch,
+    *,
+    evaluates: bool,
+    loss_function: LossFunction = module_loss,
+) -> None:
     """Compile before the first step, with passes that change neither weights, buffers, gradients nor random states.
 
     Under FSDP nothing is done: its passes are collective, and compile with the first step.
@@ -79,25 +88,19 @@ def warm_up_compiled(accelerator: Accelerator, model: nn.Module, batch: Batch, *
     if uses_fsdp(accelerator):
         return
     input_ids, targets = batch
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     if accelerator.device.type == "cuda":  # each thread has its own cuBLAS handle, which a capture cannot create
         torch.ones(1, 1, device=accelerator.device).mm(torch.ones(1, 1, device=accelerator.device))
     try:
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), accelerator.no_sync(model):
-            check_loss(model(input_ids, targets)).backward()  # type: ignore[no-untyped-call]
+        with trial(model), accelerator.no_sync(model):
+            loss_function(model.train(), input_ids, targets).backward()  # type: ignore[no-untyped-call]
             if evaluates:
                 with torch.no_grad():
-                    model.eval()(input_ids, targets)
+                    loss_function(model.eval(), input_ids, targets)
     finally:
-        model.train()
         model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
-def _gradients_fit_twice(model: GPT) -> bool:
+def _gradients_fit_twice(model: nn.Module) -> bool:
     """Return whether the GPU has memory for a second copy of the gradients, outside the CUDA graph."""
-    _, total = torch.cuda.mem_get_info(model.device)
+    _, total = torch.cuda.mem_get_info(next(model.parameters()).device)
     return 16 * sum(p.nbytes for p in model.parameters() if p.requires_grad) <= total

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from homebrew.errors import ConfigError
-from homebrew.model.gpt import GPT
+from homebrew.model.interfaces import interface_of
 from homebrew.model.lora import lora_layers
 from homebrew.optim.muon import Muon
 from homebrew.user_warnings import warn
@@ -37,7 +37,7 @@ def adamw(
 
 
 def muon_and_adamw(
-    model: GPT, *, learning_rate: float, momentum: float, betas: tuple[float, float], weight_decay: float
+    model: nn.Module, *, learning_rate: float, momentum: float, betas: tuple[float, float], weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Build Muon for the matrices of the blocks, and AdamW for all other parameters.
 
@@ -45,19 +45,26 @@ def muon_and_adamw(
     belong to one token each, and most have no gradient in a step.
 
     Raises:
-        ConfigError: The model has LoRA adapters.
+        ConfigError: The model has LoRA adapters, or no blocks.
     """
     if lora_layers(model):
         raise ConfigError(
             "optimizer='muon' does not support LoRA: it would orthogonalize an adapter's two factors, not their "
             "product. Use optimizer='adamw', the default."
         )
-    matrices = [(name, p) for name, p in model.transformer.h.named_parameters() if p.requires_grad and p.dim() == 2]
-    is_matrix = {id(parameter) for _, parameter in matrices}
+    interface = interface_of(model)
+    blocks = interface.blocks()
+    if not blocks:
+        raise ConfigError(
+            f"optimizer='muon' trains the matrices of a model's blocks, but {type(model).__name__} has no "
+            f"nn.ModuleList. Use optimizer='adamw', or pass [Muon(matrices), AdamW(others)] as the Trainer's optimizer."
+        )
+    matrices = block_matrices(model, blocks)
+    is_matrix = {id(parameter) for parameter in matrices.values()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_matrix]
     groups = [
-        {"params": [p for name, p in matrices if "c_attn" in name], "num_matrices": 3},  # query, key, value
-        {"params": [p for name, p in matrices if "c_attn" not in name], "num_matrices": 1},
+        {"params": [p for name, p in matrices.items() if interface.num_fused_matrices(name) == n], "num_matrices": n}
+        for n in (3, 1)  # query, key and value in one; others
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if groups := [group for group in groups if group["params"]]:
@@ -65,6 +72,17 @@ def muon_and_adamw(
     if others:
         optimizers.append(adamw(others, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay))
     return optimizers
+
+
+def block_matrices(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return the trainable matrices of a model's blocks by name, except those that it also uses elsewhere."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    shared = {id(p) for module in outside for p in module.parameters(recurse=False)}
+    embeddings = [m for block in blocks for m in block.modules() if isinstance(m, nn.Embedding)]
+    shared |= {id(module.weight) for module in embeddings}
+    in_blocks = {id(p) for block in blocks for p in block.parameters()} - shared
+    return {name: p for name, p in model.named_parameters() if id(p) in in_blocks and p.requires_grad and p.dim() == 2}
 
 
 def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

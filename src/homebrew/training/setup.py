@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,8 @@ from homebrew.errors import ConfigError
 from homebrew.metrics.throughput import ThroughputMeter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
+from homebrew.model.interfaces import interface_of
+from homebrew.model.language_model import LanguageModel, LossFunction, ModelInterface
 from homebrew.optim.averaged import AveragedOptimizer
 from homebrew.optim.combined import combine, members
 from homebrew.optim.muon import Muon
@@ -41,21 +43,25 @@ from homebrew.training.step_logger import StepLogger
 from homebrew.training.train_step import TrainStep
 from homebrew.training.trainer_config import TrainerConfig
 
+_MAX_BATCH_LENGTH = 2**24
+"""Far above the length of any sequence."""
+
 
 @dataclass(frozen=True)
 class TrainerParts:
     """The parts of a Trainer."""
 
     accelerator: Accelerator
-    model: GPT
+    model: nn.Module
     """The model without wrappers."""
     wrapped: nn.Module
     """The model as `Accelerator.prepare` returned it."""
-    meta_copy: GPT | None
+    meta_copy: nn.Module | None
     """Under FSDP, a copy of the unsharded model whose weights take no memory."""
     optimizer: torch.optim.Optimizer
     """The optimizer without Accelerate's wrapper."""
     modes: OptimizerModes
+    loss_function: LossFunction
     sequence_length: int
     batch: BatchPlan
     compile_mode: CompileMode
@@ -70,7 +76,7 @@ class TrainerParts:
 
 
 def build_parts(
-    model: GPT | GPTConfig,
+    model: LanguageModel | GPTConfig,
     train_dataset: Dataset[Any],
     eval_dataset: Dataset[Any] | None,
     *,
@@ -89,17 +95,19 @@ def build_parts(
     accelerator = resolve_accelerator(accelerator, config)
     device = accelerator.device
     allow_tf32(device)
-    bare = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else model
-    sequence_length = check_datasets(bare.config, train_dataset, eval_dataset, eval_every=config.eval_every)
+    bare = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else cast("nn.Module", model)
+    interface = interface_of(bare)
+    sequence_length = check_datasets(interface, train_dataset, eval_dataset, eval_every=config.eval_every)
     bare.to(device)
     meta = meta_copy(bare) if uses_fsdp(accelerator) else None
-    if configure_fsdp(accelerator) or config.activation_checkpointing:
-        bare.enable_activation_checkpointing()
-    batch = plan_batch_for_device(accelerator, bare, config, sequence_length)
-    flops = bare.flops_per_token(sequence_length) * sequence_length * batch.micro_batch_size
+    if configure_fsdp(accelerator, bare) or config.activation_checkpointing:
+        interface.enable_activation_checkpointing()
+    loss_function = interface.loss_function()
+    batch = plan_batch_for_device(accelerator, bare, config, sequence_length, loss_function)
+    flops = interface.flops_per_token(sequence_length) * sequence_length * batch.micro_batch_size
     compile_mode = compile_model(bare, config.compile, accelerator, batch, micro_batch_flops=flops)
     use_graphs = compile_mode == "cuda_graphs"
-    collate = build_collate(bare.config, sequence_length, compile_mode)
+    collate = build_collate(interface, sequence_length, compile_mode)
 
     check_trainable(bare, optimizer)
     if optimizer is not None:
@@ -142,6 +150,7 @@ def build_parts(
         prepared_optimizer if uses_scaler else bare_optimizer,
         guard,
         accelerator,
+        loss_function=loss_function,
         max_grad_norm=max_grad_norm,
         accumulate_in_place=use_graphs and batch.accumulation_steps > 1,
         capture_update=use_graphs and optimizer is None and not uses_scaler,
@@ -153,6 +162,7 @@ def build_parts(
         meta_copy=meta,
         optimizer=bare_optimizer,
         modes=modes,
+        loss_function=loss_function,
         sequence_length=sequence_length,
         batch=batch,
         compile_mode=compile_mode,
@@ -161,7 +171,7 @@ def build_parts(
         train_step=train_step,
         collate=collate,
         loader=build_loader(config, train_dataset, batch, accelerator, collate),
-        logger=build_logger(config, bare, batch, accelerator, guard, sequence_length=sequence_length),
+        logger=build_logger(config, interface, batch, accelerator, guard, sequence_length=sequence_length),
         checkpoints=build_checkpoint_manager(config, accelerator, bare, bare_optimizer, guard, identity, train_dataset),
     )
 
@@ -180,7 +190,7 @@ def check_guard_settings(config: TrainerConfig, *, uses_scaler: bool) -> None:
         )
 
 
-def build_optimizers(model: GPT, config: TrainerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: TrainerConfig) -> list[torch.optim.Optimizer]:
     """Build the optimizers that the config names."""
     learning_rate = config.peak_learning_rate()
     betas = (0.9, 0.95) if config.betas is None else config.betas
@@ -221,25 +231,29 @@ def resolve_accelerator(accelerator: Accelerator | None, config: TrainerConfig) 
 
 
 def check_datasets(
-    model_config: GPTConfig, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None, *, eval_every: int | None
+    model: ModelInterface, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None, *, eval_every: int | None
 ) -> int:
-    """Check that the model can read the datasets; return the sequence length in tokens."""
-    limits = {"block_size": model_config.block_size, "vocab_size": model_config.vocab_size}
-    sequence_length = check_dataset(train_dataset, "train_dataset", **limits)
+    """Check that the model can read the datasets; return the length in tokens that each sample counts as."""
+    limits = {"block_size": model.block_size, "vocab_size": model.vocab_size}
+    lengths = check_dataset(train_dataset, "train_dataset", **limits)
     if eval_dataset is None and eval_every is not None:
         raise ConfigError(
             f"eval_every={eval_every}, but there is no eval_dataset. Pass eval_dataset, or remove eval_every."
         )
     if eval_dataset is not None:
         check_dataset(eval_dataset, "eval_dataset", **limits)
-    return sequence_length
+    return lengths[0] if len(lengths) == 1 else model.ragged_length or lengths[-1]
 
 
-def build_collate(model_config: GPTConfig, sequence_length: int, compile_mode: CompileMode) -> Collate:
-    """Build what makes batches of samples: for a compiled model, batches of at most two lengths."""
-    block_size = model_config.block_size
-    lengths = () if compile_mode == "none" else (sequence_length, block_size)
-    return Collate(vocab_size=model_config.vocab_size, block_size=block_size, lengths=lengths)
+def build_collate(model: ModelInterface, sequence_length: int, compile_mode: CompileMode) -> Collate:
+    """Build what makes batches of samples: for a compiled model, batches of few lengths."""
+    lengths: list[int] = []
+    if compile_mode != "none" and model.ragged_length is not None:
+        lengths = [sequence_length, model.ragged_length]
+    elif compile_mode != "none":
+        most = model.block_size or _MAX_BATCH_LENGTH
+        lengths = [n for n in (sequence_length << i for i in range(32)) if n < most] + [most]
+    return Collate(vocab_size=model.vocab_size, block_size=model.block_size, lengths=tuple(lengths))
 
 
 def build_loader(
@@ -262,7 +276,7 @@ def build_loader(
 
 def build_logger(
     config: TrainerConfig,
-    model: GPT,
+    model: ModelInterface,
     batch: BatchPlan,
     accelerator: Accelerator,
     guard: NanGuard,
@@ -283,7 +297,7 @@ def build_logger(
 def build_checkpoint_manager(
     config: TrainerConfig,
     accelerator: Accelerator,
-    model: GPT,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     guard: NanGuard,
     identity: Identity,

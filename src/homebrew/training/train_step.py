@@ -14,7 +14,7 @@ from homebrew.data.loader import Batch
 from homebrew.distributed.collectives import micro_batch_weights
 from homebrew.distributed.fsdp import full_tensor, keeps_weights_gathered, uses_fsdp
 from homebrew.errors import TrainingError
-from homebrew.evaluation.mean_loss import check_loss
+from homebrew.model.language_model import LossFunction, module_loss
 from homebrew.model.lora import lora_layers
 from homebrew.optim.combined import class_names, members
 from homebrew.training.cuda_graph import CudaGraph
@@ -30,6 +30,7 @@ class TrainStep:
         optimizer: Optimizer over the model's parameters; under a gradient scaler the one `prepare` returned.
         guard: Guard of the same optimizer.
         accelerator: The run's Accelerator.
+        loss_function: Computes the loss of a micro-batch.
         max_grad_norm: Gradients are clipped to this global norm.
         accumulate_in_place: Keep the gradient tensors between steps and zero them, instead of setting them to None.
             Needed if gradients are accumulated over CUDA graphs, whose next replay overwrites the gradients that the
@@ -46,6 +47,7 @@ class TrainStep:
         guard: NanGuard,
         accelerator: Accelerator,
         *,
+        loss_function: LossFunction = module_loss,
         max_grad_norm: float,
         accumulate_in_place: bool,
         capture_update: bool,
@@ -60,6 +62,7 @@ class TrainStep:
         self._guard = guard
         self._module_ids, self._group_ids = self._identities()
         self._accelerator = accelerator
+        self._loss_function = loss_function
         self._max_grad_norm = max_grad_norm
         self._keeps_weights_gathered = keeps_weights_gathered(accelerator)
         self._accumulate_in_place = accumulate_in_place
@@ -72,6 +75,8 @@ class TrainStep:
             else self._apply
         )
         self._is_incomplete = False  # True while gradients of an unfinished step may exist
+        self._ddp_needs_all_gradients = _ddp_needs_all_gradients(accelerator)
+        self._needs_gradient_check = self._ddp_needs_all_gradients
 
     def reset(self) -> None:
         """Clear the gradients before a run's first step.
@@ -84,6 +89,7 @@ class TrainStep:
         if self._is_incomplete and uses_fsdp(self._accelerator):
             raise TrainingError("An earlier step failed, and FSDP cannot recover from that. Build a new Trainer.")
         self._is_incomplete = False
+        self._needs_gradient_check = self._ddp_needs_all_gradients
         self._guard.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, micro_batches: Sequence[Batch]) -> Tensor:
@@ -105,6 +111,8 @@ class TrainStep:
         if self._accumulate_in_place:
             self._allocate_gradients()
         loss = self._accumulate(micro_batches)
+        if self._needs_gradient_check:
+            self._check_gradients()
         for tensor, group in zip(self._learning_rates, self._optimizer.param_groups, strict=False):
             tensor.fill_(group["lr"])
         result = self._update(loss)  # `_apply`, possibly replayed as a CUDA graph
@@ -185,11 +193,26 @@ class TrainStep:
             with accelerator.accumulate(self._model):
                 if self._keeps_weights_gathered:
                     self._model.set_reshard_after_backward(accelerator.sync_gradients)
-                loss = check_loss(self._model(input_ids, targets))
+                loss = self._loss_function(self._model, input_ids, targets)
                 accelerator.backward(loss, gradient=weight * scale)
             losses.append(loss.detach() * weight)  # a copy: the next replay of a CUDA graph overwrites its loss
         total: Tensor = accelerator.reduce(torch.stack(losses).sum(), "sum")
         return total
+
+    def _check_gradients(self) -> None:
+        """Check in a run's first step that DDP has reduced all gradients: it does not if a parameter has none.
+
+        Raises:
+            TrainingError: A parameter has no gradient.
+        """
+        names = [name for name, p in self._named_parameters.items() if p.requires_grad and p.grad is None]
+        if names:
+            raise TrainingError(
+                f"DDP does not support parameters without gradient: {len(names)}, such as "
+                f"{names[0].removeprefix('module.')}. Freeze them with requires_grad_(False), or pass accelerator="
+                f"Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])."
+            )
+        self._needs_gradient_check = False
 
     def _allocate_gradients(self) -> None:
         for parameter in self._parameters:
@@ -240,3 +263,11 @@ class TrainStep:
         states = [value for o in optimizers for state in o.state.values() for value in state.values()]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         return tensors + states + [group[key] for group in groups for key in group if key not in ("params", "lr")]
+
+
+def _ddp_needs_all_gradients(accelerator: Accelerator) -> bool:
+    """Return whether the run uses DDP without one of its options for unused parameters."""
+    if accelerator.distributed_type == DistributedType.NO or uses_fsdp(accelerator):
+        return False
+    handler = getattr(accelerator, "ddp_handler", None)
+    return handler is None or not (handler.find_unused_parameters or handler.static_graph)

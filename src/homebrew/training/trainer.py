@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ from homebrew.callbacks.events import emit, emit_train_end
 from homebrew.data.loader import Batch, explain_worker_errors
 from homebrew.data.tokenizer import dataset_tokenizer, default_prompt
 from homebrew.data.validation import check_dataset
+from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import gather_full_model
 from homebrew.distributed.signals import SignalHandler
 from homebrew.errors import ConfigError, HomebrewError
 from homebrew.evaluation.mean_loss import mean_loss
+from homebrew.generation.own_generate import generate_ids
 from homebrew.generation.sampling import Sampling
+from homebrew.hub.save_model import save_model
+from homebrew.io import absolute_path
 from homebrew.metrics.step_metrics import EvalMetrics
-from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
+from homebrew.model.interfaces import interface_of
+from homebrew.model.language_model import LanguageModel
 from homebrew.training.argument_names import explain_unknown_arguments
 from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.batch_size import explain_out_of_memory
@@ -36,10 +42,11 @@ from homebrew.user_warnings import warn
 
 
 class Trainer:
-    """Trains a GPT with Accelerate; the same script runs on a laptop, in a notebook, on one GPU or many.
+    """Trains a language model with Accelerate; the same script runs on a laptop, in a notebook, on one GPU or many.
 
     Args:
-        model: Model to train, in place; or the config of a new one, whose weights come from the run's seed.
+        model: Model to train, in place: a `GPT`, a causal language model of transformers, or any module that follows
+            `LanguageModel`. Or the config of a new GPT, whose weights come from the run's seed.
         train_dataset: A `TokenDataset`, or any map-style dataset. Its samples may be pairs (input_ids, targets), token
             ids, or dictionaries with `input_ids`, of any integer dtype and of different lengths. See `DictDataset` for
             dictionaries with `labels`.
@@ -63,7 +70,7 @@ class Trainer:
     @explain_unknown_arguments
     def __init__(
         self,
-        model: GPT | GPTConfig,
+        model: LanguageModel | GPTConfig,
         train_dataset: Dataset[Any],
         eval_dataset: Dataset[Any] | None = None,
         *,
@@ -90,7 +97,8 @@ class Trainer:
             accelerator=accelerator,
         )
         self.accelerator = parts.accelerator
-        self.model = parts.model
+        self.model: Any = parts.model
+        """The model that was given or built, without wrappers."""
         self.optimizer = parts.optimizer
         """The optimizer without Accelerate's wrapper; several are combined into one."""
         self.batch = parts.batch
@@ -106,6 +114,7 @@ class Trainer:
         self._modes = parts.modes
         self._guard = parts.guard
         self._train_step = parts.train_step
+        self._loss_function = parts.loss_function
         self._collate = parts.collate
         self._loader = parts.loader
         self._logger = parts.logger
@@ -120,7 +129,7 @@ class Trainer:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({self.model.num_parameters():,} parameters, "
+            f"{type(self).__name__}({interface_of(self.model).num_parameters():,} parameters, "
             f"step {self.step}/{self.config.max_steps}, {len(self.train_dataset):,} samples, "  # type: ignore[arg-type]
             f"output_dir={str(self.config.output_dir)!r})"
         )
@@ -200,9 +209,9 @@ class Trainer:
             ConfigError: There is no dataset.
             DataError: The model cannot read the dataset.
         """
-        model_config = self.model.config
         if dataset is not None:
-            check_dataset(dataset, "dataset", block_size=model_config.block_size, vocab_size=model_config.vocab_size)
+            model = interface_of(self.model)
+            check_dataset(dataset, "dataset", block_size=model.block_size, vocab_size=model.vocab_size)
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ConfigError("There is no evaluation dataset. Pass eval_dataset to Trainer, or dataset to evaluate().")
@@ -217,6 +226,7 @@ class Trainer:
                 collate=self._collate,
                 max_batches=self.config.eval_batches,
                 eager=self._evaluates_eagerly,
+                loss_function=self._loss_function,
             )
         bytes_per_token = getattr(dataset, "bytes_per_token", None)
         return EvalMetrics.from_loss(step=self.step, loss=loss, num_tokens=num_tokens, bytes_per_token=bytes_per_token)
@@ -247,7 +257,7 @@ class Trainer:
                 self._checkpoints.finish()
         return path
 
-    def full_model(self) -> GPT:
+    def full_model(self) -> Any:  # noqa: ANN401 - of the type of `model`
         """Return the model with full (unsharded) weights. Every process calls this.
 
         Without FSDP this is the model itself; under FSDP it is a copy, in evaluation mode. With `ema_decay` or a
@@ -268,8 +278,10 @@ class Trainer:
             sampling: How to choose tokens. Default: sample from the model's distribution unchanged.
             seed: Random seed for sampling. Default: each call differs.
 
+        A model that is not a GPT generates with its own `generate` method.
+
         Raises:
-            ConfigError: The training dataset has no tokenizer.
+            ConfigError: The training dataset has no tokenizer, or the model cannot generate with these options.
         """
         tokenizer = dataset_tokenizer(self.train_dataset)
         if tokenizer is None:
@@ -277,10 +289,25 @@ class Trainer:
         end = tokenizer.end_of_text_id
         ids = list(tokenizer.encode(text or default_prompt(tokenizer))) if text or end is None else [end]
         with self._modes.evaluating():
-            generated = self.full_model().generate(
-                [ids], max_new_tokens, sampling=sampling, vocab_size=tokenizer.vocab_size, seed=seed
-            )[0]
+            generated = generate_ids(
+                self.full_model(), ids, max_new_tokens, sampling=sampling, vocab_size=tokenizer.vocab_size, seed=seed
+            )
         return str(tokenizer.decode(generated if text else generated[1:]))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the model, with the evaluation weights, to use it without the Trainer. Every process calls this.
+
+        A GPT is saved in transformers' format with the tokenizer of the training dataset, and another model by its own
+        `save_pretrained` method. Of a model without this method, the state dict is saved as `model.safetensors`, which
+        `safetensors.torch.load_model` loads.
+
+        Raises:
+            ModelError: The folder cannot be written, or holds a checkpoint.
+        """
+        with self._modes.evaluating():
+            model = self.full_model()
+            save = partial(save_model, model, absolute_path(folder), dataset_tokenizer(self.train_dataset))
+            run_on_main(self.accelerator, save)
 
     @property
     def is_main_process(self) -> bool:
@@ -321,7 +348,9 @@ class Trainer:
             self._train_step.check_parameters()
             evaluates = self.eval_dataset is not None and not self._evaluates_eagerly
             with self._logger.paused():
-                warm_up_compiled(self.accelerator, self._wrapped, micro_batch, evaluates=evaluates)
+                warm_up_compiled(
+                    self.accelerator, self._wrapped, micro_batch, evaluates=evaluates, loss_function=self._loss_function
+                )
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

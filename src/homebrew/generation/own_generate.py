@@ -1,0 +1,98 @@
+"""Generation with the `generate` method that a model has, whatever its kind."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from homebrew.errors import ConfigError, ModelError
+from homebrew.generation.sampling import Sampling
+from homebrew.integers import as_integer
+from homebrew.model.eval_mode import eval_mode
+from homebrew.model.gpt import GPT
+from homebrew.model.transformers_model import is_transformers_model
+
+
+def generate_ids(
+    model: Any,  # noqa: ANN401 - any module
+    ids: Sequence[int],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None,
+    vocab_size: int,
+    seed: int | None,
+) -> list[int]:
+    """Generate a continuation of token ids with a model's own `generate` method.
+
+    Args:
+        model: A GPT, a model of transformers, or one with a method `generate(input_ids, max_new_tokens)`, which may
+            also take nanoGPT's `temperature` and `top_k`.
+        ids: Token ids of the prompt.
+        max_new_tokens: Maximum number of tokens to add.
+        sampling: How to choose tokens. Default: sample from the model's distribution unchanged.
+        vocab_size: Size of the tokenizer's vocabulary; larger ids, which mean nothing to it, are left out.
+        seed: Random seed for sampling. Default: each call differs.
+
+    Returns:
+        The ids with their continuation.
+
+    Raises:
+        ConfigError: The model has no `generate` method, or it does not support the sampling options.
+        ModelError: It failed, or returned something else than the ids with their continuation.
+    """
+    if isinstance(model, GPT):
+        (generated,) = model.generate([list(ids)], max_new_tokens, sampling=sampling, vocab_size=vocab_size, seed=seed)
+        return [int(i) for i in generated]
+    if not callable(getattr(model, "generate", None)):
+        raise ConfigError(
+            f"{type(model).__name__} has no generate method, with which text is sampled. Add a method "
+            f"generate(input_ids, max_new_tokens) that returns input_ids with their continuation."
+        )
+    max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
+    sampling = Sampling() if sampling is None else sampling
+    options = _transformers_options(model, sampling) if is_transformers_model(model) else _options(model, sampling)
+    device = next(model.parameters()).device
+    prompt = torch.tensor([list(ids)], device=device)
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            generated = model.generate(prompt, max_new_tokens=max_new_tokens, **options)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{type(model).__name__}.generate failed for {len(ids)} tokens and max_new_tokens={max_new_tokens}: "
+                f"{error!r:.200}. Check that it is called as generate(input_ids, max_new_tokens=...), and that the "
+                f"sequence fits in the model."
+            ) from error
+    if not isinstance(generated, Tensor) or generated.dim() != 2 or not generated[:1, : len(ids)].equal(prompt):
+        raise ModelError(
+            f"{type(model).__name__}.generate did not return the input_ids with their continuation, (B, T + new "
+            f"tokens). Change the method."
+        )
+    return [i for i in generated[0].tolist() if i < vocab_size]
+
+
+def _transformers_options(model: Any, sampling: Sampling) -> dict[str, Any]:  # noqa: ANN401
+    """Return the arguments of transformers' `generate`, whose defaults are not those of `Sampling`."""
+    pad_token_id = model.generation_config.pad_token_id
+    options = {
+        "do_sample": sampling.temperature > 0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "pad_token_id": 0 if pad_token_id is None else pad_token_id,  # one sequence is not padded
+    }
+    if sampling.temperature > 0:
+        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0}
+        options |= {"top_p": 1.0 if sampling.top_p is None else sampling.top_p, "min_p": sampling.min_p}
+    return options
+
+
+def _options(model: Any, sampling: Sampling) -> dict[str, Any]:  # noqa: ANN401
+    """Return nanoGPT's arguments of `generate`, as far as they are not at their defaults."""
+    if Sampling(temperature=sampling.temperature, top_k=sampling.top_k) != sampling or sampling.temperature == 0:
+        raise ConfigError(
+            f"{type(model).__name__} generates with a temperature above 0 and top_k only. Remove the other options of "
+            f"sampling."
+        )
+    options = {"temperature": sampling.temperature, "top_k": sampling.top_k}
+    return {name: value for name, value in options.items() if value != getattr(Sampling(), name)}

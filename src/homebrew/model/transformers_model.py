@@ -1,0 +1,142 @@
+"""What the Trainer needs to know of transformers' causal language models. transformers itself is not imported."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from homebrew.constants import IGNORE_INDEX
+from homebrew.errors import ConfigError, ModelError
+from homebrew.io import strict_json
+from homebrew.model.language_model import LossFunction, ModelInterface, as_size, mean_over_targets
+from homebrew.model.trial import trial
+
+_CLASSES = {("transformers.modeling_utils", "PreTrainedModel"), ("peft.peft_model", "PeftModel")}
+_VOLATILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
+"""Fields of a configuration that do not change what a model with given weights computes."""
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Return whether a model is a `PreTrainedModel`, or PEFT's wrapper of one, and does not follow `LanguageModel`."""
+    classes = {(c.__module__, c.__name__) for c in type(model).__mro__}
+    if classes.isdisjoint(_CLASSES):
+        return False
+    return "targets" not in inspect.signature(type(model).forward).parameters
+
+
+class TransformersInterface(ModelInterface):
+    """A causal language model of transformers, whose loss is transformers' own.
+
+    The targets are already shifted. Most models pass `shift_labels` on to their loss function, which then does not
+    shift `labels`. For the others, the same loss function is called with their logits.
+    """
+
+    @property
+    def block_size(self) -> int | None:
+        """The configuration's `max_position_embeddings`, or None if it has no such limit."""
+        return as_size(getattr(self._config, "max_position_embeddings", None))
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The configuration's `vocab_size`."""
+        return as_size(getattr(self._config, "vocab_size", None))
+
+    @property
+    def _config(self) -> Any:  # noqa: ANN401 - a PreTrainedConfig
+        return self.model.config.get_text_config()
+
+    def check(self) -> None:
+        """Raise ConfigError unless the model is a causal language model on one device."""
+        name, loss_type = type(self.model).__name__, getattr(self.model, "loss_type", None)
+        is_causal = loss_type in (None, "ForCausalLM") and not self.model.config.is_encoder_decoder
+        if not is_causal or self.model.get_output_embeddings() is None:
+            raise ConfigError(
+                f"{name} is not a causal language model (loss_type {loss_type!r}). Load the model by "
+                f"transformers.AutoModelForCausalLM."
+            )
+        if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
+            raise ConfigError(
+                f"{name} is spread over several devices. Load it without device_map, and use FSDP2 to train a model "
+                f"that does not fit on one GPU."
+            )
+
+    def description(self) -> dict[str, Any]:
+        """Return the configuration, as far as it differs from the default, besides the class and the weights."""
+        values: dict[str, Any] = json.loads(strict_json(json.loads(self.model.config.to_json_string(use_diff=True))))
+        config = {name: value for name, value in values.items() if name not in _VOLATILE}
+        return super().description() | {"config": config}
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute each block's activations in the backward pass."""
+        if not self.model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"activation_checkpointing=True is not supported by {type(self.model).__name__} of transformers. "
+                f"Remove it."
+            )
+        options = {"use_reentrant": False}
+        if hasattr(self.model, "activation_checkpointing_enable"):  # newer than transformers 5.10
+            self.model.activation_checkpointing_enable(options)
+        else:
+            self.model.gradient_checkpointing_enable(options)
+
+    def loss_function(self) -> LossFunction:
+        """Return what computes the loss.
+
+        Raises:
+            ModelError: The model cannot be called.
+            ConfigError: Its attention is not causal.
+        """
+        core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # without PEFT
+        names = inspect.signature(core.forward).parameters
+        options = {"use_cache": False} if "use_cache" in names else {}  # a cache is for generation
+        if self._takes_shift_labels(options):
+
+            def call(model: Any, input_ids: Tensor, targets: Tensor) -> object:  # noqa: ANN401
+                return model(input_ids=input_ids, labels=targets, shift_labels=targets, **options)
+        else:
+            vocab_size = self.vocab_size
+            if getattr(self._config, "output_router_logits", False):
+                raise ConfigError(
+                    f"{type(self.model).__name__} does not support shift_labels, without which the auxiliary loss of "
+                    f"its experts cannot be added. Set output_router_logits=False in its configuration."
+                )
+
+            def call(model: Any, input_ids: Tensor, targets: Tensor) -> object:  # noqa: ANN401
+                outputs = model(input_ids=input_ids, **options)
+                logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+                return core.loss_function(logits=logits, labels=targets, shift_labels=targets, vocab_size=vocab_size)
+
+        return mean_over_targets(call)
+
+    def _takes_shift_labels(self, options: dict[str, Any]) -> bool:
+        """Return whether the model's loss is that of `shift_labels`, as a call with all `labels` ignored shows.
+
+        Raises:
+            ModelError: The call fails.
+            ConfigError: The logits of a token depend on the next token.
+        """
+        model, device = self.model, next(self.model.parameters()).device
+        ids = torch.tensor([[0, 0], [0, 1]], device=device)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        try:
+            with trial(model), torch.no_grad():
+                try:
+                    outputs = model(input_ids=ids, labels=labels, shift_labels=ids, **options)
+                except TypeError:  # an unknown argument
+                    outputs = model(input_ids=ids, **options)
+        except Exception as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot compute the loss of two tokens: {error!r}. Check that it is a causal "
+                f"language model."
+            ) from error
+        outputs = outputs if isinstance(outputs, Mapping) else {}  # a tuple, with return_dict=False
+        loss, logits = outputs.get("loss"), outputs.get("logits")
+        if logits is not None and (logits[0, 0] - logits[1, 0]).abs().max() > 1e-3 * logits.abs().max():
+            raise ConfigError(
+                f"{type(model).__name__} attends to later tokens, which are those to predict. Build the model as a "
+                f"decoder, such as with is_decoder=True in its configuration."
+            )
+        return loss is not None and bool(loss.isfinite() and loss)
