@@ -1,12 +1,15 @@
 """The Python examples of each page in docs run, in order, with small models and data."""
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from doc_examples import small
+from language_models import NanoGPT
 
 from homebrew import GPT, GPTConfig, TokenDataset, TrainerConfig
 
@@ -21,6 +24,11 @@ def nanogpt_checkpoint():
     return {"model": GPT(GPTConfig(**sizes)).state_dict(), "model_args": sizes}
 
 
+def nanogpt_config(*, block_size, vocab_size, **others):
+    assert others.keys() == {"n_layer", "n_head", "n_embd"}
+    return {"block_size": block_size, "vocab_size": vocab_size}
+
+
 @pytest.fixture
 def names(tmp_path, monkeypatch):
     """Change to a folder with the files that the pages name, and return the variables that they do not define."""
@@ -31,6 +39,10 @@ def names(tmp_path, monkeypatch):
         np.arange(200, dtype=np.uint16).tofile(tokens / f"{name}.bin")
     Path("out").mkdir()
     torch.save(nanogpt_checkpoint(), "out/ckpt.pt")
+    nanogpt = SimpleNamespace(
+        GPT=lambda config: NanoGPT(**config), GPTConfig=nanogpt_config
+    )  # model.py in its repository
+    monkeypatch.setitem(sys.modules, "model", nanogpt)
     Path("book.txt").write_text("It is the east, and Juliet is the sun.\n" * 100)
     GPT(CONFIG).save_pretrained("tiny-gpt2")
     texts = [{"text": "Arise, fair sun, and kill the envious moon. " * 10}] * 4
