@@ -66,7 +66,7 @@ _GPT2 = Recipe(
     optimizer="adamw",
     max_steps=1_400,
     max_epochs=12,
-    settings={"global_batch_tokens": 8_192, "learning_rate": 5e-4, "log_every": 20},
+    settings={"global_batch_tokens": 8_192, "learning_rate": 5e-4, "warmup_steps": 22, "log_every": 20},
 )
 _NOTEBOOK = Recipe(
     GPTConfig.preset("gpt2"),
@@ -115,13 +115,16 @@ def main(options: Options) -> None:
     if recipe.max_epochs is not None and options.max_steps is None:
         tokens = recipe.max_epochs * len(train) * recipe.model.block_size
         max_steps = max(1, min(max_steps, tokens // recipe.settings["global_batch_tokens"]))
+    settings = dict(recipe.settings)
+    if "warmup_steps" in settings:
+        settings["warmup_steps"] = min(settings["warmup_steps"], max_steps)
     config = TrainerConfig(
         output_dir=options.output_dir,
         max_steps=max_steps,
         eval_every=-(-max_steps // 5),
         seed=options.seed,
         optimizer=recipe.optimizer,
-        **recipe.settings,
+        **settings,
     )
     model = replace(recipe.model, vocab_size=dataset.vocab_size)
     trainer = Trainer(model, train, val, config=config, callbacks=[EarlyStopping(patience=2)])

@@ -114,13 +114,13 @@ def test_a_finished_run_with_a_stable_phase_says_how_to_extend_it(text, tmp_path
     run_main("train", "--resume", "--output-dir", folder, *max_steps)
     output = "".join(capsys.readouterr())
     command = output[output.rindex("mkdir -p") :]
-    assert "step 2, before the decay" in output
+    assert "step 4, before the decay" in output
     assert "--max-steps 9" in command or not max_steps
     *copies, resume = command.split(" && ")
     for copy in copies:
         subprocess.run(shlex.split(copy), check=True)
     assert run_main(*shlex.split(resume)[1:]) == 0
-    assert "resumes at step 2/" in capsys.readouterr().out
+    assert "resumes at step 4/" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("max_steps", [[], ["--max-steps", 9]])

@@ -27,7 +27,7 @@ DEFAULTS = {
     "learning_rate": 5e-3,
     "lr_schedule": "cosine",
     "warmup_steps": 1,
-    "decay_fraction": 0.5,
+    "decay_fraction": 0.3,
     "min_lr_ratio": 0.1,
     "betas": (0.9, 0.95),
     "muon_momentum": 0.95,

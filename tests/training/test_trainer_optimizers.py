@@ -181,7 +181,7 @@ def test_a_run_can_be_extended_several_times(tmp_path):
 @pytest.mark.parametrize(
     ("first", "stop", "second", "settings"),
     [
-        (8, 6, 16, {"warmup_steps": 0}),
+        (8, 7, 16, {"warmup_steps": 0}),
         (16, 7, 8, {"warmup_steps": 0}),  # has passed the shorter run's decay
         (8, 2, 16, {"lr_schedule": "linear"}),
         (8, 2, 16, {"lr_schedule": "cosine", "warmup_steps": 0}),

@@ -28,7 +28,7 @@ def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
     from homebrew.checkpoint.store import CheckpointStore
 
     longer = config.max_steps if config.max_steps > max_steps else 2 * max_steps
-    decay_start = int(max_steps * (1 - (0.5 if config.decay_fraction is None else config.decay_fraction)))
+    decay_start = int(max_steps * (1 - config.effective("decay_fraction")))
     store = CheckpointStore(Path(config.output_dir))
     kept = [step for step in store.steps() if step <= decay_start]
     old, new = (shlex.quote(f"{config.output_dir}{suffix}") for suffix in ("", "-longer"))

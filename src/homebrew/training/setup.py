@@ -192,13 +192,10 @@ def check_guard_settings(config: TrainerConfig, *, uses_scaler: bool) -> None:
 
 def build_optimizers(model: nn.Module, config: TrainerConfig) -> list[torch.optim.Optimizer]:
     """Build the optimizers that the config names."""
-    learning_rate = config.peak_learning_rate()
-    betas = (0.9, 0.95) if config.betas is None else config.betas
-    weight_decay = 0.1 if config.weight_decay is None else config.weight_decay
-    if config.optimizer != "muon":
-        return [adamw(model.parameters(), learning_rate=learning_rate, betas=betas, weight_decay=weight_decay)]
-    momentum = 0.95 if config.muon_momentum is None else config.muon_momentum
-    return muon_and_adamw(model, learning_rate=learning_rate, momentum=momentum, betas=betas, weight_decay=weight_decay)
+    settings = {name: config.effective(name) for name in ("learning_rate", "betas", "weight_decay")}
+    if config.optimizer == "muon":
+        return muon_and_adamw(model, momentum=config.effective("muon_momentum"), **settings)
+    return [adamw(model.parameters(), **settings)]
 
 
 def build_callbacks(callbacks: Sequence[Callback], *, progress: bool) -> list[Callback]:

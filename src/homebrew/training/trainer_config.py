@@ -45,9 +45,10 @@ class TrainerConfig:
     "wsd" (warm-up, stable, decay): constant, then linear decay over the last `decay_fraction` of the run. Until this
     decay begins, a run can be extended."""
     warmup_steps: int | None = None
-    """Number of linear warm-up steps. Default: a twentieth of `max_steps`; for "wsd", 20."""
+    """Number of linear warm-up steps. Default: 100; for "cosine" and "linear" a twentieth of `max_steps` if that is more,
+    and at most a quarter."""
     decay_fraction: float | None = None
-    """Length of the decay with "wsd", as a fraction of `max_steps`. Default: 0.5."""
+    """Length of the decay with "wsd", as a fraction of `max_steps`. Default: 0.3."""
     min_lr_ratio: float | None = None
     """Final learning rate, as a fraction of `learning_rate`. Default: 0.1 for "cosine", otherwise 0."""
     betas: tuple[float, float] | None = None
@@ -105,29 +106,34 @@ class TrainerConfig:
     loader_timeout_seconds: float = 600.0
     """Timeout for a data loader process, in seconds."""
 
-    def peak_learning_rate(self) -> float:
-        """Return `learning_rate`, or the optimizer's default."""
-        default = 4e-3 if self.optimizer == "muon" else 6e-4
-        return default if self.learning_rate is None else self.learning_rate
+    def effective(self, name: str) -> Any:  # noqa: ANN401 - of the setting's type
+        """Return the value of a setting, or what is used in its place if it is None."""
+        is_muon, is_wsd = self.optimizer == "muon", self.lr_schedule == "wsd"
+        defaults = {
+            "optimizer": "adamw",
+            "learning_rate": 4e-3 if is_muon else 6e-4,
+            "lr_schedule": "cosine",
+            # With "wsd" independent of max_steps, or a longer run would have another past.
+            "warmup_steps": 100 if is_wsd else min(self.max_steps // 4, max(100, self.max_steps // 20)),
+            "decay_fraction": 0.3,
+            "min_lr_ratio": 0.1 if self.lr_schedule in (None, "cosine") else 0.0,
+            "betas": (0.9, 0.95),
+            "muon_momentum": 0.95,
+            "weight_decay": 0.1,
+        }
+        value = getattr(self, name)
+        return defaults[name] if value is None else value
 
     def schedule(self) -> Schedule:
         """Return the schedule that `lr_schedule` names."""
-        warmup_steps = self.warmup_steps
-        if warmup_steps is None:  # with "wsd" independent of max_steps, or a longer run would have another past
-            warmup_steps = 20 if self.lr_schedule == "wsd" else self.max_steps // 20
-        if self.lr_schedule in (None, "cosine"):
-            return warmup_cosine(
-                warmup_steps=warmup_steps,
-                max_steps=self.max_steps,
-                min_lr_ratio=0.1 if self.min_lr_ratio is None else self.min_lr_ratio,
-            )
+        warmup_steps, min_lr_ratio = self.effective("warmup_steps"), self.effective("min_lr_ratio")
+        if self.effective("lr_schedule") == "cosine":
+            return warmup_cosine(warmup_steps=warmup_steps, max_steps=self.max_steps, min_lr_ratio=min_lr_ratio)
         return warmup_stable_decay(
             warmup_steps=warmup_steps,
             max_steps=self.max_steps,
-            decay_fraction=(
-                1.0 if self.lr_schedule == "linear" else 0.5 if self.decay_fraction is None else self.decay_fraction
-            ),
-            min_lr_ratio=self.min_lr_ratio or 0.0,
+            decay_fraction=1.0 if self.lr_schedule == "linear" else self.effective("decay_fraction"),
+            min_lr_ratio=min_lr_ratio,
         )
 
     def changed(self, *names: str) -> str:
