@@ -44,6 +44,12 @@ def test_importing_costs_little_more_than_torch_and_accelerate():
     assert set(SLOW) & set(done.stdout.split()) == set()
 
 
+def test_preparing_text_imports_no_torch():
+    program = "import sys, homebrew.data.prepare; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"torch", "accelerate", "transformers"} & set(done.stdout.split()) == set()
+
+
 def test_every_public_name_can_be_imported():
     assert sorted(homebrew.__all__) == sorted(homebrew._MODULE_OF)
     assert all(hasattr(homebrew, name) for name in homebrew.__all__)

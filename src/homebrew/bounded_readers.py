@@ -12,15 +12,15 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open  # noqa: TID251 - the only use
-from torch import Tensor
 
 from homebrew.errors import HomebrewError
 from homebrew.io import open_regular
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_BYTES = 16 * 2**20
 """Maximum size of a JSON or text file, and of a safetensors file's header. GPT-2's `tokenizer.json` has 3.6 MB."""
@@ -34,21 +34,21 @@ MAX_RANK = 64
 """Maximum number of dimensions of a tensor. PyTorch's operations support no more."""
 
 SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+    "torch.complex64": "C64",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
 }
-"""Names of the supported dtypes in safetensors files."""
+"""Names of the supported dtypes in safetensors files, by the names of PyTorch's."""
 
 _DTYPE_NAMES = frozenset(SAFETENSORS_DTYPES.values())
 Shapes = dict[str, tuple[int, ...]]
@@ -98,11 +98,13 @@ def parse_json(data: bytes, source: Path | str, error: type[HomebrewError]) -> d
     return value
 
 
-def parse_tensors(data: bytes, path: Path, error: type[HomebrewError]) -> dict[str, Tensor]:
+def parse_tensors(data: bytes, path: Path, error: type[HomebrewError]) -> "dict[str, Tensor]":
     """Parse a safetensors file."""
+    from safetensors.torch import load  # imports PyTorch
+
     read_header(io.BytesIO(data), path, error)
     with _safetensors_errors(path, error):
-        return safetensors.torch.load(data)
+        return load(data)
 
 
 @contextlib.contextmanager

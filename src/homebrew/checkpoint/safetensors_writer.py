@@ -24,7 +24,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> list[memoryview]:
     for name in names:
         start, end = end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": SAFETENSORS_DTYPES[tensors[name].dtype],
+            "dtype": SAFETENSORS_DTYPES[str(tensors[name].dtype)],
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }

@@ -28,7 +28,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 def is_savable(tensor: Tensor) -> bool:
     """Return whether a tensor's dtype and layout can be saved, and it has values."""
-    return tensor.dtype in SAFETENSORS_DTYPES and tensor.layout is torch.strided and not tensor.is_meta
+    return str(tensor.dtype) in SAFETENSORS_DTYPES and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def describe(tensor: Tensor) -> str:

@@ -5,18 +5,20 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from homebrew.bounded_readers import open_file, parse_json, read_bytes
 from homebrew.data.token_formats import NPY_HEADER_BYTES, npy_header, open_tokens, token_dtype
-from homebrew.data.token_ids import MAX_VOCAB_SIZE, TokenIds, as_token_ids, check_token_ids
+from homebrew.data.token_ids import MAX_VOCAB_SIZE, TokenIds, as_token_ids, check_token_ids, is_tensor
 from homebrew.data.token_metadata import REMEDY, TokenMetadata, metadata_path
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
 from homebrew.io import absolute_path, atomic_replace, is_disk_full
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CHUNK_TOKENS = 2**20
 """Number of tokens validated and written at a time."""
@@ -100,7 +102,7 @@ class TokenFile:
 
 def write_tokens(
     path: str | Path,
-    ids: TokenIds | Tensor | Iterable[TokenIds | Tensor],
+    ids: "TokenIds | Tensor | Iterable[TokenIds | Tensor]",
     *,
     vocab_size: int,
     tokenizer_json: dict[str, Any] | None = None,
@@ -191,9 +193,9 @@ def _is_json(text: bytes) -> bool:
 
 
 def _chunks(
-    ids: TokenIds | Tensor | Iterable[TokenIds | Tensor], vocab_size: int, dtype: np.dtype[Any]
+    ids: "TokenIds | Tensor | Iterable[TokenIds | Tensor]", vocab_size: int, dtype: np.dtype[Any]
 ) -> Iterator[TokenIds]:
-    for array in [ids] if isinstance(ids, np.ndarray | Tensor) or not isinstance(ids, Iterable) else ids:
+    for array in [ids] if isinstance(ids, np.ndarray) or is_tensor(ids) or not isinstance(ids, Iterable) else ids:
         array = as_token_ids(array)
         for start in range(0, len(array), _CHUNK_TOKENS):
             chunk = array[start : start + _CHUNK_TOKENS]

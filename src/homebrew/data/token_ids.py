@@ -1,14 +1,17 @@
 """Validation of token ids that users pass in."""
 
 import operator
+import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from homebrew.errors import DataError, HomebrewError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TokenIds = NDArray[np.integer]
 
@@ -16,22 +19,30 @@ MAX_VOCAB_SIZE = 2**31
 """Token ids are int32 on the device."""
 
 
-def check_dense(ids: Tensor, name: str, error: type[HomebrewError]) -> None:
+def is_tensor(value: object) -> "TypeGuard[Tensor]":
+    """Return whether a value is a tensor, without importing PyTorch: `homebrew prepare` does not need it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def check_dense(ids: "Tensor", name: str, error: type[HomebrewError]) -> None:
     """Raise `error` for a sparse, nested or quantized tensor."""
+    import torch
+
     if ids.layout != torch.strided or ids.is_nested or ids.is_quantized:
         kind = "nested" if ids.is_nested else "quantized" if ids.is_quantized else str(ids.layout)
         raise error(f"{name} must be a dense tensor of integers, but are {kind}. Use a tensor of dtype torch.int64.")
 
 
-def as_token_ids(ids: Tensor | TokenIds | Sequence[int]) -> TokenIds:
+def as_token_ids(ids: "Tensor | TokenIds | Sequence[int]") -> TokenIds:
     """Convert token ids to a NumPy array (num_tokens,) without changing their integer dtype."""
     rule = "must be a one-dimensional sequence of integers. Convert them first."
-    if isinstance(ids, Tensor):
+    if is_tensor(ids):
         check_dense(ids, "Token ids", DataError)
         if ids.is_meta:
             raise DataError("Token ids are on the device meta, so they have no values. Give them on a real device.")
     try:
-        array = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+        array = ids.cpu().numpy() if is_tensor(ids) else np.asarray(ids)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires a gradient
         raise DataError(f"Token ids {rule} ({error})") from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
