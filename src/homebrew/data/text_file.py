@@ -8,31 +8,34 @@ import io
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from homebrew.data.binary_kinds import describe_binary, is_known_kind
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
 
-_CONTROL_CHARACTERS = [chr(code) for code in (*range(1, 32), 127) if chr(code) not in "\a\b\t\n\v\f\r\x1b"]
+_CONTROL_BYTES = bytes(code for code in (*range(1, 32), 127) if chr(code) not in "\a\b\t\n\v\f\r\x1b")
 """Control characters that do not occur in texts, other than NUL."""
 
 _MAX_CONTROL_CHARACTERS = 0.1
 """Share of control characters above which a file is binary. Texts extracted from other formats have a few."""
 
-
 _MAX_CONTROL_BYTES = 0.05
 """Share of control bytes above which a file that is not UTF-8 is binary. Compressed data has about 0.1."""
+
+_HEAD_BYTES = 8192
+"""Bytes at the start of a file by which its kind is described."""
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """The first bytes of most UTF-16 files."""
 
-_BLOCK_CHARACTERS = 2**20
-"""Number of characters to read and check at a time. A device without an end, such as /dev/zero, fails the check."""
+_BLOCK_BYTES = 2**20
+"""Number of bytes to read and check at a time. A device without an end, such as /dev/zero, fails the check."""
 
 
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file."""
-    return "".join(text_chunks(path, _BLOCK_CHARACTERS))
+    return "".join(text_chunks(path, _BLOCK_BYTES))
 
 
 def text_chunks(path: str | Path, chunk_characters: int) -> Iterator[str]:
@@ -41,22 +44,59 @@ def text_chunks(path: str | Path, chunk_characters: int) -> Iterator[str]:
     Raises:
         DataError: If the file cannot be read, is not UTF-8, or is binary.
     """
-    num_characters = num_control = 0
-    start = b""
     try:
-        with absolute_path(path).open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
-            start = raw.peek()
-            while block := file.read(_BLOCK_CHARACTERS):
-                num_characters += len(block)
-                num_control += _num_control(block)
-                if "\0" in block or num_control > _MAX_CONTROL_CHARACTERS * num_characters:
-                    raise _binary_error(path, start)
+        with absolute_path(path).open("rb") as file:
+            for block in decode_text(file, path):
                 for i in range(0, len(block), chunk_characters):
                     yield block[i : i + chunk_characters]
     except OSError as error:
         raise read_error(path, error) from error
-    except UnicodeDecodeError as error:
-        raise _decode_error(path, error, start) from error
+
+
+def decode_text(
+    file: BinaryIO | io.BufferedIOBase, path: str | Path, start: int = 0, stop: int | None = None
+) -> Iterator[str]:
+    """Read UTF-8 text in blocks of about a million characters.
+
+    Args:
+        file: File to read, at the position `start`.
+        path: Path of the file, for messages.
+        start: Position of the text in the file, in bytes.
+        stop: Position at which to stop. If None, the file is read to its end.
+
+    Raises:
+        DataError: If the text is not UTF-8, or is binary.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    num_bytes = num_characters = num_control = num_lines = 0
+    head, data = b"", b"-"
+    while data:
+        data = file.read(_BLOCK_BYTES if stop is None else min(_BLOCK_BYTES, stop - start - num_bytes))
+        head = head or data[:_HEAD_BYTES]
+        try:
+            block = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            position = start + num_bytes + len(data) - len(error.object) + error.start
+            line = num_lines + 1 + error.object[: error.start].count(b"\n") + count_lines(path, start)
+            raise _decode_error(path, error, head, f"line {line}, byte {position}") from error
+        num_bytes += len(data)
+        num_lines += data.count(b"\n")
+        num_characters += len(block)
+        num_control += _num_control(data)
+        if b"\0" in data or num_control > _MAX_CONTROL_CHARACTERS * num_characters:
+            raise _binary_error(path, head)
+        if block:
+            yield block
+
+
+def count_lines(path: str | Path, stop: int) -> int:
+    """Return the number of line ends before a position in a file. It is only called for an error message."""
+    num_lines = 0
+    if stop:
+        with absolute_path(path).open("rb") as file:
+            while data := file.read(min(_BLOCK_BYTES, stop - file.tell())):
+                num_lines += data.count(b"\n")
+    return num_lines
 
 
 def is_text(start: bytes) -> bool:
@@ -65,7 +105,7 @@ def is_text(start: bytes) -> bool:
         text = codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
         return False
-    return "\0" not in text and _num_control(text) <= _MAX_CONTROL_CHARACTERS * len(text)
+    return "\0" not in text and _num_control(start) <= _MAX_CONTROL_CHARACTERS * len(text)
 
 
 def check_regular_file(path: str | Path) -> None:
@@ -83,15 +123,15 @@ def read_error(path: str | Path, error: OSError) -> DataError:
     return DataError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions.")
 
 
-def _decode_error(path: str | Path, error: UnicodeDecodeError, start: bytes) -> DataError:
+def _decode_error(path: str | Path, error: UnicodeDecodeError, start: bytes, place: str) -> DataError:
     """Build the error for a file, with the first bytes `start`, that is not UTF-8."""
     if is_known_kind(start) or _has_binary_bytes(error.object):
         return _binary_error(path, start)
     # Most text files that are not in Unicode are in Latin-1.
     encoding = "utf-16" if error.object.startswith(_UTF16_MARKS) else "latin1"
     return DataError(
-        f"{str(path)!r} cannot be read as UTF-8 text: {error}. If it is text in another encoding, such as "
-        f"{encoding}, convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > converted.txt"
+        f"{str(path)!r} cannot be read as UTF-8 text: {place}: {error.reason}. If it is text in another encoding, such "
+        f"as {encoding}, convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > converted.txt"
     )
 
 
@@ -99,12 +139,11 @@ def _has_binary_bytes(data: bytes) -> bool:
     """Return whether bytes that are not UTF-8 are not text in another encoding either."""
     if data.startswith(_UTF16_MARKS):
         return False  # UTF-16 has NUL bytes
-    num_control = sum(data.count(ord(character)) for character in _CONTROL_CHARACTERS)
-    return 0 in data or num_control > _MAX_CONTROL_BYTES * len(data)
+    return 0 in data or _num_control(data) > _MAX_CONTROL_BYTES * len(data)
 
 
-def _num_control(text: str) -> int:
-    return sum(map(text.count, _CONTROL_CHARACTERS))
+def _num_control(data: bytes) -> int:
+    return len(data) - len(data.translate(None, _CONTROL_BYTES))
 
 
 def _binary_error(path: str | Path, start: bytes) -> DataError:

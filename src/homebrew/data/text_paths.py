@@ -1,6 +1,7 @@
 """Resolve arguments to lists of files: a file, several, folders of them, or patterns such as `*.txt`."""
 
 import glob
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ Paths = str | Path | Sequence[str | Path]
 """A file, a folder, a pattern such as "texts/*.txt", or a sequence of them."""
 
 
-def expand_paths(paths: Paths, *suffixes: str) -> list[Path]:
+def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
     """Replace each folder by the files in it and in its subfolders, and each pattern by its matches, sorted by path.
 
     Hidden files are left out.
@@ -21,6 +22,7 @@ def expand_paths(paths: Paths, *suffixes: str) -> list[Path]:
     Args:
         paths: Files, folders and patterns, such as "shards/train_*.bin".
         suffixes: Suffixes of the files to take from a folder. Only files with the first suffix that occurs are taken.
+            Those of a tuple count as one.
 
     Raises:
         DataError: A folder has no such file, or a pattern matches nothing.
@@ -63,16 +65,17 @@ def _matches(path: str | Path) -> Sequence[str | Path]:
     return matches
 
 
-def _files_in(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+def _files_in(folder: Path, suffixes: Sequence[str | tuple[str, ...]]) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
         if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
     ]
-    for suffix in suffixes:
-        if found := [path for path in files if path.suffix.lower() == suffix]:
+    groups = [(suffix,) if isinstance(suffix, str) else suffix for suffix in suffixes]
+    for group in groups:
+        if found := [path for path in files if path.suffix.lower() in group]:
             return found
     raise DataError(
-        f"The folder {str(folder)!r} has no {' or '.join(suffixes)} files. Pass the files, "
+        f"The folder {str(folder)!r} has no {' or '.join(itertools.chain(*groups))} files. Pass the files, "
         f"a pattern such as {str(folder / 'train_*.bin')!r}, or another folder."
     )
