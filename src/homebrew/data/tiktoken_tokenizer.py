@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import tiktoken
@@ -23,6 +24,31 @@ _NUM_HELD_BACK = 256
 """Tokens at the end of a chunk that are encoded again with the next one. See `TiktokenTokenizer.encode_chunks`."""
 
 
+class Encoding(Protocol):
+    """What `TiktokenTokenizer` needs of a `tiktoken.Encoding`, or of an object in its place."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of token ids."""
+
+    @property
+    def eot_token(self) -> int:
+        """Id of the end-of-text token."""
+
+    @property
+    def special_tokens_set(self) -> set[str]:
+        """Names of the special tokens."""
+
+    def encode_ordinary(self, text: str) -> Sequence[int] | NDArray[np.uint32]:
+        """Encode a text without special tokens."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Decode token ids to UTF-8 bytes."""
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """Decode one token id to UTF-8 bytes."""
+
+
 class TiktokenTokenizer:
     """Base of the byte-pair tokenizers. "<|endoftext|>" in a text is encoded as ordinary text.
 
@@ -30,7 +56,7 @@ class TiktokenTokenizer:
         encoding: Encoding with GPT-2's rules for splitting words, from `build_encoding`.
     """
 
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
+    def __init__(self, encoding: Encoding) -> None:
         self.vocab_size = encoding.n_vocab
         self.end_of_text_id = encoding.eot_token if END_OF_TEXT in encoding.special_tokens_set else None
         self._encoding = encoding
@@ -48,17 +74,17 @@ class TiktokenTokenizer:
         only a few tokens before it, since a merge depends only on earlier merges next to it. A word whose first
         tokens are cut off keeps its other tokens.
         """
-        held_back: list[int] = []
+        held_back: Sequence[int] | NDArray[np.uint32] = []
         for chunk in chunks:
             for start in range(0, len(chunk), CHUNK_CHARACTERS):
-                text = self.decode(held_back) + chunk[start : start + CHUNK_CHARACTERS]
+                text = self.decode([*held_back]) + chunk[start : start + CHUNK_CHARACTERS]
                 ids = self._encoding.encode_ordinary(text)
                 cut = self._last_cut(ids)
                 yield np.array(ids[:cut], dtype=np.int64)
                 held_back = ids[cut:]
         yield np.array(held_back, dtype=np.int64)
 
-    def _last_cut(self, ids: Sequence[int]) -> int:
+    def _last_cut(self, ids: Sequence[int] | NDArray[np.uint32]) -> int:
         """Return the last position at which final tokens can be cut off; 0 if there is none."""
         for cut in range(len(ids) - _NUM_HELD_BACK, 0, -1):
             token, following = map(self._encoding.decode_single_token_bytes, ids[cut : cut + 2])

@@ -66,7 +66,47 @@ def open_tokenizer_json(path: str | Path) -> BytePairTokenizer:
 
 def format_tokenizer_json(tokenizer: BytePairTokenizer) -> str:
     """Return the text of the `tokenizer.json` of a byte-level BPE."""
-    return strict_json(_pipeline(tokenizer), ensure_ascii=False) + "\n"
+    return strict_json(pipeline_of(tokenizer), ensure_ascii=False) + "\n"
+
+
+def byte_level_pipeline(
+    vocabulary: Mapping[str, int], merges: Sequence[str], end_of_text_id: int | None
+) -> dict[str, Any]:
+    """Return the contents of the `tokenizer.json` of a byte-level BPE.
+
+    Args:
+        vocabulary: Id of each token, in the notation of GPT-2's vocabulary files.
+        merges: The merges as "a b", in their order.
+        end_of_text_id: Id of "<|endoftext|>", if it is a token.
+    """
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end_of_text = {
+        "id": end_of_text_id,
+        "content": END_OF_TEXT,
+        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        "special": True,
+    }
+    return {
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
+        "added_tokens": [] if end_of_text_id is None else [end_of_text],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+            "vocab": dict(vocabulary),
+            "merges": list(merges),
+        },
+    }
+
+
+def pipeline_of(tokenizer: BytePairTokenizer) -> dict[str, Any]:
+    """Return the contents of a tokenizer's `tokenizer.json`."""
+    vocabulary = {token: i for i, token in enumerate(tokenizer.tokens)}
+    merges = [f"{to_notation(a)} {to_notation(b)}" for a, b in tokenizer.merges]
+    return byte_level_pipeline(vocabulary, merges, tokenizer.end_of_text_id)
 
 
 def write_tokenizer_json(tokenizer: BytePairTokenizer, path: Path) -> None:
@@ -121,31 +161,6 @@ def different_post_processor(pipeline: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "post_processor", pipeline["post_processor"]
 
 
-def _pipeline(tokenizer: BytePairTokenizer) -> dict[str, Any]:
-    """Return the contents of the `tokenizer.json` of a byte-level BPE."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end_of_text = {
-        "id": tokenizer.end_of_text_id,
-        "content": END_OF_TEXT,
-        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-        "special": True,
-    }
-    return {
-        "version": "1.0",
-        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
-        "added_tokens": [] if tokenizer.end_of_text_id is None else [end_of_text],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
-            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
-            "vocab": {token: i for i, token in enumerate(tokenizer.tokens)},
-            "merges": [f"{to_notation(a)} {to_notation(b)}" for a, b in tokenizer.merges],
-        },
-    }
-
-
 def parse_pipeline(pipeline: Mapping[str, Any]) -> BytePairTokenizer:
     """Build the tokenizer of the contents of a `tokenizer.json`; raise DataError if it is not supported."""
     differences = [*different_fields(pipeline, BYTE_LEVEL_BPE), *different_post_processor(pipeline)]
@@ -162,7 +177,7 @@ def parse_pipeline(pipeline: Mapping[str, Any]) -> BytePairTokenizer:
             f"the ids of its {len(vocabulary)} tokens are not 0 to {len(vocabulary) - 1}. Give each one id."
         )
     tokenizer = BytePairTokenizer([tokens[i] for i in range(len(tokens))])
-    if encoding[1] != _pipeline(tokenizer)["model"]["merges"]:
+    if encoding[1] != pipeline_of(tokenizer)["model"]["merges"]:
         raise DataError("its merges are not those of its tokens in the order of their ids. Train it again.")
     return tokenizer
 

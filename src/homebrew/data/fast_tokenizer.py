@@ -1,0 +1,162 @@
+"""Fast encoding of texts by gigatoken, an optional library with the ids of tiktoken at many times its throughput."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
+from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
+from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
+from homebrew.data.tiktoken_tokenizer import TiktokenTokenizer
+from homebrew.data.tokenizer import Tokenizer
+from homebrew.data.tokenizer_json import byte_level_pipeline, pipeline_of
+from homebrew.io import strict_json
+from homebrew.user_warnings import warn
+
+_MAX_CACHE_BYTES = 24 * 2**20
+"""Growth of the process after which the tokenizer is built again. gigatoken remembers every word that it has seen. In
+natural language and code these are few, but not in random data."""
+
+_CHARACTERS_BETWEEN_CHECKS = 2**20
+
+
+class FastEncoding:
+    """An encoding by gigatoken, in place of a `tiktoken.Encoding`.
+
+    Args:
+        tokenizer_json: Contents of a `tokenizer.json` with the special token "<|endoftext|>" and no other.
+        eot_token: Id of "<|endoftext|>".
+    """
+
+    def __init__(self, tokenizer_json: str, eot_token: int) -> None:
+        self.eot_token = eot_token
+        self.special_tokens_set = {END_OF_TEXT}
+        self._json = tokenizer_json
+        self._tokenizer: Any
+        self._num_characters = self._memory = 0
+        self._build()
+        self.n_vocab = self._tokenizer.vocab_size
+
+    def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
+        """Encode a text. "<|endoftext|>" is encoded as ordinary text."""
+        # gigatoken encodes it as the special token, so it is cut where two words meet in any case: after "<|".
+        head, tail = END_OF_TEXT[:2], END_OF_TEXT[2:]
+        parts = text.split(END_OF_TEXT)
+        parts[:-1] = [part + head for part in parts[:-1]]
+        parts[1:] = [tail + part for part in parts[1:]]
+        ids = [self.encode_special(part) for part in parts]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+    def encode_special(self, text: str) -> NDArray[np.uint32]:
+        """Encode a text in which "<|endoftext|>" is the end-of-text token."""
+        self._num_characters += len(text)
+        if self._num_characters > _CHARACTERS_BETWEEN_CHECKS:
+            self._num_characters = 0
+            if _memory() - self._memory > _MAX_CACHE_BYTES:
+                self._build()
+        ids: NDArray[np.uint32] = self._tokenizer.encode(text)
+        return ids
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Decode token ids to UTF-8 bytes."""
+        data: bytes = self._tokenizer.decode(list(ids))
+        return data
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """Decode one token id to UTF-8 bytes."""
+        return self.decode_bytes([token])
+
+    def _build(self) -> None:
+        import gigatoken
+
+        self._tokenizer = None  # frees the memory of the last one
+        self._tokenizer = gigatoken.Tokenizer.from_json(self._json).backend
+        self._num_characters, self._memory = 0, _memory()
+
+
+class FastTokenizer(TiktokenTokenizer):
+    """A byte-pair tokenizer that encodes by gigatoken.
+
+    Args:
+        encoding: Encoding by gigatoken.
+        description: `to_json` of the tokenizer.
+    """
+
+    def __init__(self, encoding: FastEncoding, description: dict[str, Any]) -> None:
+        super().__init__(encoding)
+        self.name = description["name"]
+        self._description = description
+        self._fast = encoding
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description of the tokenizer that this one replaces."""
+        return self._description
+
+    def encode_documents(self, texts: Sequence[str]) -> NDArray[np.uint32]:
+        """Encode short texts at once, each with the end-of-text token before it."""
+        if any(END_OF_TEXT in text for text in texts):
+            separator = np.array([self._fast.eot_token], np.uint32)
+            return np.concatenate([ids for text in texts for ids in (separator, self._fast.encode_ordinary(text))])
+        return self._fast.encode_special("".join([part for text in texts for part in (END_OF_TEXT, text)]))
+
+
+def has_fast_tokenizer(tokenizer: Tokenizer, samples: Iterable[str]) -> bool:
+    """Return whether gigatoken is installed and gives texts the same ids as a tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        samples: Texts to compare the ids of.
+    """
+    if not isinstance(tokenizer, TiktokenTokenizer) or not _is_installed():
+        return False
+    fast = fast_tokenizer(tokenizer.to_json())
+    if fast is None:
+        return False
+    for text in samples:
+        if not np.array_equal(fast.encode_documents([text])[1:], tokenizer.encode(text)):
+            warn(
+                "gigatoken gives a text of the input other ids than tiktoken, so the slower tiktoken is used. Update "
+                "gigatoken, or uninstall it to silence this warning."
+            )
+            return False
+    return True
+
+
+def fast_tokenizer(description: dict[str, Any]) -> FastTokenizer | None:
+    """Build a fast tokenizer from another one's `to_json`, or return None if it is not a byte-pair tokenizer.
+
+    Its ids have to be compared with the other one's.
+    """
+    match description["name"]:
+        case GPT2Tokenizer.name:
+            files = gpt2_vocabulary_files()
+            _, *merges = files["vocab.bpe"].decode().splitlines()
+            end_of_text_id = GPT2Tokenizer.end_of_text_id
+            pipeline = byte_level_pipeline(json.loads(files["encoder.json"]), merges, end_of_text_id)
+        case BytePairTokenizer.name:
+            tokenizer = BytePairTokenizer(description["tokens"])
+            end_of_text_id = tokenizer.end_of_text_id
+            pipeline = pipeline_of(tokenizer)
+        case _:
+            return None
+    if end_of_text_id is None:
+        return None
+    return FastTokenizer(FastEncoding(strict_json(pipeline), end_of_text_id), description)
+
+
+def _is_installed() -> bool:
+    try:
+        import gigatoken  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _memory() -> int:
+    """Return the memory of this process in bytes."""
+    memory: int = psutil.Process().memory_info().rss
+    return memory

@@ -1,0 +1,73 @@
+"""gigatoken gives the same ids as tiktoken."""
+
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from homebrew import get_tokenizer
+from homebrew.data import fast_tokenizer as module
+from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
+from homebrew.data.fast_tokenizer import FastEncoding, fast_tokenizer, has_fast_tokenizer
+from homebrew.data.gpt2_vocabulary import END_OF_TEXT
+from homebrew.data.tiktoken_tokenizer import gpt2_byte_to_char
+
+BYTES = [*gpt2_byte_to_char().values()]
+TOKENIZERS = {
+    "gpt2": get_tokenizer("gpt2"),
+    "end of text first": BytePairTokenizer([END_OF_TEXT, *BYTES, "Ġt", "he", "Ġthe", "<|"]),
+    "end of text last": BytePairTokenizer([*BYTES, "aa", "aaa", "Ġaaa", END_OF_TEXT]),
+}
+FAST = {name: fast_tokenizer(tokenizer.to_json()) for name, tokenizer in TOKENIZERS.items()}
+TEXTS = st.text(st.sampled_from("a'sthe —\n\r\t é,🙂1<|\0\x85\u3000"), max_size=60) | st.text(
+    st.characters(codec="utf-8"), max_size=40
+)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None)
+@given(texts=st.lists(TEXTS | st.just(END_OF_TEXT), min_size=1, max_size=5), marker=st.sampled_from(["", END_OF_TEXT]))
+def test_ids_are_those_of_tiktoken(name, texts, marker):
+    tokenizer, fast = TOKENIZERS[name], FAST[name]
+    text = marker.join(texts)
+    assert fast.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert fast.decode_bytes(fast.encode(text)) == text.encode()
+    expected = [i for text in texts for i in [tokenizer.end_of_text_id, *tokenizer.encode(text).tolist()]]
+    assert fast.encode_documents(texts).tolist() == expected
+
+
+@pytest.mark.parametrize("text", ["a", "ACGT", "中文没有空格", "0123456789", "!?", " ", "\n", "A text of one line. "])
+def test_long_runs_have_the_ids_of_tiktoken(text):
+    text = (text * 100_000)[:150_000]
+    assert FAST["gpt2"].encode(text).tolist() == TOKENIZERS["gpt2"].encode(text).tolist()
+
+
+def test_a_tokenizer_without_end_of_text_or_of_another_kind_is_not_fast():
+    for tokenizer in (BytePairTokenizer(BYTES), get_tokenizer("bytes"), get_tokenizer("char", text="To be")):
+        assert not has_fast_tokenizer(tokenizer, ["To be"])
+
+
+def test_the_ids_are_compared_with_those_of_tiktoken(monkeypatch):
+    tokenizer = TOKENIZERS["gpt2"]
+    assert has_fast_tokenizer(tokenizer, ["To be,", "", f"or{END_OF_TEXT}"])
+    monkeypatch.setattr(FastEncoding, "encode_special", lambda *_: tokenizer.encode("To be"))
+    with pytest.warns(UserWarning, match="gigatoken gives"):
+        assert not has_fast_tokenizer(tokenizer, ["or not to be"])
+
+
+def test_gigatoken_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    assert not has_fast_tokenizer(TOKENIZERS["gpt2"], ["To be"])
+
+
+def test_the_tokenizer_is_built_again_when_its_cache_has_grown(monkeypatch):
+    encoding = FAST["end of text last"]._fast
+    built = []
+    monkeypatch.setattr(FastEncoding, "_build", lambda self: built.append(self))
+    monkeypatch.setattr(module, "_CHARACTERS_BETWEEN_CHECKS", 10)
+    for memory in (0, 2**40):
+        monkeypatch.setattr(module, "_memory", lambda memory=memory: memory)
+        for _ in range(3):
+            encoding.encode_special("To be")
+    assert built == [encoding]
