@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from homebrew import TokenDataset, get_tokenizer
 from homebrew.data import gpt2_tokenizer
+from homebrew.data import prepare as prepare_module
+from homebrew.data.fast_tokenizer import FastEncoding
 from homebrew.data.prepare import prepare
 from homebrew.data.text_file import text_chunks
 from homebrew.data.token_file import TokenFile
@@ -38,9 +40,12 @@ def test_preparing_in_chunks_equals_encoding_at_once(path, text, chunk_character
 
 
 @pytest.mark.parametrize("text", ["a", "ACGT", "中文没有空格", "0123456789", "!?", " ", "\n", "A text of one line. "])
-@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "char"])
-def test_memory_does_not_depend_on_white_space(path, tmp_path, monkeypatch, tokenizer, text):
+@pytest.mark.parametrize(("tokenizer", "is_fast"), [("gpt2", False), ("gpt2", True), ("bytes", False), ("char", False)])
+def test_memory_does_not_depend_on_white_space(path, tmp_path, monkeypatch, tokenizer, is_fast, text):
+    monkeypatch.setattr(prepare_module, "_MIN_FAST_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "has_fast_tokenizer", lambda *_: is_fast)
     encoded = []
+    monkeypatch.setattr(FastEncoding, "encode_special", recording(FastEncoding.encode_special, encoded))
     for cls in (CharTokenizer, ByteTokenizer):
         monkeypatch.setattr(cls, "encode", recording(cls.encode, encoded))
     encoding = gpt2_tokenizer._gpt2_encoding()

@@ -21,7 +21,7 @@ def folder(tmp_path):
     for name, content in {
         "a.txt": "To be, or not to be:",
         "more/b.TXT": "that is the question.\n",
-        "notes.md": "no text",
+        "notes.rst": "no text",
         ".hidden.txt": "no text",
         ".git/c.txt": "no text",
     }.items():

@@ -26,8 +26,12 @@ _OTHER_NAMES = {name.replace("_", "-"): others.replace("_", "-") for name, other
     "resume": "resume-from-checkpoint",
     "overwrite": "overwrite-output-dir",
     "temperature": "temp t",
+    "shard-tokens": "shard-size",
     "text": "data file input",
+    "text-field": "text-column column field",
     "tokenizer": "encoding vocab",
+    "val-fraction": "eval-fraction val-split test-size split",
+    "workers": "num-proc num-workers jobs",
 }
 """Names of options in other programs."""
 

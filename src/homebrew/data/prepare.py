@@ -1,21 +1,40 @@
-"""Tokenize text files of any size into a token file, one chunk at a time."""
+"""Tokenize texts of any size into token files, by several processes.
 
-from collections.abc import Iterator, Sequence
+The input is cut into parts (`prepare_plan`), each of which is encoded to files of its own (`encode_part`) by one of the
+processes (`encode_workers`). These files are joined in the order of the input (`shard_writer`), so the token files do
+not depend on the number of processes.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from homebrew.data.text_file import text_chunks
-from homebrew.data.text_paths import Paths, describe_files, text_files
+from homebrew.data.documents import SUFFIXES, read_documents
+from homebrew.data.encode_part import SPLITS, EncodeSettings, Split
+from homebrew.data.encode_workers import encoding
+from homebrew.data.fast_tokenizer import has_fast_tokenizer
+from homebrew.data.joined_parts import JoinedParts
+from homebrew.data.prepare_plan import Part, plan_parts
+from homebrew.data.prepare_state import PrepareState
+from homebrew.data.shard_writer import ShardWriter
+from homebrew.data.text_paths import Paths, describe_files, expand_paths
 from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
-from homebrew.data.token_file import check_output_path, write_tokens
-from homebrew.data.token_formats import is_token_file
+from homebrew.data.token_file import check_output_path
 from homebrew.data.token_metadata import TokenMetadata
-from homebrew.data.tokenizer import CharTokenizer, Tokenizer, encode_chunks, get_tokenizer
+from homebrew.data.tokenizer import CharTokenizer, get_tokenizer
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
 from homebrew.io import absolute_path
+
+_MIN_FAST_BYTES = 2**21
+"""Size of the input from which on the fast tokenizer saves more time than it takes to load."""
+
+_NUM_SAMPLES = 8
+_SAMPLE_CHARACTERS = 2**15
+"""Number and length of the texts whose fast encoding is checked."""
 
 
 def prepare(
@@ -23,57 +42,148 @@ def prepare(
     output: str | Path,
     *,
     tokenizer: str | Path = "gpt2",
+    text_field: str = "text",
+    allow_special: bool = False,
+    val_fraction: float = 0.0,
+    shard_tokens: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
     chunk_characters: int = CHUNK_CHARACTERS,
 ) -> TokenMetadata:
-    """Tokenize text files into one token file.
+    """Tokenize text files into one token file, or into shards.
 
-    The tokens of a text do not depend on the chunk size. Texts are separated by the tokenizer's end-of-text token, if
-    it has one.
+    A text file is a document, and so is each line of a JSON Lines file and each row of a Parquet file. Documents are
+    separated by the tokenizer's end-of-text token, if it has one. The token files do not depend on `workers` and
+    `chunk_characters`. A call that was interrupted continues if it is repeated.
 
     Args:
-        paths: Path of a UTF-8 text file, of a folder, of which all .txt files are read, or a sequence of such paths.
+        paths: Path of a file, of a folder, a pattern such as "texts/*.txt", or a sequence of them. Of a folder, files
+            whose names end in .txt, .md, .jsonl, .parquet, .gz or .zst are read. A file with another name is a text.
         output: Path of the `.npy` file to write. An existing token file, valid or damaged, is replaced.
         tokenizer: "gpt2", "bytes", "char" (the characters that occur in the texts), or the path of a `tokenizer.json`.
+        text_field: Key or column of the text in JSON Lines and Parquet files.
+        allow_special: Whether "<|endoftext|>" in a text separates documents. If not, it is text like any other.
+        val_fraction: Expected fraction of the documents that are written to token files of their own, for validation.
+            Which ones depends on a hash of the document's first 65,536 characters, and on nothing else. `book.npy`
+            becomes `book-train.npy` and `book-val.npy`.
+        shard_tokens: Number of tokens of a file. The files are `book-00000.npy`, `book-00001.npy`, …, of which the last
+            may be shorter. If None, there is one file.
+        workers: Number of processes. If None, it is the number of CPU cores that this process may use.
+        progress: Whether to show the progress, if standard error is a terminal.
         chunk_characters: Number of characters to encode at a time.
 
     Returns:
-        The token file's metadata.
+        The metadata of the token file. With several files, the sums over those for training.
 
     Raises:
-        DataError: If a file cannot be read as UTF-8 text, all files are empty, or `output` cannot be written.
+        DataError: If a file cannot be read, or has a line or row without a valid text; all texts are empty; an
+            argument is invalid; or `output` cannot be written.
     """
     chunk_characters = as_integer("chunk_characters", chunk_characters, error=DataError)
+    workers = as_integer("workers", _num_cores() if workers is None else workers, error=DataError)
+    if shard_tokens is not None:
+        shard_tokens = as_integer("shard_tokens", shard_tokens, error=DataError)
+    if not isinstance(val_fraction, Real) or isinstance(val_fraction, bool) or not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction={val_fraction!r:.100} is not valid. Use a number from 0 to below 1.")
     output = absolute_path(output)
-    check_output_path(output)
+    outputs = output_paths(output, val_fraction)
+    for path in outputs.values():
+        check_output_path(path)
     chosen = None if tokenizer == "char" else get_tokenizer(tokenizer)  # its errors come before the texts are read
-    files = text_files(paths)
-    num_bytes, alphabet = 0, set[str]()
-    for path in files:
-        if is_token_file(path):  # also raises for pipes: the text is read twice
-            raise DataError(f"{path} is a token file. Give the text that it was made from, or train on it directly.")
-        for chunk in text_chunks(path, chunk_characters):
-            num_bytes += len(chunk.encode())
-            if chosen is None:
-                alphabet.update(chunk)
-    if not num_bytes:
-        names = ", ".join(map(str, files))
-        raise DataError(f"There is no text to prepare{' in ' + names if names else ''}. Give files that are not empty.")
+    files = expand_paths(paths, SUFFIXES)
+    parts = plan_parts(files, split_at_end_of_text=allow_special)
     if chosen is None:
-        chosen = CharTokenizer("".join(alphabet))
-    return write_tokens(
-        output,
-        _encode_files(files, chosen, chunk_characters),
-        vocab_size=chosen.vocab_size,
-        tokenizer_json=chosen.to_json(),
-        num_text_bytes=num_bytes,
-        source=describe_files(files),
+        chosen = CharTokenizer("".join(_alphabet(parts, text_field)))
+    if allow_special and chosen.end_of_text_id is None:
+        raise DataError(
+            f"allow_special=True needs a tokenizer with an end-of-text token, but {chosen.name!r} has none. Leave it "
+            f"out, or use another tokenizer."
+        )
+    state = PrepareState(output)
+    num_bytes = sum(part.num_bytes for part in parts)
+    settings = EncodeSettings(
+        folder=str(state.folder),
+        tokenizer=chosen.to_json(),
+        is_fast=num_bytes >= _MIN_FAST_BYTES and has_fast_tokenizer(chosen, _samples(parts, text_field)),
+        text_field=text_field,
+        allow_special=allow_special,
+        val_fraction=float(val_fraction),
+        chunk_characters=chunk_characters,
+    )
+    source = describe_files(files)
+    writers = {split: ShardWriter(path, shard_tokens, chosen, source) for split, path in outputs.items()}
+    options = settings.options() | {"shard_tokens": shard_tokens}
+    with state.locked():
+        digests = [part.digest() for part in parts]
+        num_unchanged = state.num_unchanged(options, digests)
+        state.remove_parts(len(parts) if num_unchanged is None else num_unchanged)
+        joined = JoinedParts(state, len(parts), writers, chosen, source)
+        if num_unchanged is not None:
+            for split, writer in writers.items():  # the shards for validation are the last to be written
+                writer.remove_shards(joined.num_tokens(split) if split == "train" else 0)
+            state.write_plan(options, digests)
+        num_shards = {split: writer.num_complete() for split, writer in writers.items()}
+        starts = {split: number * (shard_tokens or 0) for split, number in num_shards.items()}
+        missing = {i: parts[i] for i in joined.incomplete(starts)}
+        num_missing = sum(part.num_bytes for part in missing.values())
+        with (
+            _show_progress(num_bytes, num_bytes - num_missing, is_shown=progress) as on_part,
+            encoding(missing, settings, workers, on_part) as results,
+        ):
+            for split, writer in writers.items():
+                for _ in writer.write(joined.read(split, starts[split], results), num_shards[split]):
+                    if shard_tokens is not None:
+                        joined.remove_read(split)
+        state.remove_parts()
+    return writers["train"].total()
+
+
+def output_paths(output: Path, val_fraction: float) -> dict[Split, Path]:
+    """Return the path of the token file of each split, which may be divided into shards."""
+    return (
+        {split: output.with_stem(f"{output.stem}-{split}") for split in SPLITS} if val_fraction else {"train": output}
     )
 
 
-def _encode_files(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, chunk_characters: int
-) -> Iterator[NDArray[np.int64]]:
-    for i, path in enumerate(paths):
-        if i and tokenizer.end_of_text_id is not None:
-            yield np.array([tokenizer.end_of_text_id])
-        yield from encode_chunks(tokenizer, text_chunks(path, chunk_characters))
+def _num_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _alphabet(parts: Sequence[Part], text_field: str) -> set[str]:
+    """Return the characters of all texts."""
+    alphabet = set[str]()
+    for part in parts:
+        for span in part.spans:
+            for document in read_documents(span, text_field, split_at_end_of_text=False):
+                alphabet.update(document.text, *document.rest)
+    return alphabet
+
+
+def _samples(parts: Sequence[Part], text_field: str) -> Iterator[str]:
+    """Return the beginnings of texts all over the input."""
+    for part in parts[:: max(1, len(parts) // _NUM_SAMPLES)]:
+        document = next(read_documents(part.spans[0], text_field, split_at_end_of_text=False), None)
+        if document is not None:
+            yield document.text[:_SAMPLE_CHARACTERS]
+
+
+@contextlib.contextmanager
+def _show_progress(num_bytes: int, num_done: int, *, is_shown: bool) -> Iterator[Callable[[Part], None]]:
+    """Show a progress bar on standard error while the block runs, and yield a function to call after each part.
+
+    Args:
+        num_bytes: Size of the input.
+        num_done: Size of the parts that an earlier run has encoded.
+        is_shown: Whether to show it. Nothing is shown if standard error is not a terminal.
+    """
+    if not (is_shown and sys.stderr.isatty()):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("Tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=num_bytes, completed=num_done)
+        yield lambda part: bar.advance(task, part.num_bytes)

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,7 @@ def write_tokens(
     vocab_size: int,
     tokenizer_json: dict[str, Any] | None = None,
     num_text_bytes: int | None = None,
+    count_text_bytes: Callable[[TokenIds], int] | None = None,
     source: str | None = None,
 ) -> TokenMetadata:
     """Write a token file atomically: its `.npy` file, then its JSON file.
@@ -118,6 +119,7 @@ def write_tokens(
         vocab_size: Size of the vocabulary; all ids must be below it.
         tokenizer_json: `Tokenizer.to_json` of the tokenizer that made the ids.
         num_text_bytes: Size of the text in UTF-8 bytes.
+        count_text_bytes: Function that returns the size of the text of some ids, if `num_text_bytes` is not known.
         source: Description of the text's origin.
 
     Raises:
@@ -141,13 +143,15 @@ def write_tokens(
                 for chunk in _chunks(ids, vocab_size, dtype):
                     file.write(chunk.data)
                     num_tokens += len(chunk)
+                    if count_text_bytes is not None:
+                        num_text_bytes = (num_text_bytes or 0) + count_text_bytes(chunk)
                 if num_tokens == 0:
                     raise DataError(f"There are no tokens to write to {path}. Give a text that is not empty.")
                 file.seek(0)
                 file.write(npy_header(dtype, num_tokens))
                 file.seek(0)
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            metadata = replace(metadata, num_tokens=num_tokens, sha256=sha256)
+            metadata = replace(metadata, num_tokens=num_tokens, num_text_bytes=num_text_bytes, sha256=sha256)
             new_metadata.write_text(metadata.to_json(), encoding="utf-8")
     except OSError as error:
         remedy = "Free some disk space." if is_disk_full(error) else "Check the directory and its permissions."

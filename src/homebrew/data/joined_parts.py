@@ -1,0 +1,115 @@
+"""The token ids of all encoded parts, one after another."""
+
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
+
+import numpy as np
+
+from homebrew.data.encode_part import Counts, PartFiles, Split
+from homebrew.data.prepare_state import PrepareState
+from homebrew.data.shard_writer import ShardWriter
+from homebrew.data.token_formats import token_dtype
+from homebrew.data.token_ids import TokenIds
+from homebrew.data.tokenizer import Tokenizer
+from homebrew.errors import DataError
+
+_CHUNK_TOKENS = 2**20
+"""Number of ids to read at a time."""
+
+
+class JoinedParts:
+    """The ids of all parts, with the end-of-text token between two documents.
+
+    Args:
+        state: Folder of the parts.
+        num_parts: Number of parts.
+        writers: What writes the ids of each split that the documents are divided into.
+        tokenizer: Tokenizer that makes the ids.
+        source: Description of the input, for messages.
+    """
+
+    def __init__(
+        self,
+        state: PrepareState,
+        num_parts: int,
+        writers: Mapping[Split, ShardWriter],
+        tokenizer: Tokenizer,
+        source: str,
+    ) -> None:
+        self._state = state
+        self._writers = writers
+        self._source = source
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._has_separator = tokenizer.end_of_text_id is not None
+        self._counts = [state.part(i).read_counts() for i in range(num_parts)]
+        self._num_read = self._num_removed = 0
+
+    def incomplete(self, starts: Mapping[Split, int]) -> list[int]:
+        """Return the indices of the parts that are to be encoded.
+
+        Args:
+            starts: Position of the first id of each split that will be read. The ids before it may have been removed.
+        """
+        for split, start in starts.items():
+            end = -self._has_separator
+            for i, counts in enumerate(self._counts):
+                end += counts[split] if counts else 0
+                if end > start and not self._state.part(i).ids[split].exists():
+                    self._counts[i] = None
+        return [i for i, counts in enumerate(self._counts) if counts is None]
+
+    def num_tokens(self, split: Split) -> int:
+        """Return the number of ids in the parts before the first one that is not complete."""
+        complete = takewhile(lambda counts: counts is not None, self._counts)
+        return max(0, sum(counts[split] for counts in complete if counts) - self._has_separator)
+
+    def read(self, split: Split, start: int, results: Iterator[Counts]) -> Iterator[TokenIds]:
+        """Read the ids of a split.
+
+        Args:
+            split: The split.
+            start: Number of ids to skip.
+            results: Counts of the parts that are not complete. The next part is read when its counts have come.
+
+        Raises:
+            DataError: If all documents are empty, or a split has none.
+        """
+        self._num_read = self._num_removed = 0
+        skip = start + self._has_separator  # every document has one before it, also the first
+        for i, known in enumerate(self._counts):
+            counts = next(results) if known is None else known
+            self._counts[i] = counts
+            if counts[split] > skip:
+                yield from self._read_part(self._state.part(i), split, skip)
+            skip = max(0, skip - counts[split])
+            self._num_read = i + 1
+        self._check([counts for counts in self._counts if counts is not None])
+
+    def remove_read(self, split: Split) -> None:
+        """Remove the ids of the parts that have been read completely. Their counts are kept."""
+        for i in range(self._num_removed, self._num_read):
+            self._state.part(i).ids[split].unlink(missing_ok=True)
+        self._num_removed = self._num_read
+
+    def _read_part(self, part: PartFiles, split: Split, skip: int) -> Iterator[TokenIds]:
+        with part.ids[split].open("rb") as file:
+            file.seek(skip * self._dtype.itemsize)
+            while data := file.read(_CHUNK_TOKENS * self._dtype.itemsize):
+                yield np.frombuffer(data, self._dtype)
+
+    def _check(self, counts: list[Counts]) -> None:
+        num_documents = sum(part["documents"] for part in counts)
+        num_tokens = {split: sum(part[split] for part in counts) for split in self._writers}
+        if sum(num_tokens.values()) == num_documents * self._has_separator:
+            message = f"There is no text to prepare in {self._source}. Give files that are not empty."
+        elif empty := [split for split, number in num_tokens.items() if not number]:
+            message = (
+                f"val_fraction splits the documents, and of the {num_documents} in {self._source}, none is for "
+                f"{empty[0]}. Give more documents or another val_fraction, or prepare two files."
+            )
+        else:
+            return
+        self._state.remove_parts()  # they are of no use for other arguments
+        for writer in self._writers.values():
+            writer.remove_shards(0)
+        raise DataError(message)

@@ -1,0 +1,120 @@
+"""The folder in which `prepare` keeps encoded parts until the token files are complete.
+
+A run that is killed leaves it behind, and the same command continues from it. It has the encoded parts, and `plan.json`
+with the options of the run and a hash of each part's input.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from homebrew.bounded_readers import read_json
+from homebrew.data.encode_part import PartFiles
+from homebrew.errors import DataError
+from homebrew.io import atomic_replace, make_directory, remove_leftovers, strict_json
+
+_PART_FILE = re.compile(r"\.?(\d{6,})\.(?:json|train|val)(?:\.[0-9a-f]{8})?")
+"""A file of a part, or the temporary file that would have become one."""
+
+
+class PrepareState:
+    """The folder of one run.
+
+    Args:
+        output: Path of the token file to prepare.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output.with_suffix(".partial")
+        self._plan = self.folder / "plan.json"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder, and keep other processes from using it. Without a complete part, it is removed at the end.
+
+        Raises:
+            DataError: If another process uses it, or it cannot be created.
+        """
+        try:
+            make_directory(self.folder)
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise DataError(
+                f"{self.folder} cannot be created: {error.strerror}. Check the directory and its permissions."
+            ) from error
+        try:
+            _lock(descriptor, self.folder)
+            try:
+                yield
+            finally:
+                self._remove_if_empty()
+        finally:
+            os.close(descriptor)
+
+    def part(self, index: int) -> PartFiles:
+        """Return the files of a part."""
+        return PartFiles(self.folder, index)
+
+    def num_unchanged(self, options: Mapping[str, object], digests: Sequence[str]) -> int | None:
+        """Compare an earlier run that was not completed.
+
+        Args:
+            options: What the token files depend on, besides the input.
+            digests: Hash of each part's input.
+
+        Returns:
+            The number of parts, from the first on, that have not changed; None if there is no change at all.
+
+        Raises:
+            DataError: If the earlier run has other options.
+        """
+        if not self._plan.exists():
+            return 0
+        plan = read_json(self._plan, DataError)
+        for name, value in options.items():
+            if (earlier := plan["options"].get(name)) != value:
+                raise DataError(
+                    f"{self.folder} is from a run that was not completed, with {name}={earlier!r:.100} instead of "
+                    f"{value!r:.100}. Use the same options to continue it, or delete that folder to start over."
+                )
+        if plan["parts"] == digests:
+            return None
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(plan["parts"], digests, strict=False))
+        return len(list(pairs))
+
+    def write_plan(self, options: Mapping[str, object], digests: Sequence[str]) -> None:
+        """Write the plan of this run."""
+        with atomic_replace(self._plan) as temporary:
+            temporary.write_text(strict_json({"options": options, "parts": digests}), encoding="utf-8")
+
+    def remove_parts(self, first: int = 0) -> None:
+        """Remove the parts from `first` on, and what a killed run has left."""
+        for file in self.folder.iterdir():
+            match = _PART_FILE.fullmatch(file.name)
+            if match and (int(match[1]) >= first or file.name.startswith(".")):
+                file.unlink()
+
+    def _remove_if_empty(self) -> None:
+        """Remove the folder if it has no complete part."""
+        if not any(file.suffix == ".json" and _PART_FILE.fullmatch(file.name) for file in self.folder.iterdir()):
+            self.remove_parts()
+            remove_leftovers(self._plan)
+            self._plan.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it has files of the user
+                self.folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(
+            f"{folder} is in use by another process, which prepares the same output. Wait until it has ended, or "
+            f"choose another output."
+        ) from error
+    except OSError:
+        pass  # the file system has no locks

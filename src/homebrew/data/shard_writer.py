@@ -1,0 +1,122 @@
+"""Write a sequence of token ids to one token file, or to shards of equal length."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from homebrew.data.token_file import check_output_path, write_tokens
+from homebrew.data.token_ids import TokenIds
+from homebrew.data.token_metadata import TokenMetadata, metadata_path
+from homebrew.data.tokenizer import Tokenizer
+from homebrew.io import remove_leftovers
+
+
+class ShardWriter:
+    """Writes token files: `book.npy`, or the shards `book-00000.npy`, `book-00001.npy`, ….
+
+    Args:
+        output: Path of the token file. Shards are written beside it.
+        shard_tokens: Number of tokens of each shard but the last, which may be shorter. If None, there is one file.
+        tokenizer: Tokenizer that made the ids.
+        source: Description of the text's origin.
+    """
+
+    def __init__(self, output: Path, shard_tokens: int | None, tokenizer: Tokenizer, source: str) -> None:
+        self._output = output
+        self._shard_tokens = shard_tokens
+        self._tokenizer = tokenizer
+        self._source = source
+        self._token_bytes = np.full(tokenizer.vocab_size, -1, np.int16)  # -1: not known yet
+        if tokenizer.end_of_text_id is not None:
+            self._token_bytes[tokenizer.end_of_text_id] = 0
+
+    def num_complete(self) -> int:
+        """Return the number of shards that an earlier run has written."""
+        if self._shard_tokens is None:
+            return 0
+        return next(i for i in itertools.count() if not metadata_path(self._path(i)).exists())
+
+    def remove_shards(self, num_tokens: int) -> None:
+        """Remove the shards that an earlier run has written, except those of the first `num_tokens` tokens.
+
+        Raises:
+            DataError: If one of them is not a token file. Then none is removed.
+        """
+        if self._shard_tokens is None:
+            return
+        first = num_tokens // self._shard_tokens
+        name = re.compile(rf"{re.escape(self._output.stem)}-(\d{{5,}})\.npy")
+        matches = [match for file in self._output.parent.iterdir() if (match := name.fullmatch(file.name))]
+        shards = [self._output.with_name(match[0]) for match in matches if int(match[1]) >= first]
+        for shard in shards:
+            check_output_path(shard)
+        for shard in shards:
+            metadata_path(shard).unlink(missing_ok=True)
+            shard.unlink()
+
+    def write(self, arrays: Iterator[TokenIds], first: int) -> Iterator[TokenMetadata]:
+        """Write token ids, and yield the metadata after each file.
+
+        Args:
+            arrays: The token ids in arrays that are not empty.
+            first: Index of the first shard to write.
+        """
+        for leftover in (self._path(first), metadata_path(self._path(first))):
+            remove_leftovers(leftover)
+        for i, ids in enumerate(_cut(arrays, self._shard_tokens), start=first):
+            yield write_tokens(
+                self._path(i),
+                ids,
+                vocab_size=self._tokenizer.vocab_size,
+                tokenizer_json=self._tokenizer.to_json(),
+                count_text_bytes=self._count_text_bytes,
+                source=self._source,
+            )
+
+    def total(self) -> TokenMetadata:
+        """Return the metadata of the file, or the sums over all shards."""
+        count = 1 if self._shard_tokens is None else self.num_complete()
+        metadata = [TokenMetadata.read(metadata_path(self._path(i))) for i in range(count)]
+        return replace(
+            metadata[0],
+            num_tokens=sum(shard.num_tokens for shard in metadata),
+            num_text_bytes=sum(shard.num_text_bytes or 0 for shard in metadata),
+            sha256=metadata[0].sha256 if len(metadata) == 1 else None,
+        )
+
+    def _count_text_bytes(self, ids: TokenIds) -> int:
+        """Return the size of the text of token ids in UTF-8 bytes."""
+        sizes = self._token_bytes[ids]
+        if sizes.min() < 0:
+            for i in np.unique(ids[sizes < 0]).tolist():
+                self._token_bytes[i] = len(self._tokenizer.decode_bytes([i]))
+            sizes = self._token_bytes[ids]
+        return int(sizes.sum(dtype=np.int64))
+
+    def _path(self, index: int) -> Path:
+        if self._shard_tokens is None:
+            return self._output
+        return self._output.with_stem(f"{self._output.stem}-{index:05}")
+
+
+def _cut(arrays: Iterator[TokenIds], length: int | None) -> Iterator[Iterator[TokenIds]]:
+    """Cut a sequence of arrays into sequences of `length` ids, each of which is to be read before the next."""
+    rest = next(arrays, None)
+
+    def ids() -> Iterator[TokenIds]:
+        nonlocal rest
+        missing = length
+        while rest is not None and missing != 0:
+            part, rest = rest[:missing], rest[len(rest) if missing is None else missing :]
+            if missing is not None:
+                missing -= len(part)
+            yield part
+            if not len(rest):
+                rest = next(arrays, None)
+
+    while rest is not None:
+        yield ids()
