@@ -148,6 +148,12 @@ def test_saving(run):
 
 
 @pytest.mark.slow
+def test_prepare(run):
+    (rows,) = run("prepare", megabytes=0.1, workers=2)
+    assert [row["implementation"] for row in rows] == ["homebrew", "nanoGPT's way: tiktoken in datasets.map"]
+
+
+@pytest.mark.slow
 def test_speed_ladder(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("torch.compile", lambda model: model)  # compilation takes most of a minute
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

@@ -1,0 +1,134 @@
+"""Tokenizing text into a token file: `homebrew prepare`, and the way of nanoGPT's `prepare.py`."""
+
+import contextlib
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import tyro
+from harness import Report, format_number
+from implementations import temporary_folder
+
+from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
+from homebrew.data.token_file import TokenFile
+from homebrew.io import strict_json
+
+
+@dataclass
+class Options:
+    """Compare the throughput and the peak memory of all processes, and the token ids."""
+
+    megabytes: float = 1000
+    """Size of the text."""
+    workers: int = 2
+    """Number of processes."""
+    json: Path | None = None
+    """JSON file for tables and raw times."""
+    nanogpt: tuple[Path, Path] | None = None
+    """Internal: tokenize the first file into the second as nanoGPT does, in this process."""
+
+
+def main(options: Options) -> None:
+    if options.nanogpt is not None:
+        prepare_as_nanogpt(*options.nanogpt, options.workers)
+        return
+    folder = temporary_folder()
+    text = folder / "text.jsonl"
+    num_bytes = write_documents(text, int(1e6 * options.megabytes))
+    workers = ["--workers", str(options.workers)]
+    ours = ["-m", "homebrew", "prepare", str(text), "--output", str(folder / "homebrew.npy"), *workers]
+    theirs = [__file__, "--nanogpt", str(text), str(folder / "nanogpt.bin"), *workers]
+    results = {"homebrew": measure(ours), "nanoGPT's way: tiktoken in datasets.map": measure(theirs)}
+    ids, other = TokenFile(folder / "homebrew.npy").ids, np.memmap(folder / "nanogpt.bin", np.uint16, mode="r")
+    rows = [
+        {
+            "implementation": name,
+            "seconds": format_number(seconds),
+            "MB/s": format_number(num_bytes / 1e6 / seconds),
+            "speedup": f"{results['homebrew'][0] / seconds:.3f} ×",
+            "CPU seconds": format_number(cpu),
+            "peak memory, MB": format_number(peak_bytes / 1e6),
+        }
+        for name, (seconds, cpu, peak_bytes) in results.items()
+    ]
+    report = Report(options.json)
+    # nanoGPT has the end-of-text token after the last document, too.
+    report.metadata["equal ids"] = np.array_equal(ids, other[:-1])
+    report.add(f"{num_bytes / 1e6:,.0f} MB of text, {len(ids):,} tokens, {options.workers} processes", rows)
+    report.finish()
+
+
+def write_documents(path: Path, num_bytes: int) -> int:
+    """Write documents of lines from the source code of the installed packages, and return the size of their texts."""
+    generator, lines, written = random.Random(0), list[str](), 0  # noqa: S311
+    files = sorted(Path(torch.__file__).parents[1].rglob("*.py"))
+    generator.shuffle(files)
+    while files and len(lines) < num_bytes // 40:
+        lines += files.pop().read_text(encoding="utf-8", errors="ignore").splitlines()
+    with path.open("w", encoding="utf-8") as file:
+        while written < num_bytes:
+            starts = [generator.randrange(len(lines)) for _ in range(generator.randint(2, 30))]
+            text = "\n".join(line for start in starts for line in lines[start : start + 3])
+            file.write(strict_json({"text": text}) + "\n")
+            written += len(text.encode())
+    return written
+
+
+def prepare_as_nanogpt(text: Path, output: Path, workers: int) -> None:
+    """Do as nanoGPT's `data/openwebtext/prepare.py`, with fewer batches if there are few documents."""
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    encoding: Any = GPT2Tokenizer()._encoding
+
+    def process(example: dict[str, str]) -> dict[str, object]:
+        ids = encoding.encode_ordinary(example["text"])
+        ids.append(encoding.eot_token)
+        return {"ids": ids, "len": len(ids)}
+
+    cache = tempfile.mkdtemp(dir=text.parent)
+    dataset = load_dataset("json", data_files=str(text), split="train", cache_dir=cache)
+    tokenized = dataset.map(process, remove_columns=["text"], num_proc=workers)
+    array = np.memmap(output, np.uint16, mode="w+", shape=(sum(tokenized["len"]),))
+    position, batches = 0, min(1024, len(tokenized) // 500 + 1)
+    for i in range(batches):
+        batch = tokenized.shard(num_shards=batches, index=i, contiguous=True).with_format("numpy")
+        ids = np.concatenate(batch["ids"])
+        array[position : position + len(ids)] = ids
+        position += len(ids)
+    array.flush()
+
+
+def measure(arguments: list[str]) -> tuple[float, float, int]:
+    """Run a Python process. Return its seconds, and CPU seconds and peak memory in bytes of it and its children."""
+    start, cpu_start, peak = time.perf_counter(), cpu_seconds(), 0
+    process = psutil.Popen(
+        [sys.executable, *arguments], stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(each.memory_info().rss for each in processes))
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"{arguments} failed with exit code {process.returncode}")
+    return time.perf_counter() - start, cpu_seconds() - cpu_start, peak
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
