@@ -45,8 +45,8 @@ class TrainerConfig:
     "wsd" (warm-up, stable, decay): constant, then linear decay over the last `decay_fraction` of the run. Until this
     decay begins, a run can be extended."""
     warmup_steps: int | None = None
-    """Number of linear warm-up steps. Default: 100; for "cosine" and "linear" a twentieth of `max_steps` if that is more,
-    and at most a quarter."""
+    """Number of linear warm-up steps. Default: 100; for "cosine" and "linear" a twentieth of `max_steps` if that is
+    more, and at most a quarter."""
     decay_fraction: float | None = None
     """Length of the decay with "wsd", as a fraction of `max_steps`. Default: 0.3."""
     min_lr_ratio: float | None = None
