@@ -45,7 +45,7 @@ def test_importing_costs_little_more_than_torch_and_accelerate():
 
 
 def test_preparing_text_imports_no_torch():
-    program = "import sys, homebrew.cli.main, homebrew.data.prepare; print(*sys.modules)"
+    program = "import sys, homebrew.cli.main, homebrew.data.preparation.prepare; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert {"torch", "accelerate", "transformers"} & set(done.stdout.split()) == set()
 

@@ -20,7 +20,7 @@ from homebrew import (
     save_adapter,
 )
 from homebrew.data.download import cache_dir
-from homebrew.data.prepare import prepare
+from homebrew.data.preparation.prepare import prepare
 from homebrew.data.token_file import TokenFile, write_tokens
 from homebrew.data.token_formats import is_token_file
 from homebrew.errors import ConfigError

@@ -11,7 +11,7 @@ from doc_examples import small
 
 from homebrew import GPT, GPTConfig
 from homebrew.cli.main import main
-from homebrew.data.prepare import prepare
+from homebrew.data.preparation.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ import pytest
 import homebrew
 from homebrew.__main__ import run as run_program
 from homebrew.cli.main import main
-from homebrew.data.prepare import prepare
+from homebrew.data.preparation.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["train", "tokenizer", "prepare", "sample", "eval", "export", "doctor"]

@@ -13,7 +13,7 @@ from token_files import llmc_shard, npy
 
 from homebrew import TokenDataset, load_corpus
 from homebrew.cli.main import main
-from homebrew.data.prepare import prepare
+from homebrew.data.preparation.prepare import prepare
 from homebrew.data.text_file import read_text, text_chunks
 from homebrew.data.token_file import TokenFile
 from homebrew.errors import DataError

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from homebrew import TokenDataset, load_corpus
-from homebrew.data.prepare import prepare
+from homebrew.data.preparation.prepare import prepare
 from homebrew.data.text_paths import expand_paths, text_files
 from homebrew.errors import DataError
 

@@ -38,7 +38,7 @@ class Prepare:
 
     def run(self) -> None:
         """Write the token files and print how to train on them."""
-        from homebrew.data.prepare import output_paths, prepare
+        from homebrew.data.preparation.prepare import output_paths, prepare
 
         metadata = prepare(
             self.texts,

@@ -3,9 +3,8 @@
 - `tokenizer`, `gpt2_tokenizer`, `byte_pair_tokenizer`: the `Tokenizer` protocol and homebrew's tokenizers.
 - `train_tokenizer`, `tokenizer_json`: train a byte-level BPE; read and write its `tokenizer.json`.
 - `corpora`, `download`, `text_file`: texts by name, cached downloads, text files.
-- `prepare`, `prepare_plan`, `prepare_state`: tokenize texts of any size, continue after a crash.
-- `documents`, `encode_part`, `encode_workers`, `fast_tokenizer`: read documents and encode them, by several processes.
-- `joined_parts`, `shard_writer`, `token_file`, `token_metadata`, `token_ids`: write the ids to token files (`.npy`).
+- `preparation`: tokenize texts of any size into token files; `fast_tokenizer` makes it faster.
+- `token_file`, `token_metadata`, `token_ids`: write and check token files (`.npy`).
 - `token_formats`, `binary_kinds`: token files of homebrew, nanoGPT and llm.c; what a binary file is.
 - `dataset`, `window_dataset`, `windows`, `token_source`: `TokenDataset`, windows over tokens in memory or token files.
 - `samples`, `dict_dataset`, `text_column`: what samples of other datasets may be, their labels and texts.

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homebrew.data.documents import Span, _split, read_documents
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
+from homebrew.data.preparation.documents import Span, _split, read_documents
 from homebrew.errors import DataError
 
 TEXTS = ["To be, or not to be:\n", "", "that is the question —\r\n", "中文 🙂\u2028\0", "<|endoftext|>"]

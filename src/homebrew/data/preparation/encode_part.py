@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from homebrew.bounded_readers import read_json
-from homebrew.data.documents import Document, Span, document_beginning, read_documents
 from homebrew.data.fast_tokenizer import FastTokenizer, fast_tokenizer
+from homebrew.data.preparation.documents import Document, Span, document_beginning, read_documents
 from homebrew.data.token_formats import token_dtype
 from homebrew.data.tokenizer import Tokenizer, encode_chunks, tokenizer_from_json
 from homebrew.errors import DataError

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from homebrew.bounded_readers import read_json
-from homebrew.data.encode_part import PartFiles
+from homebrew.data.preparation.encode_part import PartFiles
 from homebrew.errors import DataError
 from homebrew.io import atomic_replace, make_directory, remove_leftovers, strict_json
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from homebrew.data.documents import Span, file_format, open_parquet
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
+from homebrew.data.preparation.documents import Span, file_format, open_parquet
 from homebrew.data.text_file import check_regular_file
 from homebrew.data.token_formats import is_token_file
 from homebrew.errors import DataError

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import homebrew
-from homebrew.data.documents import Span
-from homebrew.data.encode_part import Counts, EncodeSettings, PartEncoder
-from homebrew.data.prepare_plan import Part
+from homebrew.data.preparation.documents import Span
+from homebrew.data.preparation.encode_part import Counts, EncodeSettings, PartEncoder
+from homebrew.data.preparation.plan import Part
 from homebrew.errors import DataError, HomebrewError
 from homebrew.io import strict_json
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from homebrew import TokenDataset, get_tokenizer
 from homebrew.data import gpt2_tokenizer
-from homebrew.data import prepare as prepare_module
 from homebrew.data.fast_tokenizer import FastEncoding
-from homebrew.data.prepare import prepare
+from homebrew.data.preparation import prepare as prepare_module
+from homebrew.data.preparation.prepare import prepare
 from homebrew.data.text_file import text_chunks
 from homebrew.data.token_file import TokenFile
 from homebrew.data.token_formats import is_token_file

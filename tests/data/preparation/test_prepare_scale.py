@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from homebrew import TokenDataset, get_tokenizer
-from homebrew.data import encode_part, prepare_plan
-from homebrew.data import prepare as prepare_module
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
-from homebrew.data.prepare import prepare
-from homebrew.data.prepare_state import PrepareState
+from homebrew.data.preparation import encode_part, plan
+from homebrew.data.preparation import prepare as prepare_module
+from homebrew.data.preparation.prepare import prepare
+from homebrew.data.preparation.state import PrepareState
 from homebrew.data.token_file import TokenFile
 from homebrew.errors import DataError
 
@@ -50,7 +50,7 @@ def inputs(tmp_path_factory, texts):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(prepare_plan, "PART_BYTES", 1500)
+    monkeypatch.setattr(plan, "PART_BYTES", 1500)
 
 
 def ids_of(*paths):
@@ -150,7 +150,7 @@ def test_a_long_text_is_in_one_split(tmp_path, monkeypatch):
     results = []
     monkeypatch.setattr(encode_part, "_KEY_CHARACTERS", 100)
     for part_bytes in (500, 10**6):
-        monkeypatch.setattr(prepare_plan, "PART_BYTES", part_bytes)
+        monkeypatch.setattr(plan, "PART_BYTES", part_bytes)
         prepare(tmp_path, tmp_path / "out.npy", val_fraction=0.5, workers=1)
         results.append([split_at_end(ids_of(tmp_path / f"out-{name}.npy")) for name in ("train", "val")])
     assert results[0] == results[1]
@@ -245,10 +245,10 @@ def test_progress_is_shown_on_a_terminal(inputs, tmp_path, monkeypatch, stream, 
 
 KILLED_AT_SYNC = """
 import os, signal, sys
-from homebrew.data import encode_part, prepare_plan
-from homebrew.data.prepare import prepare
-from homebrew.data.prepare_state import PrepareState
-prepare_plan.PART_BYTES = 1500
+from homebrew.data.preparation import encode_part, plan
+from homebrew.data.preparation.prepare import prepare
+from homebrew.data.preparation.state import PrepareState
+plan.PART_BYTES = 1500
 remaining = int(sys.argv[1])
 fsync = os.fsync
 def kill_or_sync(descriptor):

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homebrew import get_tokenizer
-from homebrew.data import prepare_plan
-from homebrew.data.documents import read_documents
-from homebrew.data.prepare_plan import plan_parts
+from homebrew.data.preparation import plan
+from homebrew.data.preparation.documents import read_documents
+from homebrew.data.preparation.plan import plan_parts
 
 TEXTS = st.text(st.sampled_from("ab's \n\t中é\u3000\u2028\x85🙂"), max_size=200)
 
@@ -22,7 +22,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture
 def part_bytes(monkeypatch):
-    return lambda size: monkeypatch.setattr(prepare_plan, "PART_BYTES", size)
+    return lambda size: monkeypatch.setattr(plan, "PART_BYTES", size)
 
 
 def cut(path, *, split=False):
@@ -42,7 +42,7 @@ def cut(path, *, split=False):
 def test_cutting_a_text_does_not_change_its_ids(path, text, size):
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_plan, "PART_BYTES", size)
+        patch.setattr(plan, "PART_BYTES", size)
         pieces = [piece.removeprefix("…") for part in cut(path) for piece in part]
     assert "".join(pieces) == text
     tokenizer = get_tokenizer("gpt2")

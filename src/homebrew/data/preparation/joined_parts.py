@@ -5,9 +5,9 @@ from itertools import takewhile
 
 import numpy as np
 
-from homebrew.data.encode_part import Counts, PartFiles, Split
-from homebrew.data.prepare_state import PrepareState
-from homebrew.data.shard_writer import ShardWriter
+from homebrew.data.preparation.encode_part import Counts, PartFiles, Split
+from homebrew.data.preparation.shard_writer import ShardWriter
+from homebrew.data.preparation.state import PrepareState
 from homebrew.data.token_formats import token_dtype
 from homebrew.data.token_ids import TokenIds
 from homebrew.data.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
 """Tokenize texts of any size into token files, by several processes.
 
-The input is cut into parts (`prepare_plan`), each of which is encoded to files of its own (`encode_part`) by one of the
-processes (`encode_workers`). These files are joined in the order of the input (`shard_writer`), so the token files do
+The input is cut into parts (`plan`), each of which is encoded to files of its own (`encode_part`) by one of the
+processes (`workers`). These files are joined in the order of the input (`shard_writer`), so the token files do
 not depend on the number of processes.
 """
 
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 
-from homebrew.data.documents import SUFFIXES, read_documents
-from homebrew.data.encode_part import SPLITS, EncodeSettings, Split
-from homebrew.data.encode_workers import encoding
 from homebrew.data.fast_tokenizer import has_fast_tokenizer
-from homebrew.data.joined_parts import JoinedParts
-from homebrew.data.prepare_plan import Part, plan_parts
-from homebrew.data.prepare_state import PrepareState
-from homebrew.data.shard_writer import ShardWriter
+from homebrew.data.preparation.documents import SUFFIXES, read_documents
+from homebrew.data.preparation.encode_part import SPLITS, EncodeSettings, Split
+from homebrew.data.preparation.joined_parts import JoinedParts
+from homebrew.data.preparation.plan import Part, plan_parts
+from homebrew.data.preparation.shard_writer import ShardWriter
+from homebrew.data.preparation.state import PrepareState
+from homebrew.data.preparation.workers import encoding
 from homebrew.data.text_paths import Paths, describe_files, expand_paths
 from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
 from homebrew.data.token_file import check_output_path
