@@ -1,10 +1,12 @@
-"""Files that must not contradict each other: pinned versions and links."""
+"""Files that must not contradict each other: versions and links."""
 
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+
+import homebrew
 
 ROOT = Path(__file__).parents[1]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
@@ -27,6 +29,12 @@ def test_every_dependency_is_pinned():
     names = {re.match(r"[\w-]+", name)[0] for name in requirements} - {"homebrew-gpt"}
     pinned = {name.lower().replace("_", "-") for name in PINS}
     assert {name.lower() for name in names} <= pinned
+
+
+def test_the_version_is_the_same_everywhere():
+    assert PROJECT["dynamic"] == ["version"]  # read from homebrew.__version__
+    assert f"\nversion: {homebrew.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == homebrew.__version__
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)

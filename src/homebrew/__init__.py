@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer
     from homebrew.training.trainer_config import TrainerConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "callbacks.base": ("Callback",),
