@@ -68,4 +68,4 @@ def test_set_up_is_what_ci_runs():
     (install, command) = re.findall(r"^(pip install .*'\.\[test\]') && (pytest)$", README, re.M)[0]
     commands = (ROOT / ".ci" / "run").read_text()
     assert install in commands
-    assert re.search(rf"^{command}\b", commands, re.M)
+    assert re.search(rf"^ *{command}\b", commands, re.M)
