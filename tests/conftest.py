@@ -33,6 +33,7 @@ def fresh_accelerate(monkeypatch):
         torch.compiler.reset()  # all models of a process share Dynamo's limit of compiled variants
     torch.set_float32_matmul_precision("highest")  # a Trainer lowers it on a GPU
     torch.set_num_threads(1)  # the models are tiny
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)  # Accelerate would prefer it to the CPU
     yield
     reset_accelerate()  # for the fixtures of a module, which are built before the next test's
 
@@ -45,6 +46,8 @@ def reset_accelerate():
 @pytest.fixture(scope="session")
 def bounded_memory():
     """Return a context manager in which the process can allocate at most another 256 MiB."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux limits the memory of a process")
 
     @contextlib.contextmanager
     def bounded():
@@ -144,6 +147,8 @@ class ForkServer:
 @pytest.fixture(scope="module")
 def forks(request, tmp_path_factory):
     """Return a server for jobs of the module's WORKER script."""
+    if sys.platform != "linux":
+        pytest.skip("elsewhere a process with PyTorch cannot be forked safely")
     server = ForkServer(request.module.WORKER, tmp_path_factory.mktemp("forks") / "log")
     yield server
     assert server.close() == 0

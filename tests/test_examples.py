@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate import notebook_launcher
 from accelerate.commands.launch import launch_command_parser
-from worlds import free_port
+from worlds import LOOPBACK, free_port
 
 from homebrew import GPT, GPTConfig, load_adapter
 
@@ -61,7 +61,7 @@ def test_notebook_with_two_processes(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", NOTEBOOK, str(tmp_path), str(free_port())],
         cwd=EXAMPLES,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK},
         capture_output=True,
         text=True,
         timeout=120,

@@ -6,6 +6,7 @@ from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
+from platforms import needs_linux
 
 from homebrew.callbacks import background_stream
 from homebrew.callbacks.background_stream import BackgroundStream
@@ -69,6 +70,7 @@ def test_after_the_reader_has_exited_prints_do_not_fail(pipe):
     print("text", file=file, flush=True)
 
 
+@needs_linux
 def test_text_is_dropped_if_the_disk_is_full_or_the_stream_closed():
     with open("/dev/full", "w") as file, closing(BackgroundStream(file)) as stream:  # noqa: PTH123
         stream.write("text")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from platforms import needs_linux
 
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.errors import CheckpointError
@@ -97,6 +98,7 @@ def fill_at_every_size(folder):
         assert any(file in message for message in messages), messages
 
 
+@needs_linux
 def test_a_small_disk_with_any_number_of_free_pages(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking beside torch's idle threads

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from platforms import needs_linux
 from safetensors.torch import save
 from shards import sharding_info
 
@@ -17,6 +18,8 @@ from homebrew.checkpoint.manifest import Entry
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.checkpoint.verified_files import measure
 from homebrew.io import write_durably
+
+pytestmark = needs_linux
 
 OPERATIONS = ("mkdir", "open", "write", "fsync", "close", "rename", "unlink", "rmdir")
 

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from platforms import needs_linux
 
 import homebrew
 from homebrew.__main__ import run as run_program
@@ -166,6 +167,7 @@ def test_exit_codes_of_the_process(program, arguments, code):
     assert "Traceback" not in process.stderr
 
 
+@needs_linux
 @pytest.mark.parametrize("command", ["--version", "--help", "train --help"])
 @pytest.mark.parametrize("redirection", ["<&- >&-", "2>&- >&-", ">/dev/full", ">/dev/full 2>/dev/full"])
 def test_an_output_that_cannot_be_written_gives_no_traceback(program, command, redirection):

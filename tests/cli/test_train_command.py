@@ -15,6 +15,7 @@ import numpy as np
 import pexpect
 import pytest
 import torch
+from platforms import needs_linux
 from token_files import llmc_shard
 from transformers import pipeline
 
@@ -321,6 +322,7 @@ def test_a_reader_that_has_stopped_holds_up_neither_a_run_nor_its_end(program, t
     load_model(tmp_path)
 
 
+@needs_linux
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&-", "<&- >&- 2>&-", ">/dev/full", ">/dev/full 2>&1"])
 def test_a_run_is_complete_whatever_its_output_is(shell, text, tmp_path, tiny, redirection):

@@ -1,8 +1,15 @@
 """Environment and ports for several processes on one machine."""
 
 import socket
+import sys
 
-ON_CPUS = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+ON_CPUS = {
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": LOOPBACK,
+}
 
 
 def free_port():
