@@ -10,6 +10,7 @@ import homebrew
 
 ROOT = Path(__file__).parents[1]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -37,14 +38,26 @@ def test_the_version_is_the_same_everywhere():
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == homebrew.__version__
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+def anchors(page):
+    """Return the anchors of a page's headings, as hosting sites and mkdocs name them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    return {
+        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)$", text, re.M)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page):
-    for target in re.findall(r"\]\(((?!https?://|#)[^)#]+)", page.read_text()):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor and not anchor.startswith("homebrew."):  # of the generated reference
+            assert anchor in anchors(linked), f"{page.name} links to {target}#{anchor}"
 
 
 def test_nothing_is_installed_from_an_index_by_a_name_that_is_not_there():
-    for pattern in ("*.md", "docs/*.md", "examples/*", "src/**/*.py", "benchmarks/*.py"):
+    for pattern in ("*.md", "docs/**/*.md", "examples/*", "src/**/*.py", "benchmarks/*.py"):
         for path in filter(Path.is_file, ROOT.glob(pattern)):
             assert not re.search(r"pip install .*homebrew-gpt", path.read_text()), path
 

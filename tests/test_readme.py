@@ -1,6 +1,5 @@
 """The README's examples run, in order, on a small text and small models."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -9,15 +8,11 @@ import pytest
 import torch
 from doc_examples import small
 
-from homebrew import GPT, GPTConfig
 from homebrew.cli.main import main
-from homebrew.data.preparation.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.M | re.S))
-
-QUESTION = {"ctx": "She opens the door and", "endings": ["walks in.", "flies.", "is blue.", "sings."], "label": 0}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compiling each example takes a minute")
 
@@ -27,21 +22,12 @@ def code(section: str, language: str) -> str:
     return block
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the files that the README names."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "book.txt").write_text("It is the east, and Juliet is the sun.\n" * 100)
-    (folder / "other.txt").write_text("Arise, fair sun, and kill the envious moon.\n" * 10)
-    prepare([folder / "book.txt"], folder / "book.npy")
-    (folder / "hellaswag.jsonl").write_text((json.dumps(QUESTION) + "\n") * 2)
-    GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder / "tiny-gpt2")
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def working_directory(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def working_directory(tmp_path, monkeypatch):
+    """Change to a folder with the files that the README names."""
+    (tmp_path / "book.txt").write_text("It is the east, and Juliet is the sun.\n" * 100)
+    (tmp_path / "other.txt").write_text("Arise, fair sun, and kill the envious moon.\n" * 10)
+    monkeypatch.chdir(tmp_path)
 
 
 def test_command_line(capsys):
@@ -54,9 +40,7 @@ def test_command_line(capsys):
 
 
 @pytest.mark.parametrize("section", [name for name, text in SECTIONS.items() if "```python" in text])
-def test_python(section, folder):
-    if section == "Evaluation" and not (folder / "runs/book").exists():
-        pytest.skip("needs the run that test_command_line trains")
+def test_python(section):
     exec(compile(small(code(section, "python")), f"README, {section}", "exec"), {"__name__": section})
 
 

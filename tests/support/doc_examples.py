@@ -7,21 +7,26 @@ SUBSTITUTES = {
     'load_corpus("tinyshakespeare")': 'load_corpus(path="book.txt")',
     "load_hellaswag()": 'load_hellaswag("hellaswag.jsonl")',
     "openai-community/gpt2": "tiny-gpt2",
+    "(8, 1_025)": "(2, 17)",
+    "(8 * 8, 1_025)": "(4, 17)",
+    "(8, 1_024, 768": "(2, 16, 8",
     'GPTConfig.preset("gpt2")': "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
     "GPTConfig()": "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
     'GPTConfig.preset("baby")': "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
-    "train book.npy": "train book.npy --n-layer 1 --n-head 1 --n-embd 8 --block-size 64",
     "global_batch_tokens=524_288": "global_batch_tokens=64",
     "global_batch_tokens=491_520": "global_batch_tokens=64",
 }
 SMALLER = [
     (r"block_size=(128|256|1024)", "block_size=16"),
-    (r"max_steps=[\d_]+", "max_steps=2, micro_batch_size=2"),
+    (r"(TrainerConfig\([^)]*)max_steps=[\d_]+", r"\1max_steps=2, micro_batch_size=2"),
+    (r"(homebrew train book\.\w+)(?!.*--init-from)", r"\1 --n-layer 1 --n-head 1 --n-embd 8 --block-size 64"),
     (r"--max-steps \d+", "--max-steps 2 --micro-batch-size 2"),
     (r"--vocab-size \d+", "--vocab-size 260"),
     (r"warmup_steps=[\d_]+", "warmup_steps=1"),
     (r"(dataset\[\"\w+\"\]), 1024", r"\1, 16"),
     (r"max_new_tokens=\d+", "max_new_tokens=4"),
+    (r"--max-new-tokens \d+", "--max-new-tokens 4"),
+    (r"stride=\d+", "stride=8"),
 ]
 
 
