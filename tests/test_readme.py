@@ -33,7 +33,8 @@ def working_directory(tmp_path, monkeypatch):
 def test_command_line(capsys):
     lines = [shlex.split(line, comments=True) for line in small(code("Command line", "bash")).splitlines()]
     assert [line[:2] for line in lines] == [
-        ["homebrew", command] for command in ("doctor", "tokenizer", "prepare", "train", "sample", "eval", "export")
+        ["homebrew", command]
+        for command in ("doctor", "tokenizer", "prepare", "train", "sample", "eval", "plot", "export")
     ]
     for line in lines:
         assert main(line[1:]) == 0, capsys.readouterr().err

@@ -14,7 +14,7 @@ from homebrew.cli.main import main
 from homebrew.data.preparation.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "tokenizer", "prepare", "sample", "eval", "export", "doctor"]
+COMMANDS = ["train", "tokenizer", "prepare", "sample", "eval", "plot", "export", "doctor"]
 TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
 
 
@@ -95,7 +95,7 @@ def test_wrong_usage_is_exit_code_2_with_a_suggestion(capsys, arguments, suggest
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert suggestion in capsys.readouterr().err
+    assert suggestion in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -19,6 +19,7 @@ from homebrew.distributed.collectives import run_on_main
 from homebrew.errors import ConfigError
 from homebrew.io import atomic_replace, remove_leftovers, strict_json
 from homebrew.metrics.metrics_log import MetricsLog
+from homebrew.metrics.run_settings import flatten_settings
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
 from homebrew.model.interfaces import interface_of
 from homebrew.optim.combined import class_names
@@ -108,7 +109,7 @@ class RunLogger(Callback):
         if accelerator.trackers:
             return
         try:
-            accelerator.init_trackers("homebrew", config=_flatten(description))
+            accelerator.init_trackers("homebrew", config=flatten_settings(description))
         except BaseException:
             accelerator.trackers = []  # otherwise the next run would treat half-started trackers as running
             raise
@@ -173,14 +174,3 @@ def describe_dataset(dataset: Dataset[Any]) -> dict[str, Any]:
             description[name] = getattr(dataset, name)
     tokenizer = dataset_tokenizer(dataset)
     return description | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
-
-
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Flatten nested dictionaries to "a/b" keys with scalar values, as trackers require."""
-    flat: dict[str, int | float | str | bool] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat

@@ -14,6 +14,7 @@ from homebrew.cli.eval_command import Eval
 from homebrew.cli.export_command import Export
 from homebrew.cli.option_names import explain_unknown_name, in_terms_of_options
 from homebrew.cli.paths import PATHS
+from homebrew.cli.plot_command import Plot
 from homebrew.cli.prepare_command import Prepare
 from homebrew.cli.sample_command import Sample
 from homebrew.cli.saved_command import saved_options
@@ -28,6 +29,7 @@ Command = (
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
@@ -80,7 +82,7 @@ def _run(arguments: Sequence[str]) -> int:
             Command,
             prog="homebrew",
             description=(
-                "Train, sample, evaluate and export GPTs.\n\n"
+                "Train, sample, evaluate, plot and export GPTs.\n\n"
                 "To list a command's options: homebrew COMMAND --help\n\n"
                 "To print the version: homebrew --version"
             ),

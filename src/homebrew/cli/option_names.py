@@ -32,6 +32,7 @@ _OTHER_NAMES = {name.replace("_", "-"): others.replace("_", "-") for name, other
     "tokenizer": "encoding vocab",
     "val-fraction": "eval-fraction val-split test-size split",
     "workers": "num-proc num-workers jobs",
+    "x": "x-axis xaxis axis",
 }
 """Names of options in other programs."""
 

@@ -1,4 +1,4 @@
-"""The file `metrics.jsonl`: its writer, and a reader of past evaluation losses."""
+"""The files `metrics.jsonl` and `samples.jsonl`: their writer, their reader, and a reader of past evaluation losses."""
 
 import contextlib
 import errno
@@ -57,7 +57,7 @@ class MetricsLog:
         except OSError as error:
             if not self._has_warned:
                 problem = f"{self._path} could not be written: {error.strerror}."
-                warn(f"{problem} Training continues without logging metrics. Free some space.")
+                warn(f"{problem} Training continues without logging to it. Free some space.")
             self._has_warned = True
         else:
             self._has_warned = False
@@ -99,7 +99,7 @@ def past_eval_losses(path: Path, step: int) -> list[float]:
     does not exist has no losses.
     """
     losses: dict[int, float] = {}
-    for event in _read_events(path):
+    for event in read_events(path):
         match event:
             case {"event": "begin" | "resume", "step": int(start)}:
                 losses = {eval_step: loss for eval_step, loss in losses.items() if eval_step <= start}
@@ -108,8 +108,12 @@ def past_eval_losses(path: Path, step: int) -> list[float]:
     return [loss for eval_step, loss in losses.items() if eval_step <= step]
 
 
-def _read_events(path: Path) -> Iterator[object]:
-    """Yield the JSON value of each line."""
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON object of each line. A file that does not exist has none, and other lines are ignored.
+
+    Raises:
+        OSError: The file cannot be opened or is not a regular file.
+    """
     try:
         descriptor = open_regular(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Records of what a run measures: `StepMetrics`, `EvalMetrics` and `SkippedStep`."""
+"""Records of what a run measures: `StepMetrics`, `EvalMetrics`, `SkippedStep` and `TextSample`."""
 
 import math
 from dataclasses import dataclass
@@ -72,3 +72,15 @@ class SkippedStep:
     """Loss of the step, in nats per token."""
     grad_norm: float
     """Global gradient norm before clipping."""
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """A text that the model has generated during training."""
+
+    step: int
+    """Number of optimizer steps taken."""
+    prompt: str
+    """Text that the model continued."""
+    text: str
+    """The prompt and its continuation."""

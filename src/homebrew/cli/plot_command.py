@@ -1,0 +1,59 @@
+"""`homebrew plot`: draw the curves of runs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from homebrew.errors import ConfigError
+from homebrew.io import absolute_path, atomic_replace
+
+_DEFAULT_OUTPUT = Path("curves.png")
+
+
+@dataclass(kw_only=True)
+class Plot:
+    """Draw the curves of runs: loss, learning rate, gradient norm and tokens/s. Needs matplotlib.
+
+    Several runs are drawn in one picture. Its legend says what differs between their settings.
+    """
+
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]] = ()
+    """Folders of runs, which may be in progress. Of a folder that is no run itself, the runs in it are drawn."""
+    output: Annotated[Path | None, arg(help_behavior_hint="(default: curves.png, unless --html is given)")] = None
+    """Picture to write, a .png or .svg file."""
+    html: Annotated[Path | None, arg(help_behavior_hint="")] = None
+    """Page to write, an .html file with the curves, the run's settings and the samples of --sample-every."""
+    x: Literal["steps", "tokens", "seconds"] = "steps"
+    """What the curves are drawn against."""
+    log_x: bool = False
+    """Make the x-axis logarithmic."""
+
+    def run(self) -> None:
+        """Run the command."""
+        if not self.runs:
+            raise ConfigError("No run is given. Pass the folder of one or more runs.")
+        output = _DEFAULT_OUTPUT if self.output is None and self.html is None else self.output
+        for path, suffixes in ((output, (".png", ".svg")), (self.html, (".html", ".htm"))):
+            if path is not None and path.suffix.lower() not in suffixes:
+                raise ConfigError(f"{path} has an unknown suffix. Use {' or '.join(suffixes)}.")
+        from homebrew.plotting.curves import curves_image
+        from homebrew.plotting.html_page import html_page
+        from homebrew.plotting.run_record import find_runs, read_run
+
+        runs = [read_run(folder) for folder in find_runs(self.runs)]
+        if output is not None:
+            kind: Literal["png", "svg"] = "svg" if output.suffix.lower() == ".svg" else "png"
+            _write(output, curves_image(runs, kind=kind, x=self.x, log_x=self.log_x))
+        if self.html is not None:
+            _write(self.html, html_page(runs, x=self.x, log_x=self.log_x).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with atomic_replace(absolute_path(path)) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}. Choose another file.") from error
+    print(f"Wrote {path}")

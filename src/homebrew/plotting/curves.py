@@ -1,0 +1,299 @@
+"""Draws the curves of runs: loss, learning rate, gradient norm and tokens/s.
+
+Figures are made without pyplot, so neither its backend nor its settings are used or changed.
+"""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from homebrew.errors import ConfigError
+from homebrew.plotting.run_labels import run_labels
+from homebrew.plotting.run_record import RunRecord, XAxis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#06b6d4", "#ec4899", "#84cc16")
+"""Colors of the runs, for a light and a dark background."""
+DASHES = ("solid", (0, (5, 1.5)), (0, (1, 1.2)))
+"""Line styles of the runs: the first for the first runs, one of each color, and so on."""
+MAX_RUNS = len(COLORS) * len(DASHES)
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.2,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a name may contain dollar signs
+}
+_TEXT_COLORS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+_PLACEHOLDER = "#010203"
+"""Drawn in place of the page's text color, which a figure does not know."""
+_MAX_MARKS = 500
+_MAX_POINTS_WITH_MARKERS = 40
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity in a figure."""
+
+    title: str
+    column: str
+    """Field of `StepMetrics`."""
+    is_noisy: bool = False
+    """Whether to smooth the curve, with the logged values faint behind it."""
+    log_ratio: float = math.inf
+    """The axis is logarithmic if the largest value is more than this many times the smallest."""
+    starts_at_zero: bool = False
+    """Whether a linear axis starts at 0. The values compared by `log_ratio` are then the largest of each run."""
+
+
+LOSS = Panel("Loss (nats per token)", "loss", is_noisy=True, log_ratio=2)
+PANELS = (
+    LOSS,
+    Panel("Learning rate", "learning_rate", log_ratio=10, starts_at_zero=True),
+    Panel("Gradient norm", "grad_norm", is_noisy=True, log_ratio=10),
+    Panel("Tokens/s", "tokens_per_second", starts_at_zero=True),
+)
+
+
+def curves_image(
+    runs: Sequence[RunRecord], *, kind: Literal["png", "svg"] = "png", x: XAxis = "steps", log_x: bool = False
+) -> bytes:
+    """Draw all curves of runs in one picture.
+
+    Args:
+        runs: At most `MAX_RUNS` runs.
+        kind: Format of the picture.
+        x: What the curves are drawn against.
+        log_x: Whether the x-axis is logarithmic.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or there are too many runs.
+    """
+    labels = run_labels(runs)
+    num_columns = max(1, min(len(runs), 150 // (max(map(len, labels)) + 8)))
+    num_rows = math.ceil(len(runs) / num_columns)
+    with _figure((12, 6.3 + 0.2 * num_rows), runs) as figure:
+        axes = figure.subplot_mosaic([["loss", "lr"], ["loss", "norm"], ["loss", "speed"]], width_ratios=[1.6, 1])
+        for panel, panel_axes in zip(PANELS, axes.values(), strict=True):
+            _draw(panel_axes, panel, runs, x, log_x=log_x)
+        if len(runs) == 1:
+            figure.suptitle(labels[0], fontweight="bold")
+        else:
+            lines = [_line(**_run_style(index)) for index in range(len(runs))]
+            names = [f"\N{THIN SPACE}{label}" for label in labels]  # matplotlib leaves out names that start with "_"
+            figure.legend(lines, names, loc="outside lower center", ncols=num_columns)
+        return _render(figure, kind)
+
+
+def panel_svg(panel: Panel, runs: Sequence[RunRecord], *, x: XAxis = "steps", log_x: bool = False) -> str:
+    """Draw one panel as an SVG element for a page, in the page's text color and without a background.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or there are too many runs.
+    """
+    style = dict.fromkeys(_TEXT_COLORS, _PLACEHOLDER) | {
+        "grid.alpha": 0.12,
+        "savefig.transparent": True,
+        "svg.hashsalt": panel.column,  # the ids of two panels differ
+    }
+    with _figure((5.6, 3.3), runs, style) as figure:
+        _draw(figure.subplots(), panel, runs, x, log_x=log_x)
+        svg = _render(figure, "svg").decode()
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])  # other panels have the same ids
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{panel.title}" ', 1).replace(_PLACEHOLDER, "currentColor")
+
+
+@contextmanager
+def _figure(
+    size: tuple[float, float], runs: Sequence[RunRecord], style: dict[str, Any] | None = None
+) -> "Iterator[Figure]":
+    """Yield an empty figure, in matplotlib's default style and ours."""
+    if len(runs) > MAX_RUNS:
+        raise ConfigError(f"{len(runs)} runs are too many for one plot. Pass at most {MAX_RUNS}.")
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "Plots need matplotlib, which is not installed. Run `pip install matplotlib`, or install homebrew with its "
+            "extra `plot`."
+        ) from error
+    with matplotlib.style.context(["default", _STYLE | (style or {})]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font does not have
+        yield Figure(figsize=size, layout="constrained")
+
+
+def _render(figure: "Figure", kind: Literal["png", "svg"]) -> bytes:
+    buffer = io.BytesIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else None
+    figure.savefig(buffer, format=kind, dpi=140, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _run_style(index: int) -> dict[str, Any]:
+    return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index // len(COLORS)], "linewidth": 1.5}
+
+
+def _draw(axes: "Axes", panel: Panel, runs: Sequence[RunRecord], x: XAxis, *, log_x: bool) -> None:
+    """Draw the curves of all runs in one panel, with its axes and marks."""
+    unit, unit_name = _x_unit(runs, x)
+    shown = []  # the values that the axis has to include
+    has_evaluations = False
+    for index, run in enumerate(runs):
+        style = _run_style(index)
+        positions = run.positions(x, run.steps["step"]) / unit
+        values = run.steps[panel.column]
+        smooth = smoothed(values) if panel.is_noisy else values
+        if panel.is_noisy and len(values) > 2:
+            axes.plot(positions, values, color=style["color"], alpha=0.25, linewidth=0.8)
+        axes.plot(positions, smooth, **style, marker="." if len(values) == 1 else None)
+        shown.append(smooth)
+        if panel is LOSS and len(run.evaluations):
+            has_evaluations = True
+            losses = run.evaluations["loss"]
+            axes.plot(
+                run.positions(x, run.evaluations["step"]) / unit,
+                losses,
+                **style | {"color": _validation_color(index, runs), "linestyle": "dashed"},
+                marker="o" if len(losses) <= _MAX_POINTS_WITH_MARKERS else None,
+                markersize=3.5,
+            )
+            shown.append(losses)
+        for position in run.positions(x, run.resumes["step"])[:_MAX_MARKS] / unit:
+            axes.axvline(position, color=style["color"], linestyle="dotted", linewidth=1)
+        if panel is LOSS and len(run.skipped):
+            skipped = run.positions(x, run.skipped["step"]) / unit
+            skipped = skipped[:: len(skipped) // _MAX_MARKS + 1]
+            bottom = np.full(len(skipped), 0.02)
+            transform = axes.get_xaxis_transform()
+            axes.plot(skipped, bottom, "x", color=style["color"], markersize=5, transform=transform, clip_on=False)
+    axes.set_title(panel.title)
+    axes.set_xlabel(unit_name)
+    _scale_x(axes, log_x=log_x)
+    _scale_y(axes, panel, shown)
+    if panel is LOSS:
+        _add_line_legend(axes, runs, has_evaluations=has_evaluations)
+
+
+def smoothed(values: Floats) -> Floats:
+    """Return means over neighbors, about 2 % of the curve on each side, with more weight on near ones. NaN is left out.
+
+    Near the end, the right side has fewer neighbors; near the beginning, where the loss falls fast, both sides do.
+    """
+    return _moving_mean(_moving_mean(values, len(values) // 80), len(values) // 80)
+
+
+def _moving_mean(values: Floats, width: int) -> Floats:
+    """Return the mean of each value and up to `width` neighbors on each side."""
+    n = len(values)
+    index = np.arange(n)
+    start = index - np.minimum(index, width)
+    stop = index + np.minimum(np.minimum(index, width), n - 1 - index) + 1
+    is_number = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(is_number, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(is_number)])
+    num = counts[stop] - counts[start]
+    return np.where(num > 0, (sums[stop] - sums[start]) / np.maximum(num, 1), np.nan)
+
+
+def _validation_color(index: int, runs: Sequence[RunRecord]) -> str:
+    """Return the run's own color, or another one if there is only one run."""
+    return COLORS[index % len(COLORS) if len(runs) > 1 else 1]
+
+
+def _add_line_legend(axes: "Axes", runs: Sequence[RunRecord], *, has_evaluations: bool) -> None:
+    """Explain the kinds of lines and marks that are in the panel."""
+    color = COLORS[0] if len(runs) == 1 else "gray"
+    num_skipped = sum(len(run.skipped) for run in runs)
+    kinds = {"training": _line(color=color)}
+    if has_evaluations:
+        validation_color = COLORS[1] if len(runs) == 1 else color
+        kinds["validation"] = _line(color=validation_color, linestyle="dashed", marker="o", markersize=3.5)
+    if num_skipped:
+        kinds[f"{num_skipped:,} skipped"] = _line(color=color, linestyle="", marker="x", markersize=5)
+    if any(len(run.resumes) for run in runs):
+        kinds["resumed"] = _line(color=color, linestyle="dotted")
+    axes.legend(list(kinds.values()), list(kinds), loc="upper right")
+
+
+def _line(**style: Any) -> "Line2D":  # noqa: ANN401 - matplotlib's
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **style)
+
+
+def _x_unit(runs: Sequence[RunRecord], x: XAxis) -> tuple[float, str]:
+    """Return the unit of the x-axis, and its name."""
+    if x != "seconds":
+        return 1.0, x
+    longest = max(float(run.steps["elapsed_seconds"][-1]) for run in runs)
+    for seconds, name in ((3600.0, "hours"), (60.0, "minutes")):
+        if longest > 3 * seconds:
+            return seconds, f"{name} of training"
+    return 1.0, "seconds of training"
+
+
+def _scale_x(axes: "Axes", *, log_x: bool) -> None:
+    if log_x:
+        axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
+
+
+def _scale_y(axes: "Axes", panel: Panel, curves: Sequence[Floats]) -> None:
+    """Choose a linear or logarithmic axis that shows these curves. The values behind smoothed curves may leave it."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    curves = [finite for curve in curves if len(finite := curve[np.isfinite(curve)])]
+    if curves:
+        low = float(min(np.max(curve) if panel.starts_at_zero else np.min(curve) for curve in curves))
+        high = float(max(np.max(curve) for curve in curves))
+        if low > 0 and high / low > panel.log_ratio:
+            margin = (high / low) ** 0.05
+            low, high = low / (30 if panel.starts_at_zero else margin), high * margin
+            axes.set_yscale("log")
+            axes.set_ylim(low, high)
+            axes.yaxis.set_major_locator(LogLocator(subs=_log_ticks(math.log10(high / low))))
+            axes.yaxis.set_minor_locator(NullLocator())
+        elif panel.starts_at_zero:
+            axes.set_ylim(0, 1.15 * max(float(np.percentile(curve, 98)) for curve in curves) or None)
+        elif high > low:
+            margin = 0.05 * (high - low)
+            axes.set_ylim(low - margin, high + margin)
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
+
+
+def _log_ticks(num_decades: float) -> tuple[float, ...]:
+    """Return which multiples of powers of ten have a tick: about five on the axis."""
+    if num_decades < 0.8:
+        return (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    return (1.0, 2.0, 5.0) if num_decades < 1.8 else (1.0,)
+
+
+def short_number(value: float) -> str:
+    """Format a number in a few characters: 12500 as "12.5k", 3e9 as "3B"."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.3g}".replace("e-0", "e-")
