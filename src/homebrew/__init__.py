@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from homebrew.callbacks.base import Callback
+    from homebrew.callbacks.curve_plot import CurvePlot
     from homebrew.callbacks.early_stopping import EarlyStopping
     from homebrew.callbacks.progress import ProgressDisplay
     from homebrew.callbacks.run_logger import RunLogger
+    from homebrew.callbacks.sample_text import SampleText
     from homebrew.data.corpora import load_corpus
     from homebrew.data.dataset import TokenDataset
     from homebrew.data.dict_dataset import DictDataset
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from homebrew.hub.load import load_model
     from homebrew.hub.nanogpt import load_nanogpt
     from homebrew.hub.peft import load_adapter, save_adapter
-    from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
+    from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics, TextSample
     from homebrew.model.gpt import GPT
     from homebrew.model.gpt_config import GPTConfig
     from homebrew.model.language_model import LanguageModel
@@ -48,9 +50,11 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "callbacks.base": ("Callback",),
+    "callbacks.curve_plot": ("CurvePlot",),
     "callbacks.early_stopping": ("EarlyStopping",),
     "callbacks.progress": ("ProgressDisplay",),
     "callbacks.run_logger": ("RunLogger",),
+    "callbacks.sample_text": ("SampleText",),
     "data.corpora": ("load_corpus",),
     "data.dataset": ("TokenDataset",),
     "data.dict_dataset": ("DictDataset",),
@@ -77,7 +81,7 @@ _MODULES = {
     "hub.load": ("load_model",),
     "hub.nanogpt": ("load_nanogpt",),
     "hub.peft": ("load_adapter", "save_adapter"),
-    "metrics.step_metrics": ("EvalMetrics", "SkippedStep", "StepMetrics"),
+    "metrics.step_metrics": ("EvalMetrics", "SkippedStep", "StepMetrics", "TextSample"),
     "model.gpt": ("GPT",),
     "model.gpt_config": ("GPTConfig",),
     "model.language_model": ("LanguageModel",),
@@ -97,6 +101,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "CorruptCheckpoint",
+    "CurvePlot",
     "DataError",
     "DictDataset",
     "EarlyStopping",
@@ -113,9 +118,11 @@ __all__ = [
     "ProgressDisplay",
     "ResumeMismatch",
     "RunLogger",
+    "SampleText",
     "Sampling",
     "SkippedStep",
     "StepMetrics",
+    "TextSample",
     "TextScore",
     "TokenDataset",
     "Tokenizer",

@@ -19,10 +19,10 @@ METRICS = StepMetrics(
 )  # fmt: skip
 
 
-def train(folder, *callbacks):
+def train(folder, *callbacks, **config):
     data = TokenDataset.from_text("To be, or not to be. " * 40, 16, tokenizer="bytes")
     config = TrainerConfig(
-        output_dir=folder, max_steps=4, micro_batch_size=2, mixed_precision="no", log_every=1, eval_every=2
+        output_dir=folder, max_steps=4, micro_batch_size=2, mixed_precision="no", log_every=1, eval_every=2, **config
     )
     model = GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=8)
     Trainer(model, data, data, config=config, callbacks=callbacks).train()
@@ -60,7 +60,7 @@ def test_a_terminal_keeps_a_table_within_80_columns_and_gets_its_cursor_back(tmp
     on_gpu = ["MFU", "memory"] if torch.cuda.is_available() else []
     assert header.split() == ["step", "loss", "lr", "norm", "tokens/s", *on_gpu, "ETA"]
     kinds = [line.split(" | ")[1].split()[0] if " | " in line else line.split()[0] for line in rest]
-    assert kinds == ["1/4", "2/4", "validation", "3/4", "4/4", "validation", "saving"]
+    assert kinds == ["1/4", "2/4", "validation", "3/4", "4/4", "validation", "saving", "curves:"]
     show_cursor, hide_cursor = "\x1b[?25h", "\x1b[?25l"
     assert output.rindex(show_cursor) > output.rindex(hide_cursor)
     assert "n/a" not in output
@@ -71,7 +71,7 @@ def show(steps, max_steps, *, console=None, **changes):
     console = console or terminal()
     display = ProgressDisplay(console)
     trainer = Mock(is_main_process=True, step=0, compile_mode="kernels")
-    trainer.config.max_steps = max_steps
+    trainer.config.max_steps, trainer.config.output_dir, trainer.accelerator.trackers = max_steps, "run", []
     trainer.model.parameters.return_value = []
     trainer.model.num_parameters.return_value = trainer.batch.global_batch_size = 1
     display.on_train_begin(trainer)
@@ -175,3 +175,22 @@ def test_resuming_says_where_and_that_a_run_is_finished(tmp_path, capsys):
     output = run_output(tmp_path, capsys, resume=True)
     assert "already has all its steps" in output
     assert "first step…" not in output
+
+
+def test_the_end_of_a_run_says_how_to_see_its_curves(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path / "a run", log_with="tensorboard")
+    lines = capsys.readouterr().out.splitlines()
+    (plot,) = [line for line in lines if "homebrew plot" in line]
+    (tensorboard,) = [line for line in lines if "tensorboard" in line]
+    assert plot.endswith("homebrew plot 'a run'")
+    assert tensorboard.endswith("tensorboard --logdir 'a run/logs/homebrew'")
+    assert list((tmp_path / "a run/logs/homebrew").glob("events*"))
+
+
+def test_a_run_without_steps_has_no_curves(tmp_path, capsys):
+    class Fails(Callback):
+        def on_train_begin(self, trainer):
+            raise KeyboardInterrupt
+
+    assert "homebrew plot" not in run_output(tmp_path, capsys, Fails())

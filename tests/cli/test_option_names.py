@@ -41,6 +41,8 @@ def test_suggested_options_exist():
         ("train x --resume_from_checkpoint y", "--resume?"),
         ("train x --Seed 3", "--seed"),
         ("train x --num-worker 3", "--n"),  # not --num-workers, which is hidden
+        ("train x --sample-prompts a", "--sample-prompt?"),
+        ("train x --sample-interval 5", "--sample-every?"),
         ("sample x --temp 1", "--temperature?"),
         ("sample x --max-tokens 1", "--max-new-tokens?"),
         ("sample --prmpt=x", "--prompt?"),

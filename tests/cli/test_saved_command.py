@@ -11,6 +11,7 @@ from homebrew import load_model
 from homebrew.cli.main import main
 from homebrew.cli.saved_command import command_line
 from homebrew.cli.train_command import Train
+from homebrew.plotting.run_record import read_run
 
 DATA_OPTIONS = ["a file.txt", "b.txt", "--eval-data", "c.txt", "--eval-data", "d.txt", "--eval-fraction", "0.25"]
 MODEL_OPTIONS = "--tokenizer bytes --preset gpt2-xl --n-layer 2 --n-head 2 --n-embd 8 --block-size 4 --dropout 0.125"
@@ -19,6 +20,15 @@ TRAINER_OPTIONS = (
     "--global-batch-tokens 64 --micro-batch-size auto --learning-rate 1e-5 --betas 0.5 0.75 --compile yes "
     "--activation-checkpointing --log-with tensorboard --loss-spike-zscore 4 --mixed-precision bf16"
 )
+SAMPLE_OPTIONS = [
+    "--sample-every",
+    "5",
+    "--sample-prompt",
+    "a b",
+    "--sample-prompt=--lr",
+    "--sample-max-new-tokens",
+    "7",
+]
 
 
 @pytest.fixture
@@ -43,6 +53,7 @@ def parse(monkeypatch):
         [*DATA_OPTIONS, *LORA_OPTIONS.split()],
         [*DATA_OPTIONS, *TRAINER_OPTIONS.split()],
         [*DATA_OPTIONS, "--compile", "no"],
+        [*DATA_OPTIONS, *SAMPLE_OPTIONS],
     ],
 )
 def test_the_recorded_command_has_the_same_options_in_any_folder(parse, options, tmp_path, monkeypatch):
@@ -53,7 +64,11 @@ def test_the_recorded_command_has_the_same_options_in_any_folder(parse, options,
     monkeypatch.chdir(tmp_path.parent)
     again = parse(*words[2:])
     assert command_line(again) == shlex.join(words)
-    assert (again.model, again.data.tokenizer) == (options.model, options.data.tokenizer)
+    assert (again.model, again.samples, again.data.tokenizer) == (
+        options.model,
+        options.samples,
+        options.data.tokenizer,
+    )
     assert again.data.files == tuple(tmp_path / file for file in options.data.files)
     assert again.data.eval_data == tuple(tmp_path / file for file in options.data.eval_data)
 
@@ -175,6 +190,19 @@ def test_eval_data_given_again_replaces_that_of_the_run(text, tmp_path, invoke, 
     for _ in range(2):
         invoke("train", "--resume", "--output-dir", tmp_path / "run", "--eval-data", text, "--eval-data", text)
         assert "and 1 more" in json.loads((tmp_path / "run" / "run.json").read_text())["eval_dataset"]["source"]
+
+
+def test_prompts_given_again_replace_those_of_the_run(text, tmp_path, invoke, tiny):
+    folder = tmp_path / "run"
+    sampling = ["--sample-every", 1, "--sample-prompt", "ROMEO:", "--sample-max-new-tokens", 4]
+    invoke("train", text, "--output-dir", folder, "--max-steps", 2, "--tokenizer", "bytes", *tiny, *sampling)
+    resume = ["train", "--resume", "--output-dir", folder, "--accept-changes", "schedule", "--max-steps"]
+    invoke(*resume, 3)
+    invoke(*resume, 4, "--sample-prompt", "JULIET:")
+    samples = read_run(folder).samples
+    assert [(sample.step, sample.prompt) for sample in samples] == [
+        (1, "ROMEO:"), (2, "ROMEO:"), (3, "ROMEO:"), (4, "JULIET:")
+    ]  # fmt: skip
 
 
 def test_an_adapter_resumes_with_its_base_from_anywhere(run, text, tmp_path, invoke, monkeypatch):

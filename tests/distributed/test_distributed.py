@@ -17,6 +17,7 @@ from worlds import ON_CPUS, free_port
 
 from homebrew.checkpoint.manifest import open_checkpoint
 from homebrew.checkpoint.store import CheckpointStore
+from homebrew.plotting.run_record import read_run
 
 WORKER = Path(__file__).parents[1] / "support" / "worker.py"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -53,6 +54,7 @@ TASKS = {
     "interrupted": {"max_steps": 3, "again": True},
     "sharded_save": PLAIN | SHARDED_SAVE,
     "adapter": PLAIN | SHARDED_SAVE | {"lora": True},
+    "sampled": DROPOUT | {"sample_every": 4},
     "rows": PLAIN | {"rows": True},
     "muon": PLAIN | SHARDED_SAVE | {"optimizer": "muon", "ema_decay": 0.9},
 }
@@ -248,6 +250,13 @@ def test_weights_are_gathered_once_per_step_without_resharding(runs):
 def test_training_continues_bitwise_after_evaluate(runs, layout):
     _, results = runs(layout, "plain", "stopped")
     assert results["stopped"]["losses"] == results["plain"]["losses"]
+
+
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
+def test_samples_do_not_change_training(runs, layout):
+    folder, results = runs(layout, "dropout", "sampled")
+    assert results["sampled"]["losses"] == results["dropout"]["losses"]
+    assert [sample.step for sample in read_run(folder / "sampled").samples] == [4, 8, 12]
 
 
 def test_fsdp_trainer_cannot_resume_after_an_interrupted_step(runs):

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from homebrew import GPT, GPTConfig, Muon, Trainer, TrainerConfig
+from homebrew import GPT, GPTConfig, Muon, SampleText, Trainer, TrainerConfig, get_tokenizer
 from homebrew.callbacks.base import Callback
 from homebrew.checkpoint.run_folder import RunLock
 from homebrew.errors import TrainingError
@@ -274,6 +274,10 @@ def build(task, rank):
     if "memory" in task:
         limit_memory(model, task["memory"][rank])
     optimizer = task.get("optimizer")
+    callbacks = [recorder, poison]
+    if "sample_every" in task:
+        train.tokenizer = get_tokenizer("bytes")
+        callbacks.append(SampleText(every=task["sample_every"], prompts=["\t "], max_new_tokens=8))  # ids 9 and 32
     trainer = Trainer(
         model,
         train,
@@ -296,7 +300,7 @@ def build(task, rank):
             non_finite="skip" if "poison" in task else "raise",
             collective_timeout_seconds=task.get("timeout", 120),
         ),
-        callbacks=[recorder, poison],
+        callbacks=callbacks,
         optimizer=OPTIMIZERS[optimizer](list(model.parameters())) if optimizer in OPTIMIZERS else None,
     )
     return trainer, train, recorder, poison

@@ -10,6 +10,7 @@ from tiny_runs import CONFIG, ONE_LAYER, make_trainer, token_dataset
 
 from homebrew import GPT, Muon, TrainerConfig
 from homebrew.callbacks.base import Callback
+from homebrew.callbacks.curve_plot import CurvePlot
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.training.global_settings import RECOMPILE_LIMIT, allow_tf32, raise_recompile_limit
 from homebrew.training.setup import build_callbacks, build_parts, resolve_accelerator
@@ -69,11 +70,11 @@ def test_custom_callbacks_come_after_the_built_in_ones_or_replace_them():
     class CustomLogger(RunLogger):
         pass
 
-    custom, logger = Callback(), CustomLogger()
+    custom, logger, plot = Callback(), CustomLogger(), CurvePlot()
     built_in = build_callbacks([custom], progress=True)
-    assert len(built_in) == 3
+    assert len(built_in) == 4
     assert built_in[-1] is custom
-    assert build_callbacks([custom, logger], progress=False) == [custom, logger]
+    assert build_callbacks([custom, logger, plot], progress=False) == [custom, logger, plot]
 
 
 @pytest.mark.parametrize("progress", [True, False])

@@ -5,6 +5,8 @@
 - `progress`: `ProgressDisplay`, the live table on a terminal or plain lines elsewhere.
 - `background_stream`: `BackgroundStream`, through which the display prints without waiting for a reader.
 - `run_logger`: `RunLogger`, which writes `run.json` and `metrics.jsonl` and feeds Accelerate's trackers.
+- `curve_plot`: `CurvePlot`, which writes `curves.png` at the end.
+- `sample_text`: `SampleText`, which generates text while training.
 - `early_stopping`: `EarlyStopping`.
 
 To add a callback, subclass `Callback`, override the events you need and pass an instance in

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
+from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics, TextSample
 
 if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer
@@ -66,6 +66,9 @@ class Callback:
         Skipped steps are detected at the next log, evaluation or save. This event comes before any `NonFiniteError`
         they cause.
         """
+
+    def on_sample(self, trainer: "Trainer", samples: Sequence[TextSample]) -> None:
+        """Called with the texts that `SampleText` has generated at `trainer.step`, one for each prompt."""
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """Called once when training ends, also after an exception or a signal.

@@ -1,8 +1,9 @@
 """`ProgressDisplay`: shows training progress on the terminal."""
 
+import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
@@ -13,9 +14,10 @@ from rich.text import Text
 from homebrew.callbacks.background_stream import BackgroundStream
 from homebrew.callbacks.base import Callback
 from homebrew.distributed.precision import describe_precision
-from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
+from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics, TextSample
 from homebrew.model.interfaces import interface_of
 from homebrew.optim.combined import class_names
+from homebrew.plotting.run_labels import printable
 
 if TYPE_CHECKING:
     from homebrew.training.trainer import Trainer
@@ -38,6 +40,7 @@ class ProgressDisplay(Callback):
         self._console: Console | None = None  # on rank 0, during a run
         self._table: _LiveTable | None = None  # on a terminal
         self._saved_step: int | None = None
+        self._has_logged = False
 
     def on_train_begin(self, trainer: "Trainer") -> None:
         """Print a summary of the run and start the table."""
@@ -48,6 +51,7 @@ class ProgressDisplay(Callback):
         self._stream = BackgroundStream(self._file)
         self._console.file = cast("IO[str]", self._stream)
         self._saved_step = trainer.step or None
+        self._has_logged = False
         self._print(_summary(trainer))
         if trainer.step >= trainer.config.max_steps:
             is_stable = trainer.config.lr_schedule == "wsd"
@@ -67,6 +71,7 @@ class ProgressDisplay(Callback):
 
     def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Show the metrics of a step."""
+        self._has_logged = True
         cells = format_metrics(metrics, trainer.config.max_steps)
         if self._table is not None:
             self._table.update(metrics.step, cells)
@@ -93,6 +98,12 @@ class ProgressDisplay(Callback):
                 f"norm {skipped.grad_norm:.3f}"
             )
 
+    def on_sample(self, trainer: "Trainer", samples: Sequence[TextSample]) -> None:
+        """Print the texts."""
+        for sample in samples:
+            text = "\n  ".join(printable(sample.text).splitlines())
+            self._print(f"step {sample.step} | sample:\n  {text}")
+
     def on_train_end(self, trainer: "Trainer") -> None:
         """End the table and restore the cursor."""
         if self._console is None:
@@ -105,6 +116,9 @@ class ProgressDisplay(Callback):
                 "nothing is saved" if self._saved_step is None else f"resume to continue from step {self._saved_step}"
             )
             self._print(f"step {trainer.step}/{trainer.config.max_steps} | stopped early; {saved}")
+        if self._has_logged:
+            for command in _curve_commands(trainer):
+                self._print(f"curves: {command}")
         self._console.file = self._file
         self._console = None
         self._stream.close()
@@ -208,6 +222,20 @@ def _summary(trainer: "Trainer") -> str:
         f"(micro-batch {batch.micro_batch_size}, accumulation {batch.accumulation_steps}) | "
         f"{'resumes at ' if trainer.step else ''}step {trainer.step}/{trainer.config.max_steps}"
     )
+
+
+def _curve_commands(trainer: "Trainer") -> Iterator[str]:
+    """Yield the commands that show the curves of a run."""
+    yield shlex.join(["homebrew", "plot", _shortest(trainer.config.output_dir)])
+    for tracker in trainer.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            yield shlex.join(["tensorboard", "--logdir", _shortest(tracker.logging_dir)])
+
+
+def _shortest(path: str | Path) -> str:
+    """Return a path as the user in the current folder would write it."""
+    absolute, here = Path(path).absolute(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
 
 
 def _format_duration(seconds: float) -> str:

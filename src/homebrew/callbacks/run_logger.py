@@ -20,7 +20,7 @@ from homebrew.errors import ConfigError
 from homebrew.io import atomic_replace, remove_leftovers, strict_json
 from homebrew.metrics.metrics_log import MetricsLog
 from homebrew.metrics.run_settings import flatten_settings
-from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics
+from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics, TextSample
 from homebrew.model.interfaces import interface_of
 from homebrew.optim.combined import class_names
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
     from homebrew.training.trainer import Trainer
+
+_TEXT_TRACKERS = {"tensorboard", "wandb", "comet_ml"}
+"""Trackers that log texts; others ignore them or fail."""
 
 
 class RunLogger(Callback):
@@ -76,6 +79,14 @@ class RunLogger(Callback):
         if self._log is not None:
             for skipped in steps:
                 self._log.write("step_skipped", **asdict(skipped))
+
+    def on_sample(self, trainer: "Trainer", samples: Sequence[TextSample]) -> None:
+        """Send texts to the trackers that take them, as `samples/0`, `samples/1`, … in the order of the prompts."""
+        for tracker in trainer.accelerator.trackers:
+            if tracker.name in _TEXT_TRACKERS:
+                is_markdown = tracker.name == "tensorboard"
+                texts = [_as_code(sample.text) if is_markdown else sample.text for sample in samples]
+                tracker.log({f"samples/{index}": text for index, text in enumerate(texts)}, step=trainer.step)
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """Close the file and finish the trackers this run started.
@@ -174,3 +185,8 @@ def describe_dataset(dataset: Dataset[Any]) -> dict[str, Any]:
             description[name] = getattr(dataset, name)
     tokenizer = dataset_tokenizer(dataset)
     return description | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
+
+
+def _as_code(text: str) -> str:
+    """Return Markdown that shows a text as it is."""
+    return "".join(f"    {line}\n" for line in text.splitlines())

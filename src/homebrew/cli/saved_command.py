@@ -16,7 +16,7 @@ from homebrew.io import absolute_path, local_path_or_name
 def command_line(train: Train) -> str:
     """Return the `homebrew train` command of these options, with absolute paths and without those of resuming."""
     words = ["homebrew", "train", *(str(absolute_path(path)) for path in train.data.files)]
-    for options in (train.data, train.model, train.trainer):
+    for options in (train.data, train.model, train.trainer, train.samples):
         for field in dataclasses.fields(options):
             value = getattr(options, field.name)
             if field.name != "files" and value != field.default:
@@ -28,8 +28,8 @@ def _option_words(name: str, value: object) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     items = value if isinstance(value, tuple) else [value]
     values = [str(absolute_path(item) if isinstance(item, Path) else item) for item in items]
-    if name == "eval_data":  # given once for each file
-        return [word for path in values for word in (option, path)]
+    if name in ("eval_data", "sample_prompt"):  # given once for each value, which may begin with a dash
+        return [f"{option}={value}" for value in values]
     if name == "compile":
         return [option, "yes" if value else "no"]
     return [option] if value is True else [option, *values]
@@ -55,6 +55,7 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     parser.add_argument("--output-dir", "--output_dir", nargs="?", type=Path)
     parser.add_argument("--max-steps", "--max_steps", nargs="?")
     parser.add_argument("--eval-data", "--eval_data", nargs="?")
+    parser.add_argument("--sample-prompt", "--sample_prompt", nargs="?")
     parser.add_argument("--init-from", "--init_from", nargs="?")
     given, _ = parser.parse_known_args(arguments[1:])
     if not given.resume or set(arguments) & {"-h", "--help"}:
@@ -74,6 +75,8 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
         _check_init_from(given.init_from, train.model.init_from)
     if given.eval_data is not None:
         train.data.eval_data = ()  # otherwise the given files would be added
+    if given.sample_prompt is not None:
+        train.samples.sample_prompt = ()
     return train
 
 

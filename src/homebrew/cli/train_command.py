@@ -21,7 +21,7 @@ from homebrew.cli.open_datasets import (
     token_files_tokenizer,
 )
 from homebrew.cli.open_model import resolve_tokenizer, sample_command
-from homebrew.cli.train_options import DataOptions, ModelOptions, TrainerOptions
+from homebrew.cli.train_options import DataOptions, ModelOptions, SampleOptions, TrainerOptions
 from homebrew.constants import Aspect
 from homebrew.errors import ConfigError, DataError, ResumeMismatch
 from homebrew.io import local_path_or_name
@@ -46,6 +46,7 @@ class Train:
     data: OmitArgPrefixes[DataOptions]
     model: OmitArgPrefixes[ModelOptions]
     trainer: OmitArgPrefixes[TrainerOptions]
+    samples: OmitArgPrefixes[SampleOptions]
     resume: bool = False
     """Resume from the newest valid checkpoint in --output-dir, or start from step 0 if there is none. Options that are
     not given again are those of the run."""
@@ -63,6 +64,7 @@ class Train:
 
         config, lora = self.trainer.validated(), self.model.lora_config()
         self._check_options(config)
+        sampling = self.samples.callbacks()
         files = data_files(self.data.files)
         pretrained, tokenizer = self._load_pretrained()
         choice = None if pretrained else self._choose_defaults(files)
@@ -71,7 +73,7 @@ class Train:
         if lora is not None:
             add_lora(model, lora, seed=config.seed)
         logger = RunLogger(command=command_line(self))
-        trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=config, callbacks=[logger])
+        trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=config, callbacks=[logger, *sampling])
         if choice is not None and trainer.is_main_process:
             _print(choice)
         is_finished = self.resume and config.max_steps in CheckpointStore(Path(config.output_dir)).steps()

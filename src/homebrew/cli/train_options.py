@@ -1,4 +1,4 @@
-"""The options of `homebrew train`: data, model and the fields of `TrainerConfig`."""
+"""The options of `homebrew train`: data, model, samples and the fields of `TrainerConfig`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from homebrew.errors import ConfigError
 from homebrew.training.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
+    from homebrew.callbacks.base import Callback
     from homebrew.model.gpt_config import GPTConfig
     from homebrew.model.lora import LoRAConfig
 
@@ -120,6 +121,36 @@ class ModelOptions:
             given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, "auto")]
             if given:
                 raise ConfigError(f"--init-from determines the model's shape. Remove {', '.join(given)}.")
+
+
+@dataclass(kw_only=True)
+class SampleOptions:
+    """Texts that the model generates while training."""
+
+    sample_every: _Optional[int] = None
+    """Generate texts every this many steps and at the end. They are shown and kept in samples.jsonl. Default: never."""
+    sample_prompt: UseAppendAction[Annotated[tuple[str, ...], arg(help_behavior_hint="(repeatable)")]] = ()
+    """Text to continue. Without one, the model begins."""
+    sample_max_new_tokens: int = 100
+    """Number of tokens to generate for each text."""
+
+    def callbacks(self) -> "list[Callback]":
+        """Return the callback that generates the texts, if it is wanted.
+
+        Raises:
+            ConfigError: An option has no effect without another, or is out of range.
+        """
+        from homebrew.callbacks.sample_text import SampleText
+
+        if self.sample_every is None:
+            if self != SampleOptions():
+                raise ConfigError("--sample-prompt and --sample-max-new-tokens need --sample-every. Add it.")
+            return []
+        prompts, max_new_tokens = self.sample_prompt or ("",), self.sample_max_new_tokens
+        try:
+            return [SampleText(every=self.sample_every, prompts=prompts, max_new_tokens=max_new_tokens)]
+        except ConfigError as error:  # begins with the argument's name, to which the option adds "sample"
+            raise ConfigError(f"sample_{error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

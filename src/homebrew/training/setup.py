@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from homebrew.callbacks.base import Callback
+from homebrew.callbacks.curve_plot import CurvePlot
 from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.checkpoint.compatibility import Identity, run_identity
@@ -202,11 +203,12 @@ def build_callbacks(callbacks: Sequence[Callback], *, progress: bool) -> list[Ca
     """Return the built-in callbacks, followed by the user's.
 
     Args:
-        callbacks: The user's callbacks. A `ProgressDisplay` or `RunLogger` among them replaces the built-in one.
+        callbacks: The user's callbacks. A `ProgressDisplay`, `RunLogger` or `CurvePlot` among them replaces the
+            built-in one.
         progress: Whether to show the progress display.
     """
     builtin: list[Callback] = [ProgressDisplay()] if progress else []
-    builtin.append(RunLogger())
+    builtin += [RunLogger(), CurvePlot()]
     return [b for b in builtin if not any(isinstance(c, type(b)) for c in callbacks)] + list(callbacks)
 
 

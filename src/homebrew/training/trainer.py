@@ -59,8 +59,8 @@ class Trainer:
             is called. The config must then leave `lr_schedule`, `warmup_steps`, `decay_fraction` and `min_lr_ratio` at
             their defaults.
         accelerator: Accelerator to use, with its precision and trackers, instead of one with the launcher's settings.
-        callbacks: Callbacks that receive training events, after the built-in ones. A `ProgressDisplay` or `RunLogger`
-            among them replaces the built-in one.
+        callbacks: Callbacks that receive training events, after the built-in ones. A `ProgressDisplay`,
+            `RunLogger` or `CurvePlot` among them replaces the built-in one.
         progress: Whether to show the progress display.
 
     Raises:
@@ -215,9 +215,7 @@ class Trainer:
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ConfigError("There is no evaluation dataset. Pass eval_dataset to Trainer, or dataset to evaluate().")
-        if self._is_running:
-            self._logger.flush(self._emit)  # finish the steps first, so that their time does not count as evaluation
-        with self._paused():
+        with self.paused():
             loss, num_tokens = mean_loss(
                 self.accelerator,
                 self._wrapped,
@@ -256,6 +254,18 @@ class Trainer:
             if not self._is_running:
                 self._checkpoints.finish()
         return path
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Use the evaluation weights in this block, and do not count its time as training time.
+
+        For callbacks that evaluate or sample in `on_step_end`, `on_log` or `on_step_skipped`. Every process calls this.
+        The metrics of the steps taken so far are logged first.
+        """
+        if self._is_running:
+            self._logger.flush(self._emit)  # finish the steps first, so that their time does not count as a pause
+        with self._paused():
+            yield
 
     def full_model(self) -> Any:  # noqa: ANN401 - of the type of `model`
         """Return the model with full (unsharded) weights. Every process calls this.

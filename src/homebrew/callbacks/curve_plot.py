@@ -1,0 +1,56 @@
+"""`CurvePlot`: writes the curves of a run as `curves.png`."""
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from homebrew.callbacks.base import Callback
+from homebrew.io import atomic_replace, remove_leftovers
+from homebrew.user_warnings import warn
+
+if TYPE_CHECKING:
+    from homebrew.training.trainer import Trainer
+
+
+class CurvePlot(Callback):
+    """Writes `curves.png` into `output_dir` at the end of a run, if matplotlib is installed.
+
+    It is one of the Trainer's own callbacks. No picture is written for a run that is interrupted or fails;
+    `homebrew plot` draws it. A picture that cannot be written is a warning.
+
+    Args:
+        min_seconds: The shortest run, in seconds, for which a picture is written, since drawing takes about a second.
+            An existing picture is always updated. Use `math.inf` to write none.
+    """
+
+    def __init__(self, min_seconds: float = 10.0) -> None:
+        self.min_seconds = min_seconds
+        self._first_step: int | None = None  # during a run
+        self._started_at = 0.0
+
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        """Record when and where the run starts."""
+        self._started_at, self._first_step = time.monotonic(), trainer.step
+        if trainer.is_main_process:
+            remove_leftovers(Path(trainer.config.output_dir) / "curves.png")
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        """Draw the picture."""
+        first_step, self._first_step = self._first_step, None
+        has_trained = first_step is not None and trainer.step > first_step
+        has_ended = trainer.step >= trainer.config.max_steps or trainer.should_stop
+        if not (trainer.is_main_process and has_trained and has_ended):
+            return
+        path = Path(trainer.config.output_dir) / "curves.png"
+        is_long = time.monotonic() - self._started_at >= self.min_seconds
+        if not (is_long or path.exists()) or importlib.util.find_spec("matplotlib") is None:
+            return
+        try:
+            from homebrew.plotting.curves import curves_image
+            from homebrew.plotting.run_record import read_run
+
+            with atomic_replace(path) as temporary:
+                temporary.write_bytes(curves_image([read_run(path.parent)]))
+        except Exception as error:  # a picture is not worth a run, whatever is wrong with matplotlib
+            warn(f"{path} could not be written: {error}. The run itself is complete.")
