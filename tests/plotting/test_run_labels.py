@@ -14,6 +14,11 @@ def test_runs_are_told_apart_by_the_settings_that_differ(record):
     assert labels(a, b) == ["a: optimizer=adamw", "b: optimizer=muon"]
 
 
+def test_settings_that_change_nothing_are_not_named(record):
+    a, b = record("a", log_every=1, save_every=5, seed=1), record("b", log_every=2, save_every=7, seed=2)
+    assert labels(a, b) == ["a: seed=1", "b: seed=2"]
+
+
 def test_a_setting_of_only_one_version_is_named_where_it_is(record):
     assert labels(record("a"), record("b", ema_decay=None)) == ["a", "b: ema_decay=None"]
 
@@ -31,7 +36,8 @@ def test_a_run_without_settings_has_its_name(record):
 
 def test_a_label_stays_short(record):
     many = [record(name, **{f"setting_{i}": name * 100 for i in range(20)}) for name in ("a", "b")]
-    assert all(len(label) < 200 for label in labels(*many))
+    assert all(len(label) <= 120 for label in labels(*many))
+    assert len(labels(record("n" * 250))[0]) <= 120
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "bell\a", "\udcff", "\ufffe"])

@@ -47,6 +47,13 @@ _STYLE = {
 _TEXT_COLORS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 _PLACEHOLDER = "#010203"
 """Drawn in place of the page's text color, which a figure does not know."""
+_LOG_TICKS = (
+    (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
+    (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+    (1.0, 2.0, 5.0),
+    (1.0, 3.0),
+)
+_MAX_LOG_TICKS = 6
 _MAX_MARKS = 500
 _MAX_POINTS_WITH_MARKERS = 40
 
@@ -274,7 +281,7 @@ def _scale_y(axes: "Axes", panel: Panel, curves: Sequence[Floats]) -> None:
             low, high = low / (30 if panel.starts_at_zero else margin), high * margin
             axes.set_yscale("log")
             axes.set_ylim(low, high)
-            axes.yaxis.set_major_locator(LogLocator(subs=_log_ticks(math.log10(high / low))))
+            axes.yaxis.set_major_locator(LogLocator(subs=_log_ticks(low, high)))
             axes.yaxis.set_minor_locator(NullLocator())
         elif panel.starts_at_zero:
             axes.set_ylim(0, 1.15 * max(float(np.percentile(curve, 98)) for curve in curves) or None)
@@ -284,11 +291,14 @@ def _scale_y(axes: "Axes", panel: Panel, curves: Sequence[Floats]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
 
 
-def _log_ticks(num_decades: float) -> tuple[float, ...]:
-    """Return which multiples of powers of ten have a tick: about five on the axis."""
-    if num_decades < 0.8:
-        return (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-    return (1.0, 2.0, 5.0) if num_decades < 1.8 else (1.0,)
+def _log_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Return the multiples of powers of ten that have a tick: as many as there is room for."""
+    powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for multiples in _LOG_TICKS:
+        ticks = np.outer(powers, multiples)
+        if ((low <= ticks) & (ticks <= high)).sum() <= _MAX_LOG_TICKS:
+            return multiples
+    return (1.0,)
 
 
 def short_number(value: float) -> str:

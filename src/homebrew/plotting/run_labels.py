@@ -10,15 +10,19 @@ from homebrew.plotting.run_record import RunRecord
 _COMPARED = ("config/", "model/", "train_dataset/", "mixed_precision", "device", "num_processes")
 """Beginnings of the names of settings that tell runs apart, the most telling first."""
 _NOT_COMPARED = {
-    "config/output_dir",
-    "model/num_parameters",
-    "train_dataset/fingerprint",
-    "train_dataset/num_samples",
-    "train_dataset/num_tokens",
+    *("config/output_dir", "model/num_parameters"),
+    *(f"train_dataset/{name}" for name in ("fingerprint", "num_samples", "num_tokens")),
+    *(
+        f"config/{name}"
+        for name in "log_every log_with eval_every eval_batches save_every keep_last keep_every".split()
+    ),
+    *(f"config/{name}" for name in "gather_limit_bytes num_workers".split()),
+    *(f"config/{name}" for name in "collective_timeout_seconds loader_timeout_seconds".split()),
 }
-"""Those that follow from others, or differ between all runs."""
+"""Those that follow from others, differ between all runs, or do not change what a run computes."""
 _MAX_SETTINGS = 4
-_MAX_CHARACTERS = 30
+_MAX_VALUE, _MAX_NAME, _MAX_LABEL = 25, 50, 120
+"""Maximum numbers of characters."""
 _NOT_XML = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -29,10 +33,11 @@ def run_labels(runs: Sequence[RunRecord]) -> list[str]:
     labels = []
     for name, run in zip(names, runs, strict=True):
         given = [key for key in differing if key in run.settings]
-        settings = [f"{key.rpartition('/')[2]}={_short(run.settings[key])}" for key in given[:_MAX_SETTINGS]]
+        settings = [f"{key.rpartition('/')[2]}={_value(run.settings[key])}" for key in given[:_MAX_SETTINGS]]
         more = ["…"] if len(given) > _MAX_SETTINGS else []
-        label = f"{name}: {', '.join(settings + more)}" if settings else name
-        labels.append(printable(" ".join(label.split())))
+        name = _shortened(name, _MAX_NAME)
+        label = " ".join((f"{name}: {', '.join(settings + more)}" if settings else name).split())
+        labels.append(printable(label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 1]}…"))
     return labels
 
 
@@ -57,6 +62,10 @@ def _unique_names(runs: Sequence[RunRecord]) -> list[str]:
     return [os.path.relpath(run.folder, common) for run in runs]
 
 
-def _short(value: float | str) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _MAX_CHARACTERS else f"…{text[1 - _MAX_CHARACTERS :]}"
+def _value(value: float | str) -> str:
+    return _shortened(f"{value:g}" if isinstance(value, float) else str(value), _MAX_VALUE)
+
+
+def _shortened(text: str, length: int) -> str:
+    """Return the end of a text, which tells paths apart."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"
