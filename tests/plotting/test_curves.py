@@ -1,14 +1,15 @@
 import re
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 
 from homebrew.errors import ConfigError
-from homebrew.plotting.curves import LOSS, MAX_RUNS, curves_image, panel_svg, short_number, smoothed
-from homebrew.plotting.run_record import read_run
+from homebrew.plotting.curves import LOSS, MAX_RUNS, _visible, curves_image, panel_svg, short_number, smoothed
+from homebrew.plotting.run_record import RunRecord, read_run
 
 PANELS = ["loss", "learning rate", "gradient norm", "tokens/s"]
 
@@ -93,10 +94,20 @@ def test_a_picture_is_a_png_of_a_readable_size(record):
     assert height >= 600
 
 
-def test_a_long_noisy_run_is_a_small_picture(record):
-    noise = np.random.default_rng(0).random(20_000)
-    events = [{"event": "step", "step": i + 1, "loss": 1 + x} for i, x in enumerate(noise.tolist())]
-    assert len(panel_svg(LOSS, [read_run(record("a", events))])) < 1_000_000
+@pytest.mark.parametrize("log_x", [False, True])
+def test_a_long_noisy_run_is_a_small_picture_with_its_extremes(record, log_x):
+    steps = read_run(record("a")).steps
+    steps.cut(0)
+    losses = 1 + np.random.default_rng(0).random(300_000)
+    losses[[7, 200_000]] = np.nan, 1.5
+    for index, loss in enumerate(losses.tolist()):
+        steps.append(index + 1, loss, 1e-3, loss, loss, index, index)
+    assert len(curves_image([RunRecord(Path("a"), steps=steps)], kind="svg", log_x=log_x)) < 500_000
+    x, y = _visible(np.arange(1.0, 300_001), losses, log_x=log_x)
+    assert (x[0], x[-1]) == (1, 300_000)
+    assert (y.min(), y.max()) == (np.nanmin(losses), np.nanmax(losses))
+    assert len(x) <= 2002
+    assert not log_x or x[:6].tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_panel_has_the_text_color_of_the_page(record):

@@ -15,7 +15,8 @@ class Callback:
 
     Every event is called on every rank, for each callback in the order of the list. Metrics are the same on all
     ranks. Check `trainer.is_main_process` before printing or writing files. Methods that communicate between ranks,
-    such as `trainer.evaluate()`, `trainer.save()` and `trainer.full_model()`, must be called on all ranks or on none.
+    such as `trainer.evaluate()`, `trainer.paused()`, `trainer.save()` and `trainer.full_model()`, must be called on all
+    ranks or on none.
 
     A callback may read any public attribute of the trainer. To stop the run, set `trainer.should_stop = True` on any
     rank: all ranks stop at the same step, at the latest one step later. Do not set the learning rate here, because the

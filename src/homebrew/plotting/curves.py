@@ -54,6 +54,8 @@ _LOG_TICKS = (
     (1.0, 3.0),
 )
 _MAX_LOG_TICKS = 6
+_NUM_COLUMNS = 1000
+"""Number of columns of a panel. matplotlib cannot draw all points of a long curve."""
 _MAX_MARKS = 500
 _MAX_POINTS_WITH_MARKERS = 40
 
@@ -174,9 +176,11 @@ def _draw(axes: "Axes", panel: Panel, runs: Sequence[RunRecord], x: XAxis, *, lo
         values = run.steps[panel.column]
         smooth = smoothed(values) if panel.is_noisy else values
         if panel.is_noisy and len(values) > 2:
-            axes.plot(positions, values, color=style["color"], alpha=0.25, linewidth=0.8)
-        axes.plot(positions, smooth, **style, marker="." if len(values) == 1 else None)
+            axes.plot(*_visible(positions, values, log_x=log_x), color=style["color"], alpha=0.25, linewidth=0.8)
+        axes.plot(*_visible(positions, smooth, log_x=log_x), **style, marker="." if len(values) == 1 else None)
         shown.append(smooth)
+        if panel.is_noisy and len(finite := values[np.isfinite(values)]):
+            shown.append(np.percentile(finite, [2, 98]))
         if panel is LOSS and len(run.evaluations):
             has_evaluations = True
             losses = run.evaluations["loss"]
@@ -202,6 +206,22 @@ def _draw(axes: "Axes", panel: Panel, runs: Sequence[RunRecord], x: XAxis, *, lo
     _scale_y(axes, panel, shown)
     if panel is LOSS:
         _add_line_legend(axes, runs, has_evaluations=has_evaluations)
+
+
+def _visible(positions: Floats, values: Floats, *, log_x: bool) -> tuple[Floats, Floats]:
+    """Return the points of a curve that can be seen: of a long one, the lowest and the highest of each column."""
+    if len(values) <= 2 * _NUM_COLUMNS:
+        return positions, values
+    is_drawn = np.isfinite(positions) & np.isfinite(values) & (positions > 0)
+    positions, values = positions[is_drawn], values[is_drawn]
+    if not len(values):
+        return positions, values
+    x = np.log(positions) if log_x else positions
+    columns = (x - x[0]) // max((x[-1] - x[0]) / _NUM_COLUMNS, 1e-300)
+    order = np.lexsort((values, columns))
+    last = np.flatnonzero(np.diff(columns[order]))  # the highest of each column but the last one
+    index = np.unique(np.concatenate([[0, len(x) - 1], order[[0, -1]], order[last], order[last + 1]]))
+    return positions[index], values[index]
 
 
 def smoothed(values: Floats) -> Floats:
@@ -269,7 +289,7 @@ def _scale_x(axes: "Axes", *, log_x: bool) -> None:
 
 
 def _scale_y(axes: "Axes", panel: Panel, curves: Sequence[Floats]) -> None:
-    """Choose a linear or logarithmic axis that shows these curves. The values behind smoothed curves may leave it."""
+    """Choose a linear or logarithmic axis that shows these curves."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     curves = [finite for curve in curves if len(finite := curve[np.isfinite(curve)])]
