@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from homebrew.plotting.run_labels import run_labels
@@ -12,6 +14,14 @@ def test_runs_are_told_apart_by_the_settings_that_differ(record):
     a = record("a", optimizer="adamw", learning_rate=6e-4, seed=1)
     b = record("b", optimizer="muon", learning_rate=6e-4, seed=1)
     assert labels(a, b) == ["a: optimizer=adamw", "b: optimizer=muon"]
+
+
+def test_a_custom_optimizer_is_named(record):
+    folders = record("a", optimizer="adamw"), record("b", optimizer="adamw")
+    for folder, name in zip(folders, ("AdamW", "SGD"), strict=True):
+        settings = json.loads((folder / "run.json").read_text()) | {"optimizer": {"class": name, "groups": [name]}}
+        (folder / "run.json").write_text(json.dumps(settings))
+    assert labels(*folders) == ["a: optimizer=AdamW", "b: optimizer=SGD"]
 
 
 def test_settings_that_change_nothing_are_not_named(record):

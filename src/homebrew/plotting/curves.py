@@ -9,13 +9,13 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from homebrew.errors import ConfigError
+from homebrew.plotting.curve_points import smoothed, visible_points
+from homebrew.plotting.panels import LOSS, PANELS, Panel, scale_x, scale_y, x_unit
 from homebrew.plotting.run_labels import run_labels
 from homebrew.plotting.run_record import RunRecord, XAxis
 
@@ -47,43 +47,8 @@ _STYLE = {
 _TEXT_COLORS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 _PLACEHOLDER = "#010203"
 """Drawn in place of the page's text color, which a figure does not know."""
-_LOG_TICKS = (
-    (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0),
-    (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
-    (1.0, 2.0, 5.0),
-    (1.0, 3.0),
-)
-_MAX_LOG_TICKS = 6
-_NUM_COLUMNS = 1000
-"""Number of columns of a panel. matplotlib cannot draw all points of a long curve."""
 _MAX_MARKS = 500
 _MAX_POINTS_WITH_MARKERS = 40
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One quantity in a figure."""
-
-    title: str
-    column: str
-    """Field of `StepMetrics`."""
-    is_noisy: bool = False
-    """Whether to smooth the curve, with the logged values faint behind it."""
-    log_ratio: float = math.inf
-    """The axis is logarithmic if the largest value is more than this many times the smallest."""
-    starts_at_zero: bool = False
-    """Whether a linear axis starts at 0. The values compared by `log_ratio` are then the largest of each run."""
-
-
-LOSS = Panel("Loss (nats per token)", "loss", is_noisy=True, log_ratio=2)
-PANELS = (
-    LOSS,
-    Panel("Learning rate", "learning_rate", log_ratio=10, starts_at_zero=True),
-    Panel("Gradient norm", "grad_norm", is_noisy=True, log_ratio=10),
-    Panel("Tokens/s", "tokens_per_second", starts_at_zero=True),
-)
 
 
 def curves_image(
@@ -167,7 +132,7 @@ def _run_style(index: int) -> dict[str, Any]:
 
 def _draw(axes: "Axes", panel: Panel, runs: Sequence[RunRecord], x: XAxis, *, log_x: bool) -> None:
     """Draw the curves of all runs in one panel, with its axes and marks."""
-    unit, unit_name = _x_unit(runs, x)
+    unit, unit_name = x_unit(runs, x)
     shown = []  # the values that the axis has to include
     has_evaluations = False
     for index, run in enumerate(runs):
@@ -176,8 +141,8 @@ def _draw(axes: "Axes", panel: Panel, runs: Sequence[RunRecord], x: XAxis, *, lo
         values = run.steps[panel.column]
         smooth = smoothed(values) if panel.is_noisy else values
         if panel.is_noisy and len(values) > 2:
-            axes.plot(*_visible(positions, values, log_x=log_x), color=style["color"], alpha=0.25, linewidth=0.8)
-        axes.plot(*_visible(positions, smooth, log_x=log_x), **style, marker="." if len(values) == 1 else None)
+            axes.plot(*visible_points(positions, values, log_x=log_x), color=style["color"], alpha=0.25, linewidth=0.8)
+        axes.plot(*visible_points(positions, smooth, log_x=log_x), **style, marker="." if len(values) == 1 else None)
         shown.append(smooth)
         if panel.is_noisy and len(finite := values[np.isfinite(values)]):
             shown.append(np.percentile(finite, [2, 98]))
@@ -202,47 +167,10 @@ def _draw(axes: "Axes", panel: Panel, runs: Sequence[RunRecord], x: XAxis, *, lo
             axes.plot(skipped, bottom, "x", color=style["color"], markersize=5, transform=transform, clip_on=False)
     axes.set_title(panel.title)
     axes.set_xlabel(unit_name)
-    _scale_x(axes, log_x=log_x)
-    _scale_y(axes, panel, shown)
+    scale_x(axes, log_x=log_x)
+    scale_y(axes, panel, shown)
     if panel is LOSS:
         _add_line_legend(axes, runs, has_evaluations=has_evaluations)
-
-
-def _visible(positions: Floats, values: Floats, *, log_x: bool) -> tuple[Floats, Floats]:
-    """Return the points of a curve that can be seen: of a long one, the lowest and the highest of each column."""
-    if len(values) <= 2 * _NUM_COLUMNS:
-        return positions, values
-    is_drawn = np.isfinite(positions) & np.isfinite(values) & (positions > 0)
-    positions, values = positions[is_drawn], values[is_drawn]
-    if not len(values):
-        return positions, values
-    x = np.log(positions) if log_x else positions
-    columns = (x - x[0]) // max((x[-1] - x[0]) / _NUM_COLUMNS, 1e-300)
-    order = np.lexsort((values, columns))
-    last = np.flatnonzero(np.diff(columns[order]))  # the highest of each column but the last one
-    index = np.unique(np.concatenate([[0, len(x) - 1], order[[0, -1]], order[last], order[last + 1]]))
-    return positions[index], values[index]
-
-
-def smoothed(values: Floats) -> Floats:
-    """Return means over neighbors, about 2 % of the curve on each side, with more weight on near ones. NaN is left out.
-
-    Near the end, the right side has fewer neighbors; near the beginning, where the loss falls fast, both sides do.
-    """
-    return _moving_mean(_moving_mean(values, len(values) // 80), len(values) // 80)
-
-
-def _moving_mean(values: Floats, width: int) -> Floats:
-    """Return the mean of each value and up to `width` neighbors on each side."""
-    n = len(values)
-    index = np.arange(n)
-    start = index - np.minimum(index, width)
-    stop = index + np.minimum(np.minimum(index, width), n - 1 - index) + 1
-    is_number = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(is_number, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(is_number)])
-    num = counts[stop] - counts[start]
-    return np.where(num > 0, (sums[stop] - sums[start]) / np.maximum(num, 1), np.nan)
 
 
 def _validation_color(index: int, runs: Sequence[RunRecord]) -> str:
@@ -269,61 +197,3 @@ def _line(**style: Any) -> "Line2D":  # noqa: ANN401 - matplotlib's
     from matplotlib.lines import Line2D
 
     return Line2D([], [], **style)
-
-
-def _x_unit(runs: Sequence[RunRecord], x: XAxis) -> tuple[float, str]:
-    """Return the unit of the x-axis, and its name."""
-    if x != "seconds":
-        return 1.0, x
-    longest = max(float(run.steps["elapsed_seconds"][-1]) for run in runs)
-    for seconds, name in ((3600.0, "hours"), (60.0, "minutes")):
-        if longest > 3 * seconds:
-            return seconds, f"{name} of training"
-    return 1.0, "seconds of training"
-
-
-def _scale_x(axes: "Axes", *, log_x: bool) -> None:
-    if log_x:
-        axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
-
-
-def _scale_y(axes: "Axes", panel: Panel, curves: Sequence[Floats]) -> None:
-    """Choose a linear or logarithmic axis that shows these curves."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    curves = [finite for curve in curves if len(finite := curve[np.isfinite(curve)])]
-    if curves:
-        low = float(min(np.max(curve) if panel.starts_at_zero else np.min(curve) for curve in curves))
-        high = float(max(np.max(curve) for curve in curves))
-        if low > 0 and high / low > panel.log_ratio:
-            margin = (high / low) ** 0.05
-            low, high = low / (30 if panel.starts_at_zero else margin), high * margin
-            axes.set_yscale("log")
-            axes.set_ylim(low, high)
-            axes.yaxis.set_major_locator(LogLocator(subs=_log_ticks(low, high)))
-            axes.yaxis.set_minor_locator(NullLocator())
-        elif panel.starts_at_zero:
-            axes.set_ylim(0, 1.15 * max(float(np.percentile(curve, 98)) for curve in curves) or None)
-        elif high > low:
-            margin = 0.05 * (high - low)
-            axes.set_ylim(low - margin, high + margin)
-    axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
-
-
-def _log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Return the multiples of powers of ten that have a tick: as many as there is room for."""
-    powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    for multiples in _LOG_TICKS:
-        ticks = np.outer(powers, multiples)
-        if ((low <= ticks) & (ticks <= high)).sum() <= _MAX_LOG_TICKS:
-            return multiples
-    return (1.0,)
-
-
-def short_number(value: float) -> str:
-    """Format a number in a few characters: 12500 as "12.5k", 3e9 as "3B"."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.3g}".replace("e-0", "e-")

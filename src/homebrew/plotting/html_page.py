@@ -8,7 +8,9 @@ from itertools import groupby
 import numpy as np
 
 from homebrew.metrics.step_metrics import TextSample
-from homebrew.plotting.curves import COLORS, DASHES, PANELS, panel_svg, smoothed
+from homebrew.plotting.curve_points import smoothed
+from homebrew.plotting.curves import COLORS, DASHES, panel_svg
+from homebrew.plotting.panels import PANELS
 from homebrew.plotting.run_labels import differing_settings, printable, run_labels
 from homebrew.plotting.run_record import RunRecord, XAxis
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from homebrew.metrics.run_settings import Settings
 from homebrew.plotting.run_record import RunRecord
 
-_COMPARED = ("config/", "model/", "train_dataset/", "mixed_precision", "device", "num_processes")
+_COMPARED = ("config/", "optimizer/class", "model/", "train_dataset/", "mixed_precision", "device", "num_processes")
 """Beginnings of the names of settings that tell runs apart, the most telling first."""
 _NOT_COMPARED = {
     *("config/output_dir", "model/num_parameters"),
@@ -29,12 +29,14 @@ _NOT_XML = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 def run_labels(runs: Sequence[RunRecord]) -> list[str]:
     """Return a label for each run, such as "a: optimizer=muon, seed=1"; for a single run, its name."""
     names = _unique_names(runs)
-    differing = differing_settings([run.settings for run in runs if run.settings])
+    differing: dict[str, str] = {}
+    for key in differing_settings([run.settings for run in runs if run.settings]):
+        differing.setdefault(_shown_name(key), key)  # of two with one name, the more telling one
     labels = []
     for name, run in zip(names, runs, strict=True):
-        given = [key for key in differing if key in run.settings]
-        settings = [f"{key.rpartition('/')[2]}={_value(run.settings[key])}" for key in given[:_MAX_SETTINGS]]
-        more = ["…"] if len(given) > _MAX_SETTINGS else []
+        values = {shown: run.settings[key] for shown, key in differing.items() if key in run.settings}
+        settings = [f"{shown}={_value(value)}" for shown, value in values.items()][:_MAX_SETTINGS]
+        more = ["…"] if len(values) > _MAX_SETTINGS else []
         name = _shortened(name, _MAX_NAME)
         label = " ".join((f"{name}: {', '.join(settings + more)}" if settings else name).split())
         labels.append(printable(label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 1]}…"))
@@ -60,6 +62,10 @@ def _unique_names(runs: Sequence[RunRecord]) -> list[str]:
         return names
     common = os.path.commonpath([run.folder for run in runs])
     return [os.path.relpath(run.folder, common) for run in runs]
+
+
+def _shown_name(key: str) -> str:
+    return "optimizer" if key == "optimizer/class" else key.rpartition("/")[2]
 
 
 def _value(value: float | str) -> str:
