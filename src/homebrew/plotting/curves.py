@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from homebrew.errors import ConfigError
-from homebrew.plotting.curve_points import smoothed, visible_points
+from homebrew.plotting.curve_points import Floats, smoothed, visible_points
 from homebrew.plotting.panels import LOSS, PANELS, Panel, scale_x, scale_y, x_unit
 from homebrew.plotting.run_labels import run_labels
 from homebrew.plotting.run_record import RunRecord, XAxis
@@ -134,43 +134,52 @@ def _draw(axes: "Axes", panel: Panel, runs: Sequence[RunRecord], x: XAxis, *, lo
     """Draw the curves of all runs in one panel, with its axes and marks."""
     unit, unit_name = x_unit(runs, x)
     shown = []  # the values that the axis has to include
-    has_evaluations = False
     for index, run in enumerate(runs):
         style = _run_style(index)
-        positions = run.positions(x, run.steps["step"]) / unit
-        values = run.steps[panel.column]
-        smooth = smoothed(values) if panel.is_noisy else values
-        if panel.is_noisy and len(values) > 2:
-            axes.plot(*visible_points(positions, values, log_x=log_x), color=style["color"], alpha=0.25, linewidth=0.8)
-        axes.plot(*visible_points(positions, smooth, log_x=log_x), **style, marker="." if len(values) == 1 else None)
-        shown.append(smooth)
-        if panel.is_noisy and len(finite := values[np.isfinite(values)]):
-            shown.append(np.percentile(finite, [2, 98]))
-        if panel is LOSS and len(run.evaluations):
-            has_evaluations = True
-            losses = run.evaluations["loss"]
-            axes.plot(
-                run.positions(x, run.evaluations["step"]) / unit,
-                losses,
-                **style | {"color": _validation_color(index, runs), "linestyle": "dashed"},
-                marker="o" if len(losses) <= _MAX_POINTS_WITH_MARKERS else None,
-                markersize=3.5,
-            )
-            shown.append(losses)
+        shown += _draw_steps(axes, panel, run, run.positions(x, run.steps["step"]) / unit, style, log_x=log_x)
+        if panel is LOSS:
+            positions = run.positions(x, run.evaluations["step"]) / unit
+            shown += _draw_evaluations(axes, run, positions, style | {"color": _validation_color(index, runs)})
+            _draw_skipped_steps(axes, run.positions(x, run.skipped["step"]) / unit, style["color"])
         for position in run.positions(x, run.resumes["step"])[:_MAX_MARKS] / unit:
             axes.axvline(position, color=style["color"], linestyle="dotted", linewidth=1)
-        if panel is LOSS and len(run.skipped):
-            skipped = run.positions(x, run.skipped["step"]) / unit
-            skipped = skipped[:: len(skipped) // _MAX_MARKS + 1]
-            bottom = np.full(len(skipped), 0.02)
-            transform = axes.get_xaxis_transform()
-            axes.plot(skipped, bottom, "x", color=style["color"], markersize=5, transform=transform, clip_on=False)
     axes.set_title(panel.title)
     axes.set_xlabel(unit_name)
     scale_x(axes, log_x=log_x)
     scale_y(axes, panel, shown)
     if panel is LOSS:
-        _add_line_legend(axes, runs, has_evaluations=has_evaluations)
+        _add_line_legend(axes, runs)
+
+
+def _draw_steps(
+    axes: "Axes", panel: Panel, run: RunRecord, positions: Floats, style: dict[str, Any], *, log_x: bool
+) -> list[Floats]:
+    """Draw the curve of the logged steps, and return the values to show."""
+    values = run.steps[panel.column]
+    curve = smoothed(values) if panel.is_noisy else values
+    shown = [curve]
+    if panel.is_noisy:
+        axes.plot(*visible_points(positions, values, log_x=log_x), color=style["color"], alpha=0.25, linewidth=0.8)
+        if len(finite := values[np.isfinite(values)]):
+            shown.append(np.percentile(finite, [2, 98]))  # without the spikes
+    axes.plot(*visible_points(positions, curve, log_x=log_x), **style, marker="." if len(values) == 1 else None)
+    return shown
+
+
+def _draw_evaluations(axes: "Axes", run: RunRecord, positions: Floats, style: dict[str, Any]) -> list[Floats]:
+    """Draw the curve of the validation losses, and return them."""
+    losses = run.evaluations["loss"]
+    marker = "o" if len(losses) <= _MAX_POINTS_WITH_MARKERS else None
+    axes.plot(positions, losses, **style | {"linestyle": "dashed"}, marker=marker, markersize=3.5)
+    return [losses]
+
+
+def _draw_skipped_steps(axes: "Axes", positions: Floats, color: str) -> None:
+    """Mark skipped steps at the bottom."""
+    if len(positions):  # matplotlib would make room for empty marks
+        positions = positions[:: len(positions) // _MAX_MARKS + 1]
+        heights, transform = np.full(len(positions), 0.02), axes.get_xaxis_transform()
+        axes.plot(positions, heights, "x", color=color, markersize=5, transform=transform, clip_on=False)
 
 
 def _validation_color(index: int, runs: Sequence[RunRecord]) -> str:
@@ -178,12 +187,12 @@ def _validation_color(index: int, runs: Sequence[RunRecord]) -> str:
     return COLORS[index % len(COLORS) if len(runs) > 1 else 1]
 
 
-def _add_line_legend(axes: "Axes", runs: Sequence[RunRecord], *, has_evaluations: bool) -> None:
+def _add_line_legend(axes: "Axes", runs: Sequence[RunRecord]) -> None:
     """Explain the kinds of lines and marks that are in the panel."""
     color = COLORS[0] if len(runs) == 1 else "gray"
     num_skipped = sum(len(run.skipped) for run in runs)
     kinds = {"training": _line(color=color)}
-    if has_evaluations:
+    if any(len(run.evaluations) for run in runs):
         validation_color = COLORS[1] if len(runs) == 1 else color
         kinds["validation"] = _line(color=validation_color, linestyle="dashed", marker="o", markersize=3.5)
     if num_skipped:

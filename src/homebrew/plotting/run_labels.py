@@ -9,17 +9,15 @@ from homebrew.plotting.run_record import RunRecord
 
 _COMPARED = ("config/", "optimizer/class", "model/", "train_dataset/", "mixed_precision", "device", "num_processes")
 """Beginnings of the names of settings that tell runs apart, the most telling first."""
-_NOT_COMPARED = {
-    *("config/output_dir", "model/num_parameters"),
-    *(f"train_dataset/{name}" for name in ("fingerprint", "num_samples", "num_tokens")),
-    *(
-        f"config/{name}"
-        for name in "log_every log_with eval_every eval_batches save_every keep_last keep_every".split()
-    ),
-    *(f"config/{name}" for name in "gather_limit_bytes num_workers".split()),
-    *(f"config/{name}" for name in "collective_timeout_seconds loader_timeout_seconds".split()),
-}
-"""Those that follow from others, differ between all runs, or do not change what a run computes."""
+_NOT_COMPARED = frozenset(
+    """
+    config/output_dir config/log_every config/log_with config/eval_every config/eval_batches config/save_every
+    config/keep_last config/keep_every config/gather_limit_bytes config/collective_timeout_seconds config/num_workers
+    config/loader_timeout_seconds model/num_parameters train_dataset/fingerprint train_dataset/num_samples
+    train_dataset/num_tokens
+    """.split()
+)
+"""Settings that follow from others, differ between all runs, or do not change what a run computes."""
 _MAX_SETTINGS = 4
 _MAX_VALUE, _MAX_NAME, _MAX_LABEL = 25, 50, 120
 """Maximum numbers of characters."""
