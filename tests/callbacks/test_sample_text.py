@@ -1,11 +1,12 @@
 import json
 
 import pytest
+from language_models import MixedBag, NanoGPT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import RaiseAt, Recorder, checkpoint_tensors, equal, make_trainer
 
 from homebrew import GPTConfig, SampleText, Sampling, TextSample, TokenDataset, Trainer
-from homebrew.errors import ConfigError
+from homebrew.errors import ConfigError, ModelError
 from homebrew.plotting.run_record import read_run
 
 TEXT = "To be, or not to be: that is the question.\n" * 40
@@ -50,6 +51,24 @@ def test_training_is_not_changed(tmp_path, config):
         text_trainer(tmp_path / name, *callbacks, recorders[-1], **config).train()
     assert recorders[0].losses == recorders[1].losses
     assert equal(*(checkpoint_tensors(tmp_path / name, 6) for name in ("plain", "sampled")))  # and random states
+
+
+def test_training_a_model_that_generates_with_the_global_random_state_is_not_changed(tmp_path):
+    for name, callbacks in (("plain", []), ("sampled", [SampleText(every=2, prompts=["To"], max_new_tokens=4)])):
+        text_trainer(tmp_path / name, *callbacks, model=NanoGPT(dropout=0.1)).train()
+    assert equal(*(checkpoint_tensors(tmp_path / name, 6) for name in ("plain", "sampled")))
+    assert len(read_run(tmp_path / "sampled").samples) == 3
+
+
+def test_a_model_that_cannot_generate_is_an_error_before_the_first_step(tmp_path):
+    with pytest.raises(ConfigError, match="generate"):
+        text_trainer(tmp_path, SampleText(every=4), model=MixedBag())
+    model, recorder = NanoGPT(), Recorder()
+    trainer = text_trainer(tmp_path, SampleText(every=4), recorder, model=model)
+    model.generate = lambda *_, **__: None
+    with pytest.raises(ModelError, match="generate"):
+        trainer.train()
+    assert recorder.losses == {}
 
 
 def test_samples_are_those_of_the_evaluation_weights(tmp_path):

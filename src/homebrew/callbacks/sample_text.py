@@ -85,11 +85,13 @@ class SampleText(Callback):
                 raise ConfigError(f"The samples' prompt {prompt!r:.200} cannot be used: {error}") from error
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        """Open `samples.jsonl`.
+        """Try to sample, so that errors come before the first step, and open `samples.jsonl`.
 
         Raises:
             ConfigError: Rank 0 cannot write to `output_dir`. Raised on all ranks.
+            ModelError: The model failed to generate.
         """
+        self._generate(trainer)
         run_on_main(trainer.accelerator, partial(self._open, Path(trainer.config.output_dir) / "samples.jsonl"))
         if self._log is not None:
             self._log.write("resume" if trainer.step else "begin", step=trainer.step)
@@ -99,7 +101,7 @@ class SampleText(Callback):
         if trainer.step % self.every and trainer.step < trainer.config.max_steps:
             return
         with trainer.paused():
-            samples = [TextSample(trainer.step, prompt, self._generate(trainer, prompt)) for prompt in self.prompts]
+            samples = self._generate(trainer)
         if self._log is not None:
             for sample in samples:
                 fields = asdict(sample)
@@ -113,8 +115,9 @@ class SampleText(Callback):
             self._log.close()
             self._log = None
 
-    def _generate(self, trainer: "Trainer", prompt: str) -> str:
-        return trainer.sample(prompt, self.max_new_tokens, sampling=self.sampling, seed=self.seed)
+    def _generate(self, trainer: "Trainer") -> list[TextSample]:
+        sample = partial(trainer.sample, max_new_tokens=self.max_new_tokens, sampling=self.sampling, seed=self.seed)
+        return [TextSample(trainer.step, prompt, sample(prompt)) for prompt in self.prompts]
 
     def _open(self, path: Path) -> None:
         try:
