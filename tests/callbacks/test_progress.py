@@ -188,6 +188,17 @@ def test_the_end_of_a_run_says_how_to_see_its_curves(tmp_path, capsys, monkeypat
     assert list((tmp_path / "a run/logs/homebrew").glob("events*"))
 
 
+def test_a_run_ends_even_if_the_current_folder_is_gone(tmp_path, capsys, monkeypatch):
+    class RemovesCurrentFolder(Callback):
+        def on_step_end(self, trainer):
+            if trainer.step == 4:
+                (tmp_path / "here").rmdir()
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert f"homebrew plot {tmp_path / 'run'}" in run_output(tmp_path / "run", capsys, RemovesCurrentFolder())
+
+
 def test_a_run_without_steps_has_no_curves(tmp_path, capsys):
     class Fails(Callback):
         def on_train_begin(self, trainer):

@@ -122,12 +122,12 @@ def test_samples_are_shown(tmp_path, capsys):
 
 
 def test_control_characters_of_a_sample_do_not_reach_the_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Trainer, "sample", lambda *_, **__: "a\x1b[2Jb\x07\nc")
+    monkeypatch.setattr(Trainer, "sample", lambda *_, **__: "a\x1b[2Jb\x07\r\nc\rd")
     text_trainer(tmp_path, SampleText(every=6)).train()
     output = capsys.readouterr().out
-    assert "\x1b" not in output
+    assert not {"\x1b", "\x07", "\r"} & set(output)
     assert "[2Jb" in output
-    assert read_run(tmp_path).samples[0].text == "a\x1b[2Jb\x07\nc"
+    assert read_run(tmp_path).samples[0].text == "a\x1b[2Jb\x07\r\nc\rd"
 
 
 def test_tensorboard_shows_the_text(tmp_path):

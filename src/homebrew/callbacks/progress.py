@@ -1,5 +1,6 @@
 """`ProgressDisplay`: shows training progress on the terminal."""
 
+import contextlib
 import shlex
 import sys
 import time
@@ -101,7 +102,7 @@ class ProgressDisplay(Callback):
     def on_sample(self, trainer: "Trainer", samples: Sequence[TextSample]) -> None:
         """Print the texts."""
         for sample in samples:
-            text = "\n  ".join(printable(sample.text).splitlines())
+            text = "\n  ".join(printable(sample.text).split("\n"))
             self._print(f"step {sample.step} | sample:\n  {text}")
 
     def on_train_end(self, trainer: "Trainer") -> None:
@@ -234,8 +235,9 @@ def _curve_commands(trainer: "Trainer") -> Iterator[str]:
 
 def _shortest(path: str | Path) -> str:
     """Return a path as the user in the current folder would write it."""
-    absolute, here = Path(path).absolute(), Path.cwd()
-    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
+    with contextlib.suppress(OSError, ValueError):  # the current folder has been removed, or does not contain the path
+        return str(Path(path).absolute().relative_to(Path.cwd()))
+    return str(path)
 
 
 def _format_duration(seconds: float) -> str:

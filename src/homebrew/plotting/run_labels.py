@@ -49,8 +49,8 @@ def differing_settings(settings: Sequence[Settings]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Replace the characters that XML cannot contain, such as those of file names that are not UTF-8."""
-    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+    """Replace line endings by newlines, and the characters that neither a terminal nor XML should get."""
+    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
 def _unique_names(runs: Sequence[RunRecord]) -> list[str]:
