@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#06b6d4", "#ec4899", "#84cc16")
 """Colors of the runs, for a light and a dark background."""
-DASHES = ("solid", (0, (5, 1.5)), (0, (1, 1.2)))
-"""Line styles of the runs: the first for the first runs, one of each color, and so on."""
+DASHES = ("solid", (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))
+"""Line styles of the runs: the first for the first runs, one of each color, and so on. Validation losses are dashed."""
 MAX_RUNS = len(COLORS) * len(DASHES)
 
 _STYLE = {
