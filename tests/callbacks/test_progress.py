@@ -3,6 +3,7 @@ import io
 import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -167,6 +168,19 @@ class Interrupt(Callback):
 def test_the_end_of_a_stopped_run_says_what_is_saved(tmp_path, capsys):
     assert "stopped early; nothing is saved" in run_output(tmp_path / "a", capsys, Interrupt(1))
     assert "stopped early; resume to continue from step 2" in run_output(tmp_path / "b", capsys, Interrupt(3))
+
+
+def test_a_path_in_the_current_folder_is_relative(tmp_path, capsys, monkeypatch):
+    here, removed = tmp_path / "here", tmp_path / "removed"
+    for folder in (here, removed):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    path = Path("checkpoints/step-00000004")
+    assert f"saving {Path('run') / path}\n" in run_output(here / "run", capsys)
+    assert f"saving {tmp_path / 'other' / path}\n" in run_output(tmp_path / "other", capsys)
+    monkeypatch.chdir(removed)
+    removed.rmdir()
+    assert f"saving {here / 'again' / path}\n" in run_output(here / "again", capsys)
 
 
 def test_resuming_says_where_and_that_a_run_is_finished(tmp_path, capsys):

@@ -79,12 +79,27 @@ def test_the_announcement_neither_blocks_nor_fails(monkeypatch, stderr):
             assert any(signals.pop_flags())
 
 
+@pytest.mark.parametrize("variable", [None, "TORCHELASTIC_RUN_ID"])
 @pytest.mark.parametrize("popped", [False, True])
-def test_second_sigint_raises_immediately(popped):
+def test_second_sigint_raises_immediately(popped, variable, monkeypatch):
+    if variable:  # of torchrun and `accelerate launch`, whose ranks receive only what their launcher sends
+        monkeypatch.setenv(variable, "none")
     with SignalHandler() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         if popped:
             signals.pop_flags()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        signals.pop_flags()
+
+
+def test_a_process_forked_by_a_launcher_receives_each_interrupt_twice(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "the notebook's process")
+    with SignalHandler() as signals:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert sum(signals.pop_flags()) == 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         signals.pop_flags()
@@ -112,7 +127,8 @@ def test_sighup_stays_ignored_under_nohup():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_exit_codes(number, code):
+def test_exit_codes(number, code, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", None)  # also imported by clients of notebooks
     assert ends_run(number)
     with pytest.raises(SystemExit) as caught:
         exit_for_signal(number)

@@ -2,7 +2,9 @@
 
 - `base`: `Callback`, which documents every training event.
 - `events`: calls a method of every callback.
-- `progress`: `ProgressDisplay`, the live table on a terminal or plain lines elsewhere.
+- `progress`: `ProgressDisplay`: a live table on a terminal, one output in a notebook, plain lines elsewhere.
+- `notebook_display`: `NotebookDisplay`, the output in a notebook: a bar, the loss curve, the last rows and messages.
+- `curve_svg`: `draw_curves`, which draws the loss curve for it.
 - `background_stream`: `BackgroundStream`, through which the display prints without waiting for a reader.
 - `run_logger`: `RunLogger`, which writes `run.json` and `metrics.jsonl` and feeds Accelerate's trackers.
 - `curve_plot`: `CurvePlot`, which writes `curves.png` at the end.

@@ -1,4 +1,4 @@
-"""`ProgressDisplay`: shows training progress on the terminal."""
+"""`ProgressDisplay`: shows training progress on the terminal or in a notebook."""
 
 import contextlib
 import shlex
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from homebrew.callbacks.background_stream import BackgroundStream
 from homebrew.callbacks.base import Callback
+from homebrew.callbacks.notebook_display import NotebookDisplay
 from homebrew.distributed.precision import describe_precision
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics, TextSample
 from homebrew.model.interfaces import interface_of
@@ -28,7 +29,7 @@ _COLUMN_WIDTHS = {"loss": 7, "lr": 8, "norm": 6, "tokens/s": 9, "MFU": 5, "memor
 
 
 class ProgressDisplay(Callback):
-    """Shows training progress: a table on a terminal, a line per log elsewhere.
+    """Shows training progress: a table on a terminal, one output with a curve in a notebook, a line per log elsewhere.
 
     Only rank 0 prints. Training does not wait for the output to be read.
 
@@ -38,8 +39,7 @@ class ProgressDisplay(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         self._given_console = console
-        self._console: Console | None = None  # on rank 0, during a run
-        self._table: _LiveTable | None = None  # on a terminal
+        self._view: _Lines | NotebookDisplay | None = None  # on rank 0, during a run
         self._saved_step: int | None = None
         self._has_logged = False
 
@@ -53,43 +53,43 @@ class ProgressDisplay(Callback):
         self._console.file = cast("IO[str]", self._stream)
         self._saved_step = trainer.step or None
         self._has_logged = False
-        self._print(_summary(trainer))
-        if trainer.step >= trainer.config.max_steps:
+        summary, max_steps = _summary(trainer), trainer.config.max_steps
+        waiting = "compiling the model…" if trainer.compile_mode != "none" else "taking the first step…"
+        if is_finished := trainer.step >= max_steps:
+            waiting = ""
+        if self._console.is_jupyter:
+            self._view = NotebookDisplay(summary, waiting, trainer.step, max_steps)
+        elif self._console.is_terminal and not is_finished:
+            self._view = _LiveTable(self._console, summary, waiting, max_steps)
+        else:
+            self._view = _Lines(self._console, summary, waiting)
+        if is_finished:
             is_stable = trainer.config.lr_schedule == "wsd"
             how = "resume a checkpoint from before the decay" if is_stable else 'accept the change of "schedule"'
             self._print(f"The run already has all its steps. To train longer, raise max_steps and {how}.")
-            return
-        waiting = "compiling the model…" if trainer.compile_mode != "none" else "taking the first step…"
-        if self._console.is_terminal:
-            self._table = _LiveTable(self._console, waiting, trainer.config.max_steps)
-        else:
-            self._print(waiting)
 
     def on_step_end(self, trainer: "Trainer") -> None:
         """Show that steps are taken before the first one is logged."""
-        if self._table is not None:
-            self._table.wait(f"step {trainer.step}/{trainer.config.max_steps}…")
+        if self._view is not None:
+            self._view.on_step(trainer.step)
 
     def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Show the metrics of a step."""
         self._has_logged = True
-        cells = format_metrics(metrics, trainer.config.max_steps)
-        if self._table is not None:
-            self._table.update(metrics.step, cells)
-        else:
-            self._print(" | ".join(f"{name} {value}" for name, value in cells))
+        if self._view is not None:
+            self._view.on_log(metrics, format_metrics(metrics, trainer.config.max_steps))
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
         """Print the metrics of an evaluation."""
         bits = "" if metrics.bits_per_byte is None else f" | bits per byte {metrics.bits_per_byte:.4f}"
-        self._print(
-            f"step {metrics.step} | validation loss {metrics.loss:.4f} | perplexity {metrics.perplexity:,.2f}{bits}"
-        )
+        line = f"step {metrics.step} | validation loss {metrics.loss:.4f} | perplexity {metrics.perplexity:,.2f}{bits}"
+        if self._view is not None:
+            self._view.on_evaluate(metrics, line)
 
     def on_save(self, trainer: "Trainer", path: Path) -> None:
         """Print the path of a checkpoint."""
         self._saved_step = trainer.step
-        self._print(f"step {trainer.step} | saving {path}")
+        self._print(f"step {trainer.step} | saving {_shortest(path)}")
 
     def on_step_skipped(self, trainer: "Trainer", steps: Sequence[SkippedStep]) -> None:
         """Print the skipped steps."""
@@ -107,11 +107,9 @@ class ProgressDisplay(Callback):
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """End the table and restore the cursor."""
-        if self._console is None:
+        if self._view is None:
             return
-        if self._table is not None:
-            self._table.stop()
-            self._table = None
+        self._view.stop()
         if trainer.step < trainer.config.max_steps:
             saved = (
                 "nothing is saved" if self._saved_step is None else f"resume to continue from step {self._saved_step}"
@@ -120,46 +118,84 @@ class ProgressDisplay(Callback):
         if self._has_logged:
             for command in _curve_commands(trainer):
                 self._print(f"curves: {command}")
+        self._view = None
         self._console.file = self._file
-        self._console = None
         self._stream.close()
 
     def _print(self, line: str) -> None:
-        if self._table is not None:
-            self._table.keep_row()
-        if self._console is not None:
-            self._console.print(Text(line))
+        if self._view is not None:
+            self._view.print(line)
 
 
-class _LiveTable:
+class _Lines:
+    """Plain lines, for a pipe or a file.
+
+    Args:
+        console: Console to print to.
+        summary: Description of the run.
+        waiting: Text in place of the first row.
+    """
+
+    def __init__(self, console: Console, summary: str, waiting: str) -> None:
+        self._console = console
+        for line in filter(None, (summary, waiting)):
+            self.print(line)
+
+    def print(self, line: str) -> None:
+        """Print a message."""
+        self._console.print(Text(line))
+
+    def on_step(self, step: int) -> None:
+        """Show that a step has been taken."""
+
+    def on_log(self, metrics: StepMetrics, cells: list[tuple[str, str]]) -> None:
+        """Show the metrics of a step. `cells` are pairs of label and value."""
+        self.print(" | ".join(f"{name} {value}" for name, value in cells))
+
+    def on_evaluate(self, metrics: EvalMetrics, line: str) -> None:
+        """Show the metrics of an evaluation, which the line describes."""
+        self.print(line)
+
+    def stop(self) -> None:
+        """End the updates. Messages can still be printed."""
+
+
+class _LiveTable(_Lines):
     """A table on a terminal. Its last row is live. Rows above it stay, at an interval that grows to a 20th of the run.
 
     Args:
         console: The terminal.
+        summary: Description of the run.
         waiting: Text in place of the first row.
         max_steps: The run's last step, whose row stays.
     """
 
-    def __init__(self, console: Console, waiting: str, max_steps: int) -> None:
-        self._console = console
-        self._max_steps = max_steps
-        self._widths = _COLUMN_WIDTHS | {"step": 2 * len(str(max_steps)) + 1}
+    def __init__(self, console: Console, summary: str, waiting: str, max_steps: int) -> None:
         self._row: Text | None = None  # the live row, unless it has been printed as one that stays
         self._stays = False  # whether the live row is to stay
+        super().__init__(console, summary, "")
+        self._max_steps = max_steps
+        self._widths = _COLUMN_WIDTHS | {"step": 2 * len(str(max_steps)) + 1}
         self._first_step: int | None = None
         self._next_step = 0  # the next row to stay
         self._refreshed_at = 0.0
         self._live = Live(Text(waiting), console=console, auto_refresh=False, transient=True)
         self._live.start(refresh=True)
 
-    def wait(self, text: str) -> None:
-        """Show a text until there is a row."""
-        if self._first_step is None:
-            self._refresh(Text(text))
+    def print(self, line: str) -> None:
+        """Print a message above the live row."""
+        self._keep_row()
+        super().print(line)
 
-    def update(self, step: int, cells: list[tuple[str, str]]) -> None:
+    def on_step(self, step: int) -> None:
+        """Show that steps are taken before there is a row."""
+        if self._first_step is None:
+            self._refresh(Text(f"step {step}/{self._max_steps}…"))
+
+    def on_log(self, metrics: StepMetrics, cells: list[tuple[str, str]]) -> None:
         """Replace the live row."""
-        self.keep_row()
+        self._keep_row()
+        step = metrics.step
         if self._first_step is None:
             self._first_step = step
             self._console.print(Text(self._align([(name, name) for name, _ in cells]), "bold", no_wrap=True))
@@ -170,23 +206,23 @@ class _LiveTable:
             self._next_step = (step // interval + 1) * interval
         self._refresh(self._row)
 
+    def stop(self) -> None:
+        """Let the last row stay, and restore the cursor."""
+        self._stays = True
+        self._keep_row()
+        self._live.stop()
+
     def _refresh(self, live: Text) -> None:
         refresh = time.monotonic() - self._refreshed_at > _REFRESH_SECONDS
         self._live.update(live, refresh=refresh)
         if refresh:
             self._refreshed_at = time.monotonic()
 
-    def keep_row(self) -> None:
+    def _keep_row(self) -> None:
         """Print the current row permanently, if it is due."""
         if self._row is not None and self._stays:
             self._console.print(self._row)
             self._row = None
-
-    def stop(self) -> None:
-        """Let the last row stay, and restore the cursor."""
-        self._stays = True
-        self.keep_row()
-        self._live.stop()
 
     def _align(self, cells: list[tuple[str, str]]) -> str:
         return "  ".join(value.rjust(max(len(name), self._widths.get(name, 0))) for name, value in cells)

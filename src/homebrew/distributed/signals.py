@@ -1,6 +1,7 @@
 """Handle SIGTERM, SIGINT, SIGHUP and SIGUSR1 between training steps."""
 
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
@@ -17,8 +18,8 @@ class SignalHandler:
     """Context manager that records signals, for the training loop to handle between steps.
 
     A stop signal that has not been handled when the block ends takes effect then, unless an error ended the block. A
-    second SIGINT raises KeyboardInterrupt immediately. Outside the main thread, where Python does not allow signal
-    handlers, no signal is recorded.
+    second SIGINT raises KeyboardInterrupt immediately; in a process forked by `notebook_launcher`, the third does.
+    Outside the main thread, where Python does not allow signal handlers, no signal is recorded.
 
     Args:
         announce: Whether to print what the first SIGINT does.
@@ -27,7 +28,7 @@ class SignalHandler:
     def __init__(self, *, announce: bool = False) -> None:
         self._announce = announce
         self._received: set[signal.Signals] = set()
-        self._interrupted = False
+        self._num_interrupts = 0
         self._previous_handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -49,10 +50,10 @@ class SignalHandler:
     def _record(self, number: int, _frame: FrameType | None) -> None:
         received = signal.Signals(number)
         if received is signal.SIGINT:
-            if self._interrupted:
+            self._num_interrupts += 1
+            if self._num_interrupts > _signals_per_interrupt():
                 raise KeyboardInterrupt
-            self._interrupted = True
-            if self._announce:
+            if self._announce and self._num_interrupts == 1:
                 _announce_interrupt()
         self._received.add(received)
 
@@ -70,12 +71,24 @@ def _is_nohup(number: signal.Signals) -> bool:
     return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
 
+def _signals_per_interrupt() -> int:
+    """Return how often a process receives SIGINT when the user interrupts the run once.
+
+    A notebook sends it to its process group. If `notebook_launcher` has forked the process, PyTorch's elastic launcher
+    then sends it again. The processes of `torchrun` and `accelerate launch` have groups of their own.
+    """
+    is_forked = multiprocessing.parent_process() is not None
+    return 2 if is_forked and "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
 def _announce_interrupt() -> None:
-    """Print what Ctrl-C does, from a signal handler: without locks or buffers, and only where printing cannot block."""
+    """Print what SIGINT does, from a signal handler: without locks or buffers, and only where printing cannot block."""
     message = "Ctrl-C: saving after this step, then exiting. Press Ctrl-C again to exit without saving.\n"
+    if _is_interactive() and "ipykernel" in sys.modules:
+        message = "Interrupted: saving after this step, then stopping. Interrupt again to stop without saving.\n"
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: the signal interrupted another print
         if _is_interactive():
-            print(message, file=sys.stderr)  # a notebook's standard error is not a descriptor
+            print(message, end="", file=sys.stderr)  # a notebook's standard error is not a descriptor
         elif sys.stderr is not None and select.select([], [sys.stderr.fileno()], [], 0)[1]:
             start = "\n" if sys.stderr.isatty() else ""  # the terminal has echoed ^C
             os.write(sys.stderr.fileno(), (start + message).encode())
@@ -99,4 +112,4 @@ def exit_for_signal(number: signal.Signals) -> None:
 
 
 def _is_interactive() -> bool:
-    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    return hasattr(sys, "ps1")  # IPython sets it, too, also in a notebook
