@@ -27,8 +27,7 @@ from homebrew.integers import as_integer
 class TokenDataset(WindowDataset):
     """Windows of `block_size + 1` consecutive tokens. The inputs omit the last token, the targets the first.
 
-    Use `from_text`, `from_file`, `from_dataset`, `from_tokens` or `from_shards` to create a dataset. For the arguments
-    of the constructor, see `WindowDataset`.
+    Use `from_text`, `from_file`, `from_dataset`, `from_tokens` or `from_shards` to create a dataset.
     """
 
     @classmethod
