@@ -1,3 +1,4 @@
+import shutil
 import sys
 
 import pytest
@@ -8,12 +9,22 @@ from homebrew.cli.main import main
 def test_pictures_and_pages_of_a_run(run, tmp_path, invoke, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "curves.png" in invoke("plot", run)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     invoke("plot", run, "--output", "a.SVG", "--html", "a.html", "--x", "tokens", "--log-x")
     assert "<svg" in (tmp_path / "a.SVG").read_text()
     assert "<svg" in (tmp_path / "a.html").read_text()
     invoke("plot", run, "--html", "b.html")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.SVG", "a.html", "b.html", "curves.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.SVG", "a.html", "b.html"]
+
+
+def test_a_run_without_steps_is_left_out(run, tmp_path, invoke, capsys):
+    shutil.copytree(run, tmp_path / "runs" / "a")
+    shutil.copytree(run, tmp_path / "runs" / "b")
+    (tmp_path / "runs" / "failed").mkdir()
+    (tmp_path / "runs" / "failed" / "metrics.jsonl").touch()
+    with pytest.warns(UserWarning, match="failed has no logged steps"):
+        invoke("plot", tmp_path / "runs", "--output", tmp_path / "a.svg")
+    assert "failed" not in (tmp_path / "a.svg").read_text()
 
 
 def test_the_runs_in_a_folder_are_drawn(run, tmp_path, invoke):

@@ -1,9 +1,12 @@
 """`Callback`: the base class of everything that receives training events."""
 
+import difflib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from homebrew.errors import ConfigError
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics, TextSample
 
 if TYPE_CHECKING:
@@ -22,7 +25,31 @@ class Callback:
     rank: all ranks stop at the same step, at the latest one step later. Do not set the learning rate here, because the
     schedule sets it before every step: pass `Trainer(..., schedule=...)` instead. An exception raised in a callback
     ends the run.
+
+    Raises:
+        ConfigError: A subclass has a method whose name begins with "on_" but is not an event, or that takes other
+            arguments than the event has.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401 - as in `object`
+        """Check the names and arguments of the events' methods."""
+        super().__init_subclass__(**options)
+        events = {name: method for name, method in vars(Callback).items() if name.startswith("on_")}
+        for name, method in vars(cls).items():
+            if not name.startswith("on_") or not inspect.isfunction(method):
+                continue
+            if name not in events:
+                similar = difflib.get_close_matches(name, events, n=1)
+                advice = f"Did you mean {similar[0]}?" if similar else f"The events are {', '.join(events)}."
+                raise ConfigError(f"{cls.__name__} has {name}, which is not an event of Callback. {advice}")
+            arguments = list(inspect.signature(events[name]).parameters)
+            try:
+                inspect.signature(method).bind(*arguments)
+            except TypeError:
+                raise ConfigError(
+                    f"{cls.__name__}.{name} does not take the arguments of the event. Define it as "
+                    f"{name}({', '.join(arguments)})."
+                ) from None
 
     def on_init_end(self, trainer: "Trainer") -> None:
         """Called once, at the end of the trainer's construction.

@@ -37,7 +37,8 @@ class SampleText(Callback):
         prompts: Texts to continue. An empty text lets the model begin.
         max_new_tokens: Number of tokens to generate for each prompt.
         sampling: How to choose tokens. Default: sample from the model's distribution unchanged.
-        seed: Random seed, the same at every step, so that samples differ only by what the model has learned.
+        seed: Random seed of the first prompt; each further prompt adds 1. They are the same at every step, so that
+            samples differ only by what the model has learned.
 
     Raises:
         ConfigError: An argument is not valid. A Trainer with this callback has a training dataset without a tokenizer,
@@ -116,8 +117,9 @@ class SampleText(Callback):
             self._log = None
 
     def _generate(self, trainer: "Trainer") -> list[TextSample]:
-        sample = partial(trainer.sample, max_new_tokens=self.max_new_tokens, sampling=self.sampling, seed=self.seed)
-        return [TextSample(trainer.step, prompt, sample(prompt)) for prompt in self.prompts]
+        sample = partial(trainer.sample, max_new_tokens=self.max_new_tokens, sampling=self.sampling)
+        texts = [sample(prompt, seed=self.seed + i) for i, prompt in enumerate(self.prompts)]
+        return [TextSample(trainer.step, *pair) for pair in zip(self.prompts, texts, strict=True)]
 
     def _open(self, path: Path) -> None:
         try:

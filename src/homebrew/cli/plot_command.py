@@ -9,8 +9,6 @@ from tyro.conf import Positional, arg
 from homebrew.errors import ConfigError
 from homebrew.io import absolute_path, atomic_replace
 
-_DEFAULT_OUTPUT = Path("curves.png")
-
 
 @dataclass(kw_only=True)
 class Plot:
@@ -21,8 +19,9 @@ class Plot:
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]] = ()
     """Folders of runs, which may be in progress. Of a folder that is no run itself, the runs in it are drawn."""
-    output: Annotated[Path | None, arg(help_behavior_hint="(default: curves.png, unless --html is given)")] = None
-    """Picture to write, a .png or .svg file."""
+    output: Annotated[Path | None, arg(help_behavior_hint="(default: curves.png)")] = None
+    """Picture to write, a .png or .svg file. The default is written into the run's folder, of several runs into the
+    current one, and not if --html is given."""
     html: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """Page to write, an .html file with the curves, the run's settings and the samples of --sample-every."""
     x: Literal["steps", "tokens", "seconds"] = "steps"
@@ -34,15 +33,17 @@ class Plot:
         """Run the command."""
         if not self.runs:
             raise ConfigError("No run is given. Pass the folder of one or more runs.")
-        output = _DEFAULT_OUTPUT if self.output is None and self.html is None else self.output
-        for path, suffixes in ((output, (".png", ".svg")), (self.html, (".html", ".htm"))):
+        for path, suffixes in ((self.output, (".png", ".svg")), (self.html, (".html", ".htm"))):
             if path is not None and path.suffix.lower() not in suffixes:
                 raise ConfigError(f"{path} has an unknown suffix. Use {' or '.join(suffixes)}.")
         from homebrew.plotting.curves import curves_image
         from homebrew.plotting.html_page import html_page
-        from homebrew.plotting.run_record import find_runs, read_run
+        from homebrew.plotting.run_record import read_runs
 
-        runs = [read_run(folder) for folder in find_runs(self.runs)]
+        runs = read_runs(self.runs)
+        output = self.output
+        if output is None and self.html is None:
+            output = (runs[0].folder if len(runs) == 1 else Path()) / "curves.png"
         if output is not None:
             kind: Literal["png", "svg"] = "svg" if output.suffix.lower() == ".svg" else "png"
             _write(output, curves_image(runs, kind=kind, x=self.x, log_x=self.log_x))

@@ -66,7 +66,7 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     if command is None and given.max_steps is None:
         raise ConfigError(
             f"{given.output_dir} has no run.json with the options of `homebrew train`. Check --output-dir, or give all "
-            f"options of the run."
+            f"options of the run; a run that was started in Python is resumed there."
         )
     if command is None:
         return None

@@ -14,7 +14,7 @@ _NOT_COMPARED = frozenset(
     config/output_dir config/log_every config/log_with config/eval_every config/eval_batches config/save_every
     config/keep_last config/keep_every config/gather_limit_bytes config/collective_timeout_seconds config/num_workers
     config/loader_timeout_seconds model/num_parameters train_dataset/fingerprint train_dataset/num_samples
-    train_dataset/num_tokens
+    train_dataset/num_tokens train_dataset/source
     """.split()
 )
 """Settings that follow from others, differ between all runs, or do not change what a run computes."""

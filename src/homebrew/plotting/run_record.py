@@ -18,6 +18,7 @@ from homebrew.io import absolute_path
 from homebrew.metrics.metrics_log import MAX_BYTES, read_events
 from homebrew.metrics.run_settings import Settings, flatten_settings
 from homebrew.metrics.step_metrics import TextSample
+from homebrew.user_warnings import warn
 
 XAxis = Literal["steps", "tokens", "seconds"]
 
@@ -85,6 +86,32 @@ class RunRecord:
             rows.cut(step)
 
 
+def read_runs(folders: Iterable[str | Path]) -> list[RunRecord]:
+    """Read runs: those that are given, and for a folder that is no run, the runs in it.
+
+    A run without a logged step is left out with a warning, unless no other has one.
+
+    Raises:
+        DataError: As for `find_runs` and `read_run`.
+    """
+    found = find_runs(folders)
+    runs, errors = [], []
+    for folder in found:
+        try:
+            runs.append(read_run(folder))
+        except EmptyRunError as error:
+            errors.append(error)
+    if not runs:
+        raise errors[0]
+    for problem in errors:
+        warn(str(problem))
+    return runs
+
+
+class EmptyRunError(DataError):
+    """A run has no logged steps."""
+
+
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
     """Return the folders of runs: those that are given, and for a folder that is no run, the runs in it.
 
@@ -111,7 +138,8 @@ def read_run(folder: Path) -> RunRecord:
     """Read what a run has recorded; it may still be in progress.
 
     Raises:
-        DataError: A file cannot be read or is too large, or no step has been logged.
+        DataError: A file cannot be read or is too large.
+        EmptyRunError: No step has been logged.
     """
     has_settings = os.path.lexists(folder / "run.json")
     settings = flatten_settings(read_json(folder / "run.json", DataError)) if has_settings else {}
@@ -122,7 +150,7 @@ def read_run(folder: Path) -> RunRecord:
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}. It must be a regular file.") from error
     if not len(run.steps):
-        raise DataError(f"{folder} has no logged steps yet. Wait until the run has logged a step, or pass another run.")
+        raise EmptyRunError(f"{folder} has no logged steps. Wait until the run has logged a step, or pass another run.")
     return run
 
 
