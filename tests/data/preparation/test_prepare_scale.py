@@ -180,9 +180,9 @@ def test_the_end_of_text_marker_is_text_unless_it_is_allowed(tmp_path):
         ({"val_fraction": -0.1}, "val_fraction=-0.1"),
         ({"val_fraction": float("nan")}, "val_fraction=nan"),
         ({"val_fraction": "0.1"}, "val_fraction='0.1'"),
-        ({"val_fraction": 1e-9}, "of the 2 in .* none is for val"),
-        ({"val_fraction": 1e-9, "shard_tokens": 2}, "of the 2 in .* none is for val"),
-        ({"val_fraction": 1 - 1e-9, "shard_tokens": 2}, "none is for train"),
+        ({"val_fraction": 1e-9}, "of the 2 in .* none with text is for val"),
+        ({"val_fraction": 1e-9, "shard_tokens": 2}, "of the 2 in .* none with text is for val"),
+        ({"val_fraction": 1 - 1e-9, "shard_tokens": 2}, "none with text is for train"),
         ({"allow_special": True, "tokenizer": "bytes"}, "allow_special.*'bytes' has none"),
     ],
 )

@@ -23,6 +23,7 @@ from homebrew.errors import DataError
 from homebrew.io import atomic_replace, strict_json
 
 Counts = dict[str, int]
+"""Number of tokens of each split, such as "train", and of its documents, such as "train_documents"."""
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 
@@ -94,8 +95,8 @@ class PartEncoder:
             spans: The part.
 
         Returns:
-            The number of tokens of each split, and the number of documents. Each has the end-of-text token before it,
-            if there is one.
+            The numbers of tokens and of documents of each split. Each document has the end-of-text token before it, if
+            there is one.
 
         Raises:
             DataError: If a document cannot be read.
@@ -110,7 +111,6 @@ class PartEncoder:
             ) from error
 
     def _write(self, files: PartFiles, spans: list[Span]) -> Counts:
-        num_documents = 0
         with contextlib.ExitStack() as stack:
             writers = {}
             for split in SPLITS if self._settings.val_fraction else SPLITS[:1]:
@@ -122,11 +122,10 @@ class PartEncoder:
                 ):
                     split, document = self._choose_split(document, span)
                     writers[split].add(document)
-                    num_documents += not document.is_continued
             for writer in writers.values():
                 writer.flush()
-        counts = {"documents": num_documents, "train": 0, "val": 0}
-        counts |= {split: writer.num_tokens for split, writer in writers.items()}
+        counts: Counts = {split: writer.num_tokens for split, writer in writers.items()}
+        counts |= {f"{split}_documents": writer.num_documents for split, writer in writers.items()}
         with atomic_replace(files.counts) as temporary:
             temporary.write_text(strict_json(counts), encoding="utf-8")
         return counts
@@ -151,7 +150,7 @@ class _IdWriter:
     """Writes the token ids of documents to a file. Memory does not depend on the length of a document."""
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer, chunk_characters: int) -> None:
-        self.num_tokens = 0
+        self.num_tokens = self.num_documents = 0
         self._file = file
         self._tokenizer = tokenizer
         self._chunk_characters = chunk_characters
@@ -161,6 +160,7 @@ class _IdWriter:
 
     def add(self, document: Document) -> None:
         """Write a document, or remember it if it is short."""
+        self.num_documents += not document.is_continued
         text, rest = document.text, list(itertools.islice(document.rest, 1))
         if isinstance(self._tokenizer, FastTokenizer) and not (rest or document.is_continued):
             if self._num_short_characters + len(text) > self._chunk_characters:

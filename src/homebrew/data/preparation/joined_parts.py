@@ -98,14 +98,18 @@ class JoinedParts:
                 yield np.frombuffer(data, self._dtype)
 
     def _check(self, counts: list[Counts]) -> None:
-        num_documents = sum(part["documents"] for part in counts)
-        num_tokens = {split: sum(part[split] for part in counts) for split in self._writers}
-        if sum(num_tokens.values()) == num_documents * self._has_separator:
+        num_documents = {split: sum(part[f"{split}_documents"] for part in counts) for split in self._writers}
+        empty = [
+            split
+            for split, number in num_documents.items()
+            if sum(part[split] for part in counts) == number * self._has_separator
+        ]
+        if len(empty) == len(self._writers):
             message = f"There is no text to prepare in {self._source}. Give files that are not empty."
-        elif empty := [split for split, number in num_tokens.items() if not number]:
+        elif empty:
             message = (
-                f"val_fraction splits the documents, and of the {num_documents} in {self._source}, none is for "
-                f"{empty[0]}. Give more documents or another val_fraction, or prepare two files."
+                f"val_fraction splits the documents, and of the {sum(num_documents.values())} in {self._source}, none "
+                f"with text is for {empty[0]}. Give more documents or another val_fraction, or prepare two files."
             )
         else:
             return
