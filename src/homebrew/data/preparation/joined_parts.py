@@ -114,6 +114,7 @@ class JoinedParts:
         else:
             return
         self._state.remove_parts()  # they are of no use for other arguments
-        for writer in self._writers.values():
-            writer.remove_shards(0)
+        if self._state.has_shards():
+            for writer in self._writers.values():
+                writer.remove_shards(0)
         raise DataError(message)

@@ -116,22 +116,33 @@ def prepare(
     with state.locked():
         digests = [part.digest() for part in parts]
         num_unchanged = state.num_unchanged(options, digests)
-        state.remove_parts(len(parts) if num_unchanged is None else num_unchanged)
+        state.remove_parts(num_unchanged)
         joined = JoinedParts(state, len(parts), writers, chosen, source)
-        if num_unchanged is not None:
-            for split, writer in writers.items():  # the shards for validation are the last to be written
+        has_shards = state.has_shards()
+        for split, writer in writers.items():
+            writer.remove_leftovers()
+            if has_shards and num_unchanged < len(parts):  # the shards for validation are the last to be written
                 writer.remove_shards(joined.num_tokens(split) if split == "train" else 0)
-            state.write_plan(options, digests)
-        num_shards = {split: writer.num_complete() for split, writer in writers.items()}
+        if num_unchanged < len(parts):
+            state.write_plan(options, digests, has_shards=has_shards)
+        num_shards = {split: writer.num_complete() if has_shards else 0 for split, writer in writers.items()}
         starts = {split: number * (shard_tokens or 0) for split, number in num_shards.items()}
         missing = {i: parts[i] for i in joined.incomplete(starts)}
         num_missing = sum(part.num_bytes for part in missing.values())
+
+        def remove_earlier_shards() -> None:
+            if not state.has_shards():
+                for writer in writers.values():
+                    writer.remove_shards(0)
+                state.write_plan(options, digests, has_shards=True)
+
         with (
             _show_progress(num_bytes, num_bytes - num_missing, is_shown=progress) as on_part,
             encoding(missing, settings, workers, on_part) as results,
         ):
             for split, writer in writers.items():
-                for _ in writer.write(joined.read(split, starts[split], results), num_shards[split]):
+                ids = joined.read(split, starts[split], results)
+                for _ in writer.write(ids, num_shards[split], remove_earlier_shards):
                     if shard_tokens is not None:
                         joined.remove_read(split)
         state.remove_parts()

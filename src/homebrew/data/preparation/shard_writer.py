@@ -1,8 +1,9 @@
 """Write a sequence of token ids to one token file, or to shards of equal length."""
 
 import itertools
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,29 +49,40 @@ class ShardWriter:
         """
         if self._shard_tokens is None:
             return
-        first = num_tokens // self._shard_tokens
-        name = re.compile(rf"{re.escape(self._output.stem)}-(\d{{5,}})\.npy")
-        matches = [match for file in self._output.parent.iterdir() if (match := name.fullmatch(file.name))]
-        shards = [self._output.with_name(match[0]) for match in matches if int(match[1]) >= first]
+        # Only up to the first gap: a later number may be a date. The last one comes first, so a kill makes no gap.
+        paths = map(self._path, itertools.count(num_tokens // self._shard_tokens))
+        shards = list(itertools.takewhile(lambda path: path.exists() or metadata_path(path).exists(), paths))
         for shard in shards:
             check_output_path(shard)
-        for shard in shards:
+        for shard in reversed(shards):
             metadata_path(shard).unlink(missing_ok=True)
-            shard.unlink()
+            shard.unlink(missing_ok=True)
 
-    def write(self, arrays: Iterator[TokenIds], first: int) -> Iterator[TokenMetadata]:
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files that killed runs have left."""
+        paths = {self._output}
+        if self._shard_tokens is not None:
+            name = re.compile(rf"\.{re.escape(self._output.stem)}-(\d{{5}})\..*")
+            matches = map(name.fullmatch, os.listdir(self._output.parent))
+            paths = {self._path(int(match[1])) for match in matches if match}
+        for path in paths:
+            remove_leftovers(path)
+            remove_leftovers(metadata_path(path))
+
+    def write(
+        self, arrays: Iterator[TokenIds], first: int, before_first: Callable[[], None]
+    ) -> Iterator[TokenMetadata]:
         """Write token ids, and yield the metadata after each file.
 
         Args:
             arrays: The token ids in arrays that are not empty.
             first: Index of the first shard to write.
+            before_first: Called when all ids of the first file are known, before the file appears.
         """
-        for leftover in (self._path(first), metadata_path(self._path(first))):
-            remove_leftovers(leftover)
         for i, ids in enumerate(_cut(arrays, self._shard_tokens), start=first):
             yield write_tokens(
                 self._path(i),
-                ids,
+                _before_end(ids, before_first) if i == first else ids,
                 vocab_size=self._tokenizer.vocab_size,
                 tokenizer_json=self._tokenizer.to_json(),
                 count_text_bytes=self._count_text_bytes,
@@ -120,3 +132,9 @@ def _cut(arrays: Iterator[TokenIds], length: int | None) -> Iterator[Iterator[To
 
     while rest is not None:
         yield ids()
+
+
+def _before_end(arrays: Iterator[TokenIds], function: Callable[[], None]) -> Iterator[TokenIds]:
+    """Yield arrays, and call a function after the last one."""
+    yield from arrays
+    function()

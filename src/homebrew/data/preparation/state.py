@@ -59,7 +59,7 @@ class PrepareState:
         """Return the files of a part."""
         return PartFiles(self.folder, index)
 
-    def num_unchanged(self, options: Mapping[str, object], digests: Sequence[str]) -> int | None:
+    def num_unchanged(self, options: Mapping[str, object], digests: Sequence[str]) -> int:
         """Compare an earlier run that was not completed.
 
         Args:
@@ -67,7 +67,8 @@ class PrepareState:
             digests: Hash of each part's input.
 
         Returns:
-            The number of parts, from the first on, that have not changed; None if there is no change at all.
+            The number of parts, from the first on, that can be used again. It is less than that of all parts unless
+            there is no change at all.
 
         Raises:
             DataError: If the earlier run has other options.
@@ -82,14 +83,19 @@ class PrepareState:
                     f"{value!r:.100}. Use the same options to continue it, or delete that folder to start over."
                 )
         if plan["parts"] == digests:
-            return None
+            return len(digests)
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(plan["parts"], digests, strict=False))
-        return len(list(pairs))
+        return min(len(list(pairs)), len(digests) - 1)  # without the parts that followed, the last shard is another
 
-    def write_plan(self, options: Mapping[str, object], digests: Sequence[str]) -> None:
-        """Write the plan of this run."""
+    def has_shards(self) -> bool:
+        """Return whether the shards that exist belong to this run, and not to an earlier one that was completed."""
+        return self._plan.exists() and bool(read_json(self._plan, DataError)["has_shards"])
+
+    def write_plan(self, options: Mapping[str, object], digests: Sequence[str], *, has_shards: bool) -> None:
+        """Write the plan of this run. `has_shards` is what the method of this name will return."""
+        plan = {"options": options, "parts": digests, "has_shards": has_shards}
         with atomic_replace(self._plan) as temporary:
-            temporary.write_text(strict_json({"options": options, "parts": digests}), encoding="utf-8")
+            temporary.write_text(strict_json(plan), encoding="utf-8")
 
     def remove_parts(self, first: int = 0) -> None:
         """Remove the parts from `first` on, and what a killed run has left."""
