@@ -1,9 +1,13 @@
+import errno
+import os
+
 import pytest
 import torch
 
 from homebrew import TokenDataset, load_corpus
 from homebrew.data.preparation.prepare import prepare
 from homebrew.data.text_paths import expand_paths, text_files
+from homebrew.data.token_file import TokenFile
 from homebrew.errors import DataError
 
 WAYS = {
@@ -97,3 +101,61 @@ def test_a_text_in_another_encoding_is_an_error_that_says_how_to_convert_it(tmp_
     with pytest.raises(DataError, match="cannot be read as UTF-8 text") as caught:
         read(path, tmp_path / "tokens.npy")
     assert advice in str(caught.value)
+
+
+def test_all_names_of_json_lines_are_taken_from_a_folder_but_not_the_metadata_of_token_files(tmp_path):
+    for name in ("a.json", "b.NDJSON", "c.jsonl"):
+        (tmp_path / name).write_text('{"text": "To be"}')
+    for output in ("d.npy", "e.npy", "e.npy"):
+        prepare(tmp_path, tmp_path / output, tokenizer="bytes", shard_tokens=9 if output == "e.npy" else None)
+    (tmp_path / "g.partial").mkdir()
+    (tmp_path / "g.partial" / "plan.json").touch()
+    prepare(tmp_path, tmp_path / "f.npy", tokenizer="bytes")
+    assert len(TokenFile(tmp_path / "f.npy")) == 15
+
+
+READERS = [
+    text_files,
+    lambda path: load_corpus(path=path),
+    lambda path: TokenDataset.from_file(path, 4),
+    lambda path: prepare(path, path.parent / "out.npy", tokenizer="bytes"),
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("name", ["more", "more/deep"])
+def test_a_subfolder_that_cannot_be_read_is_an_error(folder, monkeypatch, read, name):
+    (folder / name).mkdir(exist_ok=True)
+    scandir = os.scandir
+
+    def scan(path):
+        if str(path) == str(folder / name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)  # the superuser may read all folders
+    with pytest.raises(DataError, match=rf"{folder / name}' cannot be read: Permission denied"):
+        read(folder)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("target", ["nowhere", "c.txt", "a.txt/b"])
+def test_a_link_to_a_missing_file_is_an_error(folder, read, target):
+    (folder / "more" / "c.txt").symlink_to(target)
+    with pytest.raises(DataError, match=rf"{folder}/more/c.txt' cannot be read"):
+        read(folder)
+
+
+def test_a_pipe_with_the_suffix_of_a_text_is_an_error(folder):
+    os.mkfifo(folder / "pipe.txt")
+    with pytest.raises(DataError, match="pipe.txt' is not a regular file"):
+        text_files(folder)
+
+
+def test_links_to_files_are_read_and_links_to_folders_and_other_files_are_not(folder):
+    (folder / "c.txt").symlink_to("a.txt")
+    (folder / "linked").symlink_to("more")
+    (folder / "linked.txt").symlink_to("more")
+    (folder / "broken.rst").symlink_to("nowhere")
+    (folder / ".broken.txt").symlink_to("nowhere")
+    assert text_files(folder) == [folder / name for name in ("a.txt", "c.txt", "more/b.TXT")]

@@ -17,15 +17,16 @@ class Prepare:
     """
 
     texts: Positional[Annotated[tuple[Path, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]]
-    """UTF-8 text files, .jsonl files, .parquet files, folders or patterns. Texts and .jsonl may be compressed (.gz,
-    .zst). The tokenizer's end-of-text token, if any, separates files, lines of .jsonl and rows of .parquet."""
+    """UTF-8 text files, JSON Lines (.jsonl, .ndjson, .json), .parquet files, folders or patterns. All but .parquet may
+    be compressed (.gz, .zst). The tokenizer's end-of-text token, if any, separates files, lines of JSON Lines and rows
+    of .parquet."""
     output: Path
     """Token file to write, such as book.npy. An existing token file is replaced."""
     tokenizer: Literal["gpt2", "bytes", "char"] | Path = "gpt2"
     """GPT-2's 50,257 tokens, the 256 bytes, the characters that occur in the texts, or the path of a tokenizer that
     `homebrew tokenizer train` has written."""
     text_field: str = "text"
-    """Key or column of the text in .jsonl and .parquet files."""
+    """Key or column of the text in JSON Lines and .parquet files."""
     allow_special: bool = False
     """Let <|endoftext|> in a text separate documents. Otherwise it is text like any other."""
     val_fraction: float = 0.0

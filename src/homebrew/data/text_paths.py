@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from homebrew.data.text_file import read_text
+from homebrew.data.text_file import check_regular_file, read_error, read_text
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
 
@@ -17,7 +17,8 @@ Paths = str | Path | Sequence[str | Path]
 def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
     """Replace each folder by the files in it and in its subfolders, and each pattern by its matches, sorted by path.
 
-    Hidden files are left out.
+    Hidden files and folders are left out, links to folders are not followed, and a `.json` file of `homebrew prepare`
+    is none of the texts.
 
     Args:
         paths: Files, folders and patterns, such as "shards/train_*.bin".
@@ -25,7 +26,7 @@ def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
             Those of a tuple count as one.
 
     Raises:
-        DataError: A folder has no such file, or a pattern matches nothing.
+        DataError: A folder has no such file or cannot be read, or a pattern matches nothing.
     """
     files: list[Path] = []
     for path in [paths] if isinstance(paths, str | bytes | Path) or not isinstance(paths, Iterable) else paths:
@@ -66,16 +67,28 @@ def _matches(path: str | Path) -> Sequence[str | Path]:
 
 
 def _files_in(folder: Path, suffixes: Sequence[str | tuple[str, ...]]) -> list[Path]:
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts) and path.is_file()
-    ]
+    files: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=_raise_read_error):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    files.sort()
     groups = [(suffix,) if isinstance(suffix, str) else suffix for suffix in suffixes]
     for group in groups:
-        if found := [path for path in files if path.suffix.lower() in group]:
+        if found := [path for path in files if path.suffix.lower() in group and not _is_metadata(path)]:
+            for path in found:
+                check_regular_file(path)  # a broken link is none
             return found
     raise DataError(
         f"The folder {str(folder)!r} has no {' or '.join(itertools.chain(*groups))} files. Pass the files, "
         f"a pattern such as {str(folder / 'train_*.bin')!r}, or another folder."
     )
+
+
+def _raise_read_error(error: OSError) -> None:
+    raise read_error(error.filename, error) from error
+
+
+def _is_metadata(path: Path) -> bool:
+    """Return whether a file is the metadata of a token file, or of parts that `homebrew prepare` continues from."""
+    of_parts = path.parent.suffix == ".partial" and (path.parent / "plan.json").exists()
+    return path.suffix == ".json" and (of_parts or path.with_suffix(".npy").exists())

@@ -141,3 +141,17 @@ def test_texts_are_split_at_the_end_of_text_marker_on_request(tmp_path, monkeypa
 @given(st.lists(st.text("ab<|endoftext>", max_size=30) | st.just(END_OF_TEXT), max_size=8))
 def test_pieces_do_not_depend_on_the_chunks(chunks):
     assert ["".join(piece) for piece in _split(iter(chunks))] == "".join(chunks).split(END_OF_TEXT)
+
+
+PRETTY = b'[\n  {\n    "text": "To be"\n  }\n]'
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON", "a.ndjson", "c4.json.gz", "c4.00000.ndjson.gz", "a.json.zst"])
+def test_other_names_of_json_lines(tmp_path, name):
+    compress = {"gz": lambda data: gzip.compress(data, mtime=0), "st": zstd}.get(name[-2:], bytes)
+    (tmp_path / name).write_bytes(compress(jsonl(TEXTS)))
+    assert read(tmp_path / name) == TEXTS
+    for content, place in ((PRETTY, "line 1"), (PRETTY[2:], "line 1"), (b'[{"text": "To be"}]', "line 1"), (b"x", "1")):
+        (tmp_path / name).write_bytes(compress(content))
+        with pytest.raises(DataError, match=rf"{place} is not valid.* one object per line"):
+            read(tmp_path / name)

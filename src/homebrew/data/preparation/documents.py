@@ -20,7 +20,9 @@ from homebrew.data.utf8 import encode_utf8
 from homebrew.errors import DataError
 from homebrew.io import strict_json
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet", ".gz", ".zst")
+_JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+SUFFIXES = (".txt", ".md", *_JSON_LINES_SUFFIXES, ".parquet", ".gz", ".zst")
 """Suffixes of the files that are taken from a folder. A file that is named may have any other: then it is text."""
 
 _PARQUET_ROWS = 256
@@ -61,7 +63,7 @@ def file_format(path: str | Path) -> tuple[Format, str]:
     suffix = before if compression else last
     if suffix == ".parquet" and compression:
         raise DataError(f"{str(path)!r} is a compressed Parquet file, which is not supported. Decompress it first.")
-    return ("jsonl" if suffix == ".jsonl" else "parquet" if suffix == ".parquet" else "text"), compression
+    return ("jsonl" if suffix in _JSON_LINES_SUFFIXES else "parquet" if suffix == ".parquet" else "text"), compression
 
 
 def read_documents(span: Span, text_field: str, *, split_at_end_of_text: bool) -> Iterator[Document]:
@@ -122,8 +124,8 @@ def _json_texts(span: Span, text_field: str) -> Iterator[str]:
                 kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "valid"
                 line_number = number + count_lines(span.path, span.start)
                 raise DataError(
-                    f"{span.path!r}, line {line_number} is not {kind}: {reason.rstrip('.')}. Each line must be a JSON "
-                    f'object with a text, such as {{{strict_json(text_field)}: "To be"}}.'
+                    f"{span.path!r}, line {line_number} is not {kind}: {reason.rstrip('.')}. Write one object per "
+                    f'line, such as {{{strict_json(text_field)}: "To be"}}.'
                 ) from error
             yield text
 

@@ -58,7 +58,8 @@ def prepare(
 
     Args:
         paths: Path of a file, of a folder, a pattern such as "texts/*.txt", or a sequence of them. Of a folder, files
-            whose names end in .txt, .md, .jsonl, .parquet, .gz or .zst are read. A file with another name is a text.
+            whose names end in .txt, .md, .jsonl, .ndjson, .json, .parquet, .gz or .zst are read. Any other file that is
+            named is a text.
         output: Path of the `.npy` file to write. An existing token file, valid or damaged, is replaced.
         tokenizer: "gpt2", "bytes", "char" (the characters that occur in the texts), or the path of a `tokenizer.json`.
         text_field: Key or column of the text in JSON Lines and Parquet files.

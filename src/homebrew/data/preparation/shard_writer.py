@@ -1,7 +1,6 @@
 """Write a sequence of token ids to one token file, or to shards of equal length."""
 
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -63,7 +62,7 @@ class ShardWriter:
         paths = {self._output}
         if self._shard_tokens is not None:
             name = re.compile(rf"\.{re.escape(self._output.stem)}-(\d{{5}})\..*")
-            matches = map(name.fullmatch, os.listdir(self._output.parent))
+            matches = (name.fullmatch(file.name) for file in self._output.parent.iterdir())
             paths = {self._path(int(match[1])) for match in matches if match}
         for path in paths:
             remove_leftovers(path)
