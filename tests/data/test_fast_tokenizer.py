@@ -1,6 +1,7 @@
 """gigatoken gives the same ids as tiktoken."""
 
 import sys
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -43,6 +44,28 @@ def test_long_runs_have_the_ids_of_tiktoken(text):
     assert FAST["gpt2"].encode(text).tolist() == TOKENIZERS["gpt2"].encode(text).tolist()
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("character", "\U000323b0\u088f\u0c5c\ua7ce\U00010940\U00016ea0\U0001e6c0\U00011de0\u0378")
+@pytest.mark.parametrize("text", ["a{}b", "1{}2", "!{}!", " {}", "{0}'s{0}\n{0}", "中{}<|endoftext|>", "{}"])
+def test_characters_of_new_versions_of_unicode_have_the_ids_of_tiktoken(name, character, text):
+    texts = ["To be", text.format(character), "or not", f"{text.format(character)}{END_OF_TEXT}"]
+    ids = [TOKENIZERS[name].encode(each).tolist() for each in texts]
+    assert [FAST[name].encode(each).tolist() for each in texts] == ids
+    separator = [TOKENIZERS[name].end_of_text_id]
+    assert FAST[name].encode_documents(texts).tolist() == [i for each in ids for i in separator + each]
+
+
+def test_every_character_has_the_ids_of_tiktoken():
+    tokenizer, fast = TOKENIZERS["gpt2"], FAST["gpt2"]
+    # tiktoken encodes the new characters. The others are safe in any combination, so they are encoded at once.
+    characters = [
+        chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cn", "Cs")
+    ]
+    # In "a–1" the class of – decides whether it is a word with the letter, with the digit, or neither.
+    text = "".join(f"a{character}b 1{character}2!{character}?" for character in characters if character != "\0")
+    assert fast.encode_documents([text])[1:].tolist() == tokenizer.encode(text).tolist()
+
+
 def test_a_tokenizer_without_end_of_text_or_of_another_kind_is_not_fast():
     for tokenizer in (BytePairTokenizer(BYTES), get_tokenizer("bytes"), get_tokenizer("char", text="To be")):
         assert not has_fast_tokenizer(tokenizer, ["To be"])
@@ -54,6 +77,14 @@ def test_the_ids_are_compared_with_those_of_tiktoken(monkeypatch):
     monkeypatch.setattr(FastEncoding, "encode_special", lambda *_: tokenizer.encode("To be"))
     with pytest.warns(UserWarning, match="gigatoken gives"):
         assert not has_fast_tokenizer(tokenizer, ["or not to be"])
+
+
+def test_the_ids_of_new_characters_are_compared(monkeypatch):
+    monkeypatch.setattr(module, "_has_unassigned", lambda text: False)
+    assert has_fast_tokenizer(TOKENIZERS["gpt2"], ["To be"])
+    monkeypatch.setattr(module, "_new_characters", lambda: "\u088f's")
+    with pytest.warns(UserWarning, match="gigatoken gives"):
+        assert not has_fast_tokenizer(TOKENIZERS["gpt2"], ["To be"])
 
 
 def test_gigatoken_is_optional(monkeypatch):

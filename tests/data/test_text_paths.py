@@ -148,7 +148,7 @@ def test_a_link_to_a_missing_file_is_an_error(folder, read, target):
 
 def test_a_pipe_with_the_suffix_of_a_text_is_an_error(folder):
     os.mkfifo(folder / "pipe.txt")
-    with pytest.raises(DataError, match="pipe.txt' is not a regular file"):
+    with pytest.raises(DataError, match=r"pipe\.txt' is not a regular file"):
         text_files(folder)
 
 

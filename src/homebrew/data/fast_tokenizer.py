@@ -1,7 +1,10 @@
 """Fast encoding of texts by gigatoken, an optional library with the ids of tiktoken at many times its throughput."""
 
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,12 +33,15 @@ class FastEncoding:
     Args:
         tokenizer_json: Contents of a `tokenizer.json` with the special token "<|endoftext|>" and no other.
         eot_token: Id of "<|endoftext|>".
+        reference: Returns the tokenizer by tiktoken. It encodes texts with new characters, which only one of the two
+            libraries may know as letters.
     """
 
-    def __init__(self, tokenizer_json: str, eot_token: int) -> None:
+    def __init__(self, tokenizer_json: str, eot_token: int, reference: Callable[[], TiktokenTokenizer]) -> None:
         self.eot_token = eot_token
         self.special_tokens_set = {END_OF_TEXT}
         self._json = tokenizer_json
+        self._reference = reference
         self._tokenizer: Any
         self._num_characters = self._memory = 0
         self._build()
@@ -43,6 +49,8 @@ class FastEncoding:
 
     def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
         """Encode a text. "<|endoftext|>" is encoded as ordinary text."""
+        if _has_unassigned(text):
+            return self._reference().encode(text).astype(np.uint32)
         # gigatoken encodes it as the special token, so it is cut where two words meet in any case: after "<|".
         head, tail = END_OF_TEXT[:2], END_OF_TEXT[2:]
         parts = text.split(END_OF_TEXT)
@@ -52,7 +60,7 @@ class FastEncoding:
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def encode_special(self, text: str) -> NDArray[np.uint32]:
-        """Encode a text in which "<|endoftext|>" is the end-of-text token."""
+        """Encode a text without unassigned characters, in which "<|endoftext|>" is the end-of-text token."""
         self._num_characters += len(text)
         if self._num_characters > _CHARACTERS_BETWEEN_CHECKS:
             self._num_characters = 0
@@ -98,7 +106,7 @@ class FastTokenizer(TiktokenTokenizer):
 
     def encode_documents(self, texts: Sequence[str]) -> NDArray[np.uint32]:
         """Encode short texts at once, each with the end-of-text token before it."""
-        if any(END_OF_TEXT in text for text in texts):
+        if any(END_OF_TEXT in text or _has_unassigned(text) for text in texts):
             separator = np.array([self._fast.eot_token], np.uint32)
             return np.concatenate([ids for text in texts for ids in (separator, self._fast.encode_ordinary(text))])
         return self._fast.encode_special("".join([part for text in texts for part in (END_OF_TEXT, text)]))
@@ -109,18 +117,18 @@ def has_fast_tokenizer(tokenizer: Tokenizer, samples: Iterable[str]) -> bool:
 
     Args:
         tokenizer: The tokenizer.
-        samples: Texts to compare the ids of.
+        samples: Texts to compare the ids of. Those of all characters that are new since Unicode 3.2 are compared, too.
     """
     if not isinstance(tokenizer, TiktokenTokenizer) or not _is_installed():
         return False
     fast = fast_tokenizer(tokenizer.to_json())
     if fast is None:
         return False
-    for text in samples:
+    for text in itertools.chain([_new_characters()], samples):
         if not np.array_equal(fast.encode_documents([text])[1:], tokenizer.encode(text)):
             warn(
-                "gigatoken gives a text of the input other ids than tiktoken, so the slower tiktoken is used. Update "
-                "gigatoken, or uninstall it to silence this warning."
+                "gigatoken gives a text other ids than tiktoken, so the slower tiktoken is used. Update gigatoken and "
+                "tiktoken, or uninstall gigatoken to silence this warning."
             )
             return False
     return True
@@ -131,6 +139,7 @@ def fast_tokenizer(description: dict[str, Any]) -> FastTokenizer | None:
 
     Its ids have to be compared with the other one's.
     """
+    tokenizer: BytePairTokenizer | None = None
     match description["name"]:
         case GPT2Tokenizer.name:
             files = gpt2_vocabulary_files()
@@ -145,7 +154,28 @@ def fast_tokenizer(description: dict[str, Any]) -> FastTokenizer | None:
             return None
     if end_of_text_id is None:
         return None
-    return FastTokenizer(FastEncoding(strict_json(pipeline), end_of_text_id), description)
+    # GPT-2's is large, and most texts don't need it.
+    encoding = FastEncoding(strict_json(pipeline), end_of_text_id, lambda: tokenizer or GPT2Tokenizer())
+    return FastTokenizer(encoding, description)
+
+
+def _has_unassigned(text: str) -> bool:
+    """Return whether a text has characters that Python's version of Unicode has not assigned.
+
+    Python's version is older than those of gigatoken and tiktoken, which do not always have the same.
+    """
+    if text.isascii() or text.replace("\n", "").isprintable():  # unassigned characters are not printable
+        return False
+    return any(unicodedata.category(character) == "Cn" for character in set(text))
+
+
+def _new_characters() -> str:
+    """Return the characters that are new since Unicode 3.2, each in a place where its category changes the ids."""
+    return "".join(
+        f"a{character}1{character}'s"
+        for character in map(chr, range(sys.maxunicode + 1))
+        if unicodedata.ucd_3_2_0.category(character) == "Cn" != unicodedata.category(character)
+    )
 
 
 def _is_installed() -> bool:

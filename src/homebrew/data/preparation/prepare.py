@@ -29,7 +29,7 @@ from homebrew.errors import DataError
 from homebrew.integers import as_integer
 from homebrew.io import absolute_path
 
-_MIN_FAST_BYTES = 2**21
+_MIN_FAST_BYTES = 2**23
 """Size of the input from which on the fast tokenizer saves more time than it takes to load."""
 
 _NUM_SAMPLES = 8
