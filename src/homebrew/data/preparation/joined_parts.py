@@ -1,5 +1,6 @@
 """The token ids of all encoded parts, one after another."""
 
+import math
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 
@@ -51,9 +52,9 @@ class JoinedParts:
             starts: Position of the first id of each split that will be read. The ids before it may have been removed.
         """
         for split, start in starts.items():
-            end = -self._has_separator
+            end: float = -self._has_separator
             for i, counts in enumerate(self._counts):
-                end += counts[split] if counts else 0
+                end += counts[split] if counts else math.inf  # where the parts after it end is not known
                 if end > start and not self._state.part(i).ids[split].exists():
                     self._counts[i] = None
         return [i for i, counts in enumerate(self._counts) if counts is None]
