@@ -49,9 +49,10 @@ class EncodeSettings:
 
     def options(self) -> dict[str, object]:
         """Return what the ids depend on, besides the input, in a form that can be compared."""
-        description = strict_json(self.tokenizer, sort_keys=True)
+        tokenizer = {key: value for key, value in self.tokenizer.items() if key != "alphabet"}  # is of the input
+        description = strict_json(tokenizer, sort_keys=True)
         return {
-            "tokenizer": f"{self.tokenizer['name']} ({hashlib.sha256(description.encode()).hexdigest()[:8]})",
+            "tokenizer": f"{tokenizer['name']} ({hashlib.sha256(description.encode()).hexdigest()[:8]})",
             "text_field": self.text_field,
             "allow_special": self.allow_special,
             "val_fraction": self.val_fraction,

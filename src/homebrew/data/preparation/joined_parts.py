@@ -106,9 +106,9 @@ class JoinedParts:
             if sum(part[split] for part in counts) == number * self._has_separator
         ]
         if len(empty) == len(self._writers):
-            message = f"There is no text to prepare in {self._source}. Give files that are not empty."
+            error = no_text_error(self._source)
         elif empty:
-            message = (
+            error = DataError(
                 f"val_fraction splits the documents, and of the {sum(num_documents.values())} in {self._source}, none "
                 f"with text is for {empty[0]}. Give more documents or another val_fraction, or prepare two files."
             )
@@ -118,4 +118,9 @@ class JoinedParts:
         if self._state.has_shards():
             for writer in self._writers.values():
                 writer.remove_shards(0)
-        raise DataError(message)
+        raise error
+
+
+def no_text_error(source: str) -> DataError:
+    """Build the error for an input without text."""
+    return DataError(f"There is no text to prepare in {source}. Give files that are not empty.")

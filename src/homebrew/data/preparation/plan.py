@@ -7,7 +7,7 @@ from pathlib import Path
 
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.preparation.documents import Span, file_format, open_parquet
-from homebrew.data.text_file import check_regular_file
+from homebrew.data.text_file import check_regular_file, read_error
 from homebrew.data.token_formats import is_token_file
 from homebrew.errors import DataError
 from homebrew.io import absolute_path, strict_json
@@ -35,11 +35,31 @@ class Part:
     def __init__(self, spans: Sequence[tuple[Span, int]]) -> None:
         self.spans = [span for span, _ in spans]
         self.num_bytes = sum(size for _, size in spans)
-
-    def digest(self) -> str:
+        self._files = self._stat_files()
+        self.digest = hashlib.sha256(strict_json([self.spans, self._files]).encode()).hexdigest()[:16]
         """Hash of the part's spans, and of the size and the time of the last change of their files."""
-        files = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path, *_ in self.spans]
-        return hashlib.sha256(strict_json([self.spans, files]).encode()).hexdigest()[:16]
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were planned.
+
+        Raises:
+            DataError: If one of them has changed.
+        """
+        for before, now in zip(self._files, self._stat_files(), strict=True):
+            if before != now:
+                raise DataError(
+                    f"{before[0]!r} changed while it was read. Run the same command again when the file is complete."
+                )
+
+    def _stat_files(self) -> list[tuple[str, int, int]]:
+        files = []
+        for path, *_ in self.spans:
+            try:
+                stat = Path(path).stat()
+            except OSError as error:
+                raise read_error(path, error) from error
+            files.append((path, stat.st_size, stat.st_mtime_ns))
+        return files
 
 
 def plan_parts(files: Iterable[str | Path], *, split_at_end_of_text: bool) -> list[Part]:
@@ -55,11 +75,14 @@ def plan_parts(files: Iterable[str | Path], *, split_at_end_of_text: bool) -> li
     parts: list[Part] = []
     spans: list[tuple[Span, int]] = []
     for file in files:
-        for span, size in _spans(file, split_at_end_of_text):
-            if spans and (sum(size for _, size in spans) + size > PART_BYTES or len(spans) == _MAX_SPANS):
-                parts.append(Part(spans))
-                spans = []
-            spans.append((span, size))
+        try:
+            for span, size in _spans(file, split_at_end_of_text):
+                if spans and (sum(size for _, size in spans) + size > PART_BYTES or len(spans) == _MAX_SPANS):
+                    parts.append(Part(spans))
+                    spans = []
+                spans.append((span, size))
+        except OSError as error:
+            raise read_error(file, error) from error
     return [*parts, Part(spans)] if spans else parts
 
 

@@ -6,6 +6,7 @@ not depend on the number of processes.
 """
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,10 @@ from pathlib import Path
 from homebrew.data.fast_tokenizer import has_fast_tokenizer
 from homebrew.data.preparation.documents import SUFFIXES, read_documents
 from homebrew.data.preparation.encode_part import SPLITS, EncodeSettings, Split
-from homebrew.data.preparation.joined_parts import JoinedParts
+from homebrew.data.preparation.joined_parts import JoinedParts, no_text_error
 from homebrew.data.preparation.plan import Part, plan_parts
 from homebrew.data.preparation.shard_writer import ShardWriter
-from homebrew.data.preparation.state import PrepareState
+from homebrew.data.preparation.state import PrepareState, output_errors
 from homebrew.data.preparation.workers import encoding
 from homebrew.data.text_paths import Paths, describe_files, expand_paths
 from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
@@ -88,13 +89,20 @@ def prepare(
         raise DataError(f"val_fraction={val_fraction!r:.100} is not valid. Use a number from 0 to below 1.")
     output = absolute_path(output)
     outputs = output_paths(output, val_fraction)
-    for path in outputs.values():
-        check_output_path(path)
+    with output_errors(output):
+        for path in outputs.values():
+            check_output_path(path)
     chosen = None if tokenizer == "char" else get_tokenizer(tokenizer)  # its errors come before the texts are read
     files = expand_paths(paths, SUFFIXES)
+    if not files:
+        raise DataError("The list of files is empty. Give at least one file, folder or pattern.")
+    source = describe_files(files)
     parts = plan_parts(files, split_at_end_of_text=allow_special)
+    alphabet = "" if chosen is not None else "".join(sorted(_alphabet(parts, text_field)))
     if chosen is None:
-        chosen = CharTokenizer("".join(_alphabet(parts, text_field)))
+        if not alphabet:
+            raise no_text_error(source)
+        chosen = CharTokenizer(alphabet)
     if allow_special and chosen.end_of_text_id is None:
         raise DataError(
             f"allow_special=True needs a tokenizer with an end-of-text token, but {chosen.name!r} has none. Leave it "
@@ -111,11 +119,11 @@ def prepare(
         val_fraction=float(val_fraction),
         chunk_characters=chunk_characters,
     )
-    source = describe_files(files)
     writers = {split: ShardWriter(path, shard_tokens, chosen, source) for split, path in outputs.items()}
     options = settings.options() | {"shard_tokens": shard_tokens}
     with state.locked():
-        digests = [part.digest() for part in parts]
+        # The ids of "char" depend on the characters of all parts.
+        digests = [hashlib.sha256(f"{part.digest} {alphabet}".encode()).hexdigest()[:16] for part in parts]
         num_unchanged = state.num_unchanged(options, digests)
         state.remove_parts(num_unchanged)
         joined = JoinedParts(state, len(parts), writers, chosen, source)

@@ -37,23 +37,19 @@ class PrepareState:
         """Create the folder, and keep other processes from using it. Without a complete part, it is removed at the end.
 
         Raises:
-            DataError: If another process uses it, or it cannot be created.
+            DataError: If another process uses it, it cannot be created, or the block raises an `OSError`.
         """
-        try:
+        with output_errors(self.folder):
             make_directory(self.folder)
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise DataError(
-                f"{self.folder} cannot be created: {error.strerror}. Check the directory and its permissions."
-            ) from error
-        try:
-            _lock(descriptor, self.folder)
             try:
-                yield
+                _lock(descriptor, self.folder)
+                try:
+                    yield
+                finally:
+                    self._remove_if_empty()
             finally:
-                self._remove_if_empty()
-        finally:
-            os.close(descriptor)
+                os.close(descriptor)
 
     def part(self, index: int) -> PartFiles:
         """Return the files of a part."""
@@ -114,13 +110,29 @@ class PrepareState:
                 self.folder.rmdir()
 
 
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` into a `DataError` that names its file, or `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path} cannot be written: {error.strerror}. Check the path, its permissions and the "
+            f"free disk space; the same command continues."
+        ) from error
+
+
 def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        is_locked = True
+    except BlockingIOError:
+        is_locked = False
+    except OSError:
+        is_locked = True  # the file system has no locks
+    # The other process may have ended, and removed the folder, since it was opened.
+    if not is_locked or not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
         raise DataError(
             f"{folder} is in use by another process, which prepares the same output. Wait until it has ended, or "
             f"choose another output."
-        ) from error
-    except OSError:
-        pass  # the file system has no locks
+        )

@@ -56,6 +56,7 @@ def encoding(
             counts = worker.encode(index, part)
         finally:
             idle.put(worker)
+        part.check_unchanged()
         on_part(part)
         return counts
 
@@ -76,6 +77,7 @@ def _encode_here(parts: Mapping[int, Part], settings: EncodeSettings, on_part: O
     encoder = PartEncoder(settings)
     for index, part in parts.items():
         counts = encoder.encode(index, part.spans)
+        part.check_unchanged()
         on_part(part)
         yield counts
 
