@@ -1,6 +1,8 @@
 """Tokenizing text into a token file: `homebrew prepare`, and the way of nanoGPT's `prepare.py`."""
 
 import contextlib
+import hashlib
+import json
 import os
 import random
 import resource
@@ -10,18 +12,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
-import torch
 import tyro
-from harness import Report, format_number
-from implementations import temporary_folder
 
-from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
-from homebrew.data.token_file import TokenFile
-from homebrew.io import strict_json
+# What only one of the two needs is imported where it is used, so that it does not count for the other.
 
 
 @dataclass
@@ -42,7 +38,16 @@ def main(options: Options) -> None:
     if options.nanogpt is not None:
         prepare_as_nanogpt(*options.nanogpt, options.workers)
         return
+    from harness import Report, format_number
+    from implementations import temporary_folder
+
+    from homebrew.data.gpt2_vocabulary import GPT2_URL, gpt2_vocabulary_files
+    from homebrew.data.token_file import TokenFile
+
     folder = temporary_folder()
+    for name, content in gpt2_vocabulary_files().items():  # tiktoken's cache, so that it does not download them
+        (folder / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()).write_bytes(content)  # noqa: S324
+    os.environ |= {"TIKTOKEN_CACHE_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
     text = folder / "text.jsonl"
     num_bytes = write_documents(text, int(1e6 * options.megabytes))
     workers = ["--workers", str(options.workers)]
@@ -71,7 +76,7 @@ def main(options: Options) -> None:
 def write_documents(path: Path, num_bytes: int) -> int:
     """Write documents of lines from the source code of the installed packages, and return the size of their texts."""
     generator, lines, written = random.Random(0), list[str](), 0  # noqa: S311
-    files = sorted(Path(torch.__file__).parents[1].rglob("*.py"))
+    files = sorted(Path(np.__file__).parents[1].rglob("*.py"))
     generator.shuffle(files)
     while files and len(lines) < num_bytes // 40:
         lines += files.pop().read_text(encoding="utf-8", errors="ignore").splitlines()
@@ -79,17 +84,18 @@ def write_documents(path: Path, num_bytes: int) -> int:
         while written < num_bytes:
             starts = [generator.randrange(len(lines)) for _ in range(generator.randint(2, 30))]
             text = "\n".join(line for start in starts for line in lines[start : start + 3])
-            file.write(strict_json({"text": text}) + "\n")
+            file.write(json.dumps({"text": text}) + "\n")
             written += len(text.encode())
     return written
 
 
 def prepare_as_nanogpt(text: Path, output: Path, workers: int) -> None:
     """Do as nanoGPT's `data/openwebtext/prepare.py`, with fewer batches if there are few documents."""
+    import tiktoken
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
-    encoding: Any = GPT2Tokenizer()._encoding
+    encoding = tiktoken.get_encoding("gpt2")
 
     def process(example: dict[str, str]) -> dict[str, object]:
         ids = encoding.encode_ordinary(example["text"])
@@ -112,13 +118,12 @@ def prepare_as_nanogpt(text: Path, output: Path, workers: int) -> None:
 def measure(arguments: list[str]) -> tuple[float, float, int]:
     """Run a Python process. Return its seconds, and CPU seconds and peak memory in bytes of it and its children."""
     start, cpu_start, peak = time.perf_counter(), cpu_seconds(), 0
-    process = psutil.Popen(
-        [sys.executable, *arguments], stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+    process = psutil.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             processes = [process, *process.children(recursive=True)]
-            peak = max(peak, sum(each.memory_info().rss for each in processes))
+            # In a proportional set size, a page that n processes share counts 1/n. After a fork, most are shared.
+            peak = max(peak, sum(each.memory_full_info().pss for each in processes))
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{arguments} failed with exit code {process.returncode}")
