@@ -1,6 +1,7 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,7 @@ def test_a_text_in_another_encoding_is_an_error_that_says_how_to_convert_it(tmp_
 def test_all_names_of_json_lines_are_taken_from_a_folder_but_not_the_metadata_of_token_files(tmp_path):
     for name in ("a.json", "b.NDJSON", "c.jsonl"):
         (tmp_path / name).write_text('{"text": "To be"}')
+    np.save(tmp_path / "a.npy", np.zeros((2, 2)))  # not a token file, so a.json is a text
     for output in ("d.npy", "e.npy", "e.npy"):
         prepare(tmp_path, tmp_path / output, tokenizer="bytes", shard_tokens=9 if output == "e.npy" else None)
     (tmp_path / "g.partial").mkdir()

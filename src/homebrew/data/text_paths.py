@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from homebrew.data.text_file import check_regular_file, read_error, read_text
+from homebrew.data.token_metadata import TokenMetadata
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
 
@@ -17,8 +18,7 @@ Paths = str | Path | Sequence[str | Path]
 def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
     """Replace each folder by the files in it and in its subfolders, and each pattern by its matches, sorted by path.
 
-    Hidden files and folders are left out, links to folders are not followed, and a `.json` file of `homebrew prepare`
-    is none of the texts.
+    Hidden files and folders, links to folders, and the `.json` files that `homebrew prepare` writes are left out.
 
     Args:
         paths: Files, folders and patterns, such as "shards/train_*.bin".
@@ -76,7 +76,7 @@ def _files_in(folder: Path, suffixes: Sequence[str | tuple[str, ...]]) -> list[P
     for group in groups:
         if found := [path for path in files if path.suffix.lower() in group and not _is_metadata(path)]:
             for path in found:
-                check_regular_file(path)  # a broken link is none
+                check_regular_file(path)  # raises for a broken link
             return found
     raise DataError(
         f"The folder {str(folder)!r} has no {' or '.join(itertools.chain(*groups))} files. Pass the files, "
@@ -90,5 +90,12 @@ def _raise_read_error(error: OSError) -> None:
 
 def _is_metadata(path: Path) -> bool:
     """Return whether a file is the metadata of a token file, or of parts that `homebrew prepare` continues from."""
-    of_parts = path.parent.suffix == ".partial" and (path.parent / "plan.json").exists()
-    return path.suffix == ".json" and (of_parts or path.with_suffix(".npy").exists())
+    if path.suffix != ".json":
+        return False
+    if not path.with_suffix(".npy").exists():
+        return path.parent.suffix == ".partial" and (path.parent / "plan.json").exists()
+    try:
+        TokenMetadata.read(path)
+    except DataError:
+        return False
+    return True

@@ -28,6 +28,8 @@ _WORD_END = re.compile(r"\S(?=[ \t\r\n])")
 class Part:
     """A part of the input, which one process encodes.
 
+    `digest` is a hash of the spans, and of the size and the time of the last change of their files.
+
     Args:
         spans: The spans of the part, with the number of bytes to read of each.
     """
@@ -37,7 +39,6 @@ class Part:
         self.num_bytes = sum(size for _, size in spans)
         self._files = self._stat_files()
         self.digest = hashlib.sha256(strict_json([self.spans, self._files]).encode()).hexdigest()[:16]
-        """Hash of the part's spans, and of the size and the time of the last change of their files."""
 
     def check_unchanged(self) -> None:
         """Check that the files are those that were planned.
@@ -52,6 +53,7 @@ class Part:
                 )
 
     def _stat_files(self) -> list[tuple[str, int, int]]:
+        """Return the path, the size and the time of the last change of each file."""
         files = []
         for path, *_ in self.spans:
             try:

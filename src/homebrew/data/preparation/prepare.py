@@ -98,8 +98,9 @@ def prepare(
         raise DataError("The list of files is empty. Give at least one file, folder or pattern.")
     source = describe_files(files)
     parts = plan_parts(files, split_at_end_of_text=allow_special)
-    alphabet = "" if chosen is not None else "".join(sorted(_alphabet(parts, text_field)))
+    alphabet = ""
     if chosen is None:
+        alphabet = "".join(sorted(_alphabet(parts, text_field)))
         if not alphabet:
             raise no_text_error(source)
         chosen = CharTokenizer(alphabet)
