@@ -65,7 +65,7 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
         (["export", "RUN", "x", "--private"], "--push-to-hub"),
         (["export", "RUN", "RUN"], "run"),
         (["export", "RUN", "CHECKPOINT"], "checkpoint"),
-        (["prepare", "--output", "x.npy"], "text"),
+        (["prepare", "--output", "x.npy"], "list of files is empty"),
         (["prepare", "TEXT", "", "--output", "x.npy"], "empty string"),
         (["prepare", "TEXT", "--output", ""], "empty string"),
         (["train", "TEXT", "--output-dir", "", "--max-steps", "1"], "empty string"),

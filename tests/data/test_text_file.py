@@ -162,3 +162,10 @@ def test_line_endings_are_not_translated(tmp_path, text, tokenizer):
     prepared = TokenFile(tmp_path / "out.npy")
     assert prepared.read(0, len(prepared)).tolist() == ids
     assert prepared.metadata.num_text_bytes == len(text.encode() * 9)
+
+
+@pytest.mark.parametrize("name", ["book.jsonl", "book.NDJSON"])
+def test_json_lines_are_not_read_as_text(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "To be, or not to be"}\n' * 20)
+    with pytest.raises(DataError, match=r"JSON Lines.*homebrew prepare"):
+        TokenDataset.from_file(tmp_path / name, 8, tokenizer="bytes")

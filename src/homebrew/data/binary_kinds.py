@@ -7,17 +7,18 @@ LLMC_LLAMA3 = (20240801).to_bytes(4, "little")
 
 _OPEN_TOKENS = "It has token ids, not text: train on it with `homebrew train`, or open it with TokenDataset.from_file"
 _DECOMPRESS = "Decompress it first"
+_PREPARE = "Tokenize its texts with `homebrew prepare`, and use the result"
 _EXTRACT = "Extract its text into a .txt file first"
 _KINDS = {
     NPY_MAGIC: ("a NumPy array", _OPEN_TOKENS),
     LLMC_GPT2: ("a token file of llm.c", _OPEN_TOKENS),
     LLMC_LLAMA3: ("a token file of llm.c", _OPEN_TOKENS),
-    b"\x1f\x8b\x08": ("compressed with gzip", _DECOMPRESS),
+    b"\x1f\x8b\x08": ("compressed with gzip", f"{_DECOMPRESS}, or tokenize it with `homebrew prepare`"),
     b"BZh": ("compressed with bzip2", _DECOMPRESS),
     b"\xfd7zXZ": ("compressed with xz", _DECOMPRESS),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", _DECOMPRESS),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", f"{_DECOMPRESS}, or tokenize it with `homebrew prepare`"),
     b"PK\x03\x04": ("a zip archive", _DECOMPRESS),
-    b"PAR1": ("in Parquet format", _EXTRACT),
+    b"PAR1": ("in Parquet format", _PREPARE),
     b"ARROW1": ("in Arrow format", _EXTRACT),
     b"%PDF-": ("a PDF", _EXTRACT),
     b"\x80\x04\x95": ("a pickle", _EXTRACT),

@@ -34,7 +34,16 @@ _BLOCK_BYTES = 2**20
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file."""
+    """Read a UTF-8 text file.
+
+    Raises:
+        DataError: As `text_chunks`; or the file has JSON Lines, whose markup would become part of the text.
+    """
+    if Path(path).suffix.lower() in (".jsonl", ".ndjson"):
+        raise DataError(
+            f"{str(path)!r} has JSON Lines. Tokenize its texts with `homebrew prepare` and use the result, or give the "
+            f"text in a .txt file."
+        )
     return "".join(text_chunks(path, _BLOCK_BYTES))
 
 
