@@ -18,6 +18,7 @@ from homebrew.checkpoint.optimizer_state import (
     state_tensors,
 )
 from homebrew.errors import CorruptCheckpoint, ResumeMismatch
+from homebrew.optim.averaged import AveragedOptimizer
 
 
 def make(**group):
@@ -198,3 +199,25 @@ def test_fused_kernels_get_no_tensor_of_another_shape_or_dtype():
     state["tensors"]["weight//exp_avg_sq"] = [2, 2]
     load(state, tensors, model, optimizer)
     assert {t.dtype for t in optimizer.state[model.weight].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2,), ()], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_state_of_another_shape_keeps_its_dtype_with_half_precision_weights(fused, shape):
+    """PyTorch casts all state to the dtype of the weights, in which 256 + 1 = 256."""
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+    optimizer = AveragedOptimizer([torch.optim.AdamW(model.parameters(), fused=fused)], 0.9)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    optimizer.state[model.weight] |= {"num_averaged": torch.tensor(256.0), "count": torch.tensor(2**30)}
+    initial = group_settings(optimizer)
+    (state, _), tensors = optimizer_json(model, optimizer, initial), state_tensors(model, optimizer)
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    load(state, tensors, model, optimizer)
+    assert {name: t.dtype for name, t in state_tensors(model, optimizer).items()} == {
+        name: t.dtype for name, t in tensors.items()
+    }
+    optimizer.step()
+    assert optimizer.state[model.weight]["num_averaged"] == 257
+    assert optimizer.state[model.weight]["count"] == 2**30

@@ -200,10 +200,12 @@ def load_optimizer_state(
     state_dict["state"] = kept | {indices[id(named[name])]: values for name, values in states.items()}
     optimizer.load_state_dict(state_dict)  # moves tensors to the right device, but casts them to the weights' dtype
     fused = _fused_parameters(optimizer)
-    for name, values in states.items():
-        if id(named[name]) not in fused:  # PyTorch's kernels need the weights' dtype
-            loaded = optimizer.state[named[name]]
-            loaded |= {k: v.to(loaded[k].device) for k, v in values.items() if isinstance(v, Tensor)}
+    for name, values in states.items():  # restore the dtypes, as 256 + 1 = 256 in bfloat16
+        weight, loaded = named[name], optimizer.state[named[name]]
+        is_fused = id(weight) in fused
+        for key, value in values.items():
+            if isinstance(value, Tensor) and not (is_fused and _is_kernel_state(key, value, weight)):
+                loaded[key] = value.to(loaded[key].device)
     for group, numbers in zip(optimizer.param_groups, state["groups"], strict=True):
         group.update({key: _from_json(number) for key, number in numbers.items()})
 
@@ -232,6 +234,11 @@ def _holds_other_tensors(value: object) -> bool:
 def _fused_parameters(optimizer: torch.optim.Optimizer) -> set[int]:
     """Return the ids of the parameters that one of PyTorch's fused kernels updates."""
     return {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+
+
+def _is_kernel_state(key: str, value: Tensor, parameter: Tensor) -> bool:
+    """Return whether a fused kernel may read a tensor, so that its dtype has to be the one that PyTorch chooses."""
+    return key == "step" or (value.dim() > 0 and value.shape == parameter.shape)
 
 
 def _is_optimizer_json(state: object, *, num_groups: int) -> bool:
