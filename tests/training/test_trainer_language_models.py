@@ -279,11 +279,13 @@ class ReturnsLoss(nn.Module):
 
     def __init__(self, form=lambda loss: loss):
         super().__init__()
-        self.embedding, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embedding, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
         self.form = form
 
-    def forward(self, tokens, labels):
-        return self.form(F.cross_entropy(self.head(self.embedding(tokens)).flatten(0, 1), labels.flatten()))
+    def forward(self, tokens, y):
+        return self.form(F.cross_entropy(self.head(self.embedding(tokens)).flatten(0, 1), y.flatten()))
 
 
 LOGITS = torch.zeros(8, 16, 50)
@@ -304,8 +306,8 @@ LOGITS = torch.zeros(8, 16, 50)
 )
 def test_the_forms_of_a_loss(tmp_path, form):
     recorder = Recorder()
-    make_trainer(tmp_path, model=ReturnsLoss(form), callbacks=[recorder], progress=False).train()
-    assert recorder.losses[6] < recorder.losses[1] < 5
+    make_trainer(tmp_path, model=ReturnsLoss(form), callbacks=[recorder], progress=False, max_steps=20).train()
+    assert recorder.losses[20] < recorder.losses[1] < 5
 
 
 @pytest.mark.parametrize(
@@ -333,6 +335,21 @@ def test_what_is_no_loss_is_an_error(tmp_path, form):
 
 class NoTargets(nn.Linear):
     pass
+
+
+class Labels(ReturnsLoss):
+    def forward(self, input_ids, labels=None):
+        return super().forward(input_ids[:, :-1], labels[:, 1:])
+
+
+class ShiftLabels(ReturnsLoss):
+    def forward(self, input_ids, shift_labels):
+        return super().forward(input_ids, shift_labels)
+
+
+class AttentionMask(ReturnsLoss):
+    def forward(self, input_ids, attention_mask=None, targets=None):
+        return super().forward(input_ids, attention_mask)
 
 
 class Sparse(ReturnsLoss):
@@ -385,6 +402,9 @@ WRONG_MODELS = {
     "class .*ReturnsLoss": lambda: ReturnsLoss,
     "class .*LlamaForCausalLM": lambda: transformers.LlamaForCausalLM,
     "forward": lambda: NoTargets(2, 2),
+    "labels.*rename": Labels,
+    "shift_labels.*rename": ShiftLabels,
+    "attention_mask.*rename": AttentionMask,
     "OptimizedModule": lambda: torch.compile(ReturnsLoss()),
     "DataParallel": lambda: nn.DataParallel(ReturnsLoss()),
     "meta": lambda: ReturnsLoss().to("meta"),
@@ -440,9 +460,9 @@ def test_targets_that_a_loss_does_not_ignore_are_an_error(tmp_path):
 class SimpleLoss(ReturnsLoss):
     """A model that ignores -1, and does not say so."""
 
-    def forward(self, tokens, labels):
+    def forward(self, tokens, targets):
         logits = self.head(self.embedding(tokens)).flatten(0, 1)
-        return F.cross_entropy(logits, labels.flatten(), ignore_index=-1)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
 
 def test_without_a_vocabulary_size_ids_are_not_checked_before_training(tmp_path):

@@ -1,6 +1,7 @@
 """The protocol of the models that a Trainer can train, and what the Trainer needs to know of any of them."""
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -76,6 +77,21 @@ class ModelInterface:
 
     def check(self) -> None:
         """Raise ConfigError if the model is of a kind that cannot be trained."""
+        name, signature = type(self.model).__name__, inspect.signature(self.model.forward)
+        try:
+            signature.bind("input_ids", "targets")
+        except TypeError as error:
+            raise ConfigError(
+                f"The model is a {name}, whose forward{signature} cannot be called with input_ids and targets. Give "
+                f"it these two arguments, and return the mean loss over the targets."
+            ) from error
+        second = next(iter([*signature.parameters][1:]), "targets")
+        if "label" in second or "mask" in second:
+            raise ConfigError(
+                f"The second argument of {name}.forward is {second}, but the Trainer passes the targets there, which "
+                f"are already shifted: targets[i] is the token after input_ids[i]. If forward computes the loss of "
+                f"these without shifting them again, rename the argument to targets."
+            )
 
     def num_parameters(self) -> int:
         """Return the number of parameters; tied ones count once."""

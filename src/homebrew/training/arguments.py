@@ -20,7 +20,7 @@ from homebrew.callbacks.run_logger import RunLogger
 from homebrew.errors import ConfigError
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
-from homebrew.model.language_model import LanguageModel, ModelInterface
+from homebrew.model.language_model import LanguageModel
 from homebrew.training.schedule import Schedule
 from homebrew.training.trainer_config import TrainerConfig
 
@@ -87,18 +87,12 @@ def check_model(model: nn.Module) -> None:
     """Check that a model can be called by the Trainer, and has weights that can be trained.
 
     Raises:
-        ConfigError: The model is wrapped, or is not called with `input_ids` and `targets`. Or a weight has no data, is
+        ConfigError: The model is wrapped, or of a kind that cannot be trained. Or a weight has no data, is
             in float16, or was created under inference_mode.
     """
     if wrapper := next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None):
         raise ConfigError(f"The model is wrapped in {wrapper}. Pass the model itself: the Trainer wraps it.")
-    interface = interface_of(model)
-    if type(interface) is ModelInterface and not _can_be_called(model.forward, "input_ids", "targets"):
-        raise ConfigError(
-            f"The model is a {type(model).__name__}, whose forward{inspect.signature(model.forward)} cannot be called "
-            f"with input_ids and targets. Give it these two arguments, and return the mean loss over the targets."
-        )
-    interface.check()
+    interface_of(model).check()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise ConfigError(f"The model's {name} has sparse gradients. Build it with sparse=False.")
