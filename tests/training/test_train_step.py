@@ -335,6 +335,17 @@ def test_an_error_names_the_parameter_that_was_frozen_with_ddp_or_lora(monkeypat
         steps.train_step.check_parameters()
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+def test_with_ddp_a_parameter_without_gradient_is_an_error_in_any_step(monkeypatch, num_steps, num_micro_batches):
+    """DDP would not reduce the gradients of the others."""
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.MULTI_CPU)
+    steps = Steps("cpu", num_micro_batches=num_micro_batches).take(num_steps)
+    monkeypatch.setattr(steps.model.transformer.wpe, "forward", lambda positions: torch.zeros(16))
+    with pytest.raises(TrainingError, match=r"without gradient: 1, such as transformer\.wpe\.weight"):
+        steps.take(1)
+
+
 def test_a_parameter_that_the_optimizer_lacks_must_not_be_unfrozen():
     steps = Steps("cpu")
     weight = steps.model.transformer.wpe.weight.requires_grad_(False)

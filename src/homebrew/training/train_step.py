@@ -76,7 +76,6 @@ class TrainStep:
         )
         self._is_incomplete = False  # True while gradients of an unfinished step may exist
         self._ddp_needs_all_gradients = _ddp_needs_all_gradients(accelerator)
-        self._needs_gradient_check = self._ddp_needs_all_gradients
 
     def reset(self) -> None:
         """Clear the gradients before a run's first step.
@@ -89,7 +88,6 @@ class TrainStep:
         if self._is_incomplete and uses_fsdp(self._accelerator):
             raise TrainingError("An earlier step failed, and FSDP cannot recover from that. Build a new Trainer.")
         self._is_incomplete = False
-        self._needs_gradient_check = self._ddp_needs_all_gradients
         self._guard.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, micro_batches: Sequence[Batch]) -> Tensor:
@@ -111,7 +109,7 @@ class TrainStep:
         if self._accumulate_in_place:
             self._allocate_gradients()
         loss = self._accumulate(micro_batches)
-        if self._needs_gradient_check:
+        if self._ddp_needs_all_gradients:
             self._check_gradients()
         for tensor, group in zip(self._learning_rates, self._optimizer.param_groups, strict=False):
             tensor.fill_(group["lr"])
@@ -200,7 +198,9 @@ class TrainStep:
         return total
 
     def _check_gradients(self) -> None:
-        """Check in a run's first step that DDP has reduced all gradients: it does not if a parameter has none.
+        """Check that DDP has reduced all gradients: it does not if a parameter has none.
+
+        A parameter that has a gradient in some of a step's micro-batches but not in the last is not found.
 
         Raises:
             TrainingError: A parameter has no gradient.
@@ -212,7 +212,6 @@ class TrainStep:
                 f"{names[0].removeprefix('module.')}. Freeze them with requires_grad_(False), or pass accelerator="
                 f"Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])."
             )
-        self._needs_gradient_check = False
 
     def _allocate_gradients(self) -> None:
         for parameter in self._parameters:
