@@ -504,6 +504,35 @@ def test_an_adapter_of_peft_is_trained_resumed_and_saved(tmp_path):
     assert base.equal(trainer.model.get_base_model().lm_head.weight)
 
 
+def adapted(**changes):
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes
+    return peft.get_peft_model(transformers_model("llama"), peft.LoraConfig(**settings))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"lora_alpha": 16}, "lora_alpha was None, is 16"),
+        ({"lora_dropout": 0.5}, "lora_dropout was None, is 0.5"),
+        ({"use_rslora": True}, "use_rslora was None, is True"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern was None, is {'q_proj': 3}"),
+    ],
+)
+def test_the_settings_of_an_adapter_of_peft_belong_to_a_run(tmp_path, changes, difference):
+    make_trainer(tmp_path, model=adapted(), max_steps=2, progress=False).train()
+    with pytest.raises(ResumeMismatch, match=f"default {difference}"):
+        make_trainer(tmp_path, model=adapted(**changes)).train(resume=True)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_description_of_an_adapter_is_json_without_paths():
+    model = adapted(revision="main")
+    model.peft_config["default"].base_model_name_or_path = "/somewhere"
+    adapter = interface_of(model).description()["config"]["adapters"]["default"]
+    assert adapter == {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj", "v_proj"]}
+
+
 class Checkpointed(NanoGPT):
     def enable_activation_checkpointing(self):
         for block in self.h:

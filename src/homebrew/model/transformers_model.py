@@ -17,6 +17,14 @@ from homebrew.model.trial import trial
 _CLASSES = {("transformers.modeling_utils", "PreTrainedModel"), ("peft.peft_model", "PeftModel")}
 _VOLATILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
 """Fields of a configuration that do not change what a model with given weights computes."""
+_VOLATILE_OF_ADAPTERS = (
+    "peft_version",
+    "inference_mode",
+    "base_model_name_or_path",
+    "tokenizer_name_or_path",
+    "revision",
+)
+"""The same of PEFT's configurations."""
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -67,6 +75,8 @@ class TransformersInterface(ModelInterface):
         """Return the configuration, as far as it differs from the default, besides the class and the weights."""
         values: dict[str, Any] = json.loads(strict_json(json.loads(self.model.config.to_json_string(use_diff=True))))
         config = {name: value for name, value in values.items() if name not in _VOLATILE}
+        if adapters := getattr(self.model, "peft_config", {}):
+            config["adapters"] = {name: _adapter_settings(adapter) for name, adapter in adapters.items()}
         return super().description() | {"config": config}
 
     def enable_activation_checkpointing(self) -> None:
@@ -140,3 +150,13 @@ class TransformersInterface(ModelInterface):
                 f"decoder, such as with is_decoder=True in its configuration."
             )
         return loss is not None and bool(loss.isfinite() and loss)
+
+
+def _adapter_settings(adapter: Any) -> dict[str, Any]:  # noqa: ANN401 - a PeftConfig
+    """Return the settings of one of PEFT's adapters as JSON, as far as they differ from the default."""
+    values = {name: value for name, value in adapter.to_dict().items() if name not in _VOLATILE_OF_ADAPTERS}
+    changed = {n: v for n, v in values.items() if v not in (getattr(type(adapter), n, None), {}, [])}
+    settings: dict[str, Any] = json.loads(
+        strict_json(changed, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    )
+    return settings
