@@ -525,6 +525,34 @@ def test_the_settings_of_an_adapter_of_peft_belong_to_a_run(tmp_path, changes, d
         make_trainer(tmp_path, model=adapted(**changes)).train(resume=True)
 
 
+class Wrapped(ReturnsLoss):
+    """A module around a model with adapters."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = adapted()
+
+
+def injected():
+    model = NanoGPT()
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["attention"]), model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("model", [adapted, Wrapped, injected])
+def test_muon_does_not_train_adapters_of_peft(tmp_path, model):
+    with pytest.raises(ConfigError, match=r"muon.*LoRA"):
+        make_trainer(tmp_path, model=model(), optimizer="muon")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.PromptEncoderConfig])
+def test_prompts_of_peft_are_refused_by_name(tmp_path, kind):
+    model = peft.get_peft_model(transformers_model("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ConfigError, match=r"prompt.*LoraConfig"):
+        make_trainer(tmp_path, model=model)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_the_description_of_an_adapter_is_json_without_paths():
     model = adapted(revision="main")

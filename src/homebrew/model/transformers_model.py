@@ -65,6 +65,11 @@ class TransformersInterface(ModelInterface):
                 f"{name} is not a causal language model (loss_type {loss_type!r}). Load the model by "
                 f"transformers.AutoModelForCausalLM."
             )
+        if any(adapter.is_prompt_learning for adapter in getattr(self.model, "peft_config", {}).values()):
+            raise ConfigError(
+                f"{name} learns a prompt of PEFT, which is not supported: its tokens are no part of the data. Use an "
+                f"adapter that changes weights, such as PEFT's LoraConfig."
+            )
         if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
             raise ConfigError(
                 f"{name} is spread over several devices. Load it without device_map, and use FSDP2 to train a model "
@@ -139,8 +144,8 @@ class TransformersInterface(ModelInterface):
                     outputs = model(input_ids=ids, **options)
         except Exception as error:
             raise ModelError(
-                f"{type(model).__name__} cannot compute the loss of two tokens: {error!r}. Check that it is a causal "
-                f"language model."
+                f"{type(model).__name__} cannot compute the loss of two tokens: {error!r:.200}. Call the model on "
+                f"token ids, model(input_ids=ids, labels=ids), to find the cause."
             ) from error
         outputs = outputs if isinstance(outputs, Mapping) else {}  # a tuple, with return_dict=False
         loss, logits = outputs.get("loss"), outputs.get("logits")

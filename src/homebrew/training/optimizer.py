@@ -45,9 +45,9 @@ def muon_and_adamw(
     belong to one token each, and most have no gradient in a step.
 
     Raises:
-        ConfigError: The model has LoRA adapters, or no blocks.
+        ConfigError: The model has adapters, of homebrew or PEFT, or no blocks.
     """
-    if lora_layers(model):
+    if lora_layers(model) or any(hasattr(module, "peft_config") for module in model.modules()):
         raise ConfigError(
             "optimizer='muon' does not support LoRA: it would orthogonalize an adapter's two factors, not their "
             "product. Use optimizer='adamw', the default."
