@@ -42,6 +42,16 @@ def test_the_total_is_exact_beyond_the_precision_of_float32():
     assert evaluate(FirstId(), [(2**24, 1), (1, 1)]) == ((2**24 + 1) / 2, 2)
 
 
+@pytest.mark.parametrize(("dtype", "loss"), [(torch.bfloat16, 129), (torch.float16, 2047)])
+def test_a_loss_in_half_precision_is_multiplied_in_a_higher_one(dtype, loss):
+    """Three times these losses cannot be represented in half precision."""
+
+    def loss_function(model, input_ids, targets):
+        return input_ids[0, 0].to(dtype)
+
+    assert evaluate(FirstId(), [(loss, 3)], loss_function=loss_function) == (loss, 3)
+
+
 def test_the_totals_of_all_ranks_are_added(monkeypatch):
     """As if a second rank had evaluated the same samples."""
     monkeypatch.setattr(Accelerator, "reduce", lambda self, totals, reduction: {"sum": 2 * totals}[reduction])

@@ -54,7 +54,7 @@ def mean_loss(
             max_batches=max_batches,
         ):
             num_targets = (targets != IGNORE_INDEX).sum()
-            loss = loss_function(model, input_ids, targets)
+            loss = loss_function(model, input_ids, targets).to(dtype)
             totals += torch.stack([loss * num_targets, num_targets])
     reshard(accelerator, model)
     total_loss, total_targets = accelerator.reduce(totals, "sum").tolist()
