@@ -310,6 +310,13 @@ def test_the_forms_of_a_loss(tmp_path, form):
     assert recorder.losses[40] < recorder.losses[1] < 5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_loss_in_half_precision_becomes_float32(dtype):
+    model = ReturnsLoss(lambda loss: loss.to(dtype))
+    loss = interface_of(model).loss_function()(model, *batch())
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
 @pytest.mark.parametrize(
     "form",
     [
@@ -370,9 +377,9 @@ def device_map():
     return model
 
 
-def bad_ignore_index():
+def with_ignore_index(ignore_index):
     model = NanoGPT()
-    model.ignore_index = "-1"
+    model.ignore_index = ignore_index
     return model
 
 
@@ -411,7 +418,10 @@ WRONG_MODELS = {
     "float16": lambda: transformers_model("llama").half(),
     "sparse": Sparse,
     "shape": Lazy,
-    "ignore_index": bad_ignore_index,
+    "ignore_index is '-1'": lambda: with_ignore_index("-1"),
+    "ignore_index is 0,": lambda: with_ignore_index(0),
+    "ignore_index is 49,": lambda: with_ignore_index(49),
+    "ignore_index is True": lambda: with_ignore_index(True),
     "trainable": lambda: ReturnsLoss().requires_grad_(False),
     "BertForMaskedLM.*causal": lambda: transformers.BertForMaskedLM(BERT),
     "LlamaModel.*causal": lambda: transformers.LlamaModel(CONFIGS["llama"]()),

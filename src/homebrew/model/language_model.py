@@ -21,7 +21,7 @@ class LanguageModel(Protocol):
 
     A module may also have the following, all of which are optional:
 
-    - `ignore_index`: the target that its loss ignores. Default: -100, PyTorch's.
+    - `ignore_index`: the target that its loss ignores, a negative integer. Default: -100, PyTorch's.
     - `config.vocab_size` and `config.block_size`: limits of the token ids and of the sequence length. If they are
       missing, the data is not checked against them.
     - `enable_activation_checkpointing()`, for `TrainerConfig(activation_checkpointing=True)`.
@@ -138,10 +138,10 @@ class ModelInterface:
     def loss_function(self) -> LossFunction:
         """Return what computes the loss. Called before the model is wrapped, sharded or compiled."""
         ignore_index = getattr(self.model, "ignore_index", IGNORE_INDEX)
-        if not isinstance(ignore_index, int):
+        if type(ignore_index) is not int or ignore_index >= 0:
             raise ConfigError(
-                f"The model's ignore_index is {ignore_index!r:.100}, but must be the target that its loss ignores, "
-                f"such as -100. Change or remove the attribute."
+                f"The model's ignore_index is {ignore_index!r:.100}, but must be a negative integer: others are token "
+                f"ids, which the data may have as targets. Let its loss ignore -100, and remove the attribute."
             )
 
         def call(model: Any, input_ids: Tensor, targets: Tensor) -> object:  # noqa: ANN401
@@ -170,7 +170,8 @@ def mean_over_targets(call: Callable[[Any, Tensor, Tensor], object]) -> LossFunc
     """Turn a call that returns a loss in any supported form into a `LossFunction`.
 
     The mean over no targets is NaN in most models, also in the gradients. If all targets of a micro-batch are ignored,
-    the model gets token 0 as every target, and its loss is multiplied by 0: nothing waits for the device.
+    the model gets token 0 as every target, and its loss is multiplied by 0: nothing waits for the device. A loss in
+    half precision is returned in float32, in which losses can be added.
     """
 
     def loss_function(model: Any, input_ids: Tensor, targets: Tensor) -> Tensor:  # noqa: ANN401
@@ -180,7 +181,7 @@ def mean_over_targets(call: Callable[[Any, Tensor, Tensor], object]) -> LossFunc
             raise ModelError(
                 "The model's loss does not depend on a trainable parameter. Return it without detach() and no_grad()."
             )
-        return loss * ~is_empty
+        return (loss.float() if loss.dtype.itemsize < 4 else loss) * ~is_empty
 
     return loss_function
 
