@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from language_models import CONFIGS, MODULES, MixedBag, NanoGPT, build_model, transformers_model
+from language_models import CONFIGS, MODULES, SIZES, MixedBag, NanoGPT, build_model, transformers_model
 from safetensors.torch import load_model as load_safetensors
 from tiny_runs import (
     CONFIG,
@@ -62,7 +62,8 @@ def batch(num_ignored=0):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_loss_is_that_of_transformers(name, num_ignored):
     """transformers shifts labels itself: it gets the targets one to the right, behind an ignored first label."""
-    model = transformers_model(name).eval()
+    model = transformers_model(name)  # without dropout
+    model.train(name == "mixtral")  # its auxiliary loss is not evaluated
     input_ids, targets = (ids[:, :-1] for ids in batch(num_ignored))
     loss = interface_of(model).loss_function()(model, input_ids, targets)
     longer = torch.cat([input_ids, input_ids[:, -1:]], dim=1)  # for the last target; its logits are not scored
@@ -77,7 +78,36 @@ def test_the_loss_is_that_of_transformers(name, num_ignored):
         expected.loss = expected.loss + 0.001 * (balance.aux_loss - expected.aux_loss)
         assert balance.aux_loss > 0
     assert loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
-    assert model.training is False
+    assert model.training is (name == "mixtral")
+
+
+EXPERTS = {
+    "mixtral": lambda: transformers_model("mixtral"),
+    "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            **SIZES,
+            num_experts=4,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+            output_router_logits=True,
+        )
+    ),
+    "adapter": lambda: peft.get_peft_model(
+        transformers_model("mixtral"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_loss_that_balances_experts_is_trained_but_not_evaluated(tmp_path, name):
+    model = EXPERTS[name]()
+    with torch.no_grad():
+        logits = model.eval()(input_ids=INPUT_IDS).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten())
+    trainer = make_trainer(tmp_path, model=model)
+    assert trainer.evaluate(list(zip(INPUT_IDS, TARGETS, strict=True))).loss == pytest.approx(expected.item(), abs=1e-6)
+    assert trainer._loss_function(model.train(), *batch()).item() > expected.item() + 5e-4
 
 
 class Strict(transformers.LlamaForCausalLM):

@@ -108,9 +108,12 @@ class TransformersInterface(ModelInterface):
         names = inspect.signature(core.forward).parameters
         options = {"use_cache": False} if "use_cache" in names else {}  # a cache is for generation
         if self._takes_shift_labels(options):
+            is_balanced = "output_router_logits" in names and getattr(self._config, "output_router_logits", False)
 
             def call(model: Any, input_ids: Tensor, targets: Tensor) -> object:  # noqa: ANN401
-                return model(input_ids=input_ids, labels=targets, shift_labels=targets, **options)
+                # The auxiliary loss that balances experts is not evaluated.
+                router = {"output_router_logits": False} if is_balanced and not model.training else {}
+                return model(input_ids=input_ids, labels=targets, shift_labels=targets, **options, **router)
         else:
             vocab_size = self.vocab_size
             if getattr(self._config, "output_router_logits", False):
