@@ -130,6 +130,50 @@ def test_models_that_ignore_shift_labels_get_their_loss_from_the_logits(model_cl
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-6)
 
 
+class TakesTargets(transformers.LlamaForCausalLM):
+    def forward(self, input_ids=None, targets=None, **options):
+        outputs = super().forward(input_ids=input_ids, **options)
+        if targets is not None:
+            outputs.loss = F.cross_entropy(outputs.logits.flatten(0, 1), targets.flatten())
+        return outputs
+
+
+class OwnGenerate(transformers.PreTrainedModel):
+    """A model around another, with nanoGPT's interface."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inner = NanoGPT()
+        self.post_init()
+
+    def forward(self, idx, targets=None):
+        return self.inner(idx, targets)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        return self.inner.generate(idx, max_new_tokens, temperature, top_k)
+
+
+@pytest.mark.parametrize("model_class", [TakesTargets, OwnGenerate])
+def test_a_model_of_transformers_that_takes_targets_is_still_one_of_transformers(tmp_path, model_class):
+    model = model_class(CONFIGS["llama"]())
+    if model_class is OwnGenerate:
+        model.ignore_index = -1
+    dataset = TokenDataset.from_text("a cab in a bag\n" * 40, block_size=16, tokenizer="char")
+    trainer = make_trainer(tmp_path / "run", model=model, train_dataset=dataset, max_steps=2, progress=False)
+    trainer.train()
+    assert len({trainer.sample("a cab", 8, seed=seed) for seed in range(4)}) == 4  # not greedy
+    longer = TokenDataset.from_text("a cab in a bag\n" * 40, block_size=17, tokenizer="char")
+    with pytest.raises(DataError, match="16"):
+        make_trainer(tmp_path, model=model, train_dataset=longer)
+
+
+class MaskBeforeTargets(TakesTargets):
+    def forward(self, input_ids=None, attention_mask=None, targets=None):
+        return super().forward(input_ids, targets)
+
+
 def plain_loop(model, dataset, *, steps, micro_batch_size, loss):
     """Train with AdamW at a constant learning rate, on the Trainer's samples; return the losses."""
     decayed, others = (
@@ -442,6 +486,7 @@ WRONG_MODELS = {
     "labels.*rename": Labels,
     "shift_labels.*rename": ShiftLabels,
     "attention_mask.*rename": AttentionMask,
+    "is attention_mask.*rename": lambda: MaskBeforeTargets(CONFIGS["llama"]()),
     "OptimizedModule": lambda: torch.compile(ReturnsLoss()),
     "DataParallel": lambda: nn.DataParallel(ReturnsLoss()),
     "meta": lambda: ReturnsLoss().to("meta"),

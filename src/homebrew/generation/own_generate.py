@@ -51,7 +51,8 @@ def generate_ids(
         )
     max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
     sampling = Sampling() if sampling is None else sampling
-    options = _transformers_options(model, sampling) if is_transformers_model(model) else _options(model, sampling)
+    is_transformers = is_transformers_model(model) and model.can_generate()  # else with a custom method
+    options = _transformers_options(model, sampling) if is_transformers else _options(model, sampling)
     device = next(model.parameters()).device
     prompt = torch.tensor([list(ids)], device=device)
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -28,18 +28,16 @@ _VOLATILE_OF_ADAPTERS = (
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """Return whether a model is a `PreTrainedModel`, or PEFT's wrapper of one, and does not follow `LanguageModel`."""
-    classes = {(c.__module__, c.__name__) for c in type(model).__mro__}
-    if classes.isdisjoint(_CLASSES):
-        return False
-    return "targets" not in inspect.signature(type(model).forward).parameters
+    """Return whether a model is a `PreTrainedModel`, or PEFT's wrapper of one."""
+    return not {(c.__module__, c.__name__) for c in type(model).__mro__}.isdisjoint(_CLASSES)
 
 
 class TransformersInterface(ModelInterface):
     """A causal language model of transformers, whose loss is transformers' own.
 
     The targets are already shifted. Most models pass `shift_labels` on to their loss function, which then does not
-    shift `labels`. For the others, the same loss function is called with their logits.
+    shift `labels`. For the others, the same loss function is called with their logits. A subclass whose `forward` takes
+    `targets` follows `LanguageModel`, and is called as any module.
     """
 
     @property
@@ -56,11 +54,17 @@ class TransformersInterface(ModelInterface):
     def _config(self) -> Any:  # noqa: ANN401 - a PreTrainedConfig
         return self.model.config.get_text_config()
 
+    @property
+    def _takes_targets(self) -> bool:
+        return "targets" in inspect.signature(self.model.forward).parameters
+
     def check(self) -> None:
         """Raise ConfigError unless the model is a causal language model on one device."""
         name, loss_type = type(self.model).__name__, getattr(self.model, "loss_type", None)
         is_causal = loss_type in (None, "ForCausalLM") and not self.model.config.is_encoder_decoder
-        if not is_causal or self.model.get_output_embeddings() is None:
+        if self._takes_targets:
+            super().check()
+        elif not is_causal or self.model.get_output_embeddings() is None:
             raise ConfigError(
                 f"{name} is not a causal language model (loss_type {loss_type!r}). Load the model by "
                 f"transformers.AutoModelForCausalLM."
@@ -104,6 +108,8 @@ class TransformersInterface(ModelInterface):
             ModelError: The model cannot be called.
             ConfigError: Its attention is not causal.
         """
+        if self._takes_targets:
+            return super().loss_function()
         core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # without PEFT
         names = inspect.signature(core.forward).parameters
         options = {"use_cache": False} if "use_cache" in names else {}  # a cache is for generation
