@@ -812,6 +812,38 @@ def test_a_changed_configuration_has_to_be_accepted(tmp_path):
     assert trainer.step == 3
 
 
+def needs_half_precision(name):
+    """Return a model that, like flash attention, cannot be called in float32."""
+
+    def check(layer, inputs):
+        if torch.nn.functional.linear(inputs[0], layer.weight).dtype == torch.float32:
+            raise RuntimeError("only supports fp16 and bf16")
+
+    model = transformers_model(name)
+    linear = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    linear.register_forward_pre_hook(check)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "bart"])
+def test_a_model_that_needs_autocast_is_trained(tmp_path, name):
+    trainer = make_trainer(tmp_path, model=needs_half_precision(name), mixed_precision="bf16", max_steps=1)
+    trainer.train()
+    assert trainer.step == 1
+
+
+@pytest.mark.parametrize("model", [transformers.BertLMHeadModel, transformers.RobertaForCausalLM])
+def test_attention_to_later_tokens_is_found_under_autocast(tmp_path, model):
+    config = model.config_class(**BERT.to_diff_dict() | {"initializer_range": 0.5})  # as after training
+    with pytest.raises(ConfigError, match="attends to later"):
+        make_trainer(tmp_path, model=model(config), mixed_precision="bf16")
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_rounding_is_not_taken_for_attention_to_later_tokens(tmp_path, name):
+    make_trainer(tmp_path, model=transformers_model(name), mixed_precision="bf16")
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"], ids=["weights", "autocast"])
 def test_bfloat16(tmp_path, precision):
     model = transformers_model("llama")

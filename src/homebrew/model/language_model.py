@@ -136,7 +136,7 @@ class ModelInterface:
         self.model.enable_activation_checkpointing()
 
     def loss_function(self) -> LossFunction:
-        """Return what computes the loss. Called before the model is wrapped, sharded or compiled."""
+        """Return what computes the loss. Called under autocast, before the model is wrapped, sharded or compiled."""
         ignore_index = getattr(self.model, "ignore_index", IGNORE_INDEX)
         if type(ignore_index) is not int or ignore_index >= 0:
             raise ConfigError(

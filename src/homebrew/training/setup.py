@@ -103,7 +103,8 @@ def build_parts(
     meta = meta_copy(bare) if uses_fsdp(accelerator) else None
     if configure_fsdp(accelerator, bare) or config.activation_checkpointing:
         interface.enable_activation_checkpointing()
-    loss_function = interface.loss_function()
+    with accelerator.autocast():  # some models cannot be called without, such as those with flash attention
+        loss_function = interface.loss_function()
     batch = plan_batch_for_device(accelerator, bare, config, sequence_length, loss_function)
     flops = interface.flops_per_token(sequence_length) * sequence_length * batch.micro_batch_size
     compile_mode = compile_model(bare, config.compile, accelerator, batch, micro_batch_flops=flops)
