@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from language_models import NanoGPT, transformers_model
 from tiny_runs import ONE_LAYER, make_trainer
 
 from homebrew import GPT, GPTConfig, TrainerConfig
@@ -21,6 +23,7 @@ from homebrew.training.batch_size import (
     plan_batch,
     plan_batch_for_device,
 )
+from homebrew.training.compile import warm_up_compiled
 
 
 def plan(**changes):
@@ -135,6 +138,24 @@ def test_the_default_micro_batch_depends_on_the_device(monkeypatch, device, defa
         assert plan_batch_for_device(accelerator, model, config, 16) == expected
     config = TrainerConfig(output_dir="x", max_steps=1)
     assert plan_batch_for_device(accelerator, model, config, 1) == BatchPlan(2 * default_tokens, default_tokens, 1)
+
+
+@pytest.mark.parametrize(
+    "model", [MeanEmbedding, NanoGPT, lambda: transformers_model("llama"), lambda: transformers_model("gpt2")]
+)
+@pytest.mark.parametrize(("device", "default_tokens"), [("cpu", 4096), ("mps", 4096), ("cuda", 8192)])
+def test_the_default_micro_batch_of_models_with_full_logits_is_smaller(model, device, default_tokens):
+    config = TrainerConfig(output_dir="x", max_steps=1)
+    plan = plan_batch_for_device(one_of(1, device), model(), config, 16)
+    assert plan.micro_batch_size == default_tokens // 16
+
+
+@pytest.mark.parametrize("method", ["train", "eval"])
+def test_a_method_that_sets_the_mode_may_return_nothing(monkeypatch, method):
+    model, original = MeanEmbedding(), getattr(MeanEmbedding, method)
+    monkeypatch.setattr(MeanEmbedding, method, lambda self, *mode: original(self, *mode) and None)
+    assert fit_micro_batch_size(one_of(1), model, BatchPlan(1, 1, 1), sequence_length=16, most=1).micro_batch_size == 1
+    warm_up_compiled(Accelerator(cpu=True), model, (torch.zeros(1, 4).long(),) * 2, evaluates=True)
 
 
 @pytest.mark.parametrize(

@@ -224,4 +224,5 @@ def gather_full_model(template: nn.Module, wrapped: nn.Module) -> nn.Module:
         if (tied := first.setdefault(id(parameter), name)) != name:  # assigning has untied it
             path, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(path), attribute, model.get_parameter(tied))
-    return model.eval()
+    model.eval()
+    return model

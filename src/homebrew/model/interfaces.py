@@ -21,6 +21,7 @@ class GPTInterface(ModelInterface):
     """A `GPT`, which knows most itself."""
 
     supports_cuda_graphs = True
+    micro_batch_tokens = 65_536
 
     @property
     def ragged_length(self) -> int | None:

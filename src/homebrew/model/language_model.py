@@ -52,6 +52,9 @@ class ModelInterface:
     supports_cuda_graphs = False
     """Whether its forward and backward passes can be replayed as CUDA graphs."""
 
+    micro_batch_tokens = 8_192
+    """Tokens of a micro-batch on a CUDA GPU, if the user sets no size. The logits of all of them are in memory."""
+
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
 

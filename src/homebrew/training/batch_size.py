@@ -11,13 +11,13 @@ from torch import nn
 
 from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import ConfigError, TrainingError
+from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LossFunction, module_loss
 from homebrew.model.trial import trial
 from homebrew.training.trainer_config import TrainerConfig
 
-DEFAULT_MICRO_BATCH_TOKENS = {"cuda": 65_536}
-"""Tokens of a micro-batch by device type, if the user does not set a micro-batch size."""
-_DEFAULT_ELSEWHERE = 4_096
+_TOKENS_WITHOUT_CUDA = 4_096
+"""Tokens of a micro-batch on other devices than CUDA GPUs, if the user does not set a micro-batch size."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,13 @@ def plan_batch_for_device(
         ConfigError: `global_batch_tokens` is not divisible as required.
         TrainingError: Not even one sequence fits.
     """
+    on_cuda = accelerator.device.type == "cuda"
     plan = plan_batch(
         global_batch_tokens=config.global_batch_tokens,
         micro_batch_size=config.micro_batch_size if isinstance(config.micro_batch_size, int) else None,
         block_size=sequence_length,
         num_processes=accelerator.num_processes,
-        micro_batch_tokens=DEFAULT_MICRO_BATCH_TOKENS.get(accelerator.device.type, _DEFAULT_ELSEWHERE),
+        micro_batch_tokens=interface_of(model).micro_batch_tokens if on_cuda else _TOKENS_WITHOUT_CUDA,
     )
     if config.micro_batch_size != "auto":
         return plan
@@ -204,8 +205,10 @@ def _fits(
     """Return whether a trial fits on this rank; its memory is freed, and is not counted in the logged peak."""
     device = accelerator.device
     try:
-        with trial(model):  # a function frees the tensors of the trial
-            _run_trial(accelerator, model.train(), size, sequence_length, num_moments, loss_function)
+        with trial(model):
+            model.train()
+            # A function frees the tensors of the trial.
+            _run_trial(accelerator, model, size, sequence_length, num_moments, loss_function)
     except torch.OutOfMemoryError:
         return False
     else:

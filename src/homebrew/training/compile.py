@@ -92,10 +92,12 @@ def warm_up_compiled(
         torch.ones(1, 1, device=accelerator.device).mm(torch.ones(1, 1, device=accelerator.device))
     try:
         with trial(model), accelerator.no_sync(model):
-            loss_function(model.train(), input_ids, targets).backward()  # type: ignore[no-untyped-call]
+            model.train()
+            loss_function(model, input_ids, targets).backward()  # type: ignore[no-untyped-call]
             if evaluates:
+                model.eval()
                 with torch.no_grad():
-                    loss_function(model.eval(), input_ids, targets)
+                    loss_function(model, input_ids, targets)
     finally:
         model.zero_grad(set_to_none=True)
 
