@@ -146,7 +146,7 @@ NON_DEFAULT_OPTIONS = {
     "log_with": "tensorboard",
     "save_every": 6,
     "keep_last": 12,
-    "keep_every": 13,
+    "keep_every": 18,
     "gather_limit_bytes": 14,
 }
 """A non-default value of every field of TrainerConfig that is an option of the command line."""

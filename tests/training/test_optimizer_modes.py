@@ -68,7 +68,7 @@ def test_an_interrupted_schedule_free_run_can_be_resumed_by_the_same_trainer(tmp
 def test_evaluation_checkpoints_samples_and_events_use_the_weights_of_evaluation_mode(tmp_path):
     recorder, evaluate = Recorder(), Evaluate()
     dataset = token_dataset(200, seed=5)
-    trainer = make(tmp_path, recorder, evaluate, eval_dataset=dataset, eval_every=3, keep_every=1)
+    trainer = make(tmp_path, recorder, evaluate, eval_dataset=dataset, eval_every=3, keep_last=10)
     trainer.train()
     for step in range(7):
         path = checkpoint_path(tmp_path, step)

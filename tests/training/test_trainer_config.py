@@ -95,3 +95,16 @@ def test_unusual_valid_settings_are_accepted(name, value):
 def test_the_largest_seed_leaves_room_for_the_rank_and_the_step():
     Accelerator()
     set_seed(4_000_000_000 + 10**8, device_specific=True)
+
+
+@pytest.mark.parametrize(("keep_every", "save_every"), [(100, None), (100, 500), (750, 500), (1, 2)])
+def test_a_step_that_is_not_saved_cannot_be_kept(keep_every, save_every):
+    with pytest.raises(ConfigError, match=f"keep_every={keep_every}: .*save_every={save_every}"):
+        TrainerConfig(output_dir="x", max_steps=1000, keep_every=keep_every, save_every=save_every)
+    assert TrainerConfig(output_dir="x", max_steps=1, keep_every=1000).keep_every == 1000
+
+
+@pytest.mark.parametrize("name", ["ema_decay", "keep_every", "eval_every", "max_steps", "global_batch_tokens"])
+def test_the_effective_value_of_a_setting_without_other_default_is_its_own(name):
+    config = TrainerConfig(output_dir="x", max_steps=7)
+    assert config.effective(name) == getattr(config, name)

@@ -133,7 +133,7 @@ OPTIMIZERS = {
 def train_with(output_dir, optimizer, *callbacks, resume=True):
     model = GPT(ONE_LAYER)
     optimizer = OPTIMIZERS[optimizer](model.parameters())
-    trainer = make_trainer(output_dir, model=model, optimizer=optimizer, callbacks=callbacks, keep_every=100)
+    trainer = make_trainer(output_dir, model=model, optimizer=optimizer, callbacks=callbacks, keep_last=100)
     trainer.train(resume=resume)
     return weights(trainer)
 

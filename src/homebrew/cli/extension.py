@@ -1,5 +1,6 @@
 """How to train a run with the schedule "wsd" for longer, after its decay has begun."""
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
     from homebrew.checkpoint.store import CheckpointStore
 
     longer = config.max_steps if config.max_steps > max_steps else 2 * max_steps
-    decay_start = int(max_steps * (1 - config.effective("decay_fraction")))
+    decay_start = math.floor(max_steps - config.effective("decay_fraction") * max_steps)  # as the schedule computes it
     store = CheckpointStore(Path(config.output_dir))
     kept = [step for step in store.steps() if step <= decay_start]
     old, new = (shlex.quote(f"{config.output_dir}{suffix}") for suffix in ("", "-longer"))

@@ -96,7 +96,7 @@ class TrainerConfig:
     keep_last: int = 2
     """Number of newest checkpoints to keep."""
     keep_every: int | None = None
-    """Keep checkpoints at multiples of this step permanently."""
+    """Keep checkpoints at multiples of this step permanently; a multiple of `save_every`."""
     gather_limit_bytes: int = 32_000_000_000
     """Under FSDP, the largest checkpoint, in bytes (12 per trainable parameter, with `ema_decay` 20), that rank 0
     gathers and writes. Of a larger one, each rank writes its shards; `output_dir` must then be on a shared file system.
@@ -122,7 +122,7 @@ class TrainerConfig:
             "weight_decay": 0.1,
         }
         value = getattr(self, name)
-        return defaults[name] if value is None else value
+        return defaults.get(name) if value is None else value
 
     def schedule(self) -> Schedule:
         """Return the schedule that `lr_schedule` names."""
@@ -156,6 +156,11 @@ class TrainerConfig:
             problems.append(f"muon_momentum={self.muon_momentum!r}: needs optimizer='muon', remove it for others.")
         if not problems and self.warmup_steps is not None and self.warmup_steps > self.max_steps:
             problems.append(f"warmup_steps={self.warmup_steps}: must be at most max_steps={self.max_steps}.")
+        if not problems and self.keep_every is not None and (not self.save_every or self.keep_every % self.save_every):
+            problems.append(
+                f"keep_every={self.keep_every}: must be a multiple of save_every={self.save_every}, as only the "
+                f"checkpoints that are saved can be kept."
+            )
         if problems:
             raise ConfigError("Invalid settings:\n  " + "\n  ".join(problems))
         object.__setattr__(self, "output_dir", absolute_path(self.output_dir))
