@@ -96,6 +96,10 @@ def test_the_checkpoint_keeps_its_values_when_the_model_is_trained(nanogpt):
     assert checkpoint["model"]["transformer.h.0.mlp.c_fc.weight"].any()
 
 
+def tied(tensor):
+    return {"transformer.wte.weight": tensor, "lm_head.weight": tensor}
+
+
 def without(name):
     return lambda checkpoint: checkpoint["model"].pop(name)
 
@@ -116,6 +120,9 @@ INVALID = {
     "an untied head": lambda checkpoint: checkpoint["model"].update({"lm_head.weight": torch.ones(70, 16)}),
     "NaN": lambda checkpoint: checkpoint["model"]["transformer.wpe.weight"].fill_(torch.nan),
     "not a tensor": lambda checkpoint: checkpoint["model"].update({"transformer.wpe.weight": [1.0]}),
+    "a vector as embedding": lambda checkpoint: checkpoint["model"].update(tied(torch.ones(70))),
+    "a number as embedding": lambda checkpoint: checkpoint["model"].update(tied(torch.ones(()))),
+    "four dimensions": lambda checkpoint: checkpoint["model"].update(tied(torch.ones(1, 1, 70, 16))),
     "an unknown weight": lambda checkpoint: checkpoint["model"].update({"transformer.wxe.weight": torch.ones(1)}),
 }
 

@@ -729,6 +729,17 @@ def test_sample_uses_the_own_generate(tmp_path, name, sampling):
     assert set(trainer.sample(max_new_tokens=20)) <= set("a cab in a bag\n")
 
 
+@pytest.mark.parametrize(
+    "setting", [{"return_dict_in_generate": True}, {"return_dict_in_generate": True, "output_scores": True}]
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_generation_config_that_returns_a_dictionary_is_overridden(tmp_path, name, setting):
+    model = transformers_model(name)
+    model.generation_config.update(**setting)
+    dataset = TokenDataset.from_text("a cab in a bag\n" * 40, block_size=16, tokenizer="char")
+    assert make_trainer(tmp_path, model=model, train_dataset=dataset).sample("a cab", 4, seed=1).startswith("a cab")
+
+
 class Broken(NanoGPT):
     def __init__(self, generate):
         super().__init__()

@@ -80,6 +80,7 @@ def _transformers_options(model: Any, sampling: Sampling) -> dict[str, Any]:  # 
     options = {
         "do_sample": sampling.temperature > 0,
         "repetition_penalty": sampling.repetition_penalty,
+        "return_dict_in_generate": False,
         "pad_token_id": 0 if pad_token_id is None else pad_token_id,  # one sequence is not padded
     }
     if sampling.temperature > 0:

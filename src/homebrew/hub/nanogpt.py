@@ -40,17 +40,18 @@ def load_nanogpt(checkpoint: Mapping[str, Any]) -> GPT:
             f"The checkpoint's weights do not fit its model_args: missing {summarize(missing)}; unknown "
             f"{summarize(unknown)}. Pass what torch.load returns for nanoGPT's ckpt.pt, unchanged."
         )
+    for name, tensor in expected.items():
+        shape = (config.vocab_size, config.n_embd) if name in (EMBEDDING, LM_HEAD) else tuple(tensor.shape)
+        if state[name].shape != shape:
+            raise ModelError(
+                f"The checkpoint's {name} has shape {tuple(state[name].shape)}, but its model_args require {shape}. "
+                f"Pass what torch.load returns for nanoGPT's ckpt.pt, unchanged."
+            )
     if not torch.equal(state[LM_HEAD], state[EMBEDDING]):
         raise ModelError(f"{LM_HEAD} and {EMBEDDING} differ. Only models with a tied head are supported.")
     num_padding = config.padded_vocab_size - config.vocab_size
     state[EMBEDDING] = F.pad(state[EMBEDDING], (0, 0, 0, num_padding))
     state[LM_HEAD] = state[EMBEDDING]
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise ModelError(
-                f"The checkpoint's {name} has shape {tuple(state[name].shape)}, but its model_args require "
-                f"{tuple(tensor.shape)}. Pass what torch.load returns for nanoGPT's ckpt.pt, unchanged."
-            )
     model.load_state_dict(state, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
     return model.eval()
