@@ -9,7 +9,7 @@ from homebrew.constants import IGNORE_INDEX
 from homebrew.data.collate import Collate
 from homebrew.errors import DataError, ModelError
 from homebrew.evaluation.mean_loss import mean_loss
-from homebrew.model.language_model import check_loss
+from homebrew.model.language_model import check_loss, module_loss
 
 CONFIG = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
 
@@ -28,6 +28,7 @@ def evaluate(model, samples, **options):
         for token_id, num_targets in samples
     ]
     options = {"micro_batch_size": 1, "collate": Collate(2**25, 8), "max_batches": None, "eager": False} | options
+    options = {"loss_function": module_loss} | options
     return mean_loss(Accelerator(cpu=True), model, dataset, **options)
 
 
@@ -70,6 +71,7 @@ def test_the_device_is_not_waited_for_until_the_end():
     accelerator = SimpleNamespace(device=device, process_index=0, num_processes=1, is_fsdp2=False, reduce=reduce)
     dataset = TokenDataset.from_tokens(torch.arange(33), 8)
     options = {"micro_batch_size": 1, "collate": Collate(33, 8), "max_batches": None, "eager": False}
+    options["loss_function"] = module_loss
     assert mean_loss(accelerator, FirstId(), dataset, **options) == (2.0, 3)
     assert reduced == ["meta"]
 
@@ -105,7 +107,14 @@ def test_eager_bypasses_a_compiled_model():
     results = {}
     for eager in (True, False):
         results[eager] = mean_loss(
-            accelerator, model, dataset, micro_batch_size=4, collate=Collate(64, 8), max_batches=None, eager=eager
+            accelerator,
+            model,
+            dataset,
+            micro_batch_size=4,
+            collate=Collate(64, 8),
+            max_batches=None,
+            eager=eager,
+            loss_function=module_loss,
         )
         assert bool(compiled_graphs) is not eager
     assert results[True] == results[False]

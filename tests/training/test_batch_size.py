@@ -25,6 +25,8 @@ from homebrew.training.batch_size import (
 )
 from homebrew.training.compile import warm_up_compiled
 
+TRIAL = {"sequence_length": 16, "most": 1, "averages_weights": False, "loss_function": module_loss}
+
 
 def plan(**changes):
     arguments = {
@@ -135,9 +137,11 @@ def test_the_default_micro_batch_depends_on_the_device(monkeypatch, device, defa
         ("auto", (accelerator, model, planned, options)),
     ):
         config = TrainerConfig(output_dir="x", max_steps=1, micro_batch_size=size, global_batch_tokens=8192 * 16)
-        assert plan_batch_for_device(accelerator, model, config, 16) == expected
+        assert plan_batch_for_device(accelerator, model, config, 16, module_loss) == expected
     config = TrainerConfig(output_dir="x", max_steps=1)
-    assert plan_batch_for_device(accelerator, model, config, 1) == BatchPlan(2 * default_tokens, default_tokens, 1)
+    assert plan_batch_for_device(accelerator, model, config, 1, module_loss) == BatchPlan(
+        2 * default_tokens, default_tokens, 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +150,7 @@ def test_the_default_micro_batch_depends_on_the_device(monkeypatch, device, defa
 @pytest.mark.parametrize(("device", "default_tokens"), [("cpu", 4096), ("mps", 4096), ("cuda", 8192)])
 def test_the_default_micro_batch_of_models_with_full_logits_is_smaller(model, device, default_tokens):
     config = TrainerConfig(output_dir="x", max_steps=1)
-    plan = plan_batch_for_device(one_of(1, device), model(), config, 16)
+    plan = plan_batch_for_device(one_of(1, device), model(), config, 16, module_loss)
     assert plan.micro_batch_size == default_tokens // 16
 
 
@@ -154,8 +158,10 @@ def test_the_default_micro_batch_of_models_with_full_logits_is_smaller(model, de
 def test_a_method_that_sets_the_mode_may_return_nothing(monkeypatch, method):
     model, original = MeanEmbedding(), getattr(MeanEmbedding, method)
     monkeypatch.setattr(MeanEmbedding, method, lambda self, *mode: original(self, *mode) and None)
-    assert fit_micro_batch_size(one_of(1), model, BatchPlan(1, 1, 1), sequence_length=16, most=1).micro_batch_size == 1
-    warm_up_compiled(Accelerator(cpu=True), model, (torch.zeros(1, 4).long(),) * 2, evaluates=True)
+    assert fit_micro_batch_size(one_of(1), model, BatchPlan(1, 1, 1), **TRIAL).micro_batch_size == 1
+    warm_up_compiled(
+        Accelerator(cpu=True), model, (torch.zeros(1, 4).long(),) * 2, evaluates=True, loss_function=module_loss
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +190,7 @@ def test_a_trial_reserves_memory_for_the_optimizer_state(monkeypatch, num_proces
     sizes = []
     model.register_forward_pre_hook(lambda *_: sizes.append(sum(tensor().numel() for tensor in reserved)))
     accelerator, batch = one_of(num_processes, is_fsdp2=is_fsdp2), BatchPlan(num_processes, 1, 1)
-    settings = {"sequence_length": 16, "most": 1, "averages_weights": averages}
+    settings = {"sequence_length": 16, "most": 1, "averages_weights": averages, "loss_function": module_loss}
     assert fit_micro_batch_size(accelerator, model, batch, **settings) == batch
     assert sizes == [num_reserved] * 2
 
@@ -203,7 +209,7 @@ def test_auto_counts_the_average_of_the_weights(tmp_path, monkeypatch, ema_decay
 def test_a_trial_accumulates_gradients_as_in_training():
     model, passes = MeanEmbedding().eval(), []
     model.register_forward_pre_hook(lambda *_: passes.append((model.training, model.weight.grad is None)))
-    fit_micro_batch_size(one_of(1), model, BatchPlan(1, 1, 1), sequence_length=16, most=1)
+    fit_micro_batch_size(one_of(1), model, BatchPlan(1, 1, 1), **TRIAL)
     assert passes == [(True, True), (True, False)]
     assert not model.training
 
@@ -214,13 +220,13 @@ def test_a_trial_runs_on_the_device_of_the_accelerator():
     accelerator.reduce = lambda tensor, reduction: devices.append(tensor.device.type) or torch.ones(())
     model = MeanEmbedding().to("meta")
     model.register_forward_pre_hook(lambda module, inputs: devices.extend(ids.device.type for ids in inputs))
-    fit_micro_batch_size(accelerator, model, BatchPlan(1, 1, 1), sequence_length=16, most=1)
+    fit_micro_batch_size(accelerator, model, BatchPlan(1, 1, 1), **TRIAL)
     assert devices == ["meta"] * 5
 
 
 @pytest.mark.parametrize(("most", "expected"), [(1, 1), (2, 1), (3, 3), (8, 3), (9, 9), (18, 9)])
 def test_a_trial_is_not_larger_than_allowed_and_divides_the_share_of_a_rank(most, expected):
-    plan = fit_micro_batch_size(one_of(2), MeanEmbedding(), BatchPlan(18, 1, 9), sequence_length=16, most=most)
+    plan = fit_micro_batch_size(one_of(2), MeanEmbedding(), BatchPlan(18, 1, 9), **TRIAL | {"most": most})
     assert plan == BatchPlan(18, expected, 9 // expected)
     assert type(plan.accumulation_steps) is int  # it is logged
 
@@ -283,7 +289,7 @@ def test_memory_of_a_failed_trial_is_freed_before_the_peak_is_reset(monkeypatch)
     model = GPT(ONE_LAYER).to(accelerator.device)
     model.transformer.ln_f.register_forward_hook(remember_activation)
     model.register_forward_hook(lambda module, inputs, loss: run_out_of_memory_beyond(1)(module, inputs))
-    plan = fit_micro_batch_size(accelerator, model, BatchPlan(4, 4, 1), sequence_length=16, most=4)
+    plan = fit_micro_batch_size(accelerator, model, BatchPlan(4, 4, 1), **TRIAL | {"most": 4})
     assert plan.micro_batch_size == 1
     assert references
     assert set(num_alive) == {0}

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
+from homebrew.model.language_model import module_loss
 from homebrew.training.batch_size import BatchPlan
 from homebrew.training.compile import LAUNCH_BOUND_FLOPS, compile_model, warm_up_compiled
 
@@ -106,11 +107,11 @@ BATCH = torch.ones(2), torch.zeros(2)
 def test_warm_up_leaves_no_trace(error):
     model, rng_state = RandomModel(error), torch.get_rng_state()
     if error is None:
-        warm_up_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True)
+        warm_up_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True, loss_function=module_loss)
         assert model.modes == [True, False]
     else:
         with pytest.raises(RuntimeError, match="compiler error"):
-            warm_up_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True)
+            warm_up_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True, loss_function=module_loss)
     assert model.training
     assert model.weight.grad is None
     assert model.num_calls == 0

@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 
 from homebrew import GPT, GPTConfig, LoRAConfig
 from homebrew.errors import ConfigError, TrainingError
+from homebrew.model.language_model import module_loss
 from homebrew.model.lora import add_lora
 from homebrew.optim.averaged import AveragedOptimizer
 from homebrew.optim.combined import combine
@@ -60,6 +61,7 @@ class Steps:
             self.optimizer,
             self.guard,
             self.accelerator,
+            loss_function=module_loss,
             max_grad_norm=1.0,
             accumulate_in_place=self.use_graphs and self.num_micro_batches > 1,
             capture_update=self.use_graphs,

@@ -14,7 +14,7 @@ from homebrew.data.loader import eval_batches
 from homebrew.distributed.fsdp import reshard
 from homebrew.errors import DataError
 from homebrew.model.eval_mode import eval_mode
-from homebrew.model.language_model import LossFunction, module_loss
+from homebrew.model.language_model import LossFunction
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def mean_loss(
     collate: Collate,
     max_batches: int | None,
     eager: bool,
-    loss_function: LossFunction = module_loss,
+    loss_function: LossFunction,
 ) -> tuple[float, int]:
     """Compute the mean loss per target over a dataset. Must be called on all ranks.
 

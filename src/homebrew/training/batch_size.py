@@ -12,7 +12,7 @@ from torch import nn
 from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.model.interfaces import interface_of
-from homebrew.model.language_model import LossFunction, module_loss
+from homebrew.model.language_model import LossFunction
 from homebrew.model.trial import trial
 from homebrew.training.trainer_config import TrainerConfig
 
@@ -76,7 +76,7 @@ def plan_batch_for_device(
     model: nn.Module,
     config: TrainerConfig,
     sequence_length: int,
-    loss_function: LossFunction = module_loss,
+    loss_function: LossFunction,
 ) -> BatchPlan:
     """Plan the batch of a config. For `micro_batch_size="auto"`, find the largest micro-batch that fits in memory.
 
@@ -114,8 +114,8 @@ def fit_micro_batch_size(
     *,
     sequence_length: int,
     most: int,
-    averages_weights: bool = False,
-    loss_function: LossFunction = module_loss,
+    averages_weights: bool,
+    loss_function: LossFunction,
 ) -> BatchPlan:
     """Divide the same global batch into the largest micro-batches that fit on every rank.
 

@@ -10,7 +10,7 @@ from torch import nn
 from homebrew.data.loader import Batch
 from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.model.interfaces import interface_of
-from homebrew.model.language_model import LossFunction, module_loss
+from homebrew.model.language_model import LossFunction
 from homebrew.model.trial import trial
 from homebrew.training.batch_size import BatchPlan
 from homebrew.training.global_settings import raise_recompile_limit
@@ -79,7 +79,7 @@ def warm_up_compiled(
     batch: Batch,
     *,
     evaluates: bool,
-    loss_function: LossFunction = module_loss,
+    loss_function: LossFunction,
 ) -> None:
     """Compile before the first step, with passes that change neither weights, buffers, gradients nor random states.
 

@@ -14,7 +14,7 @@ from homebrew.data.loader import Batch
 from homebrew.distributed.collectives import micro_batch_weights
 from homebrew.distributed.fsdp import full_tensor, keeps_weights_gathered, uses_fsdp
 from homebrew.errors import TrainingError
-from homebrew.model.language_model import LossFunction, module_loss
+from homebrew.model.language_model import LossFunction
 from homebrew.model.lora import lora_layers
 from homebrew.optim.combined import class_names, members
 from homebrew.training.cuda_graph import CudaGraph
@@ -47,7 +47,7 @@ class TrainStep:
         guard: NanGuard,
         accelerator: Accelerator,
         *,
-        loss_function: LossFunction = module_loss,
+        loss_function: LossFunction,
         max_grad_norm: float,
         accumulate_in_place: bool,
         capture_update: bool,
