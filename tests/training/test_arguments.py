@@ -54,8 +54,6 @@ OPTIMIZERS = {
     "lr=1000": lambda parameters: torch.optim.SGD([{"params": parameters, "lr": 10**400}], lr=0.1),
     "lr=-1": lambda parameters: torch.optim.SGD([{"params": parameters, "lr": -1.0}], lr=0.1),
     "lr=None (removed)": group_without_lr,
-    "sparse": lambda parameters: torch.optim.SparseAdam(list(parameters)),
-    "differentiable": lambda parameters: torch.optim.Adam(parameters, differentiable=True),
     "Accelerator": lambda parameters: Accelerator(mixed_precision="no").prepare(torch.optim.SGD(parameters, lr=0.1)),
 }
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.optim import Optimizer, SparseAdam
+from torch.optim import Optimizer
 
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.progress import ProgressDisplay
@@ -144,11 +144,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"{name}.step() needs arguments, such as a closure that computes the loss again, but the Trainer computes "
             f"the loss once and calls step(). Use an optimizer whose step() needs no arguments, such as AdamW."
         )
-    if isinstance(optimizer, SparseAdam):
-        raise ConfigError("SparseAdam needs sparse gradients, but the model's are dense. Use Adam.")
     for group in optimizer.param_groups:
-        if group.get("differentiable"):
-            raise ConfigError(f"{name} has differentiable=True, which cannot update weights in place. Remove it.")
         learning_rate = group.get("lr")
         try:
             is_valid = 0 <= float(learning_rate) < math.inf  # type: ignore[arg-type]  # None, for example
