@@ -238,33 +238,26 @@ def test_resume_from_a_run_folder_is_an_error(tmp_path):
 
 
 NO_CHECKPOINTS = {
-    "nothing": ("nope", "does not exist", None),
-    "nothing in nothing": ("a/b/c", "does not exist", None),
-    "another step": ("run/checkpoints/step-00000009", "does not exist", [2, 4, 6]),
-    "without the folder checkpoints": ("run/step-00000004", "does not exist", [2, 4, 6]),
-    "misspelled run": ("ran/checkpoints/step-00000004", "does not exist", None),
-    "all checkpoints": ("run/checkpoints", "is not a checkpoint", [2, 4, 6]),
-    "a file": ("file", "is not a checkpoint", None),
-    "an empty folder": ("empty", "is not a checkpoint", None),
-    "a link to nothing": ("link", "is not a checkpoint", None),
+    "nope": "does not exist",
+    "a/b/c": "does not exist",
+    "run/checkpoints/step-00000009": "does not exist",
+    "run/checkpoints": "is not a checkpoint",
+    "file": "is not a checkpoint",
+    "empty": "is not a checkpoint",
+    "link": "is not a checkpoint",
 }
 
 
-@pytest.mark.parametrize(("name", "problem", "nearby"), NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
-def test_a_path_without_a_checkpoint_is_not_called_corrupt_and_the_checkpoints_nearby_are_listed(
-    tmp_path, name, problem, nearby
-):
-    make_trainer(tmp_path / "run", save_every=2, keep_every=2).train()
+@pytest.mark.parametrize("name", NO_CHECKPOINTS)
+def test_a_path_without_a_checkpoint_is_not_called_corrupt(tmp_path, name):
+    make_trainer(tmp_path / "run", save_every=2, max_steps=3).train()
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(CheckpointError, match=f"{name}' {problem}") as caught:
-        make_trainer(tmp_path / "new").train(resume=tmp_path / name)
-    assert not isinstance(caught.value, CorruptCheckpoint)
-    listed = [step for step in (2, 4, 6) if str(checkpoint_path(tmp_path / "run", step)) in str(caught.value)]
-    assert listed == (nearby or [])
-    with pytest.raises(CheckpointError, match=r"step-00000006"):
-        make_trainer(tmp_path / "run").train(resume=tmp_path / "nope")  # those of the Trainer's own run
+    for run, newest in (("new", ""), ("run", ".*step-00000003")):
+        with pytest.raises(CheckpointError, match=f"{name}' {NO_CHECKPOINTS[name]}.*resume=True{newest}") as caught:
+            make_trainer(tmp_path / run).train(resume=tmp_path / name)
+        assert not isinstance(caught.value, CorruptCheckpoint)
 
 
 def test_resume_from_an_older_checkpoint_needs_another_output_dir(tmp_path):

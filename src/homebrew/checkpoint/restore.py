@@ -11,15 +11,13 @@ from torch import nn
 
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import Identity, check_identity, differing_keys
-from homebrew.checkpoint.manifest import FOLDER, MANIFEST, STATE, Checkpoint, open_checkpoint
+from homebrew.checkpoint.manifest import MANIFEST, STATE, Checkpoint, open_checkpoint
 from homebrew.checkpoint.state_dict import Stateful, check_files
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.constants import Aspect
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from homebrew.io import absolute_path
 from homebrew.user_warnings import warn
-
-_MAX_LISTED = 4
 
 
 def load_run(
@@ -113,13 +111,11 @@ def _find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Check
 
 
 def _no_checkpoint(store: CheckpointStore, path: Path) -> CheckpointError:
-    """Return the error for a path that is not a checkpoint, with the checkpoints that may have been meant."""
-    nearby = (path.glob("*"), path.parent.glob("*"), path.parent.glob("checkpoints/*"), store.folder.glob("*"))
-    groups = (sorted(folder for folder in found if FOLDER.fullmatch(folder.name)) for found in nearby)
-    newest = next(filter(None, groups), [])[-_MAX_LISTED:]
-    remedy = f"Checkpoints nearby: {', '.join(map(str, newest))}." if newest else "Check the path, or use resume=True."
+    """Return the error for a path that is not a checkpoint."""
     problem = "is not a checkpoint" if os.path.lexists(path) else "does not exist"
-    return CheckpointError(f"resume={str(path)!r} {problem}. {remedy}")
+    steps = store.steps()
+    newest = f" The newest checkpoint of this run is {store.path(steps[-1])}." if steps else ""
+    return CheckpointError(f"resume={str(path)!r} {problem}. Check the path, or use resume=True.{newest}")
 
 
 def _warn_if_not_new(output_dir: Path, resume: bool | str | Path, *, has_trained: bool) -> None:
