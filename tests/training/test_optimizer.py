@@ -3,6 +3,7 @@ import torch
 
 from homebrew import GPT, GPTConfig
 from homebrew.errors import ConfigError
+from homebrew.model.interfaces import GPTInterface
 from homebrew.training.optimizer import adamw, check_trainable, decay_groups, muon_and_adamw, set_learning_rates
 
 GPT2_SMALL_DEPTH = GPTConfig(block_size=16, vocab_size=50, n_layer=12, n_head=2, n_embd=16)
@@ -136,6 +137,16 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert all(options.items() <= group.items() for group in muon.param_groups)
     assert all({"lr": 2e-3, "betas": (0.8, 0.9)}.items() <= group.items() for group in other.param_groups)
     assert [group["weight_decay"] for group in other.param_groups] == [0.3, 0.0]
+
+
+def test_muon_has_a_group_for_each_number_of_fused_matrices(monkeypatch):
+    numbers = {"c_attn": 3, "c_fc": 2, "c_proj": 1}
+    monkeypatch.setattr(GPTInterface, "num_fused_matrices", lambda self, name: numbers[name.split(".")[-2]])
+    model = GPT(GPT2_SMALL_DEPTH)
+    muon, _ = muon_and_adamw(model, **SETTINGS)
+    names = {id(parameter): name.split(".")[-2] for name, parameter in model.named_parameters()}
+    assert [group["num_matrices"] for group in muon.param_groups] == [3, 1, 2]
+    assert all(numbers[names[id(p)]] == group["num_matrices"] for group in muon.param_groups for p in group["params"])
 
 
 def test_muon_and_adamw_omit_frozen_parameters():

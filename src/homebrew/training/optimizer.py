@@ -62,12 +62,12 @@ def muon_and_adamw(
     matrices = block_matrices(model, blocks)
     is_matrix = {id(parameter) for parameter in matrices.values()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in is_matrix]
-    groups = [
-        {"params": [p for name, p in matrices.items() if interface.num_fused_matrices(name) == n], "num_matrices": n}
-        for n in (3, 1)  # query, key and value in one; others
-    ]
+    by_number: dict[int, list[Tensor]] = {}
+    for name, parameter in matrices.items():
+        by_number.setdefault(interface.num_fused_matrices(name), []).append(parameter)
+    groups = [{"params": params, "num_matrices": n} for n, params in by_number.items()]
     optimizers: list[torch.optim.Optimizer] = []
-    if groups := [group for group in groups if group["params"]]:
+    if groups:
         optimizers.append(Muon(groups, learning_rate, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"))
     if others:
         optimizers.append(adamw(others, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay))
