@@ -137,7 +137,7 @@ def warmup_cosine(*, warmup_steps: int, max_steps: int, min_lr_ratio: float = 0.
 
 
 def warmup_stable_decay(
-    *, warmup_steps: int, max_steps: int, decay_fraction: float = 0.5, min_lr_ratio: float = 0.0
+    *, warmup_steps: int, max_steps: int, decay_fraction: float = 0.3, min_lr_ratio: float = 0.0
 ) -> Schedule:
     """Return a linear warm-up, a constant phase and a linear decay; see `WarmupStableDecay`."""
     return WarmupStableDecay(warmup_steps, max_steps, decay_fraction, min_lr_ratio)
