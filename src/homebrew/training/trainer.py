@@ -20,7 +20,7 @@ from homebrew.distributed.fsdp import gather_full_model
 from homebrew.distributed.signals import SignalHandler
 from homebrew.errors import ConfigError, HomebrewError
 from homebrew.evaluation.mean_loss import mean_loss
-from homebrew.generation.own_generate import generate_ids
+from homebrew.generation.model_generate import generate_ids
 from homebrew.generation.sampling import Sampling
 from homebrew.hub.save_model import save_model
 from homebrew.io import absolute_path
@@ -279,7 +279,7 @@ class Trainer:
     def sample(
         self, text: str = "", max_new_tokens: int = 100, *, sampling: Sampling | None = None, seed: int | None = None
     ) -> str:
-        """Generate text that continues `text`.
+        """Generate text that continues `text`. A model that is not a GPT generates with its own `generate` method.
 
         Args:
             text: Prompt, which the result includes. If empty: the tokenizer's end-of-text token, a newline, or the
@@ -287,8 +287,6 @@ class Trainer:
             max_new_tokens: Number of tokens to generate.
             sampling: How to choose tokens. Default: sample from the model's distribution unchanged.
             seed: Random seed for sampling. Default: each call differs.
-
-        A model that is not a GPT generates with its own `generate` method.
 
         Raises:
             ConfigError: The training dataset has no tokenizer, or the model cannot generate with these options.
