@@ -116,7 +116,7 @@ def prepare(
     """
     states: dict[str, dict[str, Any]] = {}
     if uses_fsdp(accelerator):
-        if accelerator.num_processes > 1:  # as DDP does: a model may be initialized randomly on each rank
+        if accelerator.num_processes > 1:  # start all ranks from rank 0's weights, as DDP does
             for tensor in (*model.parameters(), *model.buffers()):
                 value = tensor.detach().contiguous()
                 torch.distributed.broadcast(value, src=0)

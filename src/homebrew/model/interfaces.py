@@ -30,7 +30,7 @@ class GPTInterface(ModelInterface):
 
     @property
     def source(self) -> str | None:
-        """Folder or Hub repository the weights were loaded from."""
+        """Folder or Hub repository that the weights were loaded from, or None if it is not known."""
         source: str | None = self.model.source
         return source
 

@@ -75,7 +75,7 @@ class ModelInterface:
 
     @property
     def source(self) -> str | None:
-        """Folder or Hub repository of an adapter's base weights."""
+        """Folder or Hub repository that the weights were loaded from, or None if it is not known."""
         return None
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""A context manager for passes of a model that are no part of a run."""
+"""A context manager for passes of a model that leave no trace."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -93,7 +93,7 @@ def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
-            "No parameter of the model is trainable. Call unmerge_lora(model), or set requires_grad of some parameters."
+            "No parameter of the model is trainable. Set requires_grad of some parameters, or call unmerge_lora(model)."
         )
     if optimizer is None:
         return
@@ -103,8 +103,8 @@ def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
         raise ConfigError(
-            f"The optimizer lacks {len(missing)} trainable parameters, for example {missing[0]}. Add them to the "
-            f"optimizer, or freeze them with requires_grad_(False)."
+            f"The optimizer lacks {len(missing)} trainable parameters, for example {missing[0]}. Add them to a "
+            f"custom optimizer, or freeze them with requires_grad_(False). Unfreeze them before you build the Trainer."
         )
 
 
