@@ -1,5 +1,7 @@
 """The Trainer with models that are not a GPT of homebrew: transformers' and any nn.Module."""
 
+import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +46,7 @@ from homebrew.cli.main import main
 from homebrew.data.sampler import sample_indices
 from homebrew.errors import ConfigError, DataError, HomebrewError, ModelError, ResumeMismatch
 from homebrew.model.interfaces import interface_of
+from homebrew.training.arguments import check_model
 
 TRANSFORMERS = ["llama", "qwen2", "qwen3", "gpt_neox", "gpt2", "mixtral", "mamba", "bart"]
 ALL = TRANSFORMERS + list(MODULES)
@@ -862,13 +865,33 @@ def test_bfloat16(tmp_path, precision):
     options = {"mixed_precision": precision, "callbacks": [recorder], "progress": False, "schedule": lambda step: 1.0}
     dataset = TokenDataset.from_text("a cab in a bag\n" * 40, block_size=16, tokenizer="char")
     model = model.bfloat16() if precision == "no" else model
-    trainer = make_trainer(tmp_path, model=model, train_dataset=dataset, **options)
+    with pytest.warns(UserWarning, match=r"model\.float\(\)") if precision == "no" else nullcontext():
+        trainer = make_trainer(tmp_path, model=model, train_dataset=dataset, **options)
     trainer.train()
     assert recorder.losses[6] < recorder.losses[1] < 5
     assert trainer.sample("a cab", 4, seed=1).startswith("a cab")
     trainer.save_pretrained(tmp_path / "export")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert equal(loaded.state_dict(), model.state_dict())
+
+
+def one_bfloat16_layer():
+    model = NanoGPT()
+    model.h[0].mlp.bfloat16()
+    return model
+
+
+def frozen_bfloat16_base():
+    model = transformers_model("llama").bfloat16().requires_grad_(False)
+    model.model.norm.float().requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(("model", "count"), [(one_bfloat16_layer, 4), (frozen_bfloat16_base, 0)])
+def test_trainable_weights_in_bfloat16_are_one_warning(model, count):
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        check_model(model())
+    assert [str(w.message).partition(" ")[0] for w in caught] == ([str(count)] if count else [])
 
 
 def test_the_protocol_is_public():

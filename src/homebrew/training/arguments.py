@@ -23,6 +23,7 @@ from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LanguageModel
 from homebrew.training.schedule import Schedule
 from homebrew.training.trainer_config import TrainerConfig
+from homebrew.user_warnings import warn
 
 _UNUSED_WITH = {
     "optimizer": ("optimizer", "learning_rate", "betas", "muon_momentum", "weight_decay"),
@@ -114,6 +115,12 @@ def check_model(model: nn.Module) -> None:
                 f"The model's {name} is float16, in which small updates are lost. Call model.float(); with "
                 f"mixed_precision='fp16' the model still computes in float16."
             )
+    rounded = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+    if rounded:
+        warn(
+            f"{len(rounded)} trainable weights are bfloat16, such as {rounded[0]}, in which small updates are lost. "
+            f"Call model.float(); with mixed_precision='bf16' the model still computes in bfloat16."
+        )
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
