@@ -1,5 +1,6 @@
 """The Trainer with models that are not a GPT of homebrew: transformers' and any nn.Module."""
 
+import inspect
 import warnings
 from contextlib import nullcontext
 from functools import partial
@@ -511,6 +512,14 @@ WRONG_MODELS = {
     "expanded": lambda: with_buffer(torch.ones(1).expand(3)),
     "two tokens": failing_model,
 }
+
+
+def test_a_model_whose_signature_is_not_known_is_not_refused():
+    model = ReturnsLoss()
+    model.forward = max  # like the forward of a traced module
+    with pytest.raises(ValueError, match="signature"):
+        inspect.signature(model.forward)
+    check_model(model)
 
 
 @pytest.mark.parametrize("message", WRONG_MODELS)

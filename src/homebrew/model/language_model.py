@@ -80,7 +80,11 @@ class ModelInterface:
 
     def check(self) -> None:
         """Raise ConfigError if the model is of a kind that cannot be trained."""
-        name, signature = type(self.model).__name__, inspect.signature(self.model.forward)
+        name = type(self.model).__name__
+        try:
+            signature = inspect.signature(self.model.forward)
+        except ValueError:  # that of a traced module is not known
+            return
         try:
             signature.bind("input_ids", "targets")
         except TypeError as error:

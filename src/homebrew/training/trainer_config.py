@@ -32,7 +32,7 @@ class TrainerConfig:
     global_batch_tokens: int | None = None
     """Tokens in an optimizer step, over all processes and micro-batches. Default: one micro-batch per process."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Sequences in a forward and backward pass of one process. Default: depends on the device. "auto" finds the largest
+    """Sequences in a forward and backward pass of one process. Default: by device and model. "auto" finds the largest
     number that fits in every process's memory before training; needs `global_batch_tokens`."""
     optimizer: Literal["adamw", "muon"] | None = None
     """"adamw", the default: AdamW for all parameters. "muon": Muon for the matrices of the blocks, AdamW for
