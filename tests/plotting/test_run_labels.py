@@ -30,7 +30,7 @@ def test_settings_that_change_nothing_are_not_named(record):
 
 
 def test_a_setting_of_only_one_version_is_named_where_it_is(record):
-    assert labels(record("a"), record("b", ema_decay=None)) == ["a", "b: ema_decay=None"]
+    assert labels(record("a"), record("b", ema_decay=None)) == ["a", "b: ema_decay=default"]
 
 
 def test_runs_with_equal_settings_are_told_apart_by_their_folders(record):

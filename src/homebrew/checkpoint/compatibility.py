@@ -87,6 +87,14 @@ def _learning_rates(schedule: Schedule, peaks: Sequence[float], num_steps: int) 
     }
 
 
+def has_past(identity: object, schedule: Schedule, num_steps: int) -> bool:
+    """Return whether a checkpoint's identity has the first `num_steps` multipliers of a schedule."""
+    saved = identity.get("schedule") if isinstance(identity, dict) else None
+    return (
+        isinstance(saved, dict) and saved.get("multipliers") == _learning_rates(schedule, (), num_steps)["multipliers"]
+    )
+
+
 def _evenly_spaced(num_steps: int, number: int) -> list[int]:
     """Return the first and the last of `num_steps` steps, and up to `number` - 1 steps between them."""
     return sorted({(num_steps - 1) * i // number for i in range(number + 1)}) if num_steps else []

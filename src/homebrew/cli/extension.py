@@ -2,8 +2,12 @@
 
 import math
 import shlex
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from homebrew.errors import CheckpointError
 
 if TYPE_CHECKING:
     from homebrew.training.trainer_config import TrainerConfig
@@ -26,12 +30,19 @@ def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
         config: Options of the run. If its `max_steps` is larger, it is the number of steps to extend the run to.
         max_steps: Number of steps in the run.
     """
+    from homebrew.checkpoint.compatibility import has_past
+    from homebrew.checkpoint.manifest import open_checkpoint
     from homebrew.checkpoint.store import CheckpointStore
 
     longer = config.max_steps if config.max_steps > max_steps else 2 * max_steps
     decay_start = math.floor(max_steps - config.effective("decay_fraction") * max_steps)  # as the schedule computes it
     store = CheckpointStore(Path(config.output_dir))
-    kept = [step for step in store.steps() if step <= decay_start]
+    schedule = replace(config, max_steps=longer).schedule()
+    kept = []
+    for step in store.steps():
+        with suppress(CheckpointError):  # an invalid checkpoint is left out
+            if step <= decay_start and has_past(open_checkpoint(store.path(step)).state["identity"], schedule, step):
+                kept.append(step)
     old, new = (shlex.quote(f"{config.output_dir}{suffix}") for suffix in ("", "-longer"))
     if not kept:
         return (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from homebrew.metrics.run_settings import Settings
 from homebrew.plotting.run_record import RunRecord
 
-_COMPARED = ("config/", "optimizer/class", "model/", "train_dataset/", "mixed_precision", "device", "num_processes")
+_COMPARED = ("optimizer/class", "config/", "model/", "train_dataset/", "mixed_precision", "device", "num_processes")
 """Beginnings of the names of settings that tell runs apart, the most telling first."""
 _NOT_COMPARED = frozenset(
     """
@@ -67,6 +67,8 @@ def _shown_name(key: str) -> str:
 
 
 def _value(value: float | str) -> str:
+    if value == "None":
+        return "default"
     return _shortened(f"{value:g}" if isinstance(value, float) else str(value), _MAX_VALUE)
 
 
