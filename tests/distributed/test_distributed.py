@@ -487,7 +487,8 @@ def processes_of(folder):
 def test_launcher_ends_the_job_when_a_rank_hangs_or_dies(tmp_path, stop, timeout):
     [(code, text)] = launch(tmp_path, "ddp2", run={"signal": stop, "max_steps": 12, "timeout": timeout})
     assert code != 0
-    assert error_lines(text)[0].startswith("RuntimeError: "), text  # of rank 0's collective
+    # Rank 0's collective fails, unless the launcher has ended rank 0 before.
+    assert error_lines(text)[0].startswith(("RuntimeError: ", "torch.distributed.elastic.")), text
     assert processes_of(tmp_path) == []
 
 
