@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -138,8 +139,17 @@ def fit_micro_batch_size(
     share = plan.global_batch_size // accelerator.num_processes
     sizes = [size for size in range(1, most + 1) if share % size == 0]
 
+    def run_trial(size: int) -> None:
+        """Run two micro-batches, with the optimizer state allocated; the second one accumulates gradients."""
+        _reserved = _reserve_optimizer_state(accelerator, model, num_moments)
+        ids = torch.zeros(size, sequence_length, dtype=torch.int64, device=accelerator.device)
+        for _ in range(2):
+            with accelerator.autocast():
+                loss = loss_function(model, ids, ids)
+            loss.backward()  # type: ignore[no-untyped-call]
+
     def fits(size: int) -> bool:
-        fits_here = _fits(accelerator, model, size, sequence_length, num_moments, loss_function)
+        fits_here = _fits(accelerator.device, model, partial(run_trial, size))
         num_fits = accelerator.reduce(torch.tensor(float(fits_here), device=accelerator.device), "sum")
         return bool(num_fits.item() == accelerator.num_processes)
 
@@ -194,21 +204,12 @@ def explain_out_of_memory(accelerator: Accelerator, plan: BatchPlan) -> Iterator
 _MEMORY_ADVICE = "Set activation_checkpointing=True, shard the model with FSDP2 over more GPUs, or use a smaller model."
 
 
-def _fits(
-    accelerator: Accelerator,
-    model: nn.Module,
-    size: int,
-    sequence_length: int,
-    num_moments: int,
-    loss_function: LossFunction,
-) -> bool:
+def _fits(device: torch.device, model: nn.Module, run_trial: Callable[[], None]) -> bool:
     """Return whether a trial fits on this rank; its memory is freed, and is not counted in the logged peak."""
-    device = accelerator.device
     try:
         with trial(model):
             model.train()
-            # A function frees the tensors of the trial.
-            _run_trial(accelerator, model, size, sequence_length, num_moments, loss_function)
+            run_trial()  # a function, so that its tensors are freed
     except torch.OutOfMemoryError:
         return False
     else:
@@ -218,23 +219,6 @@ def _fits(
         clear_device_cache(garbage_collection=True)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-
-
-def _run_trial(
-    accelerator: Accelerator,
-    model: nn.Module,
-    size: int,
-    sequence_length: int,
-    num_moments: int,
-    loss_function: LossFunction,
-) -> None:
-    """Run two micro-batches, with the optimizer state allocated; the second one accumulates gradients."""
-    _reserved = _reserve_optimizer_state(accelerator, model, num_moments)
-    ids = torch.zeros(size, sequence_length, dtype=torch.int64, device=accelerator.device)
-    for _ in range(2):
-        with accelerator.autocast():
-            loss = loss_function(model, ids, ids)
-        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _reserve_optimizer_state(accelerator: Accelerator, model: nn.Module, num_moments: int) -> list[torch.Tensor]:
