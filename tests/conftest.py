@@ -161,6 +161,18 @@ def device(request):
 
 
 @pytest.fixture
+def deterministic(monkeypatch):
+    """Use deterministic kernels on a GPU, whose fastest ones sum in an order that varies between runs."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def captured(monkeypatch):
     """Return the CUDA graphs captured so far. On a CPU, a replay calls the function and copies its result in place."""
     captured, on_gpu = [], CudaGraph._capture

@@ -1,7 +1,6 @@
 """Computes the micro-batch size and the number of accumulation steps."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +18,8 @@ from homebrew.training.trainer_config import TrainerConfig
 
 _TOKENS_WITHOUT_CUDA = 4_096
 """Tokens of a micro-batch on other devices than CUDA GPUs, if the user does not set a micro-batch size."""
+
+MEMORY_ADVICE = "Set activation_checkpointing=True, shard the model with FSDP2 over more GPUs, or use a smaller model."
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def fit_micro_batch_size(
     if size is None:
         raise TrainingError(
             f"Not even one sequence of {sequence_length} tokens fits in memory on every process, next to the weights, "
-            f"gradients and optimizer state. {_MEMORY_ADVICE}"
+            f"gradients and optimizer state. {MEMORY_ADVICE}"
         )
     return BatchPlan(plan.global_batch_size, size, share // size)
 
@@ -177,31 +178,6 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int 
         else:
             high = middle
     return sizes[low - 1] if low else None
-
-
-@contextmanager
-def explain_out_of_memory(accelerator: Accelerator, plan: BatchPlan) -> Iterator[None]:
-    """Turn an out-of-memory error within the context into one that says what to change.
-
-    Raises:
-        TrainingError: A step ran out of memory.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        smaller = next((n for n in range(plan.micro_batch_size - 1, 0, -1) if plan.micro_batch_size % n == 0), None)
-        advice = _MEMORY_ADVICE
-        if smaller is not None:
-            advice = (
-                f"Lower micro_batch_size: {smaller} or 'auto' keeps the global batch. Alternatively: {_MEMORY_ADVICE}"
-            )
-        raise TrainingError(
-            f"Process {accelerator.process_index} ran out of memory on {accelerator.device} with "
-            f"micro_batch_size={plan.micro_batch_size}. {advice}"
-        ) from error
-
-
-_MEMORY_ADVICE = "Set activation_checkpointing=True, shard the model with FSDP2 over more GPUs, or use a smaller model."
 
 
 def _fits(device: torch.device, model: nn.Module, run_trial: Callable[[], None]) -> bool:

@@ -30,8 +30,8 @@ from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LanguageModel
 from homebrew.training.argument_names import explain_unknown_arguments
 from homebrew.training.arguments import check_arguments, check_start
-from homebrew.training.batch_size import explain_out_of_memory
 from homebrew.training.compile import warm_up_compiled
+from homebrew.training.device_errors import explain_device_asserts, explain_out_of_memory
 from homebrew.training.global_settings import exclusive_training
 from homebrew.training.optimizer import set_learning_rates
 from homebrew.training.run_requests import RunRequests
@@ -135,6 +135,7 @@ class Trainer:
         )
 
     @explain_unknown_arguments
+    @explain_device_asserts()
     def train(
         self, resume: bool | str | Path = False, *, accept_changes: Collection[str] = (), overwrite: bool = False
     ) -> None:
@@ -155,6 +156,7 @@ class Trainer:
             LaunchError: The ranks have different settings.
             CheckpointError: The checkpoint does not exist, is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
+            ModelError: An id is outside the model's vocabulary, which was not known before.
         """
         check_start(resume, overwrite=overwrite)
         with (
@@ -199,6 +201,7 @@ class Trainer:
             raise
         self._end(None)
 
+    @explain_device_asserts()
     def evaluate(self, dataset: Dataset[Any] | None = None) -> EvalMetrics:
         """Compute the mean loss over a dataset, each target counted once on any number of processes.
 
