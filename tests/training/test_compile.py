@@ -23,6 +23,10 @@ GRAPHS = {"triton.cudagraphs": True}
         ("cuda", "auto", {"memory": 15 * 400}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"flops": LAUNCH_BOUND_FLOPS, "dropout": 0.1}, "kernels", {}),
         ("cuda", "auto", {"distributed": DistributedType.MULTI_GPU}, "kernels", {}),
+        ("cuda", "auto", {"max_steps": 100}, "captured", None),
+        ("cuda", "auto", {"max_steps": 100, "recomputes": True}, "cuda_graphs", GRAPHS),
+        ("cuda", "auto", {"max_steps": 100, "flops": LAUNCH_BOUND_FLOPS}, "kernels", {}),
+        ("cuda", True, {"max_steps": 100}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"launcher": DynamoBackend.INDUCTOR}, "none", None),
         ("cuda", "auto", {"graphs": False}, "kernels", {}),  # another model than a GPT
         ("cuda", False, {}, "none", None),
@@ -32,10 +36,11 @@ GRAPHS = {"triton.cudagraphs": True}
 )
 def test_compile_mode_and_options(monkeypatch, device, wanted, changes, mode, options):
     case = {"flops": 1e9, "micro_batches": 1, "memory": 10**9, "distributed": DistributedType.NO, "dropout": 0.0}
-    case |= {"launcher": DynamoBackend.NO, "graphs": True, **changes}
+    case |= {"launcher": DynamoBackend.NO, "graphs": True, "recomputes": False, "max_steps": 10**9, **changes}
     model = nn.Linear(10, 10, bias=False)  # 400 bytes
     model.config = SimpleNamespace(dropout=case["dropout"])
-    interface = SimpleNamespace(supports_cuda_graphs=case["graphs"])
+    block = SimpleNamespace(activation_checkpointing=case["recomputes"])
+    interface = SimpleNamespace(supports_cuda_graphs=case["graphs"], blocks=lambda: [block])
     monkeypatch.setattr("homebrew.training.compile.interface_of", lambda _: interface)
     calls = []
     monkeypatch.setattr(model, "compile", lambda **settings: calls.append(settings))
@@ -47,7 +52,8 @@ def test_compile_mode_and_options(monkeypatch, device, wanted, changes, mode, op
         distributed_type=case["distributed"],
     )
     batch = BatchPlan(case["micro_batches"], 1, case["micro_batches"])
-    assert compile_model(model, wanted, accelerator, batch, micro_batch_flops=case["flops"]) == mode
+    sizes = {"micro_batch_flops": case["flops"], "max_steps": case["max_steps"]}
+    assert compile_model(model, wanted, accelerator, batch, **sizes) == mode
     assert calls == ([] if options is None else [{"options": options, "dynamic": False}])
 
 
@@ -77,7 +83,7 @@ def test_more_models_are_compiled_than_the_default_limit_allows():
     with config.patch(recompile_limit=limit):
         for width in range(2, 2 + limit + 2):
             model = Model(width)
-            compile_model(model, True, Accelerator(cpu=True), BatchPlan(1, 1, 1), micro_batch_flops=1.0)
+            compile_model(model, True, Accelerator(cpu=True), BatchPlan(1, 1, 1), micro_batch_flops=1.0, max_steps=1)
             model(torch.ones(2, width))
             assert compiled[-1] is model
 

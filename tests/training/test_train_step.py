@@ -34,7 +34,7 @@ class Steps:
         self,
         device,
         *,
-        use_graphs=False,
+        graphs=None,
         num_micro_batches=1,
         policy="skip",
         zscore=None,
@@ -47,7 +47,7 @@ class Steps:
         self.optimizer = OPTIMIZERS[optimizer](self.model, **settings)
         self.guard = NanGuard(self.optimizer, policy, 100, self.model.device, spike_zscore=zscore)
         self.num_micro_batches = num_micro_batches
-        self.use_graphs = use_graphs
+        self.graphs = graphs
         self.build()
         self.generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
@@ -63,8 +63,9 @@ class Steps:
             self.accelerator,
             loss_function=module_loss,
             max_grad_norm=1.0,
-            accumulate_in_place=self.use_graphs and self.num_micro_batches > 1,
-            capture_update=self.use_graphs,
+            accumulate_in_place=self.graphs == "all" or (bool(self.graphs) and self.num_micro_batches > 1),
+            capture_passes=self.graphs == "all",
+            capture_update=bool(self.graphs),
         )
 
     def take(self, count, before_step=lambda: None):
@@ -97,6 +98,10 @@ class Steps:
         return skipped
 
 
+GRAPHS = ["update", "all"]
+"""What is captured: the update, or also the forward and backward passes of a model that is not compiled."""
+
+
 def assert_same(one, other, **tolerance):
     for a, b in zip([*one.state(), *one.results], [*other.state(), *other.results], strict=True):
         torch.testing.assert_close(a, b, **tolerance)
@@ -107,20 +112,22 @@ def tolerance(device, optimizer):
     return {"rtol": 1e-3, "atol": 1e-3} if (device, optimizer) == ("cuda", "muon") else {"rtol": 2e-5, "atol": 2e-6}
 
 
+@pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("num_micro_batches", [1, 3])
-def test_a_graph_computes_the_same_steps(device, num_micro_batches, captured, optimizer):
-    eager = Steps(device, use_graphs=False, num_micro_batches=num_micro_batches, optimizer=optimizer).take(8)
+def test_a_graph_computes_the_same_steps(device, num_micro_batches, captured, optimizer, graphs):
+    eager = Steps(device, graphs=None, num_micro_batches=num_micro_batches, optimizer=optimizer).take(8)
     assert captured == []
-    graphed = Steps(device, use_graphs=True, num_micro_batches=num_micro_batches, optimizer=optimizer).take(8)
+    graphed = Steps(device, graphs=graphs, num_micro_batches=num_micro_batches, optimizer=optimizer).take(8)
     # Without accumulation in place, gradients stay at one address only if the compiler's CUDA graphs keep them there.
-    assert len(captured) == 1 or num_micro_batches == 1
+    assert len(captured) == (2 if graphs == "all" else 1) or num_micro_batches == 1
     assert_same(eager, graphed, **tolerance(device, optimizer))
     assert len({float(grad_norm) for _, _, _, grad_norm in graphed.results}) == 8  # no replay overwrites a result
 
 
+@pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_change_that_a_graph_cannot_see_makes_it_capture_again(device, captured, optimizer):
+def test_a_change_that_a_graph_cannot_see_makes_it_capture_again(device, captured, optimizer, graphs):
     num_captured = []
 
     def take_with_changes(steps):
@@ -144,15 +151,16 @@ def test_a_change_that_a_graph_cannot_see_makes_it_capture_again(device, capture
         take()
         return steps
 
-    eager = take_with_changes(Steps(device, use_graphs=False, num_micro_batches=3, optimizer=optimizer))
-    graphed = take_with_changes(Steps(device, use_graphs=True, num_micro_batches=3, optimizer=optimizer))
+    eager = take_with_changes(Steps(device, graphs=None, num_micro_batches=3, optimizer=optimizer))
+    graphed = take_with_changes(Steps(device, graphs=graphs, num_micro_batches=3, optimizer=optimizer))
     assert_same(eager, graphed, **tolerance(device, optimizer))
-    assert num_captured == [0] * 6 + [1, 2, 3, 4, 5, 6]
+    assert num_captured == [0] * 6 + ([1, 2, 3, 4, 5, 6] if graphs == "update" else [2, 3, 5, 6, 8, 10])
 
 
+@pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_graph_skips_non_finite_steps(device, captured, optimizer):
-    steps = Steps(device, use_graphs=True, num_micro_batches=3, optimizer=optimizer).take(6)
+def test_a_graph_skips_non_finite_steps(device, captured, optimizer, graphs):
+    steps = Steps(device, graphs=graphs, num_micro_batches=3, optimizer=optimizer).take(6)
     before = [value.clone() for value in steps.state()]
     hook = steps.model.transformer.ln_f.bias.register_hook(lambda gradient: gradient * torch.nan)
     steps.take(2)
@@ -163,15 +171,16 @@ def test_a_graph_skips_non_finite_steps(device, captured, optimizer):
     assert not torch.equal(before[0], steps.state()[0])
 
 
+@pytest.mark.parametrize("graphs", GRAPHS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("policy", "zscore"), [("raise", None), ("skip", 3.0), ("raise", 3.0)])
-def test_a_graph_keeps_the_guard_state(device, policy, zscore, captured, optimizer, monkeypatch):
+def test_a_graph_keeps_the_guard_state(device, policy, zscore, captured, optimizer, graphs, monkeypatch):
     monkeypatch.setattr("homebrew.training.nan_guard.SPIKE_WARMUP", 6)
     runs = []
-    for use_graphs in (False, True):
-        steps = Steps(
-            device, use_graphs=use_graphs, num_micro_batches=2, policy=policy, zscore=zscore, optimizer=optimizer
-        ).take(8)
+    for kind in (None, graphs):
+        steps = Steps(device, graphs=kind, num_micro_batches=2, policy=policy, zscore=zscore, optimizer=optimizer).take(
+            8
+        )
         embedding = steps.model.transformer.wte.weight
         original = embedding.detach().clone()
         steps.take(1, before_step=lambda weight=embedding: weight.data.mul_(50.0))
@@ -189,8 +198,33 @@ def test_a_graph_keeps_the_guard_state(device, policy, zscore, captured, optimiz
     torch.testing.assert_close(eager.guard.state_dict()["history"], graphed.guard.state_dict()["history"])
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre", "parameter"])
+def test_hooks_are_called_in_each_pass(captured, kind):
+    steps = Steps("cpu", graphs="all", num_micro_batches=2).take(3)
+    calls = []
+    norm = steps.model.transformer.ln_f
+    register = norm.bias.register_hook if kind == "parameter" else getattr(norm, f"register_{kind}_hook")
+    hook = register(lambda *_: calls.append(1))
+    steps.take(3)
+    hook.remove()
+    steps.take(3)
+    assert captured
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("change", [lambda m: m.transformer.eval(), lambda m: setattr(m.transformer, "dropout", 0.9)])
+def test_a_changed_attribute_of_a_module_is_used(captured, change):
+    runs = []
+    for graphs in (None, "all"):
+        steps = Steps("cpu", graphs=graphs, num_micro_batches=2).take(3)
+        change(steps.model)
+        runs.append(steps.take(3))
+    assert len(captured) == 3
+    assert_same(*runs, **tolerance("cpu", "adamw"))
+
+
 def test_accumulation_in_place_allocates_gradients_before_the_first_backward():
-    steps = Steps("cpu", use_graphs=True, num_micro_batches=2)
+    steps = Steps("cpu", graphs="update", num_micro_batches=2)
     is_allocated = []
     steps.model.register_forward_pre_hook(
         lambda *_: is_allocated.append(all(p.grad is not None for p in steps.model.parameters()))
@@ -202,12 +236,12 @@ def test_accumulation_in_place_allocates_gradients_before_the_first_backward():
 
 
 def test_gradients_are_freed_after_a_step_without_graphs():
-    steps = Steps("cpu", use_graphs=False, num_micro_batches=2).take(1)
+    steps = Steps("cpu", graphs=None, num_micro_batches=2).take(1)
     assert all(parameter.grad is None for parameter in steps.model.parameters())
 
 
 def test_start_clears_the_gradients_of_a_step_that_raised():
-    steps = Steps("cpu", use_graphs=False, num_micro_batches=2).take(1)
+    steps = Steps("cpu", graphs=None, num_micro_batches=2).take(1)
     hook = steps.model.transformer.ln_f.bias.register_hook(lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         steps.take(1)
@@ -219,7 +253,7 @@ def test_start_clears_the_gradients_of_a_step_that_raised():
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_graph_reads_learning_rates_from_tensors(captured, optimizer):
-    steps = Steps("cpu", use_graphs=True, num_micro_batches=2, optimizer=optimizer)
+    steps = Steps("cpu", graphs="update", num_micro_batches=2, optimizer=optimizer)
     read = []
     steps.optimizer.register_step_pre_hook(
         lambda optimizer, *_: read.append([group["lr"] for group in optimizer.param_groups])
@@ -231,7 +265,7 @@ def test_a_graph_reads_learning_rates_from_tensors(captured, optimizer):
 
 
 def test_learning_rates_of_a_graph_are_on_the_device_of_the_accelerator(captured):
-    steps = Steps("cpu", use_graphs=True, num_micro_batches=2)
+    steps = Steps("cpu", graphs="update", num_micro_batches=2)
     with torch.device("meta"):
         steps.build()
     steps.take(3)

@@ -70,8 +70,11 @@ def test_resume_is_bitwise_identical(tmp_path, kind):
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_of_cuda_graphs_follows_the_schedule_and_resumes_bitwise(tmp_path, monkeypatch, captured, optimizer):
-    monkeypatch.setattr("homebrew.training.setup.compile_model", lambda *_, **__: "cuda_graphs")
+@pytest.mark.parametrize(("mode", "num_graphs"), [("cuda_graphs", 1), ("captured", 2)])
+def test_a_run_of_cuda_graphs_follows_the_schedule_and_resumes_bitwise(
+    tmp_path, monkeypatch, captured, optimizer, mode, num_graphs
+):
+    monkeypatch.setattr("homebrew.training.setup.compile_model", lambda *_, **__: mode)
 
     def train(folder, *callbacks, resume=False, **settings):
         settings |= {"optimizer": optimizer, "max_steps": 9, "micro_batch_size": 4}
@@ -80,10 +83,10 @@ def test_a_run_of_cuda_graphs_follows_the_schedule_and_resumes_bitwise(tmp_path,
         return weights(trainer)
 
     uninterrupted = train("graph")
-    assert len(captured) == 1
+    assert len(captured) == num_graphs
     train("stopped", StopAt(5))
     assert equal(train("stopped", resume=True), uninterrupted)
-    assert len(captured) == 3
+    assert len(captured) == 3 * num_graphs
     constant = train("constant", schedule=lambda step: 1.0)
     monkeypatch.undo()
     eager = train("eager")

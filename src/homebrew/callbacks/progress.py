@@ -54,7 +54,9 @@ class ProgressDisplay(Callback):
         self._saved_step = trainer.step or None
         self._has_logged = False
         summary, max_steps = _summary(trainer), trainer.config.max_steps
-        waiting = "compiling the model…" if trainer.compile_mode != "none" else "taking the first step…"
+        waiting = (
+            "compiling the model…" if trainer.compile_mode in ("kernels", "cuda_graphs") else "taking the first step…"
+        )
         if is_finished := trainer.step >= max_steps:
             waiting = ""
         if self._console.is_jupyter:

@@ -11,6 +11,7 @@ from homebrew.data.loader import Batch
 from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LossFunction
+from homebrew.model.lora import lora_layers
 from homebrew.model.trial import trial
 from homebrew.training.batch_size import BatchPlan
 from homebrew.training.global_settings import raise_recompile_limit
@@ -19,12 +20,17 @@ LAUNCH_BOUND_FLOPS = 1.5e13
 """Micro-batches of fewer FLOPs are compiled into CUDA graphs. An H200 runs this many in 30 ms, which is about
 the time that Python needs to launch the kernels of GPT-2 small."""
 
+SHORT_RUN_FLOPS = 5e15
+"""Runs of fewer FLOPs whose micro-batches are launch-bound are captured without compiling, which would take longer than
+it saves: for nanoGPT's `shakespeare_char` some 13 s, or the time it saves in 4,500 steps."""
+
 EAGER_EVALUATION_FLOPS = 4e12
 """Models whose training micro-batch has fewer FLOPs are evaluated uncompiled: a pass takes milliseconds, and compiling
 it took 6.5 s."""
 
-CompileMode = Literal["none", "kernels", "cuda_graphs"]
-"""How the model runs: eagerly; compiled; or compiled, with forward and backward passes replayed as CUDA graphs."""
+CompileMode = Literal["none", "kernels", "cuda_graphs", "captured"]
+"""How the model runs: eagerly; compiled; compiled, with forward and backward passes replayed as CUDA graphs; or not
+compiled, but with forward and backward pass replayed as one CUDA graph."""
 
 
 def compile_model(
@@ -34,8 +40,9 @@ def compile_model(
     batch: BatchPlan,
     *,
     micro_batch_flops: float,
+    max_steps: int,
 ) -> CompileMode:
-    """Compile a model in place, so that the names in its state dict do not change.
+    """Compile a model in place, so that the names in its state dict do not change, if that pays.
 
     Compilation happens at the first call.
 
@@ -45,6 +52,7 @@ def compile_model(
         accelerator: The run's Accelerator. If its launcher chose a Dynamo backend, compilation is left to Accelerate.
         batch: How a step is divided into micro-batches.
         micro_batch_flops: FLOPs of one micro-batch, forward and backward.
+        max_steps: Steps of the run.
 
     Returns:
         How the model is compiled.
@@ -52,11 +60,6 @@ def compile_model(
     on_cuda = accelerator.device.type == "cuda"
     if not (on_cuda if wanted == "auto" else wanted) or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         return "none"
-    raise_recompile_limit()
-    if uses_fsdp(accelerator):
-        for block in interface_of(model).blocks():  # FSDP gathers weights between blocks
-            block.compile()
-        return "kernels"
     use_graphs = (
         on_cuda
         and interface_of(model).supports_cuda_graphs
@@ -64,6 +67,14 @@ def compile_model(
         and accelerator.distributed_type == DistributedType.NO
         and (batch.accumulation_steps == 1 or _gradients_fit_twice(model))
     )
+    is_short = max_steps * batch.accumulation_steps * micro_batch_flops < SHORT_RUN_FLOPS
+    if wanted == "auto" and use_graphs and is_short and not _recomputes(model):
+        return "captured"
+    raise_recompile_limit()
+    if uses_fsdp(accelerator):
+        for block in interface_of(model).blocks():  # FSDP gathers weights between blocks
+            block.compile()
+        return "kernels"
     options = {"triton.cudagraphs": True} if use_graphs else {}
     if use_graphs and model.config.dropout:  # type: ignore[union-attr]  # only a GPT supports graphs
         # Inductor's kernel for the sums of a layer norm along both axes is slow if it also contains a dropout.
@@ -100,6 +111,11 @@ def warm_up_compiled(
                     loss_function(model, input_ids, targets)
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Return whether a GPT recomputes activations, which looks at the random state, as a capture must not."""
+    return bool(lora_layers(model)) or any(block.activation_checkpointing for block in interface_of(model).blocks())
 
 
 def _gradients_fit_twice(model: nn.Module) -> bool:

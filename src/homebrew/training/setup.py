@@ -107,8 +107,10 @@ def build_parts(
         loss_function = interface.loss_function()
     batch = plan_batch_for_device(accelerator, bare, config, sequence_length, loss_function)
     flops = interface.flops_per_token(sequence_length) * sequence_length * batch.micro_batch_size
-    compile_mode = compile_model(bare, config.compile, accelerator, batch, micro_batch_flops=flops)
-    use_graphs = compile_mode == "cuda_graphs"
+    compile_mode = compile_model(
+        bare, config.compile, accelerator, batch, micro_batch_flops=flops, max_steps=config.max_steps
+    )
+    use_graphs = compile_mode in ("cuda_graphs", "captured")
     collate = build_collate(interface, sequence_length, compile_mode)
 
     check_trainable(bare, optimizer)
@@ -154,7 +156,8 @@ def build_parts(
         accelerator,
         loss_function=loss_function,
         max_grad_norm=max_grad_norm,
-        accumulate_in_place=use_graphs and batch.accumulation_steps > 1,
+        accumulate_in_place=compile_mode == "captured" or (use_graphs and batch.accumulation_steps > 1),
+        capture_passes=compile_mode == "captured",
         capture_update=use_graphs and optimizer is None and not uses_scaler,
     )
     return TrainerParts(

@@ -1,13 +1,13 @@
 """One optimizer step: forward and backward passes, gradient clipping, the guard, and the optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from homebrew.data.loader import Batch
@@ -34,8 +34,9 @@ class TrainStep:
         max_grad_norm: Gradients are clipped to this global norm.
         accumulate_in_place: Keep the gradient tensors between steps and zero them, instead of setting them to None.
             Needed if gradients are accumulated over CUDA graphs, whose next replay overwrites the gradients that the
-            previous one returned. Unused parameters then have gradients of zero instead of None, so weight decay
-            applies to them.
+            previous one returned, and if the passes are captured. Unused parameters then have gradients of zero instead
+            of None, so weight decay applies to them.
+        capture_passes: Run the forward and backward pass of an uncompiled model as a CUDA graph, unless it has hooks.
         capture_update: Run the update as a CUDA graph. Needs a GPU, a fused optimizer and no gradient scaler. Optimizer
             hooks are not called when a graph is replayed.
     """
@@ -50,6 +51,7 @@ class TrainStep:
         loss_function: LossFunction,
         max_grad_norm: float,
         accumulate_in_place: bool,
+        capture_passes: bool,
         capture_update: bool,
     ) -> None:
         self._model = model
@@ -66,6 +68,8 @@ class TrainStep:
         self._max_grad_norm = max_grad_norm
         self._keeps_weights_gathered = keeps_weights_gathered(accelerator)
         self._accumulate_in_place = accumulate_in_place
+        self._passes = CudaGraph(self._pass, self._pass_dependencies) if capture_passes else self._pass
+        self._hooks = [hooks for module in self._modules for hooks in _hooks(module)]
         self._learning_rates = [
             torch.zeros((), device=accelerator.device) for _ in optimizer.param_groups if capture_update
         ]
@@ -186,16 +190,31 @@ class TrainStep:
         accelerator.gradient_accumulation_steps = len(micro_batches)  # shared by all Accelerators of a process
         weights = micro_batch_weights(accelerator, micro_batches)  # their numbers of targets may differ
         scale = accelerator.num_processes * len(micro_batches)  # Accelerate and DDP divide by this
+        passes = self._pass if self._has_hooks() else self._passes  # a replay would not call them
         losses = []
         for (input_ids, targets), weight in zip(micro_batches, weights, strict=True):
             with accelerator.accumulate(self._model):
                 if self._keeps_weights_gathered:
                     self._model.set_reshard_after_backward(accelerator.sync_gradients)
-                loss = self._loss_function(self._model, input_ids, targets)
-                accelerator.backward(loss, gradient=weight * scale)
-            losses.append(loss.detach() * weight)  # a copy: the next replay of a CUDA graph overwrites its loss
+                loss = passes(input_ids, targets, weight * scale)
+            losses.append(loss * weight)  # a copy: the next replay of a CUDA graph overwrites its loss
         total: Tensor = accelerator.reduce(torch.stack(losses).sum(), "sum")
         return total
+
+    def _pass(self, input_ids: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+        """Run a forward and backward pass, given the gradient of the step's loss by this one; return the loss."""
+        loss = self._loss_function(self._model, input_ids, targets)
+        self._accelerator.backward(loss, gradient=gradient)
+        return loss.detach()
+
+    def _has_hooks(self) -> bool:
+        return any(self._hooks) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
+
+    def _pass_dependencies(self) -> list[object]:
+        """Return everything else that a captured pass reads or writes, such as the rate of a dropout."""
+        tensors: list[object] = [tensor for p in self._parameters for tensor in (p, p.grad, p.requires_grad)]
+        attributes = [value for m in self._modules for value in vars(m).values() if isinstance(value, int | float)]
+        return tensors + attributes + list(self._model.buffers())
 
     def _check_gradients(self) -> None:
         """Check that DDP has reduced all gradients: it does not if a parameter has none.
@@ -262,6 +281,10 @@ class TrainStep:
         states = [value for o in optimizers for state in o.state.values() for value in state.values()]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         return tensors + states + [group[key] for group in groups for key in group if key not in ("params", "lr")]
+
+
+def _hooks(module: nn.Module) -> list[Mapping[int, Any]]:
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
 def _ddp_needs_all_gradients(accelerator: Accelerator) -> bool:
