@@ -20,12 +20,15 @@ from homebrew.model.lora import LoRAConfig, add_lora
 SHAPE = GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
 
 
-def fsdp_accelerator(num_processes=2, **settings):
+def fsdp_accelerator(num_processes=2, device="cpu", **settings):
     """A stand-in with the attributes that `configure_fsdp` reads; a real Accelerator has FSDP on GPUs only."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
     plugin.set_mixed_precision("bf16")
     state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=Accelerator(cpu=True).state.dynamo_plugin)
-    return SimpleNamespace(state=state, parallelism_config=None, num_processes=num_processes, is_fsdp2=True)
+    device = torch.device(device)
+    return SimpleNamespace(
+        state=state, parallelism_config=None, num_processes=num_processes, is_fsdp2=True, device=device
+    )
 
 
 def test_nothing_is_configured_without_fsdp():
@@ -51,6 +54,16 @@ def test_configure_fsdp_overrides_accelerate_defaults():
 def test_keeps_weights_gathered(num_processes, reshard, expected):
     accelerator = fsdp_accelerator(num_processes, reshard_after_forward=reshard)
     configure_fsdp(accelerator, GPT(SHAPE))
+    assert keeps_weights_gathered(accelerator) is expected
+
+
+@pytest.mark.parametrize(("times", "expected"), [(15.9, False), (16, True), (100, True)])
+def test_small_weights_are_kept_gathered(monkeypatch, times, expected):
+    model = GPT(SHAPE)
+    in_bfloat16 = 2 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, int(times * in_bfloat16)))
+    accelerator = fsdp_accelerator(device="cuda", reshard_after_forward=True)
+    configure_fsdp(accelerator, model)
     assert keeps_weights_gathered(accelerator) is expected
 
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from homebrew.errors import LaunchError
 from homebrew.model.interfaces import interface_of
 
+GATHERED_SHARE = 1 / 16
+"""Gathered weights that take at most this share of a GPU's memory are kept between the passes of a step."""
+
 
 def uses_fsdp(accelerator: Accelerator) -> bool:
     """Return whether the run is sharded by FSDP2."""
@@ -22,7 +25,8 @@ def configure_fsdp(accelerator: Accelerator, model: nn.Module) -> bool:
     """Make Accelerate's FSDP2 shard a model block by block and reduce gradients in float32; without FSDP, do nothing.
 
     Each block is an FSDP unit. In a GPT, the embeddings, the final norm and the head, which shares the embedding's
-    weight, belong to the root unit.
+    weight, belong to the root unit. If gathered weights are small, they are kept whatever the launch asks for:
+    gathering them again in each pass costs time, and frees little memory.
 
     Returns:
         Whether the launch asks for activation checkpointing. Accelerate's does not restore the random state, so the
@@ -48,11 +52,21 @@ def configure_fsdp(accelerator: Accelerator, model: nn.Module) -> bool:
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
         )
-    if accelerator.num_processes == 1:
-        plugin.reshard_after_forward = False  # a single shard holds the full weights anyway
+    if accelerator.num_processes == 1 or _fits_gathered(model, accelerator):  # one shard is the full weights anyway
+        plugin.reshard_after_forward = False
     activation_checkpointing = bool(plugin.activation_checkpointing)
     plugin.activation_checkpointing = False
     return activation_checkpointing
+
+
+def _fits_gathered(model: nn.Module, accelerator: Accelerator) -> bool:
+    if accelerator.device.type != "cuda":
+        return False
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    dtype = None if policy is None else policy.param_dtype
+    num_bytes = sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
+    _, total = torch.cuda.mem_get_info(accelerator.device)
+    return num_bytes <= GATHERED_SHARE * total
 
 
 def check_fsdp_options(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
