@@ -55,7 +55,7 @@ def test_a_terminal_keeps_a_table_within_80_columns_and_gets_its_cursor_back(tmp
     console = terminal()
     train(tmp_path, ProgressDisplay(console))
     output = console.file.getvalue()
-    assert ("compiling the model…" if torch.cuda.is_available() else "taking the first step…") in output
+    assert "taking the first step…" in output  # a short run is not compiled
     summary, header, *rest = screen(output)
     assert "float32" in summary
     on_gpu = ["MFU", "memory"] if torch.cuda.is_available() else []

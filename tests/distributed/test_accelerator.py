@@ -36,8 +36,7 @@ def test_auto_precision_is_bf16_on_a_cpu_with_native_bf16(tmp_path, monkeypatch,
     ],
 )
 def test_precision_under_accelerate_launch(tmp_path, monkeypatch, launcher, requested, native, expected, reason):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
+    monkeypatch.setattr("homebrew.distributed.precision.has_native_bf16", lambda: native)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     accelerator = build_accelerator(output_dir=tmp_path, mixed_precision=requested)
     assert accelerator.mixed_precision == expected

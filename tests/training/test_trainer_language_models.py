@@ -114,7 +114,9 @@ def test_the_loss_that_balances_experts_is_trained_but_not_evaluated(tmp_path, n
         logits = model.eval()(input_ids=INPUT_IDS).logits
     expected = F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten())
     trainer = make_trainer(tmp_path, model=model)
-    assert trainer.evaluate(list(zip(INPUT_IDS, TARGETS, strict=True))).loss == pytest.approx(expected.item(), abs=1e-6)
+    assert trainer.evaluate(list(zip(INPUT_IDS, TARGETS, strict=True))).loss == pytest.approx(
+        expected.item(), abs=1e-3 if ON_GPU else 1e-6
+    )
     on_device = [ids.to(trainer.accelerator.device) for ids in batch()]
     assert trainer._loss_function(model.train(), *on_device).item() > expected.item() + 5e-4
 
@@ -273,7 +275,7 @@ def test_an_export_has_equal_logits_in_transformers(tmp_path, name):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert type(loaded) is type(trainer.model)
     with torch.no_grad():
-        expected = trainer.model.eval()(input_ids=INPUT_IDS).logits
+        expected = trainer.model.cpu().eval()(input_ids=INPUT_IDS).logits
         assert torch.equal(loaded.eval()(input_ids=INPUT_IDS).logits, expected)
 
 
@@ -338,7 +340,7 @@ def test_a_micro_batch_without_targets_changes_nothing(tmp_path, name, micro_bat
     dataset = AllIgnored(lambda i: True if micro_batch_size == 8 else i % 3 == 0)
     trainer = make_trainer(tmp_path, model=model, train_dataset=dataset, weight_decay=0.0, **options)
     trainer.train()
-    changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])]
+    changed = [n for n, p in trainer.model.named_parameters() if not torch.equal(p.cpu(), before[n])]
     if micro_batch_size == 8:
         assert (recorder.losses[1], changed) == (0.0, [])
     else:
@@ -600,7 +602,7 @@ def test_an_id_outside_the_vocabulary_is_an_error_on_a_gpu(tmp_path):
     command = [sys.executable, "-c", script, tmp_path]
     path = os.pathsep.join(sys.path)
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert result.stderr.strip().splitlines()[-1].startswith("homebrew.errors.ModelError"), result.stderr
+    assert "homebrew.errors.ModelError: The GPU met an index" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("name", ["llama", "nanogpt", "mixed"])
@@ -616,6 +618,7 @@ def test_samples_of_different_lengths(tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT
+@pytest.mark.usefixtures("deterministic")
 def test_an_adapter_of_peft_is_trained_resumed_and_saved(tmp_path):
     def build():
         with torch.random.fork_rng():
@@ -632,7 +635,7 @@ def test_an_adapter_of_peft_is_trained_resumed_and_saved(tmp_path):
     trainer.save_pretrained(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(transformers_model("llama"), tmp_path / "adapter")
     assert equal(loaded.state_dict(), trainer.model.state_dict())
-    assert base.equal(trainer.model.get_base_model().lm_head.weight)
+    assert base.equal(trainer.model.get_base_model().lm_head.weight.cpu())
 
 
 def adapted(**changes):

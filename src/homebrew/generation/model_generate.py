@@ -11,6 +11,7 @@ from homebrew.generation.sampling import Sampling
 from homebrew.integers import as_integer
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
+from homebrew.model.interfaces import interface_of
 from homebrew.model.transformers_model import is_transformers_model
 
 
@@ -29,7 +30,7 @@ def generate_ids(
         model: A GPT, a model of transformers, or one with a method `generate(input_ids, max_new_tokens)`, which may
             also take nanoGPT's `temperature` and `top_k`.
         ids: Token ids of the prompt.
-        max_new_tokens: Maximum number of tokens to add.
+        max_new_tokens: Maximum number of tokens to add. A model of transformers adds no more than it has positions for.
         sampling: How to choose tokens. Default: sample from the model's distribution unchanged.
         vocab_size: Size of the tokenizer's vocabulary; larger ids, which mean nothing to it, are left out.
         seed: Random seed for sampling. Default: each call differs.
@@ -39,7 +40,8 @@ def generate_ids(
 
     Raises:
         ConfigError: The model has no `generate` method, or it does not support the sampling options.
-        ModelError: It failed, or returned something else than the ids with their continuation.
+        ModelError: The prompt does not fit in the model, or the method failed, or returned something else than the ids
+            with their continuation.
     """
     if isinstance(model, GPT):
         (generated,) = model.generate([list(ids)], max_new_tokens, sampling=sampling, vocab_size=vocab_size, seed=seed)
@@ -53,6 +55,14 @@ def generate_ids(
     sampling = Sampling() if sampling is None else sampling
     is_transformers = is_transformers_model(model) and model.can_generate()  # else with a custom method
     options = _transformers_options(model, sampling) if is_transformers else _options(model, sampling)
+    limit = interface_of(model).block_size if is_transformers else None
+    if limit is not None:  # beyond it PyTorch fails, which on a GPU would end the process
+        if len(ids) > limit:
+            raise ModelError(
+                f"{type(model).__name__} cannot generate after {len(ids)} tokens: it has {limit} positions. Shorten "
+                f"the prompt."
+            )
+        max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)
     device = next(model.parameters()).device
     prompt = torch.tensor([list(ids)], device=device)
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
