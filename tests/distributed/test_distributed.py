@@ -54,7 +54,7 @@ TASKS = {
     "interrupted": {"max_steps": 3, "again": True},
     "sharded_save": PLAIN | SHARDED_SAVE,
     "adapter": PLAIN | SHARDED_SAVE | {"lora": True},
-    "sampled": DROPOUT | {"sample_every": 4},
+    "sampled": DROPOUT | {"sample_every": 4, "log_with": "tensorboard"},
     "rows": PLAIN | {"rows": True},
     "muon": PLAIN | SHARDED_SAVE | {"optimizer": "muon", "ema_decay": 0.9},
 }
@@ -257,6 +257,7 @@ def test_samples_do_not_change_training(runs, layout):
     folder, results = runs(layout, "dropout", "sampled")
     assert results["sampled"]["losses"] == results["dropout"]["losses"]
     assert [sample.step for sample in read_run(folder / "sampled").samples] == [4, 8, 12]
+    assert len(list((folder / "sampled/logs/homebrew").glob("events.*"))) == 1  # one process logs
 
 
 def test_fsdp_trainer_cannot_resume_after_an_interrupted_step(runs):

@@ -292,6 +292,7 @@ def build(task, rank):
             learning_rate=None if optimizer in OPTIMIZERS else 1e-2,
             ema_decay=task.get("ema_decay"),
             log_every=1,
+            log_with=task.get("log_with"),
             save_every=task.get("save_every"),
             keep_every=task.get("save_every"),
             eval_every=task.get("eval_every"),

@@ -76,11 +76,6 @@ def test_max_grad_norm_may_be_disabled(tmp_path, max_grad_norm, clips):
     assert torch.allclose(train("run", max_grad_norm), train("expected", 1e9), atol=1e-5) is not clips
 
 
-def test_log_with_tensorboard_writes_event_files(tmp_path):
-    make_trainer(tmp_path, log_with="tensorboard", max_steps=2).train()
-    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
-
-
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_interactive_mode_saves_and_raises_keyboard_interrupt(tmp_path, monkeypatch, signal_number):
     class SendSignal(Callback):

@@ -7,6 +7,7 @@
 - `curve_svg`: `draw_curves`, which draws the loss curve for it.
 - `background_stream`: `BackgroundStream`, through which the display prints without waiting for a reader.
 - `run_logger`: `RunLogger`, which writes `run.json` and `metrics.jsonl` and feeds Accelerate's trackers.
+- `trackers`: how the trackers are started, and get texts.
 - `curve_plot`: `CurvePlot`, which writes `curves.png` at the end.
 - `sample_text`: `SampleText`, which generates text while training.
 - `early_stopping`: `EarlyStopping`.

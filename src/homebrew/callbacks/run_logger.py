@@ -2,6 +2,8 @@
 
 import contextlib
 import platform
+import re
+import secrets
 from collections.abc import Sequence, Sized
 from dataclasses import asdict, is_dataclass
 from functools import partial
@@ -10,16 +12,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import torch
-from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from homebrew.bounded_readers import read_json
 from homebrew.callbacks.base import Callback
+from homebrew.callbacks.trackers import log_samples, start_trackers
 from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.distributed.collectives import run_on_main
-from homebrew.errors import ConfigError
+from homebrew.errors import ConfigError, DataError
 from homebrew.io import atomic_replace, remove_leftovers, strict_json
 from homebrew.metrics.metrics_log import MetricsLog
-from homebrew.metrics.run_settings import flatten_settings
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics, TextSample
 from homebrew.model.interfaces import interface_of
 from homebrew.optim.combined import class_names
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
 
     from homebrew.training.trainer import Trainer
 
-_TEXT_TRACKERS = {"tensorboard", "wandb", "comet_ml"}
-"""Trackers that log texts; others ignore them or fail."""
+_RUN_ID = re.compile("[0-9a-f]{8}")
 
 
 class RunLogger(Callback):
@@ -55,11 +56,14 @@ class RunLogger(Callback):
         Raises:
             ConfigError: Rank 0 cannot write to `output_dir`. Raised on all ranks.
         """
-        description = {"command": self._command} | describe_run(trainer)
-        run_on_main(trainer.accelerator, partial(self._open_files, Path(trainer.config.output_dir), description))
+        folder, accelerator = Path(trainer.config.output_dir), trainer.accelerator
+        run_id = run_on_main(accelerator, partial(_run_id, folder, resumes=trainer.step > 0))
+        description = {"command": self._command, "run_id": run_id} | describe_run(trainer)
+        run_on_main(accelerator, partial(self._open_files, folder, description))
         if self._log is not None:
             self._log.write("resume" if trainer.step else "begin", step=trainer.step)
-        self._start_trackers(trainer.accelerator, description)
+        if not accelerator.trackers:  # otherwise the caller has started them, and finishes them
+            self._started_trackers = start_trackers(accelerator, description, name=folder.name, step=trainer.step)
 
     def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Record the metrics of a step."""
@@ -81,12 +85,8 @@ class RunLogger(Callback):
                 self._log.write("step_skipped", **asdict(skipped))
 
     def on_sample(self, trainer: "Trainer", samples: Sequence[TextSample]) -> None:
-        """Send texts to the trackers that take them, as `samples/0`, `samples/1`, … in the order of the prompts."""
-        for tracker in trainer.accelerator.trackers:
-            if tracker.name in _TEXT_TRACKERS:
-                is_markdown = tracker.name == "tensorboard"
-                texts = [_as_code(sample.text) if is_markdown else sample.text for sample in samples]
-                tracker.log({f"samples/{index}": text for index, text in enumerate(texts)}, step=trainer.step)
+        """Send texts to the trackers that show them."""
+        log_samples(trainer.accelerator.trackers, samples, trainer.step)
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """Close the file and finish the trackers this run started.
@@ -114,17 +114,6 @@ class RunLogger(Callback):
                 f"Cannot write run.json and metrics.jsonl to output_dir={str(folder)!r}: {error}. Free some space, "
                 f"check the permissions, or choose another directory."
             ) from error
-
-    def _start_trackers(self, accelerator: Accelerator, description: dict[str, Any]) -> None:
-        """Start the Accelerator's trackers, unless the caller has started them, who must then also finish them."""
-        if accelerator.trackers:
-            return
-        try:
-            accelerator.init_trackers("homebrew", config=flatten_settings(description))
-        except BaseException:
-            accelerator.trackers = []  # otherwise the next run would treat half-started trackers as running
-            raise
-        self._started_trackers = list(accelerator.trackers)
 
     def _record(self, event: str, trainer: "Trainer", metrics: dict[str, Any]) -> None:
         if self._log is not None:
@@ -187,6 +176,11 @@ def describe_dataset(dataset: Dataset[Any]) -> dict[str, Any]:
     return description | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
 
 
-def _as_code(text: str) -> str:
-    """Return Markdown that shows a text as it is."""
-    return "".join(f"    {line}\n" for line in text.splitlines())
+def _run_id(folder: Path, *, resumes: bool) -> str:
+    """Return the id by which trackers know a run: a new one, or that of the run that is resumed."""
+    if resumes:
+        with contextlib.suppress(DataError):  # a file that cannot be read is replaced
+            run_id = read_json(folder / "run.json", DataError).get("run_id")
+            if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id):
+                return run_id
+    return secrets.token_hex(4)

@@ -103,12 +103,12 @@ class SampleText(Callback):
             return
         with trainer.paused():
             samples = self._generate(trainer)
-        if self._log is not None:
-            for sample in samples:
-                fields = asdict(sample)
-                fields |= {"prompt": sample.prompt[:_MAX_PROMPT], "text": sample.text[:_MAX_TEXT]}
-                self._log.write("sample", **fields)
-        emit(trainer, "on_sample", samples)
+            if self._log is not None:
+                for sample in samples:
+                    fields = asdict(sample)
+                    fields |= {"prompt": sample.prompt[:_MAX_PROMPT], "text": sample.text[:_MAX_TEXT]}
+                    self._log.write("sample", **fields)
+            emit(trainer, "on_sample", samples)
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """Close the file."""

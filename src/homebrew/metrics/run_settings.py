@@ -6,9 +6,11 @@ Settings = dict[str, int | float | str | bool]
 
 
 def flatten_settings(nested: dict[str, Any], prefix: str = "") -> Settings:
-    """Flatten nested dictionaries to "a/b" keys with scalar values, as trackers require."""
+    """Flatten nested dictionaries, and lists of them, to "a/b" keys with scalar values, as trackers require."""
     flat: Settings = {}
     for key, value in nested.items():
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, dict):
             flat |= flatten_settings(value, f"{prefix}{key}/")
         else:
