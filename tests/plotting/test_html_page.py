@@ -105,3 +105,11 @@ def test_unknown_numbers_are_left_out(record, events):
 def test_settings_that_differ_are_marked(record):
     shown = page(record("a", seed=1, optimizer="muon"), record("b", seed=2, optimizer="muon"))
     assert shown.attributes.count(("class", "differs")) == 1
+
+
+def test_columns_and_samples_have_the_names_of_their_runs(record):
+    folders = [record("a", seed=1), record("b", seed=2)]
+    write_samples(folders[1], [(2, "RO", "ROMEO")])
+    text = page(*folders).text
+    assert text.count("a: seed=1") == 1  # in the legend; the labels are too wide for the tables on a phone
+    assert {"a", "b", "Samples: b"} <= set(text)

@@ -92,7 +92,7 @@ def panel_svg(panel: Panel, runs: Sequence[RunRecord], *, x: XAxis = "steps", lo
         "savefig.transparent": True,
         "svg.hashsalt": panel.column,  # the ids of two panels differ
     }
-    with _figure((5.6, 3.3), runs, style) as figure:
+    with _figure((4.8, 3.0), runs, style) as figure:  # small, so that its text is large enough on a phone
         _draw(figure.subplots(), panel, runs, x, log_x=log_x)
         svg = _render(figure, "svg").decode()
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])  # other panels have the same ids

@@ -11,7 +11,7 @@ from homebrew.metrics.step_metrics import TextSample
 from homebrew.plotting.curve_points import smoothed
 from homebrew.plotting.curves import COLORS, DASHES, panel_svg
 from homebrew.plotting.panels import PANELS
-from homebrew.plotting.run_labels import differing_settings, printable, run_labels
+from homebrew.plotting.run_labels import differing_settings, printable, run_labels, run_names
 from homebrew.plotting.run_record import RunRecord, XAxis
 
 _MAX_SAMPLED_STEPS = 50
@@ -50,10 +50,10 @@ def html_page(runs: Sequence[RunRecord], *, x: XAxis = "steps", log_x: bool = Fa
     Raises:
         ConfigError: matplotlib is not installed, or there are too many runs.
     """
-    labels = run_labels(runs)
-    title = _text(" · ".join(run.name for run in runs))
+    names = run_names(runs)
+    title = _text(" · ".join(names))
     curves = "\n".join(f"<div>{panel_svg(panel, runs, x=x, log_x=log_x)}</div>" for panel in PANELS)
-    samples = "\n".join(_samples(run, label, is_only=len(runs) == 1) for run, label in zip(runs, labels, strict=True))
+    samples = "\n".join(_samples(run, name, is_only=len(runs) == 1) for run, name in zip(runs, names, strict=True))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -65,16 +65,16 @@ def html_page(runs: Sequence[RunRecord], *, x: XAxis = "steps", log_x: bool = Fa
 </head>
 <body>
 <h1>{title}</h1>
-{_legend(labels) if len(runs) > 1 else ""}
+{_legend(run_labels(runs)) if len(runs) > 1 else ""}
 <div class="curves">
 {curves}
 </div>
 <h2>Summary</h2>
-{_table([_summary(run) for run in runs], labels)}
+{_table([_summary(run) for run in runs], names)}
 {samples}
 <h2>Settings</h2>
 <details><summary>run.json</summary>
-{_table([{name: str(value) for name, value in run.settings.items()} for run in runs], labels, bold=_differing(runs))}
+{_table([{name: str(value) for name, value in run.settings.items()} for run in runs], names, bold=_differing(runs))}
 </details>
 </body>
 </html>
@@ -126,11 +126,11 @@ def _differing(runs: Sequence[RunRecord]) -> Sequence[str]:
     return differing_settings([run.settings for run in runs])
 
 
-def _table(columns: Sequence[dict[str, str]], labels: Sequence[str], *, bold: Sequence[str] = ()) -> str:
+def _table(columns: Sequence[dict[str, str]], names: Sequence[str], *, bold: Sequence[str] = ()) -> str:
     """Return a table with a row for each name, and a column for each run. The rows named in `bold` are emphasized."""
     rows = []
     if len(columns) > 1:
-        cells = "".join(f'<th scope="col">{_text(label)}</th>' for label in labels)
+        cells = "".join(f'<th scope="col">{_text(run)}</th>' for run in names)
         rows.append(f"<tr><td></td>{cells}</tr>")
     for name in dict.fromkeys(name for column in columns for name in column):
         cells = "".join(f"<td>{_text(column.get(name, ''))}</td>" for column in columns)
@@ -139,12 +139,12 @@ def _table(columns: Sequence[dict[str, str]], labels: Sequence[str], *, bold: Se
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
-def _samples(run: RunRecord, label: str, *, is_only: bool) -> str:
+def _samples(run: RunRecord, name: str, *, is_only: bool) -> str:
     """Return the samples of a run by step, the latest first; of many steps, some at equal distances."""
     by_step = [(step, list(samples)) for step, samples in groupby(run.samples, key=lambda sample: sample.step)]
     if not by_step:
         return ""
-    parts = ["<h2>Samples</h2>" if is_only else f"<h2>Samples: {_text(label)}</h2>"]
+    parts = ["<h2>Samples</h2>" if is_only else f"<h2>Samples: {_text(name)}</h2>"]
     by_step.reverse()
     stride = -(-len(by_step) // _MAX_SAMPLED_STEPS)
     if stride > 1:

@@ -24,9 +24,18 @@ _MAX_VALUE, _MAX_NAME, _MAX_LABEL = 25, 50, 120
 _NOT_XML = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+def run_names(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the folders' names or, if two have the same name, their paths from where they differ."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath([run.folder for run in runs])
+        names = [os.path.relpath(run.folder, common) for run in runs]
+    return [_shortened(name, _MAX_NAME) for name in names]
+
+
 def run_labels(runs: Sequence[RunRecord]) -> list[str]:
     """Return a label for each run, such as "a: optimizer=muon, seed=1"; for a single run, its name."""
-    names = _unique_names(runs)
+    names = run_names(runs)
     differing: dict[str, str] = {}
     for key in differing_settings([run.settings for run in runs if run.settings]):
         differing.setdefault(_shown_name(key), key)  # of two with one name, the more telling one
@@ -35,7 +44,6 @@ def run_labels(runs: Sequence[RunRecord]) -> list[str]:
         values = {shown: run.settings[key] for shown, key in differing.items() if key in run.settings}
         settings = [f"{shown}={_value(value)}" for shown, value in values.items()][:_MAX_SETTINGS]
         more = ["…"] if len(values) > _MAX_SETTINGS else []
-        name = _shortened(name, _MAX_NAME)
         label = " ".join((f"{name}: {', '.join(settings + more)}" if settings else name).split())
         labels.append(printable(label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 1]}…"))
     return labels
@@ -51,15 +59,6 @@ def differing_settings(settings: Sequence[Settings]) -> list[str]:
 def printable(text: str) -> str:
     """Replace line endings by newlines, and the characters that neither a terminal nor XML should get."""
     return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
-
-
-def _unique_names(runs: Sequence[RunRecord]) -> list[str]:
-    """Return the folders' names or, if two have the same name, their paths from where they differ."""
-    names = [run.name for run in runs]
-    if len(set(names)) == len(names):
-        return names
-    common = os.path.commonpath([run.folder for run in runs])
-    return [os.path.relpath(run.folder, common) for run in runs]
 
 
 def _shown_name(key: str) -> str:
