@@ -14,6 +14,7 @@ from wandb_files import read_offline_runs
 
 from homebrew import GPTConfig, SampleText, TokenDataset
 from homebrew.callbacks.trackers import log_samples
+from homebrew.errors import ConfigError
 from homebrew.metrics.step_metrics import TextSample
 
 TEXT = "To be, or not to be: that is the question.\n" * 40
@@ -191,3 +192,12 @@ def test_other_trackers_get_no_texts():
             raise AssertionError(values)
 
     log_samples([Tracker()], [TextSample(1, "", "a")], step=1)
+
+
+def test_wandb_without_a_login_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    pytest.importorskip("wandb").teardown()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))  # without .netrc
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"wandb could not be started.*wandb login"):
+        run("wandb")

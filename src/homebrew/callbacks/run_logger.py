@@ -54,16 +54,9 @@ class RunLogger(Callback):
         """Write `run.json`, open `metrics.jsonl` and start the trackers.
 
         Raises:
-            ConfigError: Rank 0 cannot write to `output_dir`. Raised on all ranks.
+            ConfigError: Rank 0 cannot write to `output_dir` or start a tracker. Raised on all ranks.
         """
-        folder, accelerator = Path(trainer.config.output_dir), trainer.accelerator
-        run_id = run_on_main(accelerator, partial(_run_id, folder, resumes=trainer.step > 0))
-        description = {"command": self._command, "run_id": run_id} | describe_run(trainer)
-        run_on_main(accelerator, partial(self._open_files, folder, description))
-        if self._log is not None:
-            self._log.write("resume" if trainer.step else "begin", step=trainer.step)
-        if not accelerator.trackers:  # otherwise the caller has started them, and finishes them
-            self._started_trackers = start_trackers(accelerator, description, name=folder.name, step=trainer.step)
+        run_on_main(trainer.accelerator, partial(self._start, trainer, describe_run(trainer)))
 
     def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Record the metrics of a step."""
@@ -103,12 +96,21 @@ class RunLogger(Callback):
             for tracker in started:
                 stack.callback(tracker.finish)
 
-    def _open_files(self, folder: Path, description: dict[str, Any]) -> None:
+    def _start(self, trainer: "Trainer", description: dict[str, Any]) -> None:
+        folder, accelerator = Path(trainer.config.output_dir), trainer.accelerator
+        run_id = _run_id(folder, resumes=trainer.step > 0)
+        description = {"command": self._command, "run_id": run_id} | description
+        self._log = self._open_files(folder, description)
+        self._log.write("resume" if trainer.step else "begin", step=trainer.step)
+        if not accelerator.trackers:  # otherwise the caller has started them, and finishes them
+            self._started_trackers = start_trackers(accelerator, description, name=folder.name, step=trainer.step)
+
+    def _open_files(self, folder: Path, description: dict[str, Any]) -> MetricsLog:
         try:
             remove_leftovers(folder / "run.json")
             with atomic_replace(folder / "run.json") as path:
                 path.write_text(strict_json(description, indent=2, default=str) + "\n", encoding="utf-8")
-            self._log = MetricsLog(folder / "metrics.jsonl")
+            return MetricsLog(folder / "metrics.jsonl")
         except OSError as error:
             raise ConfigError(
                 f"Cannot write run.json and metrics.jsonl to output_dir={str(folder)!r}: {error}. Free some space, "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
+from homebrew.errors import ConfigError
 from homebrew.metrics.run_settings import flatten_settings
 from homebrew.metrics.step_metrics import TextSample
 
@@ -27,6 +28,9 @@ def start_trackers(
         description: Contents of `run.json`.
         name: Name of the run.
         step: Step at which the run starts or resumes.
+
+    Raises:
+        ConfigError: A tracker cannot be started.
     """
     run_id = description["run_id"]
     project = "homebrew"
@@ -43,8 +47,14 @@ def start_trackers(
     }
     try:
         accelerator.init_trackers(project, config=flatten_settings(description), init_kwargs=options)
-    except BaseException:
+    except BaseException as error:
+        names = ", ".join(tracker.name for tracker in accelerator.trackers)
         accelerator.trackers = []  # otherwise the next run would treat half-started trackers as running
+        if isinstance(error, Exception):
+            raise ConfigError(
+                f"log_with: {names} could not be started: {error!r:.500}. Log in to the tracker or correct its "
+                f"settings (Weights & Biases: `wandb login`, or WANDB_MODE=offline), or remove log_with."
+            ) from error
         raise
     return list(accelerator.trackers)
 
