@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -167,6 +168,12 @@ def test_trackio_continues_a_resumed_run(tmp_path, monkeypatch):
     rows, _ = read_trackio(tmp_path)
     assert len({row[:2] for row in rows}) == 1
     assert {step for _, _, step, values in rows if values.keys() == TRAIN} == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_copied_run_is_another_run():
+    interrupted(None)
+    shutil.copytree("runs/first", "runs/copy")
+    assert run(None, "runs/copy", resume=True)["run_id"] != run(None, resume=True)["run_id"]
 
 
 def test_a_run_that_starts_over_is_another_run():

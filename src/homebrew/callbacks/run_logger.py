@@ -179,10 +179,11 @@ def describe_dataset(dataset: Dataset[Any]) -> dict[str, Any]:
 
 
 def _run_id(folder: Path, *, resumes: bool) -> str:
-    """Return the id by which trackers know a run: a new one, or that of the run that is resumed."""
+    """Return the id by which trackers know a run: a new one, or that of the run that is resumed in its folder."""
     if resumes:
         with contextlib.suppress(DataError):  # a file that cannot be read is replaced
-            run_id = read_json(folder / "run.json", DataError).get("run_id")
-            if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id):
-                return run_id
+            match read_json(folder / "run.json", DataError):
+                case {"run_id": str(run_id), "config": {"output_dir": str(written_in)}}:
+                    if written_in == str(folder) and _RUN_ID.fullmatch(run_id):  # else a copy, which is another run
+                        return run_id
     return secrets.token_hex(4)
