@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sqlite3
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -132,13 +133,17 @@ def test_wandb_has_metrics_settings_and_samples(tmp_path):
     assert ">or" in page.read_text()
 
 
-def test_wandb_continues_a_resumed_run(tmp_path):
-    pytest.importorskip("wandb").teardown()  # otherwise it stays in the folder of an earlier test
-    interrupted("wandb")
-    run_id = run("wandb", resume=True)["run_id"]
-    runs = list(read_offline_runs(tmp_path))
-    assert [stored["id"] for stored in runs] == [run_id, run_id]
-    assert [stored["rows"][-1]["_step"] for stored in runs] == [4, 6]
+def test_wandb_continues_a_resumed_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    stored = []
+    for folder, train in {"a": interrupted, "b": partial(run, resume=True)}.items():
+        wandb.teardown()
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path / folder))  # in one folder, two runs would need two seconds
+        (tmp_path / folder).mkdir()
+        train("wandb")
+        stored += read_offline_runs(tmp_path / folder)
+    assert [run["id"] for run in stored] == [read_run_json("runs/first")["run_id"]] * 2
+    assert [run["rows"][-1]["_step"] for run in stored] == [4, 6]
 
 
 def test_the_variables_of_wandb_are_used(tmp_path, monkeypatch):

@@ -12,8 +12,10 @@ _BLOCK = 32 * 1024
 
 def read_offline_runs(folder):
     """Yield the name, id, settings and logged rows of each offline run in a folder, the oldest first."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # wait for its process, which writes the files
     for path in sorted(Path(folder).glob("wandb/offline-run-*/*.wandb")):
         run, settings, rows = None, {}, []
         for data in _records(path.read_bytes()):
