@@ -122,6 +122,7 @@ def test_wandb_has_metrics_settings_and_samples(tmp_path):
     (stored,) = read_offline_runs(tmp_path)
     assert (stored["project"], stored["name"], stored["id"]) == ("homebrew", "first", run_id)
     assert stored["settings"].items() >= SETTINGS.items()
+    assert "None" not in stored["settings"].values()  # which would make a column of numbers one of texts
     rows = {row["_step"]: row for row in stored["rows"]}
     assert list(rows) == [1, 2, 3, 4, 5, 6]
     assert all(rows[step].keys() >= TRAIN for step in rows)
@@ -157,6 +158,7 @@ def test_trackio_has_metrics_settings_and_samples(tmp_path, monkeypatch):
     name = f"first-{run('trackio')['run_id']}"
     rows, settings = read_trackio(tmp_path)
     assert settings[name].items() >= SETTINGS.items()
+    assert "None" not in settings[name].values()
     assert {row[0] for row in rows} == {name}
     for names, steps in ((TRAIN, [1, 2, 3, 4, 5, 6]), (EVAL, [3, 6]), ({"samples/0", "samples/1"}, [3, 6])):
         assert [step for _, _, step, values in rows if values.keys() >= names] == steps

@@ -29,8 +29,9 @@ def test_settings_that_change_nothing_are_not_named(record):
     assert labels(a, b) == ["a: seed=1", "b: seed=2"]
 
 
-def test_a_setting_of_only_one_version_is_named_where_it_is(record):
-    assert labels(record("a"), record("b", ema_decay=None)) == ["a", "b: ema_decay=default"]
+@pytest.mark.parametrize("without", [{}, {"ema_decay": None}])
+def test_a_setting_of_only_one_run_is_named_where_it_is(record, without):
+    assert labels(record("a", **without), record("b", ema_decay=0.9)) == ["a", "b: ema_decay=0.9"]
 
 
 def test_runs_with_equal_settings_are_told_apart_by_their_folders(record):

@@ -66,8 +66,6 @@ def _shown_name(key: str) -> str:
 
 
 def _value(value: float | str) -> str:
-    if value == "None":
-        return "default"
     return _shortened(f"{value:g}" if isinstance(value, float) else str(value), _MAX_VALUE)
 
 
