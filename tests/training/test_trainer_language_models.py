@@ -355,9 +355,9 @@ def test_evaluation_counts_each_target_once(tmp_path):
     )
     dataset = UnevenTargets()
     with torch.no_grad():
-        logits = model.eval()(dataset.input_ids, dataset.targets.clamp(min=0))[0]
+        logits = model.cpu().eval()(dataset.input_ids, dataset.targets.clamp(min=0))[0]
     expected = F.cross_entropy(logits.flatten(0, 1), dataset.targets.flatten())
-    assert metrics.loss == pytest.approx(expected.item(), abs=1e-6)
+    assert metrics.loss == pytest.approx(expected.item(), abs=1e-3 if ON_GPU else 1e-6)
     assert metrics.num_tokens == (dataset.targets != -100).sum()
 
 
@@ -600,7 +600,7 @@ def test_an_id_outside_the_vocabulary_is_an_error_on_a_gpu(tmp_path):
         "train_dataset=UnevenTargets()); trainer.train()"
     )
     command = [sys.executable, "-c", script, tmp_path]
-    path = os.pathsep.join(sys.path)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert "homebrew.errors.ModelError: The GPU met an index" in result.stderr, result.stderr
 
