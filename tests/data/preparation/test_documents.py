@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
+from homebrew.data.preparation import documents as documents_module
 from homebrew.data.preparation.documents import Span, _split, read_documents
 from homebrew.errors import DataError
 
@@ -155,3 +156,22 @@ def test_other_names_of_json_lines(tmp_path, name):
         (tmp_path / name).write_bytes(compress(content))
         with pytest.raises(DataError, match=rf"{place} is not valid.* one object per line"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("options", [{}, {"row_group_size": 7}, {"use_dictionary": False}])
+@pytest.mark.parametrize(("length", "limit"), [(3000, 2), (300, 10), (0, 20)])
+def test_parquet_rows_are_read_in_batches_of_bounded_size(tmp_path, monkeypatch, options, length, limit):
+    monkeypatch.setattr(documents_module, "_BATCH_ROWS", 20)
+    monkeypatch.setattr(documents_module, "_BATCH_BYTES", 3000)
+    texts = [f"{i:02}" + chr(97 + i % 26) * length for i in range(50)]
+    (tmp_path / "a.parquet").write_bytes(parquet(texts, compression="none", **options))
+    sizes = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def recording(self, batch_size, **arguments):
+        sizes.append(batch_size)
+        return iter_batches(self, batch_size, **arguments)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", recording)
+    assert read(tmp_path / "a.parquet") == texts
+    assert 1 <= max(sizes) <= limit

@@ -25,8 +25,9 @@ _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".txt", ".md", *_JSON_LINES_SUFFIXES, ".parquet", ".gz", ".zst")
 """Suffixes of the files that are taken from a folder. A file that is named may have any other: then it is text."""
 
-_PARQUET_ROWS = 256
-"""Number of rows of a Parquet file to read at a time."""
+_BATCH_ROWS = 256
+_BATCH_BYTES = 2**20
+"""Maximum number of rows of a Parquet file to read at a time, and their approximate size."""
 
 _BUFFER_BYTES = 2**20
 
@@ -140,9 +141,8 @@ def _parquet_texts(span: Span, text_field: str) -> Iterator[str]:
         )
     stop = file.num_row_groups if span.stop is None else span.stop
     row = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
-    groups = list(range(span.start, stop))
     with _errors(span.path):
-        for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=[text_field], use_threads=False):
+        for batch in _batches(file, range(span.start, stop), text_field):
             for text in batch.column(0):
                 try:
                     yield _check_text(text.as_py())
@@ -153,6 +153,20 @@ def _parquet_texts(span: Span, text_field: str) -> Iterator[str]:
                         f"row, or set text_field to the column of the text."
                     ) from error
                 row += 1
+
+
+def _batches(file: Any, groups: Iterable[int], column: str) -> Iterator[Any]:  # noqa: ANN401 - of pyarrow
+    """Read a column of row groups in batches of bounded size."""
+    from pyarrow import default_memory_pool
+
+    try:
+        for i in groups:
+            group = file.metadata.row_group(i)
+            rows = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+            batch_size = max(1, min(_BATCH_ROWS, rows))
+            yield from file.iter_batches(batch_size, row_groups=[i], columns=[column], use_threads=False)
+    finally:
+        default_memory_pool().release_unused()
 
 
 def _text_of(value: object, text_field: str) -> str:

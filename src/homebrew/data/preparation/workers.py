@@ -89,7 +89,10 @@ class _Worker:
         paths = [str(Path(homebrew.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         variables = {
             "PYTHONPATH": os.pathsep.join(paths),
-            "ARROW_DEFAULT_MEMORY_POOL": "system",  # pyarrow's own allocator keeps what is freed
+            # Return freed memory to the system. pyarrow's own allocator keeps it, and so does glibc's for blocks below
+            # a threshold, which grows to 32 MiB if it is not set.
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
+            "MALLOC_MMAP_THRESHOLD_": "131072",
         }
         self._process = subprocess.Popen(  # noqa: S603 - this module
             [sys.executable, "-P", "-m", __name__],
