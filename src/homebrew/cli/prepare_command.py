@@ -38,10 +38,10 @@ class Prepare:
     """Number of processes. The result does not depend on it."""
 
     def run(self) -> None:
-        """Write the token files and print how to train on them."""
+        """Write the token files, and print their sizes and how to train on them."""
         from homebrew.data.preparation.prepare import output_paths, prepare
 
-        metadata = prepare(
+        sizes = prepare(
             self.texts,
             self.output,
             tokenizer=self.tokenizer,
@@ -52,12 +52,29 @@ class Prepare:
             workers=self.workers,
             progress=True,
         )
-        files = [
-            str(path.with_stem(f"{path.stem}-*") if self.shard_tokens else path)
-            for path in output_paths(self.output, self.val_fraction).values()
-        ]
-        print(f"{files[0]}: {metadata.num_tokens:,} tokens from {metadata.num_text_bytes:,} bytes of text.")
+        paths = output_paths(self.output, self.val_fraction)
+        files = {
+            split: str(path.with_stem(f"{path.stem}-*") if self.shard_tokens else path) for split, path in paths.items()
+        }
+        num_tokens = sum(size.num_tokens for size in sizes.values())
+        for split, size in sizes.items():
+            share = f" ({size.num_tokens / num_tokens:.2%})" if self.val_fraction else ""
+            documents = "document" if size.num_documents == 1 else "documents"
+            print(
+                f"{files[split]}: {size.num_tokens:,} tokens{share} from {size.num_documents:,} {documents}, "
+                f"{size.num_text_bytes:,} bytes of text."
+            )
+        if self.val_fraction and not is_near(sizes["val"].num_tokens / num_tokens, self.val_fraction):
+            print(
+                f"The share is far from --val-fraction {self.val_fraction}, because a hash splits whole documents. "
+                f"Give more or shorter documents, or prepare the validation texts separately."
+            )
         options = ["--output-dir", f"runs/{self.output.stem}", "--max-steps", "1000"]
-        for path in files[1:]:
-            options += ["--eval-data", path]
-        print(f"To train on it: {shlex.join(['homebrew', 'train', files[0], *options])}")
+        if "val" in files:
+            options += ["--eval-data", files["val"]]
+        print(f"To train on it: {shlex.join(['homebrew', 'train', files['train'], *options])}")
+
+
+def is_near(share: float, expected: float) -> bool:
+    """Return whether neither split is more than twice, or less than half, as large as expected."""
+    return max(share / expected, expected / share, (1 - share) / (1 - expected), (1 - expected) / (1 - share)) <= 2

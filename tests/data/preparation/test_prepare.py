@@ -71,14 +71,14 @@ def recording(encode, lengths):
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "char"])
 def test_a_prepared_text_gives_the_dataset_of_the_text(path, tmp_path, tokenizer):
     path.write_text("Grüße —\nto all\n" * 10)
-    metadata = prepare([path], tmp_path / "out.npy", tokenizer=tokenizer, chunk_characters=7)
+    sizes = prepare([path], tmp_path / "out.npy", tokenizer=tokenizer, chunk_characters=7)
     prepared = TokenDataset.from_shards(tmp_path / "out.npy", 8)
     direct = TokenDataset.from_file(path, 8, tokenizer=tokenizer)
     assert prepared[1][0].tolist() == direct[1][0].tolist()
     assert len(prepared) == len(direct)
     assert prepared.tokenizer.to_json() == direct.tokenizer.to_json()
     assert prepared.bytes_per_token == direct.bytes_per_token
-    assert metadata.num_text_bytes == path.stat().st_size
+    assert sizes["train"].num_text_bytes == path.stat().st_size
     assert is_token_file(tmp_path / "out.npy")
     assert not is_token_file(path)
 

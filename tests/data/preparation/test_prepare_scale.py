@@ -68,10 +68,9 @@ def test_the_ids_are_those_of_the_documents_for_any_number_of_workers(inputs, te
     tokenizer = get_tokenizer("gpt2")
     expected = [i for text in texts for i in [END, *tokenizer.encode(text).tolist()]][1:]
     for workers in (1, 2, 3):
-        metadata = prepare(inputs, tmp_path / str(workers) / "out.npy", workers=workers)
+        sizes = prepare(inputs, tmp_path / str(workers) / "out.npy", workers=workers)
         assert ids_of(tmp_path / str(workers) / "out.npy") == expected
-        assert metadata.num_tokens == len(expected)
-        assert metadata.num_text_bytes == sum(len(text.encode()) for text in texts)
+        assert sizes == {"train": (len(texts), len(expected), sum(len(text.encode()) for text in texts))}
         assert files_in(tmp_path / str(workers)) == files_in(tmp_path / "1")
 
 
@@ -88,17 +87,17 @@ def test_tokenizers_without_end_of_text_join_the_documents(inputs, texts, tmp_pa
 @pytest.mark.usefixtures("small_parts")
 def test_shards_have_equal_lengths(inputs, tmp_path):
     prepare(inputs, tmp_path / "one.npy", workers=1)
-    total = prepare(inputs, tmp_path / "book.npy", shard_tokens=700, workers=1)
+    size = prepare(inputs, tmp_path / "book.npy", shard_tokens=700, workers=1)["train"]
     shards = sorted(tmp_path.glob("book-*.npy"))
     lengths = [len(np.load(shard)) for shard in shards]
     assert [shard.name for shard in shards[:2]] == ["book-00000.npy", "book-00001.npy"]
     assert set(lengths[:-1]) == {700}
     assert 0 < lengths[-1] <= 700
     assert ids_of(*shards) == ids_of(tmp_path / "one.npy")
-    assert (total.num_tokens, total.sha256) == (sum(lengths), None)
+    assert (size.num_documents, size.num_tokens) == (120, sum(lengths))
     dataset = TokenDataset.from_file(str(tmp_path / "book-*.npy"), 8)
-    assert len(dataset.tokens) == total.num_tokens
-    assert dataset.num_text_bytes == total.num_text_bytes == TokenFile(tmp_path / "one.npy").metadata.num_text_bytes
+    assert len(dataset.tokens) == size.num_tokens
+    assert dataset.num_text_bytes == size.num_text_bytes == TokenFile(tmp_path / "one.npy").metadata.num_text_bytes
 
 
 def test_shards_of_an_earlier_run_are_replaced(inputs, tmp_path):
@@ -121,9 +120,13 @@ def test_a_shard_length_that_divides_the_ids(tmp_path):
 @pytest.mark.usefixtures("small_parts")
 def test_documents_are_split_by_their_content(inputs, texts, tmp_path):
     for workers in (1, 2):
-        prepare(inputs, tmp_path / str(workers) / "book.npy", val_fraction=0.2, tokenizer="gpt2", workers=workers)
+        sizes = prepare(inputs, tmp_path / str(workers) / "book.npy", val_fraction=0.2, workers=workers)
     assert files_in(tmp_path / "1") == files_in(tmp_path / "2")
-    train, val = (split_at_end(ids_of(tmp_path / "1" / f"book-{name}.npy")) for name in ("train", "val"))
+    ids = {name: ids_of(tmp_path / "1" / f"book-{name}.npy") for name in ("train", "val")}
+    train, val = map(split_at_end, ids.values())
+    for name, documents in (("train", train), ("val", val)):
+        num_text_bytes = sum(len(text.encode()) for text in documents)
+        assert sizes[name] == (len(documents), len(ids[name]), num_text_bytes)
     assert sorted(train + val) == sorted(texts)
     assert 10 < len(val) < 40
     # The same in another order, in one file, in parts of another size.

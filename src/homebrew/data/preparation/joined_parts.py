@@ -64,6 +64,10 @@ class JoinedParts:
         complete = takewhile(lambda counts: counts is not None, self._counts)
         return max(0, sum(counts[split] for counts in complete if counts) - self._has_separator)
 
+    def num_documents(self, split: Split) -> int:
+        """Return the number of documents in the parts that are complete."""
+        return sum(counts[f"{split}_documents"] for counts in self._counts if counts)
+
     def read(self, split: Split, start: int, results: Iterator[Counts]) -> Iterator[TokenIds]:
         """Read the ids of a split.
 
@@ -84,7 +88,7 @@ class JoinedParts:
                 yield from self._read_part(self._state.part(i), split, skip)
             skip = max(0, skip - counts[split])
             self._num_read = i + 1
-        self._check([counts for counts in self._counts if counts is not None])
+        self._check()
 
     def remove_read(self, split: Split) -> None:
         """Remove the ids of the parts that have been read completely. Their counts are kept."""
@@ -98,12 +102,12 @@ class JoinedParts:
             while data := file.read(_CHUNK_TOKENS * self._dtype.itemsize):
                 yield np.frombuffer(data, self._dtype)
 
-    def _check(self, counts: list[Counts]) -> None:
-        num_documents = {split: sum(part[f"{split}_documents"] for part in counts) for split in self._writers}
+    def _check(self) -> None:
+        num_documents = {split: self.num_documents(split) for split in self._writers}
         empty = [
             split
             for split, number in num_documents.items()
-            if sum(part[split] for part in counts) == number * self._has_separator
+            if sum(counts[split] for counts in self._counts if counts) == number * self._has_separator
         ]
         if len(empty) == len(self._writers):
             error = no_text_error(self._source)

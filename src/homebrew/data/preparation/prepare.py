@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
+from typing import NamedTuple
 
 from homebrew.data.fast_tokenizer import has_fast_tokenizer
 from homebrew.data.preparation.documents import SUFFIXES, read_documents
@@ -24,7 +25,6 @@ from homebrew.data.preparation.workers import encoding
 from homebrew.data.text_paths import Paths, describe_files, expand_paths
 from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
 from homebrew.data.token_file import check_output_path
-from homebrew.data.token_metadata import TokenMetadata
 from homebrew.data.tokenizer import CharTokenizer, get_tokenizer
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
@@ -36,6 +36,14 @@ _MIN_FAST_BYTES = 2**23
 _NUM_SAMPLES = 8
 _SAMPLE_CHARACTERS = 2**15
 """Number and length of the texts whose fast encoding is checked."""
+
+
+class SplitSize(NamedTuple):
+    """What the token files of a split contain."""
+
+    num_documents: int
+    num_tokens: int
+    num_text_bytes: int
 
 
 def prepare(
@@ -50,7 +58,7 @@ def prepare(
     workers: int | None = None,
     progress: bool = False,
     chunk_characters: int = CHUNK_CHARACTERS,
-) -> TokenMetadata:
+) -> dict[Split, SplitSize]:
     """Tokenize text files into one token file, or into shards.
 
     A text file is a document, and so is each line of a JSON Lines file and each row of a Parquet file. Documents are
@@ -75,7 +83,7 @@ def prepare(
         chunk_characters: Number of characters to encode at a time.
 
     Returns:
-        The metadata of the token file. With several files, the sums over those for training.
+        The size of "train" and, if `val_fraction` is not 0, of "val".
 
     Raises:
         DataError: If a file cannot be read, or has a line or row without a valid text; all texts are empty; an
@@ -156,7 +164,7 @@ def prepare(
                     if shard_tokens is not None:
                         joined.remove_read(split)
         state.remove_parts()
-    return writers["train"].total()
+    return {split: SplitSize(joined.num_documents(split), *writer.size()) for split, writer in writers.items()}
 
 
 def output_paths(output: Path, val_fraction: float) -> dict[Split, Path]:

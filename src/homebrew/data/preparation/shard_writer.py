@@ -3,7 +3,6 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,16 +87,11 @@ class ShardWriter:
                 source=self._source,
             )
 
-    def total(self) -> TokenMetadata:
-        """Return the metadata of the file, or the sums over all shards."""
+    def size(self) -> tuple[int, int]:
+        """Return the number of tokens and of bytes of text in the file, or in all shards."""
         count = 1 if self._shard_tokens is None else self.num_complete()
         metadata = [TokenMetadata.read(metadata_path(self._path(i))) for i in range(count)]
-        return replace(
-            metadata[0],
-            num_tokens=sum(shard.num_tokens for shard in metadata),
-            num_text_bytes=sum(shard.num_text_bytes or 0 for shard in metadata),
-            sha256=metadata[0].sha256 if len(metadata) == 1 else None,
-        )
+        return sum(file.num_tokens for file in metadata), sum(file.num_text_bytes or 0 for file in metadata)
 
     def _count_text_bytes(self, ids: TokenIds) -> int:
         """Return the size of the text of token ids in UTF-8 bytes."""
