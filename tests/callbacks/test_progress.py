@@ -5,14 +5,14 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 from rich.console import Console
 
 from homebrew import Callback, GPTConfig, ProgressDisplay, StepMetrics, TokenDataset, Trainer, TrainerConfig
-from homebrew.callbacks.progress import format_metrics
+from homebrew.callbacks.progress import describe_data, format_metrics
 
 METRICS = StepMetrics(
     step=30, loss=2.5, learning_rate=3e-4, grad_norm=0.5, tokens_per_second=1000.0, mfu=None, memory_bytes=None,
@@ -56,8 +56,9 @@ def test_a_terminal_keeps_a_table_within_80_columns_and_gets_its_cursor_back(tmp
     train(tmp_path, ProgressDisplay(console))
     output = console.file.getvalue()
     assert "taking the first step…" in output  # a short run is not compiled
-    summary, header, *rest = screen(output)
+    summary, data, header, *rest = screen(output)
     assert "float32" in summary
+    assert "epochs" in data
     on_gpu = ["MFU", "memory"] if torch.cuda.is_available() else []
     assert header.split() == ["step", "loss", "lr", "norm", "tokens/s", *on_gpu, "ETA"]
     kinds = [line.split(" | ")[1].split()[0] if " | " in line else line.split()[0] for line in rest]
@@ -73,7 +74,7 @@ def show(steps, max_steps, *, console=None, **changes):
     display = ProgressDisplay(console)
     trainer = Mock(is_main_process=True, step=0, compile_mode="kernels")
     trainer.config.max_steps, trainer.config.output_dir, trainer.accelerator.trackers = max_steps, "run", []
-    trainer.model.parameters.return_value = []
+    trainer.model.parameters.return_value, trainer.train_dataset = [], range(1)
     trainer.model.num_parameters.return_value = trainer.batch.global_batch_size = 1
     display.on_train_begin(trainer)
     for step in steps:
@@ -124,7 +125,34 @@ def test_a_pipe_gets_plain_lines(tmp_path, capsys):
     assert [line.split(" | ")[0] for line in lines if "tokens/s" in line] == [f"step {n}/4" for n in range(1, 5)]
     assert not any("\x1b" in line for line in lines)
     assert "float32" in lines[0]
+    assert lines[1] == "dataset 832 tokens | run 128 tokens, 0.15 epochs"
     assert not any("n/a" in line for line in lines)
+
+
+TOKENS = TokenDataset.from_tokens([1] * 1601, 16)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "max_steps", "expected"),
+    [
+        (TOKENS, 85, "dataset 1,600 tokens | run 5,440 tokens, 3.4 epochs"),
+        (TOKENS, 100_000, "dataset 1,600 tokens | run 6,400,000 tokens, 4,000.0 epochs"),
+        (TOKENS.split(0.5)[0], 1, "dataset 800 tokens | run 64 tokens, 0.08 epochs"),
+        (torch.utils.data.Subset(TOKENS, range(50)), 25, "dataset 50 samples | run 100 samples, 2.0 epochs"),
+        ([{"input_ids": [1, 2, 3]}] * 3, 1, "dataset 3 samples | run 4 samples, 1.3 epochs"),
+    ],
+)
+def test_the_number_of_epochs(dataset, max_steps, expected):
+    trainer = Mock(train_dataset=dataset)
+    trainer.config.max_steps, trainer.batch.global_batch_size = max_steps, 4
+    assert describe_data(trainer) == expected
+
+
+def test_the_size_of_a_huge_dataset_fits_in_80_columns():
+    trainer = Mock(train_dataset=MagicMock(num_tokens=15 * 10**12))
+    trainer.train_dataset.__len__.return_value = 10**10
+    trainer.config.max_steps, trainer.batch.global_batch_size = 10**6, 4096
+    assert len(describe_data(trainer)) <= 80
 
 
 def test_only_the_main_process_prints(capsys):

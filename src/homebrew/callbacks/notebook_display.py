@@ -95,7 +95,7 @@ class NotebookDisplay:
             f'<span style="white-space:nowrap">{escape(self._position())}</span></div>'
         )
         parts = [
-            f'<div style="opacity:.75;margin-bottom:.5em">{escape(self._summary)}</div>',
+            f'<div style="opacity:.75;margin-bottom:.5em;white-space:pre-line">{escape(self._summary)}</div>',
             bar,
             draw_curves(self._training, self._validation),
             self._table(),

@@ -259,8 +259,20 @@ def _summary(trainer: "Trainer") -> str:
         f"{describe_precision(accelerator, trainer.config.mixed_precision)} | {class_names(trainer.optimizer)} | "
         f"batch {batch.global_batch_size} × {trainer.sequence_length} tokens "
         f"(micro-batch {batch.micro_batch_size}, accumulation {batch.accumulation_steps}) | "
-        f"{'resumes at ' if trainer.step else ''}step {trainer.step}/{trainer.config.max_steps}"
+        f"{'resumes at ' if trainer.step else ''}step {trainer.step}/{trainer.config.max_steps}\n"
+        f"{describe_data(trainer)}"
     )
+
+
+def describe_data(trainer: "Trainer") -> str:
+    """Describe the size of the dataset and of the run, in tokens if the dataset has their number."""
+    num_samples = len(trainer.train_dataset)  # type: ignore[arg-type]
+    num_tokens = getattr(trainer.train_dataset, "num_tokens", None)
+    size, unit = (num_tokens, "tokens") if isinstance(num_tokens, int) else (num_samples, "samples")
+    num_trained = trainer.config.max_steps * trainer.batch.global_batch_size
+    epochs = num_trained / num_samples
+    rounded = f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2g}"
+    return f"dataset {size:,} {unit} | run {num_trained * size // num_samples:,} {unit}, {rounded} epochs"
 
 
 def _curve_commands(trainer: "Trainer") -> Iterator[str]:
