@@ -7,3 +7,6 @@ IGNORE_INDEX = -100
 
 Aspect = Literal["model", "adapter", "dataset", "optimizer", "schedule", "global_batch_size", "seed"]
 """A property of a run that a checkpoint records; `accept_changes` names those that may differ on resume."""
+
+RUN_FILES = ("metrics.jsonl", "samples.jsonl", "curves.png", "run.json", "logs", "checkpoints")
+"""What a run writes to its folder, `checkpoints` last: without them, a folder does not count as holding a run."""

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from homebrew import TokenDataset, load_corpus
+from homebrew import TokenDataset, load_corpus, train_tokenizer
 from homebrew.data.preparation.prepare import prepare
-from homebrew.data.text_paths import expand_paths, text_files
+from homebrew.data.text_paths import TEXT_SUFFIXES, expand_paths, text_files
 from homebrew.data.token_file import TokenFile
 from homebrew.errors import DataError
 
@@ -26,6 +26,9 @@ def folder(tmp_path):
     for name, content in {
         "a.txt": "To be, or not to be:",
         "more/b.TXT": "that is the question.\n",
+        "run/run.json": "{}",
+        "run/metrics.jsonl": "no text",
+        "run/logs/c.txt": "no text",
         "notes.rst": "no text",
         ".hidden.txt": "no text",
         ".git/c.txt": "no text",
@@ -69,9 +72,9 @@ def test_token_files_may_be_a_folder(folder, tmp_path):
 
 
 def test_only_the_first_suffix_that_occurs_is_taken_from_a_folder(folder):
-    assert expand_paths(folder, ".npy", ".txt") == text_files(folder)
+    assert expand_paths(folder, ".npy", TEXT_SUFFIXES) == text_files(folder)
     prepare(folder, folder / "tokens.npy", tokenizer="bytes")
-    assert expand_paths(folder, ".npy", ".txt") == [folder / "tokens.npy"]
+    assert expand_paths(folder, ".npy", TEXT_SUFFIXES) == [folder / "tokens.npy"]
     prepare(folder, folder / "tokens.npy", tokenizer="bytes")  # reads the texts, not its own output
 
 
@@ -79,8 +82,41 @@ def test_only_the_first_suffix_that_occurs_is_taken_from_a_folder(folder):
 def test_a_folder_without_texts_is_an_error(tmp_path, open_texts):
     (tmp_path / "book.epub").touch()
     arguments = (4,) if open_texts == TokenDataset.from_shards else ()
-    with pytest.raises(DataError, match=r"no \.(txt|npy) files"):
+    with pytest.raises(DataError, match=r"no \.(txt or \.md|npy) files"):
         open_texts(tmp_path, *arguments)
+
+
+TEXT_READERS = [
+    text_files,
+    lambda path: load_corpus(path=path),
+    lambda path: TokenDataset.from_file(path, 4),
+    lambda path: train_tokenizer(path, path.parent / "own.json", vocab_size=300),
+]
+
+
+@pytest.mark.parametrize("read", TEXT_READERS)
+@pytest.mark.parametrize("name", ["c.jsonl", "more/c.JSON", "more/c.txt.gz", "c.parquet", "train.bin"])
+def test_data_that_would_be_left_out_of_a_folder_is_an_error(folder, read, name):
+    (folder / name).touch()
+    with pytest.raises(DataError, match=rf"{folder / name}.*{folder}/\*\*/\*\.txt.*homebrew prepare"):
+        read(folder)
+
+
+def test_markdown_is_text(folder, tmp_path):
+    (folder / "more" / "a.md").write_text("# To be")
+    files = [folder / name for name in ("a.txt", "more/a.md", "more/b.TXT")]
+    assert text_files(folder) == files
+    prepared, named = (prepare(paths, tmp_path / "out.npy", tokenizer="bytes") for paths in (folder, files))
+    assert prepared == named
+
+
+@pytest.mark.parametrize("read", [*TEXT_READERS, lambda path: TokenDataset.from_shards(path, 4)])
+@pytest.mark.parametrize("name", ["c.jsonl", "more/c.parquet", "c.gz"])
+def test_a_folder_without_text_files_says_what_reads_its_data(tmp_path, read, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"no \..* files.*{tmp_path / name}.*homebrew prepare"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

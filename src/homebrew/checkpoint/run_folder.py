@@ -8,13 +8,12 @@ import socket
 import time
 from pathlib import Path
 
+from homebrew.constants import RUN_FILES
 from homebrew.errors import ConfigError
 from homebrew.io import fsync_directory, make_directory, open_regular
 from homebrew.user_warnings import warn
 
 LOCK_FILE = "run.lock"
-RUN_FILES = ("metrics.jsonl", "samples.jsonl", "curves.png", "run.json", "logs", "checkpoints")
-"""What a run writes, `checkpoints` last: without them, a folder does not count as holding a run."""
 
 _HOLDER = re.compile(rb"(\d{1,20}) ([\w.-]{1,255})", re.ASCII)
 _POLL_SECONDS = 0.01

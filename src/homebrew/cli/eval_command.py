@@ -21,7 +21,8 @@ class Eval(SavedModel):
     """Evaluate a model: perplexity on a text, accuracy on HellaSwag, or both."""
 
     text: UseAppendAction[Annotated[tuple[Path, ...], arg(help_behavior_hint="(repeatable)")]] = ()
-    """UTF-8 text file, or a folder of .txt files. Prints the loss (nats per token), perplexity and bits per byte."""
+    """UTF-8 text file, or a folder of .txt and .md files. Prints the loss (nats per token), perplexity and bits per
+    byte."""
     stride: Annotated[int | None, arg(help_behavior_hint="(default: half the block size)")] = None
     """Number of tokens between the starts of two text windows. A smaller stride gives each token more context."""
     hellaswag: Annotated[Literal["download"] | Path | None, arg(help_behavior_hint="")] = None

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 def data_files(paths: Sequence[Path]) -> list[Path]:
     """Replace each folder by its token files or, if it has none, by its text files, and each pattern by its matches."""
-    from homebrew.data.text_paths import expand_paths
+    from homebrew.data.text_paths import TEXT_SUFFIXES, expand_paths
 
-    return expand_paths(paths, ".npy", ".txt")
+    return expand_paths(paths, ".npy", TEXT_SUFFIXES)
 
 
 def open_dataset(files: Sequence[Path], block_size: int, tokenizer: "Tokenizer | str | Path | None") -> "TokenDataset":

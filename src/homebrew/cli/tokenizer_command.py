@@ -19,7 +19,7 @@ class Tokenizer:
     action: Positional[Annotated[Literal["train"], arg(metavar="train", help_behavior_hint="(required)")]]
     """What to do."""
     texts: Positional[Annotated[tuple[Path, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]]
-    """UTF-8 text files, or folders of .txt files."""
+    """UTF-8 text files, or folders of .txt and .md files."""
     vocab_size: int
     """Number of tokens, from 257 to 65536."""
     output: Path

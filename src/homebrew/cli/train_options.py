@@ -39,7 +39,8 @@ class DataOptions:
     """Training and evaluation data."""
 
     files: Positional[Annotated[tuple[Path, ...], arg(metavar="DATA [DATA ...]", help_behavior_hint="(required)")]] = ()
-    """UTF-8 text files, or token files of `homebrew prepare`, nanoGPT or llm.c; or folders of .txt or .npy files."""
+    """UTF-8 text files, or token files of `homebrew prepare`, nanoGPT or llm.c; or folders of .npy files, or of
+    .txt and .md files."""
     eval_data: UseAppendAction[
         Annotated[tuple[Path, ...], arg(help_behavior_hint="(default: a fraction of DATA; repeatable)")]
     ] = ()

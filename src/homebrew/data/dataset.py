@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from homebrew.data.text_column import column_of_texts
 from homebrew.data.text_file import read_text
-from homebrew.data.text_paths import Paths, describe_files, expand_paths
+from homebrew.data.text_paths import TEXT_SUFFIXES, Paths, describe_files, expand_paths
 from homebrew.data.token_formats import is_token_file
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, as_token_ids, check_token_ids
 from homebrew.data.token_source import FileTokens, MemoryTokens
@@ -88,8 +88,8 @@ class TokenDataset(WindowDataset):
         recognised by their content. Text files are tokenized as by `homebrew prepare`.
 
         Args:
-            path: Path of a file, of a folder, of which all .npy files or, if it has none, all .txt files are read, a
-                pattern such as "fineweb/train_*.bin", or a sequence of them.
+            path: Path of a file, of a folder, of which all .npy files or, if it has none, all .txt and .md files are
+                read, a pattern such as "fineweb/train_*.bin", or a sequence of them.
             block_size: Sequence length of the inputs, in tokens.
             tokenizer: For text files, as in `from_text`; "gpt2" if None. For token files it is only needed for
                 nanoGPT's, which do not say which tokenizer made them.
@@ -97,10 +97,10 @@ class TokenDataset(WindowDataset):
             check: As in `from_shards`, for token files.
 
         Raises:
-            DataError: If a file is neither UTF-8 text nor a valid token file, a folder has no such files, or the
-                files are shorter than one window.
+            DataError: If a file is neither UTF-8 text nor a valid token file, a folder has no such files, or has
+                data in other formats beside its text files, or the files are shorter than one window.
         """
-        files = expand_paths(path, ".npy", ".txt")
+        files = expand_paths(path, ".npy", TEXT_SUFFIXES)
         if any(map(is_token_file, files)):
             return cls.from_shards(files, block_size, tokenizer=tokenizer, stride=stride, check=check)
         texts = [read_text(file) for file in files]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from homebrew.constants import RUN_FILES
 from homebrew.data.text_file import check_regular_file, read_error, read_text
 from homebrew.data.token_metadata import TokenMetadata
 from homebrew.errors import DataError
@@ -14,11 +15,18 @@ from homebrew.io import absolute_path
 Paths = str | Path | Sequence[str | Path]
 """A file, a folder, a pattern such as "texts/*.txt", or a sequence of them."""
 
+TEXT_SUFFIXES = (".txt", ".md")
+"""Suffixes of the text files that are taken from a folder."""
+
+PREPARE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".gz", ".zst")
+"""Suffixes of the other files that `homebrew prepare` takes from a folder."""
+
 
 def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
     """Replace each folder by the files in it and in its subfolders, and each pattern by its matches, sorted by path.
 
-    Hidden files and folders, links to folders, and the `.json` files that `homebrew prepare` writes are left out.
+    Hidden files and folders, links to folders, the files of a run in its folder, and the `.json` files that `homebrew
+    prepare` writes are left out.
 
     Args:
         paths: Files, folders and patterns, such as "shards/train_*.bin".
@@ -26,7 +34,8 @@ def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
             Those of a tuple count as one.
 
     Raises:
-        DataError: A folder has no such file or cannot be read, or a pattern matches nothing.
+        DataError: A folder has no such file or cannot be read; text files are taken from a folder that also has data
+            in other formats; or a pattern matches nothing.
     """
     files: list[Path] = []
     for path in [paths] if isinstance(paths, str | bytes | Path) or not isinstance(paths, Iterable) else paths:
@@ -39,8 +48,8 @@ def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
 
 
 def text_files(paths: Paths) -> list[Path]:
-    """Return the given text files, with the `.txt` files of each given folder and the files of each pattern."""
-    return expand_paths(paths, ".txt")
+    """Return the given text files, with the text files of each given folder and the files of each pattern."""
+    return expand_paths(paths, TEXT_SUFFIXES)
 
 
 def read_texts(paths: Paths) -> str:
@@ -69,19 +78,31 @@ def _matches(path: str | Path) -> Sequence[str | Path]:
 def _files_in(folder: Path, suffixes: Sequence[str | tuple[str, ...]]) -> list[Path]:
     files: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=_raise_read_error):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        skipped = RUN_FILES if "run.json" in names else ()
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
+        files += [Path(parent, name) for name in names if not name.startswith(".") and name not in skipped]
     files.sort()
     groups = [(suffix,) if isinstance(suffix, str) else suffix for suffix in suffixes]
     for group in groups:
-        if found := [path for path in files if path.suffix.lower() in group and not _is_metadata(path)]:
+        if found := _with_suffix(files, group):
             for path in found:
                 check_regular_file(path)  # raises for a broken link
+            if group == TEXT_SUFFIXES and (others := _with_suffix(files, (*PREPARE_SUFFIXES, ".bin"))):
+                pattern = folder / "**" / f"*{found[0].suffix}"
+                raise DataError(
+                    f"The folder {str(folder)!r} has not only text files, but also {str(others[0])!r}. Pass the files "
+                    f"or a pattern such as {str(pattern)!r}. `homebrew prepare` tokenizes JSON Lines, Parquet and "
+                    f"compressed files, too."
+                )
             return found
-    raise DataError(
-        f"The folder {str(folder)!r} has no {' or '.join(itertools.chain(*groups))} files. Pass the files, "
-        f"a pattern such as {str(folder / 'train_*.bin')!r}, or another folder."
-    )
+    remedy = f"Pass the files, a pattern such as {str(folder / 'train_*.bin')!r}, or another folder."
+    if others := _with_suffix(files, (*TEXT_SUFFIXES, *PREPARE_SUFFIXES)):
+        remedy = f"Tokenize its texts, such as {str(others[0])!r}, with `homebrew prepare`, and use the result."
+    raise DataError(f"The folder {str(folder)!r} has no {' or '.join(itertools.chain(*groups))} files. {remedy}")
+
+
+def _with_suffix(files: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
+    return [path for path in files if path.suffix.lower() in suffixes and not _is_metadata(path)]
 
 
 def _raise_read_error(error: OSError) -> None:

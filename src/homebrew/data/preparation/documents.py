@@ -22,9 +22,6 @@ from homebrew.io import strict_json
 
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
-SUFFIXES = (".txt", ".md", *_JSON_LINES_SUFFIXES, ".parquet", ".gz", ".zst")
-"""Suffixes of the files that are taken from a folder. A file that is named may have any other: then it is text."""
-
 _BATCH_ROWS = 256
 _BATCH_BYTES = 2**20
 """Maximum number of rows of a Parquet file to read at a time, and their approximate size."""

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from homebrew.data.fast_tokenizer import has_fast_tokenizer
-from homebrew.data.preparation.documents import SUFFIXES, read_documents
+from homebrew.data.preparation.documents import read_documents
 from homebrew.data.preparation.encode_part import SPLITS, EncodeSettings, Split
 from homebrew.data.preparation.joined_parts import JoinedParts, no_text_error
 from homebrew.data.preparation.plan import Part, plan_parts
 from homebrew.data.preparation.shard_writer import ShardWriter
 from homebrew.data.preparation.state import PrepareState, output_errors
 from homebrew.data.preparation.workers import encoding
-from homebrew.data.text_paths import Paths, describe_files, expand_paths
+from homebrew.data.text_paths import PREPARE_SUFFIXES, TEXT_SUFFIXES, Paths, describe_files, expand_paths
 from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
 from homebrew.data.token_file import check_output_path
 from homebrew.data.tokenizer import CharTokenizer, get_tokenizer
@@ -101,7 +101,7 @@ def prepare(
         for path in outputs.values():
             check_output_path(path)
     chosen = None if tokenizer == "char" else get_tokenizer(tokenizer)  # its errors come before the texts are read
-    files = expand_paths(paths, SUFFIXES)
+    files = expand_paths(paths, (*TEXT_SUFFIXES, *PREPARE_SUFFIXES))
     if not files:
         raise DataError("The list of files is empty. Give at least one file, folder or pattern.")
     source = describe_files(files)
