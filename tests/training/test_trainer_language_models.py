@@ -45,9 +45,12 @@ from homebrew import (
     load_model,
     score_hellaswag,
     score_text,
+    train_tokenizer,
 )
+from homebrew.checkpoint.manifest import open_checkpoint
 from homebrew.cli.main import main
 from homebrew.data.sampler import sample_indices
+from homebrew.data.tokenizer import ByteTokenizer
 from homebrew.errors import ConfigError, DataError, HomebrewError, ModelError, ResumeMismatch
 from homebrew.model.interfaces import interface_of
 from homebrew.training.arguments import check_model
@@ -289,6 +292,43 @@ def test_a_module_is_exported_as_safetensors(tmp_path, model):
     assert equal(loaded.state_dict(), trainer.model.state_dict())
     with pytest.raises(ModelError, match="checkpoint"):
         trainer.save_pretrained(checkpoint_path(tmp_path / "run", 2))
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bytes", "own"])
+@pytest.mark.parametrize("name", [*TRANSFORMERS, "module"])
+def test_every_model_is_saved_with_its_tokenizer(tmp_path, name, tokenizer):
+    text = "It's  a cab, don't!\n\n 12345 bags\n" * 20
+    if tokenizer == "own":
+        (tmp_path / "text.txt").write_text(text)
+        tokenizer = train_tokenizer(tmp_path / "text.txt", tmp_path / "own.json", vocab_size=260)
+    dataset = TokenDataset.from_text(text, block_size=16, tokenizer=tokenizer)
+    model = NanoGPT(vocab_size=260) if name == "module" else transformers_model(name, vocab_size=260)
+    trainer = make_trainer(tmp_path / "run", model=model, train_dataset=dataset, progress=False, max_steps=1)
+    trainer.train()
+    saved = open_checkpoint(checkpoint_path(tmp_path / "run", 1)).state
+    assert saved["tokenizer"] == dataset.tokenizer.to_json()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "added_tokens.json").write_text('{"bag": 3}')  # of another tokenizer
+    is_fixed = name == "qwen2"  # transformers has a fixed class for it
+    with pytest.warns(UserWarning, match="PreTrainedTokenizerFast") if is_fixed else nullcontext():
+        trainer.save_pretrained(tmp_path / "export")
+    kind = transformers.PreTrainedTokenizerFast if is_fixed else transformers.AutoTokenizer
+    loaded = kind.from_pretrained(tmp_path / "export")
+    assert loaded(text)["input_ids"] == dataset.tokenizer.encode(text).tolist()
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+    assert len(loaded) == dataset.vocab_size
+
+
+class ReversedBytes(ByteTokenizer):
+    name = "reversed"
+
+
+def test_a_custom_tokenizer_is_not_saved_as_another_one(tmp_path):
+    dataset = TokenDataset.from_text("a cab in a bag\n" * 40, block_size=16, tokenizer=ReversedBytes())
+    trainer = make_trainer(tmp_path / "run", model=NanoGPT(vocab_size=256), train_dataset=dataset, progress=False)
+    with pytest.warns(UserWarning, match="'reversed' is not saved"):
+        trainer.save_pretrained(tmp_path / "export")
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["model.safetensors"]
 
 
 def test_a_gpt_is_exported_with_its_tokenizer(tmp_path):

@@ -152,13 +152,18 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[str]) -> Iterator[NDArr
 
 def saved_tokenizer(description: dict[str, Any]) -> Tokenizer | None:
     """Create the tokenizer that was saved with a model. A custom one is None, with a warning."""
-    if (name := description.get("name")) in (*_BUILT_IN, BytePairTokenizer.name):
+    if is_built_in(description):
         return tokenizer_from_json(description)
     warn(
-        f"The model was saved with the custom tokenizer {name!r}, which its description cannot restore. Use an object "
-        f"of its class."
+        f"The model was saved with the custom tokenizer {description.get('name')!r}, which its description cannot "
+        f"restore. Use an object of its class."
     )
     return None
+
+
+def is_built_in(description: dict[str, Any]) -> bool:
+    """Return whether a description is of one of homebrew's tokenizers, and not of a custom one."""
+    return description.get("name") in (*_BUILT_IN, BytePairTokenizer.name)
 
 
 def tokenizer_from_json(description: dict[str, Any]) -> Tokenizer:

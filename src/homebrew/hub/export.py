@@ -14,7 +14,7 @@ from homebrew.hub.from_pretrained import CONV1D_WEIGHT, INDEX_FILE, WEIGHTS_FILE
 from homebrew.hub.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, to_hf_config
 from homebrew.hub.model_folder import output_folder
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE
-from homebrew.hub.tokenizer_files import HOMEBREW_FILE, TOKENIZER_FILES, to_json, tokenizer_files
+from homebrew.hub.tokenizer_files import HOMEBREW_FILE, TOKENIZER_FILES, to_json, tokenizer_files, write_tokenizer_files
 from homebrew.io import absolute_path, atomic_replace
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
@@ -66,18 +66,19 @@ def export_model(
                 f"The tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}. Pass the "
                 f"tokenizer the model was trained with."
             )
-        texts = tokenizer_files(tokenizer, model_max_length=config["block_size"])
-    texts[CONFIG_FILE] = to_json(to_hf_config(config, next(iter(weights.values())).dtype, tokenizer))
+        texts = tokenizer_files(tokenizer, model_max_length=config["block_size"], is_gpt=True)
+    hf_config = to_json(to_hf_config(config, next(iter(weights.values())).dtype, tokenizer))
     forbidden_files = {"manifest.json": "a checkpoint", ADAPTER_CONFIG_FILE: "an adapter"}
     with output_folder(folder, forbidden_files=forbidden_files):
         with atomic_replace(folder / WEIGHTS_FILE) as path:
             save_file(weights, path, metadata={"format": "pt"})
-        for name, text in texts.items():
-            with atomic_replace(folder / name) as path:
-                path.write_bytes(text.encode())
-        for pattern in _replaced_files(with_tokenizer=tokenizer is not None):
+        with atomic_replace(folder / CONFIG_FILE) as path:
+            path.write_bytes(hf_config.encode())
+        if texts:
+            write_tokenizer_files(folder, texts)
+        for pattern in _MODEL_FILES:
             for path in folder.glob(pattern):
-                if path.name not in {*texts, WEIGHTS_FILE}:
+                if path.name not in (CONFIG_FILE, WEIGHTS_FILE):
                     path.unlink()
 
 
@@ -124,7 +125,8 @@ def upload_folder(folder: str | Path, repository: str, *, private: bool | None =
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        replaced = list(_replaced_files(with_tokenizer=Path(folder, HOMEBREW_FILE).exists()))
+        has_tokenizer = Path(folder, HOMEBREW_FILE).exists()
+        replaced = [*_MODEL_FILES, *(TOKENIZER_FILES if has_tokenizer else ())]
         return str(api.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=replaced).commit_url)
     except Exception as error:  # from the Hub client or the HTTP library that it uses
         reason = next(iter(str(error).split("\n")), "") or type(error).__name__
@@ -132,11 +134,6 @@ def upload_folder(folder: str | Path, repository: str, *, private: bool | None =
             f"{repository} could not be uploaded: {reason} Check the name (user/name) and the network connection, and "
             f"log in with `hf auth login`."
         ) from error
-
-
-def _replaced_files(*, with_tokenizer: bool) -> tuple[str, ...]:
-    """Return patterns for all files that an export replaces or removes."""
-    return (*_MODEL_FILES, *TOKENIZER_FILES) if with_tokenizer else _MODEL_FILES
 
 
 def _to_hf_layout(name: str, tensor: Tensor, vocab_size: int) -> Tensor:

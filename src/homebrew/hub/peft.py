@@ -16,7 +16,7 @@ from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, ModelError
 from homebrew.hub.from_pretrained import WRAPPERS
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, output_folder, read_json
-from homebrew.hub.tokenizer_files import HOMEBREW_FILE, TOKENIZER_FILES, to_json
+from homebrew.hub.tokenizer_files import HOMEBREW_FILE, to_json, write_tokenizer_files
 from homebrew.io import absolute_path, atomic_replace, local_path_or_name, strict_json
 from homebrew.model.lora import (
     TARGET_MODULES,
@@ -94,10 +94,7 @@ def save_adapter(
         with atomic_replace(folder / ADAPTER_CONFIG_FILE) as path:
             path.write_text(strict_json(values, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            with atomic_replace(folder / HOMEBREW_FILE) as path:
-                path.write_text(to_json(tokenizer.to_json()), encoding="utf-8")
-            for name in set(TOKENIZER_FILES) - {HOMEBREW_FILE}:  # those of another tokenizer would contradict it
-                (folder / name).unlink(missing_ok=True)
+            write_tokenizer_files(folder, {HOMEBREW_FILE: to_json(tokenizer.to_json())})
 
 
 def load_adapter(

@@ -114,7 +114,7 @@ def _exported_encoding(tokenizer: Tokenizer) -> Encoding:
     if isinstance(tokenizer, GPT2Tokenizer):  # from its source, because to derive its merges takes seconds
         source = gpt2_vocabulary_files()
         return json.loads(source["encoder.json"]), _split_merges(source["vocab.bpe"].decode())
-    files = tokenizer_files(tokenizer, model_max_length=1)
+    files = tokenizer_files(tokenizer, model_max_length=1, is_gpt=True)
     if TOKENIZER_FILE in files:
         return pipeline_encoding(json.loads(files[TOKENIZER_FILE])) or _OTHER
     return json.loads(files["vocab.json"]), _split_merges(files["merges.txt"])

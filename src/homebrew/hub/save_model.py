@@ -5,37 +5,71 @@ from typing import Any
 
 from safetensors.torch import save_model as save_safetensors
 
-from homebrew.data.tokenizer import Tokenizer
+from homebrew.data.tokenizer import Tokenizer, is_built_in
 from homebrew.errors import ModelError
 from homebrew.hub.from_pretrained import WEIGHTS_FILE
 from homebrew.hub.model_folder import output_folder
+from homebrew.hub.tokenizer_files import tokenizer_files, write_tokenizer_files
 from homebrew.io import atomic_replace
 from homebrew.model.gpt import GPT
+from homebrew.model.interfaces import interface_of
+from homebrew.model.transformers_model import is_transformers_model
+from homebrew.user_warnings import warn
 
 
 def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:  # noqa: ANN401 - any module
     """Save a model to a folder.
 
     Args:
-        model: A GPT, which is saved with its tokenizer; another model with a method `save_pretrained(folder)`, which is
-            called; or any module, whose state dict is saved as a safetensors file, tied weights once.
+        model: A GPT; another model with a method `save_pretrained(folder)`, which is called; or any module, whose state
+            dict is saved as a safetensors file, tied weights once.
         folder: Output folder.
-        tokenizer: Tokenizer of a GPT.
+        tokenizer: Tokenizer the model was trained with, or None. A custom one is saved with a GPT only, whose texts are
+            split as GPT-2's.
 
     Raises:
-        ModelError: The folder cannot be written, or holds a checkpoint.
+        ModelError: The folder cannot be written, or holds a checkpoint; or a GPT's tokenizer cannot be saved.
     """
     if isinstance(model, GPT):
         model.save_pretrained(folder, tokenizer)
         return
+    texts: dict[str, str] = {}
+    if tokenizer is not None and is_built_in(tokenizer.to_json()):
+        texts = tokenizer_files(tokenizer, model_max_length=interface_of(model).block_size, is_gpt=False)
+    elif tokenizer is not None:
+        warn(f"The custom tokenizer {tokenizer.name!r} is not saved with the model. Save it to {folder} yourself.")
     with output_folder(folder, forbidden_files={"manifest.json": "a checkpoint"}):
-        if not hasattr(model, "save_pretrained"):
-            with atomic_replace(folder / WEIGHTS_FILE) as path:
-                save_safetensors(model, str(path), metadata={"format": "pt"})
-            return
-        try:
-            model.save_pretrained(folder)
-        except Exception as error:  # of the model's own code
-            if isinstance(error, OSError):
-                raise
-            raise ModelError(f"{type(model).__name__}.save_pretrained failed: {error!r}.") from error
+        _save_weights(model, folder)
+        if texts:
+            write_tokenizer_files(folder, texts)
+    if texts and is_transformers_model(model) and not _is_opened_by_auto_tokenizer(folder):
+        warn(
+            f"AutoTokenizer opens {folder} as another tokenizer, because transformers has a fixed tokenizer class for "
+            f"{type(model).__name__}. Use PreTrainedTokenizerFast.from_pretrained instead."
+        )
+
+
+def _save_weights(model: Any, folder: Path) -> None:  # noqa: ANN401
+    if not hasattr(model, "save_pretrained"):
+        with atomic_replace(folder / WEIGHTS_FILE) as path:
+            save_safetensors(model, str(path), metadata={"format": "pt"})
+        return
+    try:
+        model.save_pretrained(folder)
+    except Exception as error:  # of the model's own code
+        if isinstance(error, OSError):
+            raise
+        raise ModelError(f"{type(model).__name__}.save_pretrained failed: {error!r}.") from error
+
+
+def _is_opened_by_auto_tokenizer(folder: Path) -> bool:
+    """Return whether AutoTokenizer opens a tokenizer as it is. For Qwen2, it changes how texts are split."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        opened, expected = (
+            kind.from_pretrained(folder).backend_tokenizer.to_str() for kind in (AutoTokenizer, PreTrainedTokenizerFast)
+        )
+    except Exception:  # such as a tokenizer class that needs another library
+        return False
+    return bool(opened == expected)

@@ -1,15 +1,16 @@
 """Writer for tokenizer files: those that transformers' AutoTokenizer reads, and homebrew's own description."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from homebrew.data.byte_pair_tokenizer import BytePairTokenizer, find_merges
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tiktoken_tokenizer import to_notation
 from homebrew.data.tokenizer import Tokenizer
-from homebrew.data.tokenizer_json import TOKENIZER_FILE, format_tokenizer_json
+from homebrew.data.tokenizer_json import TOKENIZER_FILE, byte_level_pipeline, format_tokenizer_json
 from homebrew.errors import DataError, ModelError
-from homebrew.io import strict_json
+from homebrew.io import atomic_replace, strict_json
 
 HOMEBREW_FILE = "homebrew_tokenizer.json"
 """File with the result of `Tokenizer.to_json`."""
@@ -35,18 +36,23 @@ UNKNOWN_CHARACTER = "<unk>"
 """Its unknown token. As the vocabulary lacks it, an unknown character is an error, as in `CharTokenizer`."""
 
 
-def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int | None, is_gpt: bool) -> dict[str, str]:
     """Return the contents of a tokenizer's files by file name.
+
+    Args:
+        tokenizer: The tokenizer.
+        model_max_length: Maximum sequence length of the model, or None if it has none.
+        is_gpt: Whether the model is a `GPT`, which transformers opens with its GPT2Tokenizer.
 
     Raises:
         ModelError: transformers cannot represent the tokenizer: tokens are neither all characters nor each the
             merge of two others, or several have the same bytes.
     """
-    tokenizer_class, files = _vocabulary_files(tokenizer)
+    tokenizer_class, files = _vocabulary_files(tokenizer, is_gpt=is_gpt)
     special_token = None if tokenizer.end_of_text_id is None else END_OF_TEXT
     config = {
         "tokenizer_class": tokenizer_class,
-        "model_max_length": model_max_length,
+        **({} if model_max_length is None else {"model_max_length": model_max_length}),
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), special_token),
@@ -54,12 +60,21 @@ def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int) -> dict[str,
     return files | {"tokenizer_config.json": to_json(config), HOMEBREW_FILE: to_json(tokenizer.to_json())}
 
 
+def write_tokenizer_files(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write the files of a tokenizer, and remove those of another one, which would contradict it."""
+    for name, text in texts.items():
+        with atomic_replace(folder / name) as path:
+            path.write_bytes(text.encode())
+    for name in set(TOKENIZER_FILES) - texts.keys():
+        (folder / name).unlink(missing_ok=True)
+
+
 def to_json(value: Mapping[str, Any]) -> str:
     """Format an object as the contents of a JSON file."""
     return strict_json(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _vocabulary_files(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
+def _vocabulary_files(tokenizer: Tokenizer, *, is_gpt: bool) -> tuple[str, dict[str, str]]:
     """Return the class of transformers that reads a tokenizer, and the files with its vocabulary."""
     if isinstance(tokenizer, BytePairTokenizer):
         return "PreTrainedTokenizerFast", {TOKENIZER_FILE: format_tokenizer_json(tokenizer)}
@@ -74,7 +89,12 @@ def _vocabulary_files(tokenizer: Tokenizer) -> tuple[str, dict[str, str]]:
     char_ids = {token.decode(errors="replace"): i for token, i in ids.items()}
     if end_of_text_id is None and all(len(char) == 1 and char.encode() in ids for char in char_ids):
         return "PreTrainedTokenizerFast", {TOKENIZER_FILE: to_json(_character_tokenizer(char_ids))}
-    return "GPT2Tokenizer", _byte_pair_files(ids, end_of_text_id)
+    vocabulary, merges = _byte_pairs(ids, end_of_text_id)
+    if not is_gpt:
+        pipeline = byte_level_pipeline(vocabulary, merges, end_of_text_id)
+        return "PreTrainedTokenizerFast", {TOKENIZER_FILE: strict_json(pipeline, ensure_ascii=False) + "\n"}
+    text = "\n".join(["#version: 0.2", *merges]) + "\n"
+    return "GPT2Tokenizer", {"vocab.json": strict_json(vocabulary, ensure_ascii=False), "merges.txt": text}
 
 
 def _character_tokenizer(char_ids: Mapping[str, int]) -> dict[str, Any]:
@@ -90,8 +110,8 @@ def _character_tokenizer(char_ids: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _byte_pair_files(ids: Mapping[bytes, int], end_of_text_id: int | None) -> dict[str, str]:
-    """Return the vocabulary and merges as transformers' GPT2Tokenizer reads them."""
+def _byte_pairs(ids: Mapping[bytes, int], end_of_text_id: int | None) -> tuple[dict[str, int], list[str]]:
+    """Return the vocabulary and the merges in the notation of GPT-2's vocabulary files."""
     try:
         merges = [f"{to_notation(a)} {to_notation(b)}" for a, b in find_merges(ids)]
     except DataError as error:
@@ -99,5 +119,4 @@ def _byte_pair_files(ids: Mapping[bytes, int], end_of_text_id: int | None) -> di
     vocabulary = {to_notation(token): i for token, i in ids.items()}
     if end_of_text_id is not None:
         vocabulary[END_OF_TEXT] = end_of_text_id
-    text = "\n".join(["#version: 0.2", *merges]) + "\n"
-    return {"vocab.json": strict_json(vocabulary, ensure_ascii=False), "merges.txt": text}
+    return vocabulary, merges

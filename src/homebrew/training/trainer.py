@@ -308,12 +308,13 @@ class Trainer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the model, with the evaluation weights, to use it without the Trainer. Every process calls this.
 
-        A GPT is saved in transformers' format with the tokenizer of the training dataset, and another model by its own
-        `save_pretrained` method. Of a model without this method, the state dict is saved as `model.safetensors`, which
-        `safetensors.torch.load_model` loads.
+        A GPT is saved in transformers' format, and another model by its own `save_pretrained` method. Of a model
+        without this method, the state dict is saved as `model.safetensors`, which `safetensors.torch.load_model` loads.
+        The tokenizer of the training dataset is saved for transformers' AutoTokenizer, but with a GPT only if it is a
+        custom one.
 
         Raises:
-            ModelError: The folder cannot be written, or holds a checkpoint.
+            ModelError: The folder cannot be written, or holds a checkpoint; or a GPT's tokenizer cannot be saved.
         """
         with self._modes.evaluating():
             model = self.full_model()
