@@ -240,7 +240,10 @@ def test_without_a_recorded_command_all_options_are_needed(small_run, text, invo
         (small_run / "run.json").unlink()
     else:
         (small_run / "run.json").write_text(json.dumps(description | {"command": command}))
-    assert "all options" in invoke_error("train", "--resume", "--output-dir", small_run)
+    for options in ([], ["--max-steps", 3]):
+        error = invoke_error("train", "--resume", "--output-dir", small_run, *options)
+        assert "all options" in error
+        assert ("'resume=True' of `trainer.train`" in error) == (command != "missing")
     options = ["--max-steps", 2, "--tokenizer", "char", "--seed", 5, *tiny]
     invoke("train", text, "--resume", "--output-dir", small_run, *options)
 

@@ -57,19 +57,23 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     parser.add_argument("--eval-data", "--eval_data", nargs="?")
     parser.add_argument("--sample-prompt", "--sample_prompt", nargs="?")
     parser.add_argument("--init-from", "--init_from", nargs="?")
-    given, _ = parser.parse_known_args(arguments[1:])
+    given, rest = parser.parse_known_args(arguments[1:])
     if not given.resume or set(arguments) & {"-h", "--help"}:
         return None
     if given.output_dir is None:
         raise ConfigError("--resume needs the folder of the run. Add --output-dir.")
     command = _read_command(given.output_dir)
-    if command is None and given.max_steps is None:
-        raise ConfigError(
-            f"{given.output_dir} has no run.json with the options of `homebrew train`. Check --output-dir, or give all "
-            f"options of the run; a run that was started in Python is resumed there."
-        )
     if command is None:
-        return None
+        if given.max_steps is not None and any(not word.startswith("-") for word in rest):  # with data
+            return None
+        if (absolute_path(given.output_dir) / "run.json").exists():
+            raise ConfigError(
+                f"The run in {given.output_dir} was started from Python, so its model and data are not known here. "
+                f"Resume it in its script, with the argument 'resume=True' of `trainer.train`, or give all options."
+            )
+        raise ConfigError(
+            f"{given.output_dir} has no run.json with the options of a run. Check --output-dir, or give all options."
+        )
     train = _parse(command, given.output_dir)
     if given.init_from is not None and train.model.lora_rank is None:  # an adapter's base may have moved
         _check_init_from(given.init_from, train.model.init_from)
