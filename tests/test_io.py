@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
+from homebrew.errors import DataError
 from homebrew.io import (
     atomic_replace,
     fsync_directory,
@@ -19,6 +20,7 @@ from homebrew.io import (
     remove_tree,
     strict_json,
     write_durably,
+    write_errors,
 )
 
 
@@ -58,6 +60,21 @@ def test_atomic_replace_names_the_file_it_could_not_sync(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match=r"Quota exceeded: '.*book"), atomic_replace(tmp_path / "book"):
         pass
+
+
+@pytest.mark.parametrize("name", ["missing/a", "file/a", "folder"])
+def test_errors_of_writing_name_the_file_and_not_a_temporary_one(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / name
+    with (
+        pytest.raises(DataError, match=rf"^{path} cannot be written: .*\. Move it\."),
+        write_errors(tmp_path, DataError, "Move it."),
+        atomic_replace(path) as temporary,
+    ):
+        temporary.touch()
+    with pytest.raises(DataError, match=rf"^{path} cannot"), write_errors(path, DataError, "Move it."):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as of a descriptor
 
 
 def test_leftovers_of_killed_replacements_are_removed_and_nothing_else(tmp_path):

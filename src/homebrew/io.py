@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from homebrew.errors import ConfigError
+from homebrew.errors import ConfigError, HomebrewError
 
 _CHUNK_BYTES = 1 << 24
 
@@ -81,13 +81,15 @@ def atomic_replace(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        temporary.touch(exist_ok=False)
+        with _named_in_errors(path):
+            temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors creates its files with mode 0600
-        with _named_in_errors(path), temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _named_in_errors(path):
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
         fsync_directory(path.parent)
     finally:
         with contextlib.suppress(OSError):  # it has been renamed; or the first error is the one to raise
@@ -164,8 +166,23 @@ def _close(descriptor: int) -> None:
 
 
 @contextlib.contextmanager
+def write_errors(path: Path, kind: type[HomebrewError], remedy: str) -> Iterator[None]:
+    """Turn an OSError into an error of another class, which names the file of the OSError or else `path`.
+
+    Args:
+        path: Path that the block writes to.
+        kind: Class of the error.
+        remedy: Sentence that says what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{error.filename or path} cannot be written: {error.strerror}. {remedy}") from error
+
+
+@contextlib.contextmanager
 def _named_in_errors(path: Path) -> Iterator[None]:
-    """Set the `filename` of an OSError, which calls on a descriptor leave out."""
+    """Set the `filename` of an OSError, which calls on a descriptor leave out, and which may be a temporary file."""
     try:
         yield
     except OSError as error:

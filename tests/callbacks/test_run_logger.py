@@ -182,7 +182,7 @@ def test_run_json_and_the_log_say_which_optimizer_and_schedule_a_run_has(
 def test_an_unwritable_output_dir_is_an_error_before_the_first_step(tmp_path, name):
     (tmp_path / name).mkdir()
     trainer = make_trainer(tmp_path)
-    with pytest.raises(ConfigError, match=rf"Cannot write .* to output_dir=.*Is a directory.*{name}"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path / name} .*Is a directory.*output_dir"):
         trainer.train()
     assert trainer.step == 0
 
@@ -194,7 +194,7 @@ def test_resume_does_not_follow_links_in_the_run_folder(tmp_path):
         target.write_text("a line\nand a half")
         (tmp_path / "run" / name).unlink()
         (tmp_path / "run" / name).symlink_to(target)
-    with pytest.raises(ConfigError, match=r"symbolic link: .*metrics\.jsonl"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl .*symbolic link"):
         make_trainer(tmp_path / "run").train(resume=True)
     assert {target.read_text() for target in targets.values()} == {"a line\nand a half"}
     assert not (tmp_path / "run" / "run.json").is_symlink()  # it has been replaced

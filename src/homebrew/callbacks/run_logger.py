@@ -20,7 +20,7 @@ from homebrew.callbacks.trackers import log_samples, start_trackers
 from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.errors import ConfigError, DataError
-from homebrew.io import atomic_replace, remove_leftovers, strict_json
+from homebrew.io import atomic_replace, remove_leftovers, strict_json, write_errors
 from homebrew.metrics.metrics_log import MetricsLog
 from homebrew.metrics.step_metrics import EvalMetrics, SkippedStep, StepMetrics, TextSample
 from homebrew.model.interfaces import interface_of
@@ -106,16 +106,11 @@ class RunLogger(Callback):
             self._started_trackers = start_trackers(accelerator, description, name=folder.name, step=trainer.step)
 
     def _open_files(self, folder: Path, description: dict[str, Any]) -> MetricsLog:
-        try:
+        with write_errors(folder, ConfigError, "Check the permissions and the disk, or choose another output_dir."):
             remove_leftovers(folder / "run.json")
             with atomic_replace(folder / "run.json") as path:
                 path.write_text(strict_json(description, indent=2, default=str) + "\n", encoding="utf-8")
             return MetricsLog(folder / "metrics.jsonl")
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot write run.json and metrics.jsonl to output_dir={str(folder)!r}: {error}. Free some space, "
-                f"check the permissions, or choose another directory."
-            ) from error
 
     def _record(self, event: str, trainer: "Trainer", metrics: dict[str, Any]) -> None:
         if self._log is not None:

@@ -13,6 +13,7 @@ from homebrew.distributed.collectives import run_on_main
 from homebrew.errors import ConfigError, DataError
 from homebrew.generation.sampling import Sampling
 from homebrew.integers import SEED_RANGE, as_integer
+from homebrew.io import write_errors
 from homebrew.metrics.metrics_log import MetricsLog
 from homebrew.metrics.step_metrics import TextSample
 
@@ -122,10 +123,5 @@ class SampleText(Callback):
         return [TextSample(trainer.step, *pair) for pair in zip(self.prompts, texts, strict=True)]
 
     def _open(self, path: Path) -> None:
-        try:
+        with write_errors(path, ConfigError, "Check the permissions and the disk, or choose another output_dir."):
             self._log = MetricsLog(path)
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written: {error.strerror}. Check the permissions and the disk, or choose another "
-                f"output_dir."
-            ) from error

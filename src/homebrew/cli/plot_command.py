@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from homebrew.errors import ConfigError
-from homebrew.io import absolute_path, atomic_replace
+from homebrew.io import absolute_path, atomic_replace, write_errors
 
 
 @dataclass(kw_only=True)
@@ -52,9 +52,6 @@ class Plot:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        with atomic_replace(absolute_path(path)) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}. Choose another file.") from error
+    with write_errors(path, ConfigError, "Choose another file."), atomic_replace(absolute_path(path)) as temporary:
+        temporary.write_bytes(data)
     print(f"Wrote {path}")

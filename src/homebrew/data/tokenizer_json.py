@@ -1,6 +1,5 @@
 """The file `tokenizer.json` of a byte-level BPE, as Hugging Face's tokenizers library reads and writes it."""
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tiktoken_tokenizer import to_notation
 from homebrew.errors import DataError
-from homebrew.io import absolute_path, atomic_replace, strict_json
+from homebrew.io import absolute_path, atomic_replace, strict_json, write_errors
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -33,6 +32,7 @@ BYTE_LEVEL_BPE: dict[str, tuple[Any, ...]] = {
 }
 """Fields of `tokenizer.json` that affect the ids or the decoded text, with the values in files of GPT-2's tokenizer."""
 
+_CHOOSE_FOLDER = "Choose a folder that can be written to."
 _ASK_FOR_TEXT = (
     "For nanoGPT's character data, use the tokenizer 'char' with the text that the data was made from, such as "
     "input.txt."
@@ -111,7 +111,7 @@ def pipeline_of(tokenizer: BytePairTokenizer) -> dict[str, Any]:
 
 def write_tokenizer_json(tokenizer: BytePairTokenizer, path: Path) -> None:
     """Write a `tokenizer.json`."""
-    with _writing(path), atomic_replace(path) as temporary:
+    with write_errors(path, DataError, _CHOOSE_FOLDER), atomic_replace(path) as temporary:
         temporary.write_bytes(format_tokenizer_json(tokenizer).encode())
 
 
@@ -119,18 +119,8 @@ def check_tokenizer_path(path: Path) -> None:
     """Check that a `tokenizer.json` can be written to a path, and create its folder. Other files are not replaced."""
     if path.exists() and "model" not in read_json(path, DataError):
         raise DataError(f"{path} exists and is not a {TOKENIZER_FILE}, so it is not replaced. Choose another path.")
-    with _writing(path):
+    with write_errors(path, DataError, _CHOOSE_FOLDER):
         path.parent.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written: {error.strerror}. Choose a folder that can be written to."
-        ) from error
 
 
 def pipeline_encoding(pipeline: Mapping[str, Any]) -> Encoding | None:

@@ -20,7 +20,7 @@ from homebrew.data.preparation.documents import Document, Span, document_beginni
 from homebrew.data.token_formats import token_dtype
 from homebrew.data.tokenizer import Tokenizer, encode_chunks, tokenizer_from_json
 from homebrew.errors import DataError
-from homebrew.io import atomic_replace, strict_json
+from homebrew.io import atomic_replace, strict_json, write_errors
 
 Counts = dict[str, int]
 """Number of tokens of each split, such as "train", and of its documents, such as "train_documents"."""
@@ -103,13 +103,9 @@ class PartEncoder:
             DataError: If a document cannot be read.
         """
         files = PartFiles(Path(self._settings.folder), index)
-        try:
+        remedy = "Free some disk space, or check the permissions; the same command continues."
+        with write_errors(files.counts, DataError, remedy):
             return self._write(files, spans)
-        except OSError as error:
-            raise DataError(
-                f"The folder {self._settings.folder} cannot be written to: {error.strerror}. Free some disk space or "
-                f"check the permissions; the same command continues."
-            ) from error
 
     def _write(self, files: PartFiles, spans: list[Span]) -> Counts:
         with contextlib.ExitStack() as stack:

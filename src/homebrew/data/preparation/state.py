@@ -10,12 +10,13 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from homebrew.bounded_readers import read_json
 from homebrew.data.preparation.encode_part import PartFiles
 from homebrew.errors import DataError
-from homebrew.io import atomic_replace, make_directory, remove_leftovers, strict_json
+from homebrew.io import atomic_replace, make_directory, remove_leftovers, strict_json, write_errors
 
 _PART_FILE = re.compile(r"\.?(\d{6,})\.(?:json|train|val)(?:\.[0-9a-f]{8})?")
 """A file of a part, or the temporary file that would have become one."""
@@ -110,16 +111,10 @@ class PrepareState:
                 self.folder.rmdir()
 
 
-@contextlib.contextmanager
-def output_errors(path: Path) -> Iterator[None]:
+def output_errors(path: Path) -> AbstractContextManager[None]:
     """Turn an `OSError` into a `DataError` that names its file, or `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or path} cannot be written: {error.strerror}. Check the path, its permissions and the "
-            f"free disk space; the same command continues."
-        ) from error
+    remedy = "Check the path, its permissions and the free disk space; the same command continues."
+    return write_errors(path, DataError, remedy)
 
 
 def _lock(descriptor: int, folder: Path) -> None:
