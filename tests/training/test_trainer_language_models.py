@@ -121,7 +121,7 @@ def test_the_loss_that_balances_experts_is_trained_but_not_evaluated(tmp_path, n
         expected.item(), abs=1e-3 if ON_GPU else 1e-6
     )
     on_device = [ids.to(trainer.accelerator.device) for ids in batch()]
-    assert trainer._loss_function(model.train(), *on_device).item() > expected.item() + 5e-4
+    assert interface_of(model).loss_function()(model.train(), *on_device).item() > expected.item() + 5e-4
 
 
 class Strict(transformers.LlamaForCausalLM):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from homebrew.data.tokenizer import Tokenizer, default_prompt
 from homebrew.errors import ConfigError, ModelError
 from homebrew.generation.sampling import Sampling
 from homebrew.integers import as_integer
@@ -13,6 +14,26 @@ from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 from homebrew.model.interfaces import interface_of
 from homebrew.model.transformers_model import is_transformers_model
+
+
+def continue_text(
+    model: Any,  # noqa: ANN401 - any module
+    tokenizer: Tokenizer,
+    text: str,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling | None,
+    seed: int | None,
+) -> str:
+    """Generate a continuation of a text, or a new text if it is empty. The arguments are those of `generate_ids`.
+
+    Returns:
+        The text with its continuation.
+    """
+    end = tokenizer.end_of_text_id
+    ids = list(tokenizer.encode(text or default_prompt(tokenizer))) if text or end is None else [end]
+    generated = generate_ids(model, ids, max_new_tokens, sampling=sampling, vocab_size=tokenizer.vocab_size, seed=seed)
+    return str(tokenizer.decode(generated if text else generated[1:]))
 
 
 def generate_ids(

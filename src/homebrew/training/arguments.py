@@ -13,14 +13,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
+from homebrew.data.validation import check_dataset
 from homebrew.errors import ConfigError
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
-from homebrew.model.language_model import LanguageModel
+from homebrew.model.language_model import LanguageModel, ModelInterface
 from homebrew.training.schedule import Schedule
 from homebrew.training.trainer_config import TrainerConfig
 from homebrew.user_warnings import warn
@@ -199,6 +201,35 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
     for kind in (ProgressDisplay, RunLogger):
         if sum(isinstance(callback, kind) for callback in callbacks) > 1:
             raise ConfigError(f"callbacks has more than one {kind.__name__}. Pass one.")
+
+
+def check_datasets(
+    model: ModelInterface, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None, *, eval_every: int | None
+) -> int:
+    """Check that the model can read the datasets; return the length in tokens that each sample counts as."""
+    limits = {"block_size": model.block_size, "vocab_size": model.vocab_size}
+    lengths = check_dataset(train_dataset, "train_dataset", **limits)
+    if eval_dataset is None and eval_every is not None:
+        raise ConfigError(
+            f"eval_every={eval_every}, but there is no eval_dataset. Pass eval_dataset, or remove eval_every."
+        )
+    if eval_dataset is not None:
+        check_dataset(eval_dataset, "eval_dataset", **limits)
+    return lengths[0] if len(lengths) == 1 else model.ragged_length or lengths[-1]
+
+
+def check_guard_settings(config: TrainerConfig, *, uses_scaler: bool) -> None:
+    """Raise ConfigError for settings of skipped steps that would have no effect."""
+    limit, zscore = config.changed("non_finite_limit"), config.changed("loss_spike_zscore")
+    if zscore and uses_scaler:
+        raise ConfigError(
+            f"{zscore} is not supported in fp16, where the gradient scaler decides which steps to skip. Remove it, or "
+            f"use mixed_precision='bf16'."
+        )
+    if limit and not (zscore or uses_scaler or config.non_finite == "skip"):
+        raise ConfigError(
+            f"{limit} has no effect, as the first non-finite step ends the run. Set non_finite='skip', or remove it."
+        )
 
 
 def check_start(resume: bool | str | Path, *, overwrite: bool) -> None:

@@ -1,8 +1,9 @@
 """Builds the parts of a Trainer. Each part has its own function, so that a test can build it alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,22 +19,23 @@ from homebrew.callbacks.run_logger import RunLogger
 from homebrew.checkpoint.compatibility import Identity, run_identity
 from homebrew.checkpoint.manager import CheckpointManager
 from homebrew.data.collate import Collate
-from homebrew.data.loader import StepLoader
+from homebrew.data.loader import Batch, StepLoader
 from homebrew.data.tokenizer import dataset_tokenizer
-from homebrew.data.validation import check_dataset
 from homebrew.distributed.accelerator import build_accelerator, check_accelerator
 from homebrew.distributed.fsdp import configure_fsdp, meta_copy, prepare, uses_fsdp
 from homebrew.errors import ConfigError
+from homebrew.evaluation.mean_loss import mean_loss
 from homebrew.metrics.throughput import ThroughputMeter
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
-from homebrew.model.language_model import LanguageModel, LossFunction, ModelInterface
+from homebrew.model.language_model import LanguageModel, ModelInterface
 from homebrew.optim.averaged import AveragedOptimizer
 from homebrew.optim.combined import combine, members
 from homebrew.optim.muon import Muon
+from homebrew.training.arguments import check_datasets, check_guard_settings
 from homebrew.training.batch_size import BatchPlan, plan_batch_for_device
-from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compile_model
+from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compile_model, warm_up_compiled
 from homebrew.training.global_settings import allow_tf32
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw, check_trainable, muon_and_adamw
@@ -62,15 +64,15 @@ class TrainerParts:
     optimizer: torch.optim.Optimizer
     """The optimizer without Accelerate's wrapper."""
     modes: OptimizerModes
-    loss_function: LossFunction
     sequence_length: int
     batch: BatchPlan
     compile_mode: CompileMode
-    evaluates_eagerly: bool
-    """Whether evaluation runs uncompiled, because compiling would take longer."""
     guard: NanGuard
     train_step: TrainStep
-    collate: Collate
+    mean_loss: Callable[[Dataset[Any]], tuple[float, int]]
+    """Evaluates the model on a dataset, as `evaluation.mean_loss` does."""
+    warm_up_model: Callable[[Batch], None]
+    """Compiles the model for batches like the given one."""
     loader: StepLoader
     logger: StepLogger
     checkpoints: CheckpointManager
@@ -160,6 +162,8 @@ def build_parts(
         capture_passes=compile_mode == "captured",
         capture_update=use_graphs and optimizer is None and not uses_scaler,
     )
+    evaluates_eagerly = use_graphs and flops < EAGER_EVALUATION_FLOPS
+    evaluates_compiled = eval_dataset is not None and not evaluates_eagerly
     return TrainerParts(
         accelerator=accelerator,
         model=bare,
@@ -167,32 +171,28 @@ def build_parts(
         meta_copy=meta,
         optimizer=bare_optimizer,
         modes=modes,
-        loss_function=loss_function,
         sequence_length=sequence_length,
         batch=batch,
         compile_mode=compile_mode,
-        evaluates_eagerly=use_graphs and flops < EAGER_EVALUATION_FLOPS,
         guard=guard,
         train_step=train_step,
-        collate=collate,
+        mean_loss=partial(
+            mean_loss,
+            accelerator,
+            wrapped,
+            micro_batch_size=batch.micro_batch_size,
+            collate=collate,
+            max_batches=config.eval_batches,
+            eager=evaluates_eagerly,
+            loss_function=loss_function,
+        ),
+        warm_up_model=partial(
+            warm_up_compiled, accelerator, wrapped, evaluates=evaluates_compiled, loss_function=loss_function
+        ),
         loader=build_loader(config, train_dataset, batch, accelerator, collate),
         logger=build_logger(config, interface, batch, accelerator, guard, sequence_length=sequence_length),
         checkpoints=build_checkpoint_manager(config, accelerator, bare, bare_optimizer, guard, identity, train_dataset),
     )
-
-
-def check_guard_settings(config: TrainerConfig, *, uses_scaler: bool) -> None:
-    """Raise ConfigError for settings of skipped steps that would have no effect."""
-    limit, zscore = config.changed("non_finite_limit"), config.changed("loss_spike_zscore")
-    if zscore and uses_scaler:
-        raise ConfigError(
-            f"{zscore} is not supported in fp16, where the gradient scaler decides which steps to skip. Remove it, or "
-            f"use mixed_precision='bf16'."
-        )
-    if limit and not (zscore or uses_scaler or config.non_finite == "skip"):
-        raise ConfigError(
-            f"{limit} has no effect, as the first non-finite step ends the run. Set non_finite='skip', or remove it."
-        )
 
 
 def build_optimizers(model: nn.Module, config: TrainerConfig) -> list[torch.optim.Optimizer]:
@@ -231,21 +231,6 @@ def resolve_accelerator(accelerator: Accelerator | None, config: TrainerConfig) 
         log_with=config.log_with,
         collective_timeout_seconds=config.collective_timeout_seconds,
     )
-
-
-def check_datasets(
-    model: ModelInterface, train_dataset: Dataset[Any], eval_dataset: Dataset[Any] | None, *, eval_every: int | None
-) -> int:
-    """Check that the model can read the datasets; return the length in tokens that each sample counts as."""
-    limits = {"block_size": model.block_size, "vocab_size": model.vocab_size}
-    lengths = check_dataset(train_dataset, "train_dataset", **limits)
-    if eval_dataset is None and eval_every is not None:
-        raise ConfigError(
-            f"eval_every={eval_every}, but there is no eval_dataset. Pass eval_dataset, or remove eval_every."
-        )
-    if eval_dataset is not None:
-        check_dataset(eval_dataset, "eval_dataset", **limits)
-    return lengths[0] if len(lengths) == 1 else model.ragged_length or lengths[-1]
 
 
 def build_collate(model: ModelInterface, sequence_length: int, compile_mode: CompileMode) -> Collate:

@@ -13,14 +13,13 @@ from torch.utils.data import Dataset
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.events import emit, emit_train_end
 from homebrew.data.loader import Batch, explain_worker_errors
-from homebrew.data.tokenizer import dataset_tokenizer, default_prompt
+from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.data.validation import check_dataset
 from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import gather_full_model
 from homebrew.distributed.signals import SignalHandler
 from homebrew.errors import ConfigError, HomebrewError
-from homebrew.evaluation.mean_loss import mean_loss
-from homebrew.generation.model_generate import generate_ids
+from homebrew.generation.model_generate import continue_text
 from homebrew.generation.sampling import Sampling
 from homebrew.hub.save_model import save_model
 from homebrew.io import absolute_path
@@ -30,7 +29,6 @@ from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LanguageModel
 from homebrew.training.argument_names import explain_unknown_arguments
 from homebrew.training.arguments import check_arguments, check_start
-from homebrew.training.compile import warm_up_compiled
 from homebrew.training.device_errors import explain_device_asserts, explain_out_of_memory
 from homebrew.training.global_settings import exclusive_training
 from homebrew.training.optimizer import set_learning_rates
@@ -114,12 +112,11 @@ class Trainer:
         self._modes = parts.modes
         self._guard = parts.guard
         self._train_step = parts.train_step
-        self._loss_function = parts.loss_function
-        self._collate = parts.collate
+        self._mean_loss = parts.mean_loss
+        self._warm_up_model = parts.warm_up_model
         self._loader = parts.loader
         self._logger = parts.logger
         self._checkpoints = parts.checkpoints
-        self._evaluates_eagerly = parts.evaluates_eagerly
         self._needs_warm_up = self.compile_mode != "none"
         self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
         self._multiplier = 1.0  # of the learning rates, at the last step
@@ -219,16 +216,7 @@ class Trainer:
         if dataset is None:
             raise ConfigError("There is no evaluation dataset. Pass eval_dataset to Trainer, or dataset to evaluate().")
         with self.paused():
-            loss, num_tokens = mean_loss(
-                self.accelerator,
-                self._wrapped,
-                dataset,
-                micro_batch_size=self.batch.micro_batch_size,
-                collate=self._collate,
-                max_batches=self.config.eval_batches,
-                eager=self._evaluates_eagerly,
-                loss_function=self._loss_function,
-            )
+            loss, num_tokens = self._mean_loss(dataset)
         bytes_per_token = getattr(dataset, "bytes_per_token", None)
         return EvalMetrics.from_loss(step=self.step, loss=loss, num_tokens=num_tokens, bytes_per_token=bytes_per_token)
 
@@ -297,13 +285,8 @@ class Trainer:
         tokenizer = dataset_tokenizer(self.train_dataset)
         if tokenizer is None:
             raise ConfigError("sample() needs a Tokenizer, but train_dataset has none. Use model.generate on ids.")
-        end = tokenizer.end_of_text_id
-        ids = list(tokenizer.encode(text or default_prompt(tokenizer))) if text or end is None else [end]
         with self._modes.evaluating():
-            generated = generate_ids(
-                self.full_model(), ids, max_new_tokens, sampling=sampling, vocab_size=tokenizer.vocab_size, seed=seed
-            )
-        return str(tokenizer.decode(generated if text else generated[1:]))
+            return continue_text(self.full_model(), tokenizer, text, max_new_tokens, sampling=sampling, seed=seed)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the model, with the evaluation weights, to use it without the Trainer. Every process calls this.
@@ -358,11 +341,8 @@ class Trainer:
         if self._needs_warm_up:
             self._needs_warm_up = False
             self._train_step.check_parameters()
-            evaluates = self.eval_dataset is not None and not self._evaluates_eagerly
             with self._logger.paused():
-                warm_up_compiled(
-                    self.accelerator, self._wrapped, micro_batch, evaluates=evaluates, loss_function=self._loss_function
-                )
+                self._warm_up_model(micro_batch)
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
