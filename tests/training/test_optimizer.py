@@ -4,7 +4,7 @@ import torch
 from homebrew import GPT, GPTConfig
 from homebrew.errors import ConfigError
 from homebrew.model.interfaces import GPTInterface
-from homebrew.training.optimizer import adamw, check_trainable, decay_groups, muon_and_adamw, set_learning_rates
+from homebrew.training.optimizer import adamw, check_trainable, decay_groups, muon_and_adamw
 
 GPT2_SMALL_DEPTH = GPTConfig(block_size=16, vocab_size=50, n_layer=12, n_head=2, n_embd=16)
 
@@ -55,17 +55,6 @@ def test_adamw_has_the_given_options_and_gpt3s_epsilon():
     options = {"lr": 2e-3, "betas": (0.8, 0.9), "eps": 1e-8}
     assert all(options.items() <= group.items() for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
-
-
-@pytest.mark.parametrize("num_peaks", [1, 2, 3])
-def test_learning_rates_are_set_in_place_for_the_groups_that_have_a_peak(num_peaks):
-    """`TrainStep` then names what is wrong if the number of groups has changed."""
-    first, second = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
-    in_tensor = torch.tensor(7.0)
-    optimizer = torch.optim.SGD([{"params": [first], "lr": in_tensor}, {"params": [second]}], lr=7.0, foreach=False)
-    set_learning_rates(optimizer, [2.0, 4.0, 8.0][:num_peaks], 0.5)
-    assert optimizer.param_groups[0]["lr"] is in_tensor
-    assert [float(group["lr"]) for group in optimizer.param_groups] == [1.0, 2.0 if num_peaks > 1 else 7.0]
 
 
 def test_the_optimizer_must_hold_exactly_the_trainable_parameters():

@@ -1,4 +1,4 @@
-"""Parameter groups, the built-in optimizers, and the learning rate of a step."""
+"""Parameter groups, and the built-in optimizers."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,7 +10,6 @@ from homebrew.errors import ConfigError
 from homebrew.model.interfaces import interface_of
 from homebrew.model.lora import lora_layers
 from homebrew.optim.muon import Muon
-from homebrew.user_warnings import warn
 
 
 def decay_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
@@ -106,32 +105,6 @@ def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
             f"The optimizer lacks {len(missing)} trainable parameters, for example {missing[0]}. Add them to a "
             f"custom optimizer, or freeze them with requires_grad_(False). Unfreeze them before you build the Trainer."
         )
-
-
-def set_learning_rates(
-    optimizer: torch.optim.Optimizer, peaks: Sequence[float], multiplier: float, *, previous: float | None = None
-) -> None:
-    """Set the learning rate of each parameter group to its peak times the schedule's multiplier.
-
-    A learning rate that is a tensor stays the same tensor: some optimizers require one, and compiled ones refer to it.
-
-    Args:
-        optimizer: Optimizer of the parameter groups.
-        peaks: Peak of each group.
-        multiplier: The schedule's multiplier.
-        previous: Multiplier that was set before. A learning rate that has changed since is replaced with a warning.
-    """
-    for group, peak in zip(optimizer.param_groups, peaks, strict=False):  # `TrainStep` checks the groups
-        # Not in a tensor, which may be on a GPU and would have to be waited for.
-        if previous is not None and isinstance(group["lr"], float) and group["lr"] != peak * previous:
-            warn(
-                "A callback or the optimizer has changed the learning rate, which the schedule sets before every step. "
-                "Pass a function from the step to the multiplier of the learning rate as the Trainer's schedule."
-            )
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(peak * multiplier)
-        else:
-            group["lr"] = peak * multiplier
 
 
 def _can_fuse(groups: Iterable[dict[str, Any]]) -> bool:

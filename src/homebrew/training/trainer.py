@@ -31,9 +31,9 @@ from homebrew.training.argument_names import explain_unknown_arguments
 from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.device_errors import explain_device_asserts, explain_out_of_memory
 from homebrew.training.global_settings import exclusive_training
-from homebrew.training.optimizer import set_learning_rates
+from homebrew.training.learning_rates import LearningRates
 from homebrew.training.run_requests import RunRequests
-from homebrew.training.schedule import Schedule, multiplier_at
+from homebrew.training.schedule import Schedule
 from homebrew.training.setup import build_callbacks, build_parts
 from homebrew.training.trainer_config import TrainerConfig
 from homebrew.user_warnings import warn
@@ -110,6 +110,7 @@ class Trainer:
         self._wrapped = parts.wrapped
         self._meta_copy = parts.meta_copy
         self._modes = parts.modes
+        self._learning_rates = LearningRates(self.optimizer, self.schedule)
         self._guard = parts.guard
         self._train_step = parts.train_step
         self._mean_loss = parts.mean_loss
@@ -119,7 +120,6 @@ class Trainer:
         self._checkpoints = parts.checkpoints
         self._needs_warm_up = self.compile_mode != "none"
         self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
-        self._multiplier = 1.0  # of the learning rates, at the last step
         self._is_running = False
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
         self._emit("on_init_end")
@@ -180,13 +180,11 @@ class Trainer:
                     if self.step >= self.config.max_steps or requests.stop_agreed:
                         break
                     self._warm_up(micro_batches[0])
-                    multiplier = multiplier_at(self.schedule, self.step, max(self._peak_learning_rates))
-                    set_learning_rates(self.optimizer, self._peak_learning_rates, multiplier, previous=self._multiplier)
-                    self._multiplier = multiplier
+                    learning_rate = self._learning_rates.set(self.step)
                     result = self._train_step(micro_batches)  # stays on the device
                     self.step += 1
                     self._num_samples += self.batch.global_batch_size
-                    self._logger.submit(self.step, result, self._peak_learning_rates[0] * multiplier, self._emit)
+                    self._logger.submit(self.step, result, learning_rate, self._emit)
                     self._emit("on_step_end")
                     self._evaluate_and_save_if_due()
                     requests.handle(self)
@@ -311,8 +309,7 @@ class Trainer:
 
     def _start(self, resume: bool | str | Path, accept_changes: Collection[str], *, overwrite: bool) -> None:
         """Restore the checkpoint, or start from step 0."""
-        self._peak_learning_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._multiplier = 1.0
+        self._learning_rates.start()
         self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
         self.step, self._num_samples = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
@@ -327,7 +324,7 @@ class Trainer:
         self._is_running = False
         self._modes.eval()
         self._logger.cancel()
-        set_learning_rates(self.optimizer, self._peak_learning_rates, 1.0)  # restore the peaks
+        self._learning_rates.restore()
         emit_train_end(self, error)
 
     @contextmanager
