@@ -13,16 +13,10 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from homebrew.checkpoint.async_writer import AsyncWriter
+from homebrew.checkpoint.built_optimizer import BuiltOptimizer
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import Identity, check_accept_changes, check_ranks
-from homebrew.checkpoint.optimizer_state import (
-    check_state,
-    group_numbers,
-    group_settings,
-    initial_state,
-    load_optimizer_state,
-    optimizer_json,
-)
+from homebrew.checkpoint.optimizer_state import check_state, optimizer_json
 from homebrew.checkpoint.restore import load_run
 from homebrew.checkpoint.run_folder import RunLock, move_run_aside
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
@@ -94,9 +88,7 @@ class CheckpointManager:
         self._accelerator = accelerator
         self._model = model
         self._optimizer = optimizer
-        self._initial_settings = group_settings(optimizer)
-        self._initial_numbers = self._last_numbers = group_numbers(optimizer)  # when it was built, and after the run
-        self._initial_state = initial_state(model, optimizer)
+        self._built = BuiltOptimizer(model, optimizer)
         self._guard = guard
         self._output_dir = output_dir
         self._seed = seed
@@ -130,7 +122,7 @@ class CheckpointManager:
             yield
         finally:
             self._is_locked = False
-            self._last_numbers = group_numbers(self._optimizer)
+            self._built.end_run()
             self._writer.close()  # if this is interrupted too, the lock stays until the next block
             self._lock.release()
 
@@ -176,13 +168,8 @@ class CheckpointManager:
         )
         start = run_on_main(accelerator, load)
         set_seed(self._seed, device_specific=True)
-        if self._restored:  # drop the optimizer's state of the earlier run, but not what the user has changed since
-            numbers = zip(self._initial_numbers, self._last_numbers, group_numbers(self._optimizer), strict=True)
-            groups = [
-                {key: first[key] for key in first if last.get(key) == now.get(key)} for first, last, now in numbers
-            ]
-            built = {"parameters": {}, "groups": groups}
-            load_optimizer_state(accelerator, self._model, self._optimizer, {}, built, self._initial_state)
+        if self._restored:
+            self._built.reset(accelerator)
         self._restored = True
         step: int = start["step"] if start else 0
         self._saved_step = step if start and start["in_store"] else None
@@ -194,7 +181,7 @@ class CheckpointManager:
                 self._guard,
                 files,
                 start["optimizer"],
-                initial=self._initial_state,
+                initial=self._built.state,
                 seed=self._seed + step,
             )
         if self._sharded:
@@ -246,7 +233,7 @@ class CheckpointManager:
 
     def _state(self, step: int, num_samples: int) -> dict[str, Any]:
         """Return the contents of `state.json`: everything but tensors that is not a function of the step."""
-        numbers, unsupported = optimizer_json(self._model, self._optimizer, self._initial_settings)
+        numbers, unsupported = optimizer_json(self._model, self._optimizer, self._built.settings)
         if unsupported and not self._warned:
             self._warned = True
             warn(
