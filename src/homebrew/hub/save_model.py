@@ -67,9 +67,8 @@ def _is_opened_by_auto_tokenizer(folder: Path) -> bool:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        opened, expected = (
-            kind.from_pretrained(folder).backend_tokenizer.to_str() for kind in (AutoTokenizer, PreTrainedTokenizerFast)
-        )
+        opened = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # otherwise it may ask on the terminal
+        expected = PreTrainedTokenizerFast.from_pretrained(folder)
+        return bool(opened.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str())
     except Exception:  # such as a tokenizer class that needs another library
         return False
-    return bool(opened == expected)
