@@ -54,9 +54,8 @@ class ProgressDisplay(Callback):
         self._saved_step = trainer.step or None
         self._has_logged = False
         summary, max_steps = _summary(trainer), trainer.config.max_steps
-        waiting = (
-            "compiling the model…" if trainer.compile_mode in ("kernels", "cuda_graphs") else "taking the first step…"
-        )
+        compiles = trainer.compile_mode in ("kernels", "cuda_graphs")
+        waiting = "compiling the model…" if compiles else "taking the first step…"
         if is_finished := trainer.step >= max_steps:
             waiting = ""
         if self._console.is_jupyter:
