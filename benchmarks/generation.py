@@ -43,9 +43,10 @@ def main(options: Options) -> None:
     report = Report(options.json)
     config = GPTConfig.preset(options.model)
     homebrew = GPT(config).to(DEVICE, torch.bfloat16).eval()
-    baseline = hf_model(config).to(DEVICE, torch.bfloat16).eval()
-    baseline.generation_config.eos_token_id = None  # random weights would stop early
-    baseline.generation_config.pad_token_id = 0
+    baseline, padded = (hf_model(config, pad_vocab=pad).to(DEVICE, torch.bfloat16).eval() for pad in (False, True))
+    for model in (baseline, padded):
+        model.generation_config.eos_token_id = None  # random weights would stop early
+        model.generation_config.pad_token_id = 0
     for batch in options.batches:
         prompt = random_ids(batch * options.prompt, config.vocab_size).view(batch, -1).to(DEVICE)
         sampling = Sampling(top_k=options.top_k)
@@ -75,11 +76,15 @@ def main(options: Options) -> None:
         default = generate(baseline, count=options.eager_tokens or options.new_tokens, **hf)
         implementations += [
             Implementation("homebrew", generate(homebrew, sampling=sampling)),
-            Implementation("Transformers", default),
+            Implementation("Transformers", default, "defaults: dynamic cache, sdpa, not compiled"),
         ]
         if options.compiled:
-            static = generate(baseline, **hf, cache_implementation="static")
-            implementations += [Implementation("Transformers, static cache, compiled", static)]
+            static = generate(padded, **hf, cache_implementation="static")
+            settings = (
+                'cache_implementation="static", which compiles with mode="reduce-overhead"; sdpa, vocabulary padded to '
+                "a multiple of 64"
+            )
+            implementations += [Implementation("Transformers, static cache, compiled", static, settings)]
         measurements = measure_interleaved(implementations, rounds=options.rounds, steps=options.steps)
         title = f"{options.model}, bfloat16, {DEVICE.type}: {batch} × ({options.prompt} + {options.new_tokens}) tokens"
         report.add_throughput(title, measurements, per_step=batch * options.new_tokens)

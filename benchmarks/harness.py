@@ -78,6 +78,8 @@ class Implementation:
     name: str
     build: Callable[[], RunSteps]
     """Load model and data. Not timed."""
+    settings: str = ""
+    """What the implementation runs with, printed below the table."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Measurement:
     """Peak GPU memory in bytes, without the memory of the other implementations."""
     first_seconds: float
     """Seconds to build and to run the first steps, including compilation."""
+    settings: str = ""
+    """What the implementation ran with."""
 
     @property
     def median(self) -> float:
@@ -125,24 +129,27 @@ def measure_interleaved(
             console.print(f"{implementation.name} is skipped: {type(error).__name__}: {error}", style="bold red")
             continue
         gc.collect()
-        loaded.append((implementation.name, run_steps, _allocated() - before, perf_counter() - start))
+        loaded.append((implementation, run_steps, _allocated() - before, perf_counter() - start))
         console.print(f"{implementation.name}: ready after {loaded[-1][3]:.1f} s", style="dim")
-    seconds: dict[str, list[float]] = {name: [] for name, *_ in loaded}
+    seconds: dict[str, list[float]] = {implementation.name: [] for implementation, *_ in loaded}
     peaks: dict[str, int] = {}
     for turn in range(rounds):
-        for name, run_steps, own_bytes, _ in loaded if turn % 2 == 0 else loaded[::-1]:
+        for implementation, run_steps, own_bytes, _ in loaded if turn % 2 == 0 else loaded[::-1]:
             if DEVICE.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             other_bytes = _allocated() - own_bytes
             timer = StepTimer(warmup, steps)
             run_steps(timer)
-            seconds[name].append(timer.seconds)
+            seconds[implementation.name].append(timer.seconds)
             if DEVICE.type == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated() - other_bytes
-        done = ", ".join(f"{name} {format_number(1000 * seconds[name][-1])} ms" for name, *_ in loaded)
+                peaks[implementation.name] = torch.cuda.max_memory_allocated() - other_bytes
+        done = ", ".join(f"{name} {format_number(1000 * times[-1])} ms" for name, times in seconds.items())
         console.print(f"round {turn + 1} of {rounds}: {done}", style="dim", highlight=False)
-    return [Measurement(name, seconds[name], peaks.get(name), first) for name, *_, first in loaded]
+    return [
+        Measurement(each.name, seconds[each.name], peaks.get(each.name), first, each.settings)
+        for each, *_, first in loaded
+    ]
 
 
 def _allocated() -> int:
@@ -250,6 +257,8 @@ class Report:
                 row["peak GiB"] = f"{measurement.peak_bytes / GIB:.1f}"
             rows.append(row)
             self.raw.append({"table": title, **asdict(measurement)})
+            if measurement.settings:
+                self.metadata[measurement.name] = measurement.settings
         self.add(title, rows)
 
     def finish(self) -> None:

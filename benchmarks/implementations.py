@@ -224,8 +224,13 @@ def notebook_loop(config: GPTConfig, ids: Tensor, *, micro_batch: int = 8, accum
 # --- nanoGPT
 
 
-def nanogpt_model(folder: Path | None, config: GPTConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return nanoGPT's model (`bias=True`) and optimizer from its folder, or a rewrite of them."""
+NANOGPT_SETTINGS = "as its train.py: torch.compile, bfloat16 autocast, TF32, fused AdamW, vocabulary padded to 50,304"
+
+
+def nanogpt_model(
+    folder: Path | None, config: GPTConfig, *, bias: bool = True
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return nanoGPT's model and optimizer from its folder, or a rewrite of them with biases."""
     on_gpu = DEVICE.type == "cuda"
     if folder is None:
         model: Any = PlainGPT(config, gelu="none", pad_vocab=config.vocab_size > 1000).to(DEVICE)
@@ -235,7 +240,7 @@ def nanogpt_model(folder: Path | None, config: GPTConfig) -> tuple[nn.Module, to
     vocab_size = 50_304 if config.vocab_size == 50_257 else config.vocab_size
     with contextlib.redirect_stdout(io.StringIO()):
         fields = {name: getattr(config, name) for name in names}
-        model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=vocab_size, bias=True, **fields)).to(DEVICE)
+        model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=vocab_size, bias=bias, **fields)).to(DEVICE)
         return model, model.configure_optimizers(0.1, SETTINGS["lr"], SETTINGS["betas"], DEVICE.type)
 
 
@@ -246,13 +251,12 @@ def nanogpt_loop(
     *,
     micro_batch: int,
     accumulation: int = 1,
+    bias: bool = True,
     log_every: int = 10,
 ) -> RunSteps:
     """Build nanoGPT's training loop with its data loading: compiled bfloat16 on a GPU, float32 on a CPU."""
     on_gpu = DEVICE.type == "cuda"
-    if on_gpu:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    model, optimizer = nanogpt_model(folder, config)
+    model, optimizer = nanogpt_model(folder, config, bias=bias)
     run = compiled(model, on_gpu)
 
     def loss_function(input_ids: Tensor, targets: Tensor) -> Tensor:
@@ -292,9 +296,36 @@ def _import_file(path: Path) -> ModuleType:
 # --- Hugging Face
 
 
-def hf_model(config: GPTConfig) -> Any:
-    """Return Transformers' GPT-2 with random weights and an unpadded vocabulary."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+HF_SETTINGS: dict[str, Any] = {
+    # What Transformers' pages on training on one GPU and on torch.compile recommend for speed.
+    "optim": "adamw_torch_fused",
+    "bf16": DEVICE.type == "cuda",
+    "tf32": True if DEVICE.type == "cuda" else None,
+    "torch_compile": DEVICE.type == "cuda",
+    "dataloader_num_workers": 4,
+    "dataloader_pin_memory": True,
+    "dataloader_persistent_workers": True,
+    "dataloader_prefetch_factor": 4,
+    "accelerator_config": {"non_blocking": True},
+    "logging_nan_inf_filter": False,  # the filter waits for the device after every micro-batch
+}
+
+
+def describe_hf(vocabulary: str = "padded to a multiple of 64", **settings: Any) -> str:
+    """Return what `hf_trainer` runs with, in one line."""
+    settings = {"attn_implementation": "sdpa"} | HF_SETTINGS | settings
+    return ", ".join([f"vocabulary {vocabulary}", *(f"{name}={value}" for name, value in settings.items())])
+
+
+def hf_model(config: GPTConfig, *, pad_vocab: bool = True) -> Any:
+    """Return Transformers' GPT-2 with random weights.
+
+    Args:
+        config: Sizes of the model.
+        pad_vocab: Whether to pad the vocabulary to a multiple of 64, which makes matrix products faster. This also
+            works with pretrained weights.
+    """
+    from transformers import AutoModelForCausalLM, GPT2Config
 
     hf_config = GPT2Config(
         vocab_size=config.vocab_size,
@@ -309,7 +340,9 @@ def hf_model(config: GPTConfig) -> Any:
         eos_token_id=0,
         use_cache=False,
     )
-    model = GPT2LMHeadModel(hf_config)
+    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
+    if pad_vocab:
+        model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
     model.loss_type = "ForCausalLM"  # otherwise a warning breaks the compiled graph
     return model
 
@@ -326,14 +359,12 @@ class _SequenceDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def hf_trainer(
-    model: Any, ids: Tensor, block_size: int, *, micro_batch: int, accumulation: int = 1, lr: float = 6e-4
+    model: Any, ids: Tensor, block_size: int, *, micro_batch: int, accumulation: int = 1, **settings: Any
 ) -> RunSteps:
-    """Build Hugging Face's Trainer with fused AdamW; bfloat16 and torch_compile on a GPU."""
+    """Build Hugging Face's Trainer with `HF_SETTINGS` and further arguments."""
     import transformers
 
     accelerate_state = IsolatedAccelerate()
-    on_gpu = DEVICE.type == "cuda"
-    folder = temporary_folder()
 
     class TimerCallback(transformers.TrainerCallback):
         timer: StepTimer
@@ -343,22 +374,22 @@ def hf_trainer(
 
     callback = TimerCallback()
     with accelerate_state:
+        # Static shapes: otherwise a second model in this process would be compiled with dynamic ones.
+        os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "false"
         arguments = transformers.TrainingArguments(
-            output_dir=folder,
+            output_dir=temporary_folder(),
             per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=accumulation,
             max_steps=1_000_000,
-            learning_rate=lr,
-            adam_beta2=0.95,
+            learning_rate=SETTINGS["lr"],
+            adam_beta2=SETTINGS["betas"][1],
             weight_decay=0.1,
             max_grad_norm=1.0,
-            optim="adamw_torch_fused",
-            bf16=on_gpu,
-            use_cpu=not on_gpu,
-            torch_compile=on_gpu,
+            use_cpu=DEVICE.type != "cuda",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            **(HF_SETTINGS | settings),
         )
         dataset = _SequenceDataset(ids, block_size)
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[callback])
@@ -375,7 +406,13 @@ def hf_trainer(
 # --- llm.c
 
 
-def llmc(folder: Path, config: GPTConfig, ids: Tensor, *, micro_batch: int, accumulation: int) -> RunSteps:
+LLMC_FLAGS = "-r 0"
+"""llm.c's flag for recomputing nothing, which is its fastest setting."""
+
+
+def llmc(
+    folder: Path, config: GPTConfig, ids: Tensor, *, micro_batch: int, accumulation: int, flags: str = LLMC_FLAGS
+) -> RunSteps:
     """Build llm.c's `train_gpt2cu`. Each call runs the program and reads the step times that it prints."""
     data = temporary_folder() / "tokens.bin"
     header = np.zeros(256, dtype=np.int32)
@@ -384,7 +421,7 @@ def llmc(folder: Path, config: GPTConfig, ids: Tensor, *, micro_batch: int, accu
     tokens = micro_batch * accumulation * config.block_size
 
     def run_steps(timer: StepTimer) -> None:
-        flags = {
+        arguments = {
             "-i": data,
             "-j": data,
             "-e": f"d{config.n_layer}",
@@ -392,7 +429,6 @@ def llmc(folder: Path, config: GPTConfig, ids: Tensor, *, micro_batch: int, accu
             "-t": config.block_size,
             "-d": tokens,
             "-x": timer.warmup + timer.steps,
-            "-r": 0,  # no recomputation
             "-c": 0.1,
             "-l": SETTINGS["lr"],
             "-v": 1_000_000,  # llm.c divides by this value
@@ -402,7 +438,8 @@ def llmc(folder: Path, config: GPTConfig, ids: Tensor, *, micro_batch: int, accu
             "-n": 0,
             "-z": 0,
         }
-        command = [str(folder / "train_gpt2cu"), *(str(word) for pair in flags.items() for word in pair)]
+        command = [str(folder / "train_gpt2cu"), *(str(word) for pair in arguments.items() for word in pair)]
+        command += flags.split()
         process = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ, check=False)
         times = [float(match) for match in re.findall(r"\| ([\d.]+) ms \|", process.stdout)]
         if len(times) < timer.warmup + timer.steps:

@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 from harness import DEVICE, Implementation, Report, measure_interleaved
-from implementations import hf_model, hf_trainer, homebrew_trainer, random_ids
+from implementations import describe_hf, hf_model, hf_trainer, homebrew_trainer, random_ids
 
 from homebrew import GPT, GPTConfig, LoRAConfig, add_lora
 
@@ -23,6 +23,8 @@ class Options:
     """Sequences per step."""
     rank: int = 8
     """Rank of the adapters on c_attn and c_proj."""
+    compile_modes: tuple[str, ...] = ("default", "reduce-overhead")
+    """Values of torch_compile_mode for PEFT's rows; "reduce-overhead" uses CUDA graphs."""
     rounds: int = 5
     """Number of rounds. Each implementation runs once per round."""
     steps: int = 20
@@ -43,15 +45,26 @@ def main(options: Options) -> None:
         add_lora(model, LoRAConfig(rank=options.rank))
         return model
 
+    def peft(compile_mode: str) -> Implementation:
+        mode = {"torch_compile_mode": compile_mode} if DEVICE.type == "cuda" else {}
+        return Implementation(
+            "PEFT + Hugging Face Trainer" + (f", {compile_mode}" if compile_mode != "default" else ""),
+            lambda: hf_trainer(peft_model(config, options), ids, block, micro_batch=batch, **mode),
+            describe_hf(**mode),
+        )
+
     implementations = [
-        Implementation("homebrew, LoRA", lambda: homebrew_trainer(lora_model(), ids, micro_batch_size=batch)),
         Implementation(
-            "PEFT + Hugging Face Trainer",
-            lambda: hf_trainer(peft_model(config, options), ids, block, micro_batch=batch),
+            "homebrew, LoRA", lambda: homebrew_trainer(lora_model(), ids, micro_batch_size=batch), "defaults"
         ),
-        Implementation("homebrew, full", lambda: homebrew_trainer(GPT(config), ids, micro_batch_size=batch)),
+        *(peft(mode) for mode in options.compile_modes),
         Implementation(
-            "Hugging Face Trainer, full", lambda: hf_trainer(hf_model(config), ids, block, micro_batch=batch)
+            "homebrew, full", lambda: homebrew_trainer(GPT(config), ids, micro_batch_size=batch), "defaults"
+        ),
+        Implementation(
+            "Hugging Face Trainer, full",
+            lambda: hf_trainer(hf_model(config), ids, block, micro_batch=batch),
+            describe_hf(),
         ),
     ]
     measurements = measure_interleaved(implementations, rounds=options.rounds, steps=options.steps, warmup=3)

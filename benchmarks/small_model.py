@@ -19,7 +19,7 @@ from time import perf_counter
 import torch
 import tyro
 from harness import DEVICE, Implementation, Report, format_number, measure_interleaved, measure_matmul_flops
-from implementations import homebrew_trainer, nanogpt_loop, random_ids
+from implementations import NANOGPT_SETTINGS, homebrew_trainer, nanogpt_loop, random_ids
 from learning import parse_settings
 
 from homebrew import (
@@ -108,8 +108,12 @@ def time_steps(options: Options, report: Report) -> None:
     batch = options.batch
     baseline = "nanoGPT" if options.nanogpt else "nanoGPT (rewritten)"
     implementations = [
-        Implementation("homebrew Trainer", lambda: homebrew_trainer(GPT(config), ids, micro_batch_size=batch)),
-        Implementation(baseline, lambda: nanogpt_loop(options.nanogpt, config, ids, micro_batch=batch)),
+        Implementation(
+            "homebrew Trainer", lambda: homebrew_trainer(GPT(config), ids, micro_batch_size=batch), "defaults"
+        ),
+        Implementation(
+            baseline, lambda: nanogpt_loop(options.nanogpt, config, ids, micro_batch=batch), NANOGPT_SETTINGS
+        ),
     ]
     measurements = measure_interleaved(implementations, rounds=options.rounds, steps=options.steps, warmup=10)
     tokens = batch * config.block_size

@@ -1,6 +1,7 @@
 """Interleaving, speedups and timers of the benchmarks."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_speedup_compares_measurements_of_the_same_round(harness):
     other = harness.Measurement("other", [2.0, 4.0, 5.0], None, 0.0)
     assert harness.speedup(homebrew, other) == 2.0
     assert harness.speedup(homebrew, homebrew) == 1.0
+
+
+def test_report_states_the_settings_of_each_implementation(harness, capsys):
+    one, two = (implementation(harness, name, []) for name in "ab")
+    one = replace(one, settings="defaults")
+    report = harness.Report()
+    report.add_throughput("a table", harness.measure_interleaved([one, two], rounds=1, steps=1), per_step=1)
+    report.finish()
+    assert "a: defaults\n" in capsys.readouterr().out
+    assert "b" not in report.metadata
 
 
 def test_implementation_that_fails_is_skipped(harness, capsys):

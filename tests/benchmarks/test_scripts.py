@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from homebrew import GPTConfig
 from homebrew.distributed.precision import has_native_bf16
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +40,22 @@ def test_throughput(run):
         "homebrew Trainer",
         "nanoGPT (rewritten), bias=True",
         "Hugging Face Trainer",
+        "Hugging Face Trainer, vocabulary of 50,257",
         "original notebook",
     ]
     assert rows[0]["speedup"] == "1.000 ×"
+
+
+@pytest.mark.parametrize("vocab_size", [65, 1000, 50_257])
+def test_padded_vocabulary_of_transformers_is_a_multiple_of_64(monkeypatch, vocab_size):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    hf_model = importlib.import_module("implementations").hf_model
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=vocab_size)
+    assert hf_model(config, pad_vocab=False).lm_head.weight.shape[0] == vocab_size
+    padded = hf_model(config)
+    assert padded.lm_head.weight is padded.transformer.wte.weight
+    assert padded.lm_head.weight.shape[0] == -(-vocab_size // 64) * 64
+    assert padded.config._attn_implementation == "sdpa"
 
 
 def test_overhead(run):
@@ -123,7 +137,13 @@ def test_generation(run):
 @pytest.mark.slow
 def test_lora(run):
     (rows,) = run("lora", model="baby", block_size=8, micro_batch=1, rounds=1, steps=1)
-    assert len(rows) == 4
+    assert [row["implementation"] for row in rows] == [
+        "homebrew, LoRA",
+        "PEFT + Hugging Face Trainer",
+        "PEFT + Hugging Face Trainer, reduce-overhead",
+        "homebrew, full",
+        "Hugging Face Trainer, full",
+    ]
 
 
 def test_fast_and_plain_path_have_equal_losses(run, tmp_path):
