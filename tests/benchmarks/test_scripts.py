@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from homebrew import GPTConfig
-from homebrew.distributed.precision import has_native_bf16
+from homebrew import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = "It is the east, and Juliet is the sun.\n" * 60
@@ -174,13 +173,60 @@ def test_prepare(run):
 
 
 @pytest.mark.slow
-def test_speed_ladder(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("torch.compile", lambda model: model)  # compilation takes most of a minute
+def test_ablation(run):
+    sizes = {"block_size": 16, "tokens": 64, "micro_batch": 2, "rounds": 1, "steps": 1}
+    (rows,) = run("ablation", **sizes, without=("fused MLP", "compile"))
+    names = ["homebrew Trainer", "without fused MLP", "without compile", "without all kernels"]
+    assert [row["implementation"] for row in rows] == names
+
+
+@pytest.mark.slow
+def test_ladder(run, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda model, **_: model)  # compilation takes most of a minute
+    (rows,) = run("ablation", ladder=True, block_size=8, steps=1)
+    assert rows[0]["optimization"] == "float32"
+    assert rows[-1]["optimization"] == "fused head and loss"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["flash attention"],
+        ["cuDNN attention"],
+        ["bfloat16 residual"],
+        ["fused head and loss"],
+        ["Triton loss kernel"],
+        ["fused MLP"],
+        ["Triton GELU kernels"],
+        ["cuDNN attention", "bfloat16 residual", "fused head and loss", "fused MLP"],
+    ],
+    ids=", ".join,
+)
+def test_model_has_the_same_gradients_without_an_optimization(monkeypatch, names):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    ladder = importlib.import_module("speed_ladder")
-    ladder.main(ladder.Options(block_size=8, steps=1, plot=tmp_path / "ladder.png"))
-    names = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert names[0] == "float32"
-    assert names[-1] == "fused head and loss"
-    assert ("bfloat16" in names) == has_native_bf16()
-    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    ablation = importlib.import_module("ablation")
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=70)
+    ids = torch.randint(70, (2, 9), generator=torch.Generator().manual_seed(0))
+    models = GPT(config), GPT(config)
+    models[0](ids[:, :-1], ids[:, 1:]).backward()
+    with ablation.switched_off(names):
+        if "Triton GELU kernels" in names:  # what replaces them does not need a GPU
+            monkeypatch.setattr("homebrew.model.ops.mlp.uses_triton", lambda _: True)
+        models[1](ids[:, :-1], ids[:, 1:]).backward()
+    for expected, parameter in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+def test_optimizations_are_back_after_they_were_switched_off(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ablation = importlib.import_module("ablation")
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=70)
+    with ablation.switched_off(ablation.OPTIMIZATIONS) as fields:
+        assert fields == {"compile": False}
+        assert config.padded_vocab_size == 70
+    assert config.padded_vocab_size == 128
+
+
+def test_unknown_optimization_is_an_error(run):
+    with pytest.raises(SystemExit, match="fused tea"):
+        run("ablation", without=("fused tea",))

@@ -1,0 +1,207 @@
+"""What each optimization of homebrew contributes.
+
+python benchmarks/ablation.py            # homebrew's Trainer, with one optimization switched off at a time
+python benchmarks/ablation.py --ladder   # a plain float32 loop, to which one optimization after the other is added
+"""
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import tyro
+from harness import DEVICE, Implementation, Report, RunSteps, StepTimer, measure_interleaved, measure_matmul_flops
+from implementations import adamw, compiled, device_batches, homebrew_trainer, plain_loop, random_ids
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+
+from homebrew import GPT, GPTConfig
+
+ON_GPU = DEVICE.type == "cuda"
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, training: bool) -> Tensor:
+    """Attention that writes the scores to memory. Queries, keys, values and result are (B, nh, T, hs)."""
+    scores = q @ k.mT * k.shape[-1] ** -0.5  # (B, nh, T, T)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype)
+    return F.dropout(weights, dropout, training) @ v
+
+
+def plain_mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+    """MLP whose backward pass is autograd's."""
+    return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
+
+
+def plain_gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GELU, its gradient and the sum of the gradient over rows, for `torch.compile` to fuse."""
+    d_x = torch.ops.aten.gelu_backward(d_y, x, approximate="tanh")
+    return F.gelu(x, approximate="tanh"), d_x, d_x.sum(0, dtype=torch.float32)
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Head and loss with the logits of all tokens in memory."""
+    logits = F.linear(hidden, weight)[..., :vocab_size]
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+OPTIMIZATIONS: dict[str, dict[str, Any]] = {
+    # What replaces each optimization: by name in homebrew, or as a field of TrainerConfig.
+    "compile": {"compile": False},
+    "flash attention": {"homebrew.model.transformer.causal_attention": explicit_attention},
+    "padded vocabulary": {
+        "homebrew.model.gpt_config.GPTConfig.padded_vocab_size": property(lambda config: config.vocab_size)
+    },
+    "bfloat16 residual": {"homebrew.model.transformer.compute_dtype": lambda x: x.dtype},
+    "fused head and loss": {"homebrew.model.gpt.linear_cross_entropy": plain_loss},
+    "Triton loss kernel": {"homebrew.model.ops.chunked_loss.uses_triton": lambda _: False},
+    "fused MLP": {"homebrew.model.transformer.mlp": plain_mlp},
+    "Triton GELU kernels": {
+        "homebrew.model.ops.mlp._gelu": lambda x: F.gelu(x, approximate="tanh"),
+        "homebrew.model.ops.mlp._gelu_backward": plain_gelu_backward,
+    },
+    "cuDNN attention": {
+        "homebrew.model.ops.attention.TRAINING_ATTENTION": [
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+    },
+    "CUDA graphs": {"homebrew.training.compile.LAUNCH_BOUND_FLOPS": 0.0},
+}
+KERNELS = ("cuDNN attention", "bfloat16 residual", "fused head and loss", "fused MLP")
+"""Without these, the model is GPT-2 in plain PyTorch. Under autocast its residual stream and loss are float32."""
+RUNGS = (
+    *("float32", "TF32", "bfloat16", "compile", "flash attention", "padded vocabulary", "fused AdamW"),
+    *("bfloat16 residual", "fused head and loss", "micro-batch 64", "fused MLP", "cuDNN attention"),
+)
+GPU_RUNGS = {"TF32", "micro-batch 64", "fused MLP", "cuDNN attention"}
+
+
+@dataclass
+class Options:
+    """Measure tokens/s and peak memory without each optimization."""
+
+    without: tuple[str, ...] = (*KERNELS, "Triton loss kernel", "Triton GELU kernels", "padded vocabulary")
+    """Optimizations to switch off, one per row. Also: "flash attention", "compile", "CUDA graphs"."""
+    ladder: bool = False
+    """Instead, add one optimization after the other to a plain loop with micro-batches of 8."""
+    model: str = "gpt2" if ON_GPU else "baby"
+    """Model preset."""
+    block_size: int = 1024 if ON_GPU else 128
+    """Tokens per sequence."""
+    tokens: int = 524_288 if ON_GPU else 1_024
+    """Tokens per step."""
+    micro_batch: int = 64 if ON_GPU else 8
+    """Micro-batch size of all rows."""
+    rounds: int = 3
+    """Number of rounds. Each row runs once per round."""
+    steps: int = 3
+    """Timed steps per row and round; of the ladder, 7 times as many."""
+    json: Path | None = None
+    """JSON file for tables and raw times."""
+
+
+@contextmanager
+def switched_off(optimizations: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Run without some optimizations. Yields the fields of TrainerConfig that switch off the others among them."""
+    replacements: dict[str, Any] = {}
+    for optimization in optimizations:
+        replacements |= OPTIMIZATIONS[optimization]
+    with ExitStack() as stack:
+        for name, replacement in replacements.items():
+            if "." in name:
+                stack.enter_context(patch(name, replacement))
+        yield {name: value for name, value in replacements.items() if "." not in name}
+
+
+def trainer_without(optimizations: Iterable[str], config: GPTConfig, ids: Tensor, **settings: Any) -> RunSteps:
+    """Build homebrew's Trainer without some optimizations."""
+    optimizations = tuple(optimizations)
+    with switched_off(optimizations) as fields:
+        run = homebrew_trainer(GPT(config), ids, **settings, **fields)
+
+    def run_steps(timer: StepTimer) -> None:
+        with switched_off(optimizations):  # the first steps compile
+            run(timer)
+
+    return run_steps
+
+
+def ablate(options: Options, config: GPTConfig, report: Report) -> None:
+    """Measure the Trainer, the Trainer without each optimization, and without all kernels."""
+    ids = random_ids(8 * options.tokens, config.vocab_size)
+    settings = {"global_batch_tokens": options.tokens, "micro_batch_size": options.micro_batch}
+    rows: dict[str, tuple[str, ...]] = {"homebrew Trainer": ()}
+    rows |= {f"without {name}": (name,) for name in options.without}
+    rows |= {"without all kernels": KERNELS}
+    peak = measure_matmul_flops()
+    measurements = measure_interleaved(
+        [
+            Implementation(name, lambda off=off: trainer_without(off, config, ids, **settings))
+            for name, off in rows.items()
+        ],
+        rounds=options.rounds,
+        steps=options.steps,
+    )
+    report.metadata["all kernels"] = ", ".join(KERNELS)
+    report.metadata["matrix products"] = f"{peak / 1e12:.1f} TFLOP/s"
+    title = f"{options.model} on {DEVICE.type}: {options.tokens:,} tokens per step, micro-batch {options.micro_batch}"
+    flops = GPT(config).flops_per_token() * options.tokens
+    report.add_throughput(title, measurements, per_step=options.tokens, flops_per_step=flops, peak=peak)
+
+
+def climb(options: Options, config: GPTConfig, report: Report) -> None:
+    """Measure a plain loop, and add one optimization after the other. Each step is one micro-batch."""
+    rows: list[dict[str, str]] = []
+    throughputs: list[float] = []
+    enabled = set[str]()
+    for rung in (rung for rung in RUNGS if ON_GPU or rung not in GPU_RUNGS):
+        enabled.add(rung)
+        batch = 64 if "micro-batch 64" in enabled else 8
+        timer = StepTimer(3, 7 * options.steps)
+        try:
+            with switched_off((OPTIMIZATIONS.keys() & RUNGS) - enabled):
+                ladder_loop(config, enabled, batch)(timer)
+        except torch.OutOfMemoryError:
+            print(f"{rung}: does not fit on this GPU", file=sys.stderr)
+            enabled.remove(rung)
+            continue
+        throughputs.append(batch * config.block_size / timer.seconds)
+        row = {"optimization": rung, "tokens/s": f"{throughputs[-1]:,.0f}", "ms/step": f"{1000 * timer.seconds:.1f}"}
+        row |= {"gain": f"{throughputs[-1] / throughputs[-2:][0]:.2f} ×"}
+        rows.append(row | {"total": f"{throughputs[-1] / throughputs[0]:.2f} ×"})
+        print(f"{rung}: {rows[-1]['tokens/s']} tokens/s", file=sys.stderr)
+    report.add(f"{options.model} on {DEVICE.type}, sequences of {config.block_size}", rows)
+
+
+def ladder_loop(config: GPTConfig, enabled: set[str], micro_batch: int) -> RunSteps:
+    """Build a plain loop that reads the loss of every step."""
+    gc.collect()  # frees the previous model
+    torch._dynamo.reset()
+    model = GPT(config).to(DEVICE)
+    loss_function = compiled(model, "compile" in enabled)
+    torch.set_float32_matmul_precision("high" if "TF32" in enabled else "highest")
+    optimizer = adamw(model, fused="fused AdamW" in enabled)
+    batches = device_batches(random_ids(2**18, config.vocab_size), config.block_size, micro_batch)
+    autocast = "bfloat16" in enabled
+    return plain_loop(loss_function, model, optimizer, batches, autocast=autocast, read_loss_every=1)
+
+
+def main(options: Options) -> None:
+    if unknown := set(options.without) - OPTIMIZATIONS.keys():
+        raise SystemExit(f"Unknown optimizations: {', '.join(unknown)}. Use: {', '.join(OPTIMIZATIONS)}.")
+    report = Report(options.json)
+    config = GPTConfig.preset(options.model, block_size=options.block_size)
+    (climb if options.ladder else ablate)(options, config, report)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
