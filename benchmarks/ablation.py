@@ -16,14 +16,12 @@ from unittest.mock import patch
 import torch
 import tyro
 from harness import DEVICE, Implementation, Report, RunSteps, StepTimer, measure_interleaved, measure_matmul_flops
-from implementations import adamw, compiled, device_batches, homebrew_trainer, plain_loop, random_ids
+from implementations import ON_GPU, adamw, device_batches, homebrew_trainer, plain_loop, random_ids
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from homebrew import GPT, GPTConfig
-
-ON_GPU = DEVICE.type == "cuda"
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, training: bool) -> Tensor:
@@ -185,13 +183,16 @@ def ladder_loop(config: GPTConfig, enabled: set[str], micro_batch: int) -> RunSt
     """Build a plain loop that reads the loss of every step."""
     gc.collect()  # frees the previous model
     torch._dynamo.reset()
-    model = GPT(config).to(DEVICE)
-    loss_function = compiled(model, "compile" in enabled)
     torch.set_float32_matmul_precision("high" if "TF32" in enabled else "highest")
-    optimizer = adamw(model, fused="fused AdamW" in enabled)
-    batches = device_batches(random_ids(2**18, config.vocab_size), config.block_size, micro_batch)
-    autocast = "bfloat16" in enabled
-    return plain_loop(loss_function, model, optimizer, batches, autocast=autocast, read_loss_every=1)
+    model = GPT(config).to(DEVICE)
+    return plain_loop(
+        model,
+        adamw(model, fused="fused AdamW" in enabled),
+        device_batches(random_ids(2**18, config.vocab_size), config.block_size, micro_batch),
+        compile_model="compile" in enabled,
+        autocast="bfloat16" in enabled,
+        read_loss_every=1,
+    )
 
 
 def main(options: Options) -> None:

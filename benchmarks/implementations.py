@@ -1,4 +1,4 @@
-"""Implementations to compare: homebrew's Trainer, plain loops, nanoGPT, Hugging Face's Trainer and llm.c."""
+"""Implementations to compare: homebrew's Trainer, a plain loop, nanoGPT, Hugging Face's Trainer and llm.c."""
 
 import atexit
 import contextlib
@@ -11,22 +11,21 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from harness import DEVICE, RunSteps, StepTimer
-from plain_gpt import PlainGPT
 from torch import Tensor, nn
 
 from homebrew import GPT, Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
+from homebrew.training.optimizer import decay_groups
 
+ON_GPU = DEVICE.type == "cuda"
 Batches = Iterator[tuple[Tensor, Tensor]]
 SETTINGS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95)}
 """AdamW settings of all implementations."""
@@ -122,40 +121,44 @@ def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> RunSteps:
     return run_steps
 
 
-# --- plain loops
+# --- a plain loop
 
 
 def plain_loop(
-    loss_function: Callable[[Tensor, Tensor], Tensor],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     *,
     accumulation: int = 1,
-    autocast: bool = True,
+    compile_model: bool = ON_GPU,
+    mode: str | None = None,
+    autocast: bool = ON_GPU,
     read_loss_every: int = 0,
 ) -> RunSteps:
     """Build a plain training loop with gradient accumulation and clipping to norm 1.
 
     Args:
-        loss_function: Returns the model's mean loss, compiled or not.
-        model: Model to train.
+        model: Model on its device. It returns its mean loss, or (logits, loss).
         optimizer: Optimizer of the model.
         batches: (input_ids, targets) on the device.
         accumulation: Micro-batches per step.
+        compile_model: Whether to use torch.compile.
+        mode: Mode of torch.compile.
         autocast: Whether to use bfloat16 autocast.
         read_loss_every: Steps between reading the loss, which waits for the device. 0: never.
     """
+    # Static shapes: otherwise the shapes of several implementations in one process would make them dynamic.
+    forward = torch.compile(model, mode=mode, dynamic=False) if compile_model else model
     count = 0
 
     def run_steps(timer: StepTimer) -> None:
         nonlocal count
         while True:
             for _ in range(accumulation):
-                input_ids, targets = next(batches)
-                with torch.autocast(DEVICE.type, torch.bfloat16) if autocast else nullcontext():
-                    loss = loss_function(input_ids, targets) / accumulation
-                loss.backward()  # type: ignore[no-untyped-call]
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+                    output = forward(*next(batches))
+                loss = output[1] if isinstance(output, tuple) else output
+                (loss / accumulation).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -168,74 +171,28 @@ def plain_loop(
     return run_steps
 
 
-def adamw(model: nn.Module, *, fused: bool) -> torch.optim.AdamW:
+def adamw(model: nn.Module, *, fused: bool = True) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, **SETTINGS, fused=fused)
-
-
-def compiled(model: nn.Module, enabled: bool, mode: str | None = None) -> Callable[..., Any]:
-    """Return the model, compiled if enabled."""
-    if DEVICE.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    # Static shapes: otherwise the shapes of several implementations in one process would make them dynamic.
-    return torch.compile(model, mode=mode, dynamic=False) if enabled else model
-
-
-def bare_loop(
-    model: GPT,
-    ids: Tensor,
-    *,
-    micro_batch: int,
-    accumulation: int = 1,
-    compile_model: bool,
-    autocast: bool,
-    mode: str | None = None,
-) -> RunSteps:
-    """Build a minimal loop around homebrew's model."""
-    model = model.to(DEVICE)
-    batches = device_batches(ids, model.config.block_size, micro_batch)
-    optimizer = adamw(model, fused=True)
-    loss_function = compiled(model, compile_model, mode)
-    return plain_loop(loss_function, model, optimizer, batches, accumulation=accumulation, autocast=autocast)
-
-
-def notebook_loop(config: GPTConfig, ids: Tensor, *, micro_batch: int = 8, accumulation: int) -> RunSteps:
-    """Build the loop of the notebook that homebrew started from. It waits for the device at every step."""
-    on_gpu = DEVICE.type == "cuda"
-    model = PlainGPT(config).to(DEVICE)
-    batches = device_batches(ids, config.block_size, micro_batch)
-    loop = plain_loop(
-        compiled(model, on_gpu),
-        model,
-        adamw(model, fused=on_gpu),
-        batches,
-        accumulation=accumulation,
-        autocast=on_gpu,
-        read_loss_every=1,
-    )
-    return loop
+    return torch.optim.AdamW(decay_groups(model.parameters(), 0.1), **SETTINGS, fused=fused)
 
 
 # --- nanoGPT
 
 
-NANOGPT_SETTINGS = "as its train.py: torch.compile, bfloat16 autocast, TF32, fused AdamW, vocabulary padded to 50,304"
+NANOGPT_SETTINGS = (
+    "as in its train.py: torch.compile, bfloat16 autocast, TF32, fused AdamW, vocabulary padded to 50,304"
+)
 
 
-def nanogpt_model(
-    folder: Path | None, config: GPTConfig, *, bias: bool = True
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return nanoGPT's model and optimizer from its folder, or a rewrite of them with biases."""
-    on_gpu = DEVICE.type == "cuda"
-    if folder is None:
-        model: Any = PlainGPT(config, gelu="none", pad_vocab=config.vocab_size > 1000).to(DEVICE)
-        return model, adamw(model, fused=on_gpu)
-    nanogpt = _import_file(folder / "model.py")
+def nanogpt_model(folder: Path | None, config: GPTConfig, *, bias: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return nanoGPT's model and optimizer."""
+    if folder is None or not (folder / "model.py").exists():
+        raise SystemExit("Pass a folder with a clone of nanoGPT: --nanogpt FOLDER.")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{folder / 'model.py'} cannot be imported.")
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
     names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
     vocab_size = 50_304 if config.vocab_size == 50_257 else config.vocab_size
     with contextlib.redirect_stdout(io.StringIO()):
@@ -252,22 +209,13 @@ def nanogpt_loop(
     micro_batch: int,
     accumulation: int = 1,
     bias: bool = True,
-    log_every: int = 10,
 ) -> RunSteps:
     """Build nanoGPT's training loop with its data loading: compiled bfloat16 on a GPU, float32 on a CPU."""
-    on_gpu = DEVICE.type == "cuda"
+    if ON_GPU:
+        torch.set_float32_matmul_precision("high")
     model, optimizer = nanogpt_model(folder, config, bias=bias)
-    run = compiled(model, on_gpu)
-
-    def loss_function(input_ids: Tensor, targets: Tensor) -> Tensor:
-        result = run(input_ids, targets)
-        loss: Tensor = result[1] if isinstance(result, tuple) else result
-        return loss
-
     batches = nanogpt_batches(ids, config.block_size, micro_batch)
-    return plain_loop(
-        loss_function, model, optimizer, batches, accumulation=accumulation, autocast=on_gpu, read_loss_every=log_every
-    )
+    return plain_loop(model, optimizer, batches, accumulation=accumulation, read_loss_every=10)
 
 
 def nanogpt_batches(ids: Tensor, block_size: int, micro_batch: int) -> Batches:
@@ -279,18 +227,9 @@ def nanogpt_batches(ids: Tensor, block_size: int, micro_batch: int) -> Batches:
         starts = torch.randint(len(data) - block_size, (micro_batch,)).tolist()
         x = torch.stack([torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in starts])
         y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block_size].astype(np.int64)) for i in starts])
-        if DEVICE.type == "cuda":
+        if ON_GPU:
             x, y = x.pin_memory().to(DEVICE, non_blocking=True), y.pin_memory().to(DEVICE, non_blocking=True)
         yield x, y
-
-
-def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"other_{path.parent.name}_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise SystemExit(f"{path} does not exist. Pass a folder with a clone of nanoGPT.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- Hugging Face
@@ -299,9 +238,9 @@ def _import_file(path: Path) -> ModuleType:
 HF_SETTINGS: dict[str, Any] = {
     # What Transformers' pages on training on one GPU and on torch.compile recommend for speed.
     "optim": "adamw_torch_fused",
-    "bf16": DEVICE.type == "cuda",
-    "tf32": True if DEVICE.type == "cuda" else None,
-    "torch_compile": DEVICE.type == "cuda",
+    "bf16": ON_GPU,
+    "tf32": True if ON_GPU else None,
+    "torch_compile": ON_GPU,
     "dataloader_num_workers": 4,
     "dataloader_pin_memory": True,
     "dataloader_persistent_workers": True,
@@ -385,7 +324,7 @@ def hf_trainer(
             adam_beta2=SETTINGS["betas"][1],
             weight_decay=0.1,
             max_grad_norm=1.0,
-            use_cpu=DEVICE.type != "cuda",
+            use_cpu=not ON_GPU,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -406,14 +345,13 @@ def hf_trainer(
 # --- llm.c
 
 
-LLMC_FLAGS = "-r 0"
-"""llm.c's flag for recomputing nothing, which is its fastest setting."""
-
-
 def llmc(
-    folder: Path, config: GPTConfig, ids: Tensor, *, micro_batch: int, accumulation: int, flags: str = LLMC_FLAGS
+    folder: Path | None, config: GPTConfig, ids: Tensor, *, micro_batch: int, accumulation: int, flags: str
 ) -> RunSteps:
     """Build llm.c's `train_gpt2cu`. Each call runs the program and reads the step times that it prints."""
+    if folder is None:
+        raise SystemExit("Pass a folder with a built train_gpt2cu: --llmc FOLDER.")
+    program = (folder / "train_gpt2cu").resolve()
     data = temporary_folder() / "tokens.bin"
     header = np.zeros(256, dtype=np.int32)
     header[:3] = 20240520, 1, len(ids)  # magic number, version and token count
@@ -438,9 +376,8 @@ def llmc(
             "-n": 0,
             "-z": 0,
         }
-        command = [str(folder / "train_gpt2cu"), *(str(word) for pair in arguments.items() for word in pair)]
-        command += flags.split()
-        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ, check=False)
+        command = [str(program), *(str(word) for pair in arguments.items() for word in pair), *flags.split()]
+        process = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, check=False)
         times = [float(match) for match in re.findall(r"\| ([\d.]+) ms \|", process.stdout)]
         if len(times) < timer.warmup + timer.steps:
             raise SystemExit(

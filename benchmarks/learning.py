@@ -1,7 +1,11 @@
 """Train with several optimizers and schedules on the same data, and compare their learning curves.
 
-A variant is `name:key=value,key=value`, whose keys are fields of `TrainerConfig`, or `dropout`. All variants of a seed
-start from the same weights and read the same batches.
+A variant is `name:key=value,key=value`, whose keys are fields of `TrainerConfig`, `dropout`, or `plain`. All variants
+of a seed start from the same weights and read the same batches.
+
+With `plain=True` the model is GPT-2 in plain PyTorch: it has none of homebrew's kernels, and under autocast its
+residual stream, layer norms and loss are float32. A variant that differs from another only in that is compared with it
+at each evaluation: `--variants fast plain:plain=True`.
 
 Seconds are those of training steps, without compilation and evaluations. `timed_training.py` explains how they are
 measured.
@@ -11,17 +15,28 @@ interrupted script continues where it was. With `--variants` and no values, the 
 in the folder.
 """
 
-import ast
 import json
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
+from ablation import KERNELS, switched_off
+from arguments import model_config, parse_settings
 from harness import Report, describe_machine
-from learning_curves import Run, best_adamw, by_variant, final_loss, plot, summary_rows, target_rows
+from learning_curves import (
+    Run,
+    best_adamw,
+    by_variant,
+    difference_rows,
+    final_loss,
+    plain_pairs,
+    plot,
+    summary_rows,
+    target_rows,
+)
 from source_corpus import build_source_corpus
 from timed_training import train_and_record
 
@@ -37,7 +52,7 @@ DEFAULT_VARIANTS = (
     *(f"adamw {rate} linear:optimizer=adamw,learning_rate={rate},{_LINEAR}" for rate in ("6e-4", "1e-3", "2e-3")),
     *(f"muon {rate} wsd:optimizer=muon,learning_rate={rate},{_WSD}" for rate in ("2e-3", "4e-3")),
 )
-_SET_BY_THIS_SCRIPT = {"output_dir", "seed", "eval_every", "eval_batches", "log_every", "save_every"}
+_NOT_OF_THE_TRAINER = ("dropout", "plain")
 
 
 @dataclass
@@ -47,7 +62,7 @@ class Options:
     output: Path
     """Folder for the corpus, the finished runs, `learning.json` and `learning.png`."""
     variants: tuple[str, ...] = DEFAULT_VARIANTS
-    """What to compare, each as "name:key=value,key=value" with fields of TrainerConfig, or dropout."""
+    """What to compare, each as "name:key=value,key=value" with fields of TrainerConfig, dropout, or plain."""
     settings: str = ""
     """Fields of TrainerConfig for all variants, as "key=value,key=value"."""
     seeds: tuple[int, ...] = (42, 43, 44)
@@ -90,15 +105,14 @@ class Variant:
 
     def all_settings(self, options: Options) -> dict[str, Any]:
         """Return the variant's settings, and those that it has from the options."""
-        return {"max_steps": options.max_steps} | parse_settings(options.settings) | self.settings
+        return {"max_steps": options.max_steps} | parse_own_settings(options.settings) | self.settings
 
     def trainer_config(self, options: Options, *, seed: int, folder: str) -> TrainerConfig:
         """Return the Trainer's configuration."""
         batch = {name: getattr(options, name) for name in ("global_batch_tokens", "micro_batch_size")}
         settings = batch | self.all_settings(options)
-        settings.pop("dropout", None)
         config = TrainerConfig(
-            **settings,
+            **{name: value for name, value in settings.items() if name not in _NOT_OF_THE_TRAINER},
             output_dir=folder,
             seed=seed,
             eval_every=options.eval_every,
@@ -115,11 +129,8 @@ class Variant:
 
     def model_config(self, options: Options, vocab_size: int) -> GPTConfig:
         """Return the model's configuration."""
-        preset, _, changes = options.model.partition(":")
-        settings = self.all_settings(options)
-        dropout = {"dropout": settings["dropout"]} if "dropout" in settings else {}
-        shape = {"block_size": options.block_size, "vocab_size": vocab_size}
-        return GPTConfig.preset(preset, **(_parse(changes) | shape | dropout))
+        dropout = {name: value for name, value in self.all_settings(options).items() if name == "dropout"}
+        return model_config(options.model, block_size=options.block_size, vocab_size=vocab_size, **dropout)
 
 
 def main(options: Options) -> None:
@@ -145,47 +156,16 @@ def read_runs(log: Path) -> list[Run]:
     return list({(run.variant, run.seed): run for run in runs}.values())
 
 
-def parse_settings(text: str) -> dict[str, Any]:
-    """Parse "key=value,key=value", and check that the keys are fields of `TrainerConfig`, or `dropout`."""
-    settings = _parse(text)
-    allowed = {field.name for field in fields(TrainerConfig)} - _SET_BY_THIS_SCRIPT | {"dropout"}
-    if unknown := settings.keys() - allowed:
-        raise ConfigError(
-            f"Unknown settings in {text!r}: {', '.join(sorted(unknown))}. Use: {', '.join(sorted(allowed))}."
-        )
-    return settings
-
-
 def parse_variant(text: str) -> Variant:
     """Parse "name:key=value,key=value"."""
     name, _, settings = text.partition(":")
-    return Variant(name, parse_settings(settings))
+    return Variant(name, parse_own_settings(settings))
 
 
-def _parse(text: str) -> dict[str, Any]:
-    """Parse "key=value,key=value" as the arguments of a call. A value that is not a Python literal is a string."""
-    source = f"dict({text}\n)"  # a new line, because the text may end with a comment
-    try:
-        call: ast.expr | None = ast.parse(source, mode="eval").body
-    except SyntaxError:
-        call = None
-    match call:
-        case ast.Call(func=ast.Name(), args=[], keywords=keywords) if _are_different(keywords):
-            pass
-        case _:
-            raise ConfigError(f"{text!r} cannot be parsed. Write key=value,key=value, each key once.")
-    values = {}
-    for keyword in keywords:
-        try:
-            values[str(keyword.arg)] = ast.literal_eval(keyword.value)
-        except ValueError:
-            values[str(keyword.arg)] = ast.get_source_segment(source, keyword.value)
-    return values
-
-
-def _are_different(keywords: list[ast.keyword]) -> bool:
-    """Return whether no keyword occurs twice, and none is `**`."""
-    return len({keyword.arg for keyword in keywords} - {None}) == len(keywords)
+def parse_own_settings(text: str) -> dict[str, Any]:
+    """Parse "key=value,key=value" with fields of TrainerConfig that this script does not set, dropout, and plain."""
+    set_here = {"output_dir", "seed", "eval_every", "eval_batches", "log_every", "save_every"}
+    return parse_settings(text, also=_NOT_OF_THE_TRAINER, without=set_here)
 
 
 def load_data(options: Options) -> tuple[TokenDataset, TokenDataset, dict[str, Any]]:
@@ -233,7 +213,8 @@ def train_missing(options: Options, variants: list[Variant], finished: list[Run]
             if (variant.name, seed) in done:
                 continue
             try:
-                with tempfile.TemporaryDirectory() as folder:
+                kernels = KERNELS if settings.get("plain") else ()
+                with tempfile.TemporaryDirectory() as folder, switched_off(kernels):
                     config = variant.trainer_config(options, seed=seed, folder=folder)
                     record = train_and_record(variant.model_config(options, train.vocab_size), train, val, config)
             except NonFiniteError as error:
@@ -264,6 +245,9 @@ def report_runs(options: Options, runs: list[Run]) -> None:
     if reference is not None and target is not None and compared:
         rows = target_rows(compared, target, full_runs=variants[reference])
         report.add(f"To a validation loss of {target:.4f}, relative to the full run of {reference!r}", rows)
+    for fast, plain in plain_pairs(variants):
+        title = f"Losses of {fast!r} and {plain!r}, which differ only in their operations"
+        report.add(title, difference_rows(variants[fast], variants[plain]))
     report.finish()
     plot(variants, options.output / "learning.png", title=title, target=target)
 

@@ -114,6 +114,31 @@ def target_rows(variants: Variants, target: float, *, full_runs: Sequence[Run]) 
     return rows
 
 
+def plain_pairs(variants: Variants) -> list[tuple[str, str]]:
+    """Return the names of the variants that differ only in `plain`, which is True in the second of each pair."""
+
+    def key(name: str) -> dict[str, Any]:
+        return {key: value for key, value in variants[name][0].settings.items() if key != "plain"}
+
+    plain = {name for name, runs in variants.items() if runs[0].settings.get("plain")}
+    return [(a, b) for b in variants if b in plain for a in variants if a not in plain and key(a) == key(b)]
+
+
+def difference_rows(fast: Sequence[Run], plain: Sequence[Run]) -> list[dict[str, str]]:
+    """Return a table row for each evaluation: how much two variants differ, and how much the seeds of the second."""
+    by_seed = {run.seed: run.losses for run in plain}
+    pairs = [(run.losses, by_seed[run.seed]) for run in fast if run.seed in by_seed]
+    rows = []
+    for index, step in enumerate(fast[0].steps):
+        losses = [(a[index], b[index]) for a, b in pairs]
+        differences = [a - b for a, b in losses]
+        row = {"step": str(step), "fast": f"{mean(a for a, _ in losses):.4f}"}
+        row |= {"plain": f"{mean(b for _, b in losses):.4f}", "fast − plain": f"{mean(differences):+.4f}"}
+        row["largest of a seed"] = f"{max(map(abs, differences)):.4f}"
+        rows.append(row | {"σ of plain over seeds": f"{stdev(b for _, b in losses):.4f}" if len(losses) > 1 else ""})
+    return rows
+
+
 def with_spread(values: Sequence[float], style: str) -> str:
     """Format the mean and, of several values, the standard deviation. No values give an empty string."""
     spread = f" ± {stdev(values):{style}}" if len(values) > 1 else ""

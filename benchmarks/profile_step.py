@@ -4,11 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
+from ablation import KERNELS, trainer_without
 from harness import DEVICE, Report, RunSteps, StepTimer, describe_machine
-from implementations import adamw, compiled, device_batches, homebrew_trainer, plain_loop, random_ids
-from plain_gpt import PlainGPT
+from implementations import homebrew_trainer, random_ids
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -57,7 +56,7 @@ def main(options: Options) -> None:
         f"{describe_machine()}; {options.model}, {options.micro_batch} × {config.block_size} × {options.accumulation}\n"
     )
     for name, run_steps in (
-        ("before: plain GPT-2, autocast, compiled", plain_gpt2(config, ids, options)),
+        ("before: GPT-2 in plain PyTorch", trainer_without(KERNELS, config, ids, **settings)),
         ("after: homebrew's Trainer", homebrew_trainer(GPT(config), ids, **settings)),
     ):
         kernels = kernel_times(run_steps, options.steps)
@@ -78,18 +77,6 @@ def main(options: Options) -> None:
         report.raw.append({"name": name, "categories": categories, "kernels": kernels})
     if options.json is not None:
         report.finish()
-
-
-def plain_gpt2(config: GPTConfig, ids: torch.Tensor, options: Options) -> RunSteps:
-    """Build the plain model in a plain loop."""
-    model = PlainGPT(config).to(DEVICE)
-    return plain_loop(
-        compiled(model, DEVICE.type == "cuda"),
-        model,
-        adamw(model, fused=True),
-        device_batches(ids, config.block_size, options.micro_batch),
-        accumulation=options.accumulation,
-    )
 
 
 def kernel_times(run_steps: RunSteps, steps: int) -> dict[str, tuple[float, int]]:

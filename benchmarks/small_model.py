@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+import throughput
 import torch
 import tyro
-from harness import DEVICE, Implementation, Report, format_number, measure_interleaved, measure_matmul_flops
-from implementations import NANOGPT_SETTINGS, homebrew_trainer, nanogpt_loop, random_ids
-from learning import parse_settings
+from arguments import parse_settings
+from harness import DEVICE, Report, format_number
 
 from homebrew import (
     GPT,
@@ -48,7 +48,7 @@ class Options:
     dropout: float = 0.2
     """Dropout probability."""
     nanogpt: Path | None = None
-    """Folder with a clone of nanoGPT. Default: a rewrite of its model and loop, without a run to a loss."""
+    """Folder with a clone of nanoGPT. Default: only homebrew is measured."""
     rounds: int = 7
     """Number of rounds. 0 skips the step rate."""
     steps: int = 200
@@ -83,7 +83,10 @@ def main(options: Options) -> None:
         return
     report = Report(options.json)
     if options.rounds:
-        time_steps(options, report)
+        sizes = {"tokens": options.batch * options.block_size, "micro_batch": options.batch, "warmup": 10}
+        rates = {"rounds": options.rounds, "steps": options.steps, "nanogpt": options.nanogpt}
+        only = ("homebrew", "nanogpt", "nanogpt-no-bias")
+        throughput.measure(model_config(options), throughput.Options(only=only, **sizes, **rates), report, name="model")
     if options.to_loss is not None:
         time_runs(options, report, options.to_loss)
     report.finish()
@@ -99,28 +102,6 @@ def model_config(options: Options) -> GPTConfig:
         vocab_size=65,
         dropout=options.dropout,
     )
-
-
-def time_steps(options: Options, report: Report) -> None:
-    """Measure steps per second."""
-    config, peak = model_config(options), measure_matmul_flops()
-    ids = random_ids(1_000_000, config.vocab_size)
-    batch = options.batch
-    baseline = "nanoGPT" if options.nanogpt else "nanoGPT (rewritten)"
-    implementations = [
-        Implementation(
-            "homebrew Trainer", lambda: homebrew_trainer(GPT(config), ids, micro_batch_size=batch), "defaults"
-        ),
-        Implementation(
-            baseline, lambda: nanogpt_loop(options.nanogpt, config, ids, micro_batch=batch), NANOGPT_SETTINGS
-        ),
-    ]
-    measurements = measure_interleaved(implementations, rounds=options.rounds, steps=options.steps, warmup=10)
-    tokens = batch * config.block_size
-    flops = GPT(config).flops_per_token() * tokens
-    title = f"{config.n_layer} layers, {config.n_embd} wide, {DEVICE.type}: {batch} × {config.block_size} tokens/step"
-    report.metadata["matrix products"] = f"{peak / 1e12:.2f} TFLOP/s"
-    report.add_throughput(title, measurements, per_step=tokens, flops_per_step=flops, peak=peak)
 
 
 def time_runs(options: Options, report: Report, target: float) -> None:
@@ -202,7 +183,7 @@ class _PrintEvalLoss(Callback):
 
 def train_homebrew(options: Options, folder: Path) -> None:
     """Train in homebrew with nanoGPT's settings, where `ours` has no other."""
-    ours = parse_settings(options.ours)
+    ours = parse_settings(options.ours, also=["dropout"])
     changes = {"dropout": ours.pop("dropout")} if "dropout" in ours else {}
     train_text, val_text = split_text(options)
     tokenizer = get_tokenizer("char", text=train_text + val_text)

@@ -261,6 +261,39 @@ def test_learning(learning, options, monkeypatch):
         learning.main(options)
 
 
+def test_plain_variant_is_compared_with_the_one_that_differs_only_in_that(curves, run):
+    runs = [
+        run("fast", [3.0, 2.0], learning_rate=1e-3),
+        run("fast", [3.0, 2.2], learning_rate=1e-3, seed=43),
+        run("plain", [3.0, 1.9], learning_rate=1e-3, plain=True),
+        run("plain", [3.5, 2.5], learning_rate=1e-3, plain=True, seed=43),
+        run("slow", [3.0, 2.9], learning_rate=1e-4),
+        run("plain, another rate", [3.0, 2.9], learning_rate=2e-3, plain=True),
+    ]
+    variants = curves.by_variant(runs)
+    assert curves.plain_pairs(variants) == [("fast", "plain")]
+    first, second = curves.difference_rows(variants["fast"], variants["plain"])
+    assert (first["step"], second["step"]) == ("20", "40")
+    assert (second["fast"], second["plain"], second["fast − plain"]) == ("2.1000", "2.2000", "-0.1000")
+    assert (second["largest of a seed"], second["σ of plain over seeds"]) == ("0.3000", "0.4243")
+
+
+def test_only_seeds_that_both_variants_have_are_compared(curves, run):
+    fast, plain = [run("a", [3.0]), run("a", [9.0], seed=43)], [run("b", [2.0])]
+    (row,) = curves.difference_rows(fast, plain)
+    assert (row["fast"], row["plain"], row["σ of plain over seeds"]) == ("3.0000", "2.0000", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiles on a GPU")
+@pytest.mark.filterwarnings("ignore")  # from other libraries
+def test_fast_and_plain_path_have_equal_losses(learning, options):
+    options.variants, options.seeds = ("fast", "plain:plain=True"), (1, 2)
+    learning.main(options)
+    rows = json.loads((options.output / "learning.json").read_text())["tables"][-1]["rows"]
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert all(float(row["largest of a seed"]) < 0.01 for row in rows)
+
+
 @pytest.mark.filterwarnings("ignore")  # from other libraries
 def test_one_variant_is_compared_only_with_a_given_target(learning, run, tmp_path):
     experiment = {"model": "gpt2", "global_batch_tokens": 8}

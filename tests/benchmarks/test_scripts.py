@@ -11,6 +11,39 @@ from homebrew import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = "It is the east, and Juliet is the sun.\n" * 60
+NANOGPT = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
+
+    def forward(self, ids, targets):
+        logits = self.head(self.embedding(ids))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+"""
+"""A model with nanoGPT's interface."""
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmarks choose larger sizes on a GPU"),
     pytest.mark.filterwarnings("ignore"),  # from other libraries
@@ -31,18 +64,44 @@ def run(monkeypatch, tmp_path):
     return run_script
 
 
+@pytest.fixture
+def nanogpt(tmp_path):
+    """Return a folder with a stand-in for nanoGPT."""
+    (tmp_path / "nanogpt" / "data" / "shakespeare_char").mkdir(parents=True)
+    (tmp_path / "nanogpt" / "model.py").write_text(NANOGPT)
+    (tmp_path / "nanogpt" / "train.py").write_text("print('step 2: train loss 4.0, val loss 9.5')")
+    return tmp_path / "nanogpt"
+
+
+TINY = {"tokens": 64, "micro_batch": 2, "block_size": 16, "rounds": 1, "steps": 1}
+
+
 @pytest.mark.slow
-def test_throughput(run):
-    options = {"models": ("baby",), "tokens": 64, "micro_batch": 2, "block_size": 16, "rounds": 1, "steps": 1}
-    (rows,) = run("throughput", **options)
+def test_throughput(run, nanogpt):
+    (rows,) = run("throughput", models=("baby",), **TINY, nanogpt=nanogpt)
     assert [row["implementation"] for row in rows] == [
         "homebrew Trainer",
-        "nanoGPT (rewritten), bias=True",
+        "nanoGPT, bias=True",
+        "nanoGPT, bias=False",
         "Hugging Face Trainer",
         "Hugging Face Trainer, vocabulary of 50,257",
-        "original notebook",
     ]
     assert rows[0]["speedup"] == "1.000 ×"
+
+
+def test_throughput_of_a_bare_loop_and_a_changed_preset(run, nanogpt):
+    model = "gpt2:n_layer=1,n_head=1,n_embd=8,vocab_size=65"
+    only = ("homebrew", "bare", "nanogpt")
+    (rows,) = run("throughput", models=(model,), **TINY, nanogpt=nanogpt, only=only, without=("nanogpt", "seed"))
+    assert [row["implementation"] for row in rows] == ["homebrew Trainer", "bare loop"]
+
+
+@pytest.mark.parametrize("folder", [None, Path("missing")])
+def test_throughput_without_nanogpt(run, capsys, folder):
+    model = "gpt2:n_layer=1,n_head=1,n_embd=8,vocab_size=65"
+    (rows,) = run("throughput", models=(model,), **TINY, nanogpt=folder, only=("homebrew", "nanogpt", "llmc"))
+    assert [row["implementation"] for row in rows] == ["homebrew Trainer"]
+    assert "--nanogpt FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("vocab_size", [65, 1000, 50_257])
@@ -57,13 +116,8 @@ def test_padded_vocabulary_of_transformers_is_a_multiple_of_64(monkeypatch, voca
     assert padded.config._attn_implementation == "sdpa"
 
 
-def test_overhead(run):
-    (rows,) = run("overhead", cases=("tiny",), rounds=1, steps=1)
-    assert [row["implementation"] for row in rows] == ["homebrew Trainer", "bare loop"]
-
-
 @pytest.mark.slow
-def test_small_model(run, tmp_path):
+def test_small_model(run, nanogpt, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch": 2}
     steps, runs = run(
@@ -71,48 +125,20 @@ def test_small_model(run, tmp_path):
         **shape,
         rounds=1,
         steps=2,
+        nanogpt=nanogpt,
         to_loss=10.0,
         text=tmp_path / "text.txt",
         max_steps=2,
         eval_every=1,
         stride=8,
     )
-    assert [row["implementation"] for row in steps] == ["homebrew Trainer", "nanoGPT (rewritten)"]
-    assert runs[0]["at step"] == "1"
+    assert [row["implementation"] for row in steps] == [
+        "homebrew Trainer",
+        "nanoGPT, bias=True",
+        "nanoGPT, bias=False",
+    ]
+    assert [(row["implementation"], row["at step"]) for row in runs] == [("homebrew", "1"), ("nanoGPT's train.py", "2")]
     assert float(runs[0]["seconds to 10.0"]) > 0
-
-
-@pytest.mark.slow
-def test_memory(run):
-    (rows,) = run("memory", model="baby", block_size=16, micro_batch=1, implementations=("homebrew", "nanoGPT"))
-    assert [row["implementation"] for row in rows] == ["homebrew", "nanoGPT"]
-
-
-def test_largest_micro_batch_is_accurate_to_a_sixteenth(run, monkeypatch):
-    memory = importlib.import_module("memory")
-    for limit in (0, 1, 7, 60, 100, 256, 300):
-        tried = []
-
-        def probe(_options, _implementation, size, _cap, limit=limit, tried=tried):
-            tried.append(size)
-            return f"{2 + 22 * size / limit:.2f}" if size <= limit else None  # 24 GiB at the limit
-
-        monkeypatch.setattr(memory, "probe_in_subprocess", probe)
-        peaks = {64: 2 + 22 * 64 / limit} if limit else {}
-        largest = memory.largest_micro_batch(memory.Options(), "homebrew", peaks)
-        assert min(limit, 256) * 15 / 16 <= largest <= min(limit, 256)
-        assert len(tried) <= 5  # each takes a minute to compile
-
-
-def test_loss(run):
-    (rows,) = run("loss", tokens=(8,), widths=(4,), vocab_size=20, dtypes=("float32",), repeats=1)
-    assert [row["head and loss"] for row in rows] == ["fused", "plain"]
-
-
-@pytest.mark.slow
-def test_cpu(run):
-    (rows,) = run("cpu", models=("shakespeare_char",), rounds=1, steps=1)
-    assert [row["implementation"] for row in rows] == ["homebrew", "nanoGPT (rewritten)", "bare loop, float32"]
 
 
 @pytest.mark.slow
@@ -145,25 +171,12 @@ def test_lora(run):
     ]
 
 
-def test_fast_and_plain_path_have_equal_losses(run, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    options = {"block_size": 8, "batch": 1, "steps": 4, "points": 2, "seeds": 2, "tokenizer": "bytes"}
-    (rows,) = run("numerics", **options, text=tmp_path / "text.txt")
-    assert [row["steps"] for row in rows] == ["1–2", "3–4"]
-    assert all(float(row["largest |fast − plain|"]) < 0.01 for row in rows)
-
-
 def test_profile_step(run, capsys):
     run("profile_step", model="baby", block_size=8, micro_batch=1, steps=1, top=2)
     output = capsys.readouterr().out
     assert "### before" in output
     assert "### after" in output
     assert "| matrix products |" in output
-
-
-def test_saving(run):
-    (rows,) = run("saving", block_size=8, tokens=16, every=2, saves=2)
-    assert [row["steps"] for row in rows] == ["with a checkpoint", "without"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,58 @@
+"""Settings and models on the command line of several scripts."""
+
+import ast
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any
+
+from homebrew import GPTConfig, TrainerConfig
+from homebrew.errors import ConfigError
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Parse "key=value,key=value" as the arguments of a call. A value that is not a Python literal is a string."""
+    source = f"dict({text}\n)"  # a new line, because the text may end with a comment
+    try:
+        call: ast.expr | None = ast.parse(source, mode="eval").body
+    except SyntaxError:
+        call = None
+    match call:
+        case ast.Call(func=ast.Name(), args=[], keywords=keywords) if _are_different(keywords):
+            pass
+        case _:
+            raise ConfigError(f"{text!r} cannot be parsed. Write key=value,key=value, each key once.")
+    values = {}
+    for keyword in keywords:
+        try:
+            values[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError:
+            values[str(keyword.arg)] = ast.get_source_segment(source, keyword.value)
+    return values
+
+
+def _are_different(keywords: list[ast.keyword]) -> bool:
+    """Return whether no keyword occurs twice, and none is `**`."""
+    return len({keyword.arg for keyword in keywords} - {None}) == len(keywords)
+
+
+def parse_settings(text: str, *, also: Collection[str] = (), without: Collection[str] = ()) -> dict[str, Any]:
+    """Parse "key=value,key=value", and check the keys.
+
+    Args:
+        text: Fields of `TrainerConfig`.
+        also: Further keys.
+        without: Fields of `TrainerConfig` that the script sets itself.
+    """
+    settings = parse(text)
+    allowed = {field.name for field in fields(TrainerConfig)}.difference(without).union(also)
+    if unknown := settings.keys() - allowed:
+        raise ConfigError(
+            f"Unknown settings in {text!r}: {', '.join(sorted(unknown))}. Use: {', '.join(sorted(allowed))}."
+        )
+    return settings
+
+
+def model_config(text: str, **changes: Any) -> GPTConfig:
+    """Return the configuration of a model: a preset with changes, such as "gpt2:n_layer=6,n_head=6,n_embd=384"."""
+    preset, _, own_changes = text.partition(":")
+    return GPTConfig.preset(preset, **(parse(own_changes) | changes))
