@@ -9,14 +9,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import tyro
-from harness import DEVICE, Implementation, Report, RunSteps, StepTimer, measure_interleaved, measure_matmul_flops
-from implementations import ON_GPU, adamw, device_batches, homebrew_trainer, plain_loop, random_ids
+from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps, StepTimer
+from implementations import adamw, device_batches, homebrew_trainer, plain_loop, random_ids
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
@@ -83,13 +82,13 @@ GPU_RUNGS = {"TF32", "micro-batch 64", "fused MLP", "cuDNN attention"}
 
 
 @dataclass
-class Options:
+class Options(RoundOptions):
     """Measure tokens/s and peak memory without each optimization."""
 
     without: tuple[str, ...] = (*KERNELS, "Triton loss kernel", "Triton GELU kernels", "padded vocabulary")
     """Optimizations to switch off, one per row. Also: "flash attention", "compile", "CUDA graphs"."""
     ladder: bool = False
-    """Instead, add one optimization after the other to a plain loop with micro-batches of 8."""
+    """Instead, add one optimization after the other to a plain loop with micro-batches of 8, and time 7 × `steps`."""
     model: str = "gpt2" if ON_GPU else "baby"
     """Model preset."""
     block_size: int = 1024 if ON_GPU else 128
@@ -99,11 +98,7 @@ class Options:
     micro_batch: int = 64 if ON_GPU else 8
     """Micro-batch size of all rows."""
     rounds: int = 3
-    """Number of rounds. Each row runs once per round."""
     steps: int = 3
-    """Timed steps per row and round; of the ladder, 7 times as many."""
-    json: Path | None = None
-    """JSON file for tables and raw times."""
 
 
 @contextmanager
@@ -136,23 +131,15 @@ def ablate(options: Options, config: GPTConfig, report: Report) -> None:
     """Measure the Trainer, the Trainer without each optimization, and without all kernels."""
     ids = random_ids(8 * options.tokens, config.vocab_size)
     settings = {"global_batch_tokens": options.tokens, "micro_batch_size": options.micro_batch}
-    rows: dict[str, tuple[str, ...]] = {"homebrew Trainer": ()}
-    rows |= {f"without {name}": (name,) for name in options.without}
-    rows |= {"without all kernels": KERNELS}
-    peak = measure_matmul_flops()
-    measurements = measure_interleaved(
-        [
-            Implementation(name, lambda off=off: trainer_without(off, config, ids, **settings))
-            for name, off in rows.items()
-        ],
-        rounds=options.rounds,
-        steps=options.steps,
-    )
+    rows = {"homebrew Trainer": ()} | {f"without {name}": (name,) for name in options.without}
+    implementations = [
+        Implementation(name, lambda off=off: trainer_without(off, config, ids, **settings))
+        for name, off in (rows | {"without all kernels": KERNELS}).items()
+    ]
     report.metadata["all kernels"] = ", ".join(KERNELS)
-    report.metadata["matrix products"] = f"{peak / 1e12:.1f} TFLOP/s"
     title = f"{options.model} on {DEVICE.type}: {options.tokens:,} tokens per step, micro-batch {options.micro_batch}"
-    flops = GPT(config).flops_per_token() * options.tokens
-    report.add_throughput(title, measurements, per_step=options.tokens, flops_per_step=flops, peak=peak)
+    flops = GPT(config).flops_per_token()
+    report.measure(title, implementations, options, tokens=options.tokens, flops_per_token=flops)
 
 
 def climb(options: Options, config: GPTConfig, report: Report) -> None:
@@ -173,9 +160,10 @@ def climb(options: Options, config: GPTConfig, report: Report) -> None:
             continue
         throughputs.append(batch * config.block_size / timer.seconds)
         row = {"optimization": rung, "tokens/s": f"{throughputs[-1]:,.0f}", "ms/step": f"{1000 * timer.seconds:.1f}"}
-        row |= {"gain": f"{throughputs[-1] / throughputs[-2:][0]:.2f} ×"}
-        rows.append(row | {"total": f"{throughputs[-1] / throughputs[0]:.2f} ×"})
-        print(f"{rung}: {rows[-1]['tokens/s']} tokens/s", file=sys.stderr)
+        for name, reference in (("gain", throughputs[-2:][0]), ("total", throughputs[0])):
+            row[name] = f"{throughputs[-1] / reference:.2f} ×"
+        rows.append(row)
+        print(f"{rung}: {row['tokens/s']} tokens/s", file=sys.stderr)
     report.add(f"{options.model} on {DEVICE.type}, sequences of {config.block_size}", rows)
 
 
@@ -185,14 +173,10 @@ def ladder_loop(config: GPTConfig, enabled: set[str], micro_batch: int) -> RunSt
     torch._dynamo.reset()
     torch.set_float32_matmul_precision("high" if "TF32" in enabled else "highest")
     model = GPT(config).to(DEVICE)
-    return plain_loop(
-        model,
-        adamw(model, fused="fused AdamW" in enabled),
-        device_batches(random_ids(2**18, config.vocab_size), config.block_size, micro_batch),
-        compile_model="compile" in enabled,
-        autocast="bfloat16" in enabled,
-        read_loss_every=1,
-    )
+    optimizer = adamw(model, fused="fused AdamW" in enabled)
+    batches = device_batches(random_ids(2**18, config.vocab_size), config.block_size, micro_batch)
+    settings = {"compile_model": "compile" in enabled, "autocast": "bfloat16" in enabled}
+    return plain_loop(model, optimizer, batches, **settings, read_loss_every=1)
 
 
 def main(options: Options) -> None:

@@ -17,32 +17,22 @@ def parse(text: str) -> dict[str, Any]:
     except SyntaxError:
         call = None
     match call:
-        case ast.Call(func=ast.Name(), args=[], keywords=keywords) if _are_different(keywords):
-            pass
-        case _:
-            raise ConfigError(f"{text!r} cannot be parsed. Write key=value,key=value, each key once.")
-    values = {}
-    for keyword in keywords:
-        try:
-            values[str(keyword.arg)] = ast.literal_eval(keyword.value)
-        except ValueError:
-            values[str(keyword.arg)] = ast.get_source_segment(source, keyword.value)
-    return values
+        case ast.Call(func=ast.Name(), args=[], keywords=keywords) if len(
+            {keyword.arg for keyword in keywords} - {None}  # None is `**`
+        ) == len(keywords):
+            return {str(keyword.arg): _value(keyword.value, source) for keyword in keywords}
+    raise ConfigError(f"{text!r} cannot be parsed. Write key=value,key=value, each key once.")
 
 
-def _are_different(keywords: list[ast.keyword]) -> bool:
-    """Return whether no keyword occurs twice, and none is `**`."""
-    return len({keyword.arg for keyword in keywords} - {None}) == len(keywords)
+def _value(node: ast.expr, source: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.get_source_segment(source, node)
 
 
 def parse_settings(text: str, *, also: Collection[str] = (), without: Collection[str] = ()) -> dict[str, Any]:
-    """Parse "key=value,key=value", and check the keys.
-
-    Args:
-        text: Fields of `TrainerConfig`.
-        also: Further keys.
-        without: Fields of `TrainerConfig` that the script sets itself.
-    """
+    """Parse fields of `TrainerConfig` and the keys `also`, but not the fields `without`, which a script sets itself."""
     settings = parse(text)
     allowed = {field.name for field in fields(TrainerConfig)}.difference(without).union(also)
     if unknown := settings.keys() - allowed:

@@ -1,20 +1,18 @@
 """Generation throughput of GPT-2 small in bfloat16: homebrew and Transformers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from harness import DEVICE, Implementation, Report, RunSteps, StepTimer, measure_interleaved
+from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, StepTimer
 from implementations import hf_model, random_ids
 
 from homebrew import GPT, GPTConfig, Sampling
 
 
 @dataclass
-class Options:
+class Options(RoundOptions):
     """Measure top-k sampling from random weights. A timed step generates one batch of texts."""
 
     model: str = "gpt2"
@@ -29,14 +27,10 @@ class Options:
     """New tokens for Transformers without compilation, which is slow; its time is scaled. Default: new_tokens."""
     top_k: int = 50
     """Sample from the k most likely tokens."""
-    compiled: bool = DEVICE.type == "cuda"
+    compiled: bool = ON_GPU
     """Also measure both with compilation."""
     rounds: int = 3
-    """Number of rounds. Each implementation runs once per round."""
     steps: int = 1
-    """Timed batches per implementation and round."""
-    json: Path | None = None
-    """JSON file for tables and raw times."""
 
 
 def main(options: Options) -> None:
@@ -47,47 +41,42 @@ def main(options: Options) -> None:
     for model in (baseline, padded):
         model.generation_config.eos_token_id = None  # random weights would stop early
         model.generation_config.pad_token_id = 0
+    ours = {"sampling": Sampling(top_k=options.top_k)}
+    hf = {"top_k": options.top_k, "do_sample": True, "use_cache": True}
     for batch in options.batches:
         prompt = random_ids(batch * options.prompt, config.vocab_size).view(batch, -1).to(DEVICE)
-        sampling = Sampling(top_k=options.top_k)
 
-        def generate(
-            model: Any, prompt: torch.Tensor = prompt, count: int = options.new_tokens, **kwargs: Any
-        ) -> Callable[[], RunSteps]:
-            def generate_batch() -> None:
-                with torch.no_grad():
-                    output = model.generate(prompt, max_new_tokens=count, **kwargs)
-                if output.shape[1] != options.prompt + count:
-                    raise SystemExit(f"{output.shape[1] - options.prompt} tokens were generated instead of {count}.")
-
+        def row(
+            name: str, model: Any, settings: str, count: int, inputs: Any = prompt, **kwargs: Any
+        ) -> Implementation:
             def run_steps(timer: StepTimer) -> None:
                 while not timer.tick():
-                    generate_batch()
+                    with torch.no_grad():
+                        output = model.generate(inputs, max_new_tokens=count, **kwargs)
+                    if output.shape[1] != options.prompt + count:
+                        raise SystemExit(
+                            f"{output.shape[1] - options.prompt} instead of {count} tokens were generated."
+                        )
                 timer.seconds *= options.new_tokens / count
 
-            return lambda: run_steps
+            return Implementation(name, lambda: run_steps, settings)
 
-        hf = {"top_k": options.top_k, "do_sample": True, "use_cache": True}
-        implementations = []
-        if options.compiled:
-            implementations += [
-                Implementation("homebrew, compile=True", generate(homebrew, sampling=sampling, compile=True))
-            ]
-        default = generate(baseline, count=options.eager_tokens or options.new_tokens, **hf)
-        implementations += [
-            Implementation("homebrew", generate(homebrew, sampling=sampling)),
-            Implementation("Transformers", default, "defaults: dynamic cache, sdpa, not compiled"),
+        count = options.new_tokens
+        eager = "dynamic cache, sdpa, not compiled: the defaults"
+        implementations = [
+            row("homebrew", homebrew, "the defaults", count, **ours),
+            row("Transformers", baseline, eager, options.eager_tokens or count, **hf),
         ]
         if options.compiled:
-            static = generate(padded, **hf, cache_implementation="static")
-            settings = (
-                'cache_implementation="static", which compiles with mode="reduce-overhead"; sdpa, vocabulary padded to '
-                "a multiple of 64"
+            static = (
+                'cache_implementation="static", which compiles with mode="reduce-overhead"; sdpa, padded vocabulary'
             )
-            implementations += [Implementation("Transformers, static cache, compiled", static, settings)]
-        measurements = measure_interleaved(implementations, rounds=options.rounds, steps=options.steps)
+            compiled = row("homebrew, compile=True", homebrew, "compile=True", count, compile=True, **ours)
+            name = "Transformers, static cache, compiled"
+            theirs = row(name, padded, static, count, cache_implementation="static", **hf)
+            implementations = [compiled, *implementations, theirs]
         title = f"{options.model}, bfloat16, {DEVICE.type}: {batch} × ({options.prompt} + {options.new_tokens}) tokens"
-        report.add_throughput(title, measurements, per_step=batch * options.new_tokens)
+        report.measure(title, implementations, options, tokens=batch * options.new_tokens)
     report.finish()
 
 

@@ -7,6 +7,7 @@ two measurements in the same round.
 
 import gc
 import platform
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,22 +21,23 @@ from rich.table import Table
 
 from homebrew.io import strict_json
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 GIB = 2**30
 
 
 def synchronize() -> None:
     """Wait for the GPU, if there is one."""
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.synchronize()
 
 
 class StepTimer:
-    """Measure the mean time of a step, after some warm-up steps.
+    """Measure the mean time of a step.
 
     Args:
         warmup: Number of steps that are not timed, at least 1.
-        steps: Number of timed steps.
+        steps: Number of timed steps after them.
     """
 
     now: ClassVar[Callable[[], float]] = perf_counter
@@ -44,17 +46,17 @@ class StepTimer:
     def __init__(self, warmup: int, steps: int) -> None:
         self.warmup = warmup
         self.steps = steps
-        self._steps_done = 0
+        self.num_steps = 0
         self.seconds = 0.0
         """Mean seconds per step, set by the last `tick`."""
 
     def tick(self) -> bool:
         """Count a step. Return whether it was the last one."""
-        self._steps_done += 1
-        if self._steps_done == self.warmup:
+        self.num_steps += 1
+        if self.num_steps == self.warmup:
             synchronize()
             self._start = StepTimer.now()
-        elif self._steps_done == self.warmup + self.steps:
+        elif self.num_steps == self.warmup + self.steps:
             synchronize()
             self.seconds = (StepTimer.now() - self._start) / self.steps
             return True
@@ -79,81 +81,76 @@ class Implementation:
     build: Callable[[], RunSteps]
     """Load model and data. Not timed."""
     settings: str = ""
-    """What the implementation runs with, printed below the table."""
+    """What it runs with, printed below the table."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurement:
     """Results of one implementation."""
 
     name: str
-    seconds: list[float]
+    seconds: list[float] = field(default_factory=list)
     """Mean seconds per step, one value per round."""
-    peak_bytes: int | None
-    """Peak GPU memory in bytes, without the memory of the other implementations."""
-    first_seconds: float
-    """Seconds to build and to run the first steps, including compilation."""
     settings: str = ""
-    """What the implementation ran with."""
-
-    @property
-    def median(self) -> float:
-        """Median of `seconds`."""
-        return median(self.seconds)
+    first_seconds: float = 0.0
+    """Seconds to build and to run the first steps, including compilation."""
+    peak_bytes: int | None = None
+    """Peak GPU memory in bytes, without the memory of the other implementations."""
 
 
-def measure_interleaved(
-    implementations: Iterable[Implementation], *, rounds: int, steps: int, warmup: int = 1
-) -> list[Measurement]:
+@dataclass
+class RoundOptions:
+    """Options of a script that measures implementations in rounds."""
+
+    rounds: int = 5
+    """Number of rounds. Each implementation runs once per round."""
+    steps: int = 5
+    """Timed steps per implementation and round."""
+    warmup: int = 1
+    """Steps before them that are not timed."""
+    json: Path | None = None
+    """JSON file for tables and raw times."""
+
+
+def measure_interleaved(implementations: Iterable[Implementation], options: RoundOptions) -> list[Measurement]:
     """Build all implementations, then run each for some steps per round. Every second round is in reverse order.
 
     An implementation other than the first that cannot be built (no memory, missing library) is skipped.
-
-    Args:
-        implementations: What to compare.
-        rounds: Number of rounds.
-        steps: Timed steps per implementation and round.
-        warmup: Steps before them that are not timed.
     """
-    console = Console(stderr=True)
-    loaded = []
+    console = Console(stderr=True, highlight=False)
+    loaded: list[tuple[Measurement, RunSteps, int]] = []
     for implementation in implementations:
-        before = _allocated()
-        start = perf_counter()
+        before, start = _allocated(), perf_counter()
         try:
             run_steps = implementation.build()
-            run_steps(StepTimer(warmup, 2))  # compiles
+            run_steps(StepTimer(options.warmup, 2))  # compiles
         except (Exception, SystemExit) as error:
             if not loaded:
                 raise
             console.print(f"{implementation.name} is skipped: {type(error).__name__}: {error}", style="bold red")
             continue
         gc.collect()
-        loaded.append((implementation, run_steps, _allocated() - before, perf_counter() - start))
-        console.print(f"{implementation.name}: ready after {loaded[-1][3]:.1f} s", style="dim")
-    seconds: dict[str, list[float]] = {implementation.name: [] for implementation, *_ in loaded}
-    peaks: dict[str, int] = {}
-    for turn in range(rounds):
-        for implementation, run_steps, own_bytes, _ in loaded if turn % 2 == 0 else loaded[::-1]:
-            if DEVICE.type == "cuda":
+        measurement = Measurement(implementation.name, [], implementation.settings, perf_counter() - start)
+        loaded.append((measurement, run_steps, _allocated() - before))
+        console.print(f"{measurement.name}: ready after {measurement.first_seconds:.1f} s", style="dim")
+    for turn in range(options.rounds):
+        for measurement, run_steps, own_bytes in loaded if turn % 2 == 0 else loaded[::-1]:
+            if ON_GPU:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             other_bytes = _allocated() - own_bytes
-            timer = StepTimer(warmup, steps)
+            timer = StepTimer(options.warmup, options.steps)
             run_steps(timer)
-            seconds[implementation.name].append(timer.seconds)
-            if DEVICE.type == "cuda":
-                peaks[implementation.name] = torch.cuda.max_memory_allocated() - other_bytes
-        done = ", ".join(f"{name} {format_number(1000 * times[-1])} ms" for name, times in seconds.items())
-        console.print(f"round {turn + 1} of {rounds}: {done}", style="dim", highlight=False)
-    return [
-        Measurement(each.name, seconds[each.name], peaks.get(each.name), first, each.settings)
-        for each, *_, first in loaded
-    ]
+            measurement.seconds.append(timer.seconds)
+            if ON_GPU:
+                measurement.peak_bytes = torch.cuda.max_memory_allocated() - other_bytes
+        done = ", ".join(f"{each.name} {format_number(1000 * each.seconds[-1])} ms" for each, *_ in loaded)
+        console.print(f"round {turn + 1} of {options.rounds}: {done}", style="dim")
+    return [measurement for measurement, *_ in loaded]
 
 
 def _allocated() -> int:
-    return torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+    return torch.cuda.memory_allocated() if ON_GPU else 0
 
 
 def speedup(homebrew: Measurement, other: Measurement) -> float:
@@ -161,56 +158,35 @@ def speedup(homebrew: Measurement, other: Measurement) -> float:
     return median(b / a for a, b in zip(homebrew.seconds, other.seconds, strict=True))
 
 
-def time_call(function: Callable[[], object], *, repeats: int = 10, warmup: int = 3) -> float:
-    """Return the median seconds of a call, including the wait for the device."""
-    times = []
-    for _ in range(warmup + repeats):
-        synchronize()
-        start = StepTimer.now()
-        function()
-        synchronize()
-        times.append(StepTimer.now() - start)
-    return median(times[warmup:])
-
-
 def measure_matmul_flops() -> float:
     """Measure the FLOP/s of a matrix product: 8192³ in bfloat16 on a GPU, 2048³ in float32 on a CPU."""
-    size, dtype = (8192, torch.bfloat16) if DEVICE.type == "cuda" else (2048, torch.float32)
+    size, dtype, count = (8192, torch.bfloat16, 10) if ON_GPU else (2048, torch.float32, 1)
     a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-
-    def products() -> None:
-        for _ in range(10 if DEVICE.type == "cuda" else 1):
+    out, times = torch.empty_like(a), []
+    for _ in range(13):
+        synchronize()
+        start = StepTimer.now()
+        for _ in range(count):
             torch.mm(a, b, out=out)
-
-    return 2 * size**3 * (10 if DEVICE.type == "cuda" else 1) / time_call(products)
+        synchronize()
+        times.append(StepTimer.now() - start)
+    return 2 * size**3 * count / median(times[3:])
 
 
 def describe_machine() -> str:
     """Return the device and the versions of Python and PyTorch, in one line."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         return f"{torch.cuda.get_device_name()}, {versions}"
     clock = "CPU time of one thread" if StepTimer.now is process_time else f"{torch.get_num_threads()} threads"
-    return f"{_cpu_name()}, {clock}, {versions}"
-
-
-def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    names = re.findall(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.machine()}, {clock}, {versions}"
 
 
 @dataclass
 class Report:
-    """Tables that are printed at the end and, optionally, written as JSON.
-
-    Args:
-        json: Output file.
-    """
+    """Tables that are printed at the end and, optionally, written to the file `json`."""
 
     json: Path | None = None
     metadata: dict[str, object] = field(default_factory=dict)
@@ -221,38 +197,41 @@ class Report:
         """Add a table. All rows have the same columns."""
         self.tables.append((title, rows))
 
-    def add_throughput(
+    def measure(
         self,
         title: str,
-        measurements: list[Measurement],
+        implementations: Iterable[Implementation],
+        options: RoundOptions,
         *,
-        per_step: float,
-        unit: str = "tokens/s",
-        flops_per_step: float | None = None,
-        peak: float | None = None,
+        tokens: int,
+        flops_per_token: float | None = None,
     ) -> None:
-        """Add a table of throughputs. The first measurement is homebrew's.
+        """Measure implementations, homebrew's first, and add a table of throughputs.
 
         Args:
             title: Title of the table.
-            measurements: One per implementation.
-            per_step: Units processed per step.
-            unit: Name of the throughput's unit.
-            flops_per_step: The model's FLOPs per step, for MFU.
-            peak: FLOP/s that correspond to an MFU of 1.
+            implementations: What to compare.
+            options: Number of rounds and steps.
+            tokens: Tokens per step.
+            flops_per_token: The model's FLOPs, for MFU.
         """
+        if flops_per_token:
+            peak = measure_matmul_flops()
+            self.metadata["matrix products"] = f"{peak / 1e12:.2f} TFLOP/s"
+        measurements = measure_interleaved(implementations, options)
         rows = []
         for measurement in measurements:
-            slow, fast = per_step / max(measurement.seconds), per_step / min(measurement.seconds)
+            seconds = median(measurement.seconds)
+            slow, fast = tokens / max(measurement.seconds), tokens / min(measurement.seconds)
             row = {
                 "implementation": measurement.name,
-                unit: format_number(per_step / measurement.median),
+                "tokens/s": format_number(tokens / seconds),
                 "min–max": f"{format_number(slow)}–{format_number(fast)}",
-                "ms per step": format_number(1000 * measurement.median),
+                "ms per step": format_number(1000 * seconds),
                 "speedup": f"{speedup(measurements[0], measurement):.3f} ×",
             }
-            if flops_per_step and peak:
-                row["MFU"] = f"{flops_per_step / measurement.median / peak:.1%}"
+            if flops_per_token:
+                row["MFU"] = f"{flops_per_token * tokens / seconds / peak:.1%}"
             if measurement.peak_bytes is not None:
                 row["peak GiB"] = f"{measurement.peak_bytes / GIB:.1f}"
             rows.append(row)

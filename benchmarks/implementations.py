@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from harness import DEVICE, RunSteps, StepTimer
+from harness import DEVICE, ON_GPU, Implementation, RunSteps, StepTimer
 from torch import Tensor, nn
 
 from homebrew import GPT, Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.training.optimizer import decay_groups
 
-ON_GPU = DEVICE.type == "cuda"
 Batches = Iterator[tuple[Tensor, Tensor]]
 SETTINGS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95)}
 """AdamW settings of all implementations."""
@@ -179,43 +178,37 @@ def adamw(model: nn.Module, *, fused: bool = True) -> torch.optim.AdamW:
 # --- nanoGPT
 
 
-NANOGPT_SETTINGS = (
-    "as in its train.py: torch.compile, bfloat16 autocast, TF32, fused AdamW, vocabulary padded to 50,304"
-)
+def nanogpt(
+    folder: Path | None, config: GPTConfig, ids: Tensor, *, micro_batch: int, accumulation: int, bias: bool
+) -> Implementation:
+    """Return nanoGPT's training loop with its data loading: compiled bfloat16 on a GPU, float32 on a CPU."""
+
+    def build() -> RunSteps:
+        if ON_GPU:
+            torch.set_float32_matmul_precision("high")
+        model, optimizer = nanogpt_model(folder, config, bias=bias)
+        batches = nanogpt_batches(ids, config.block_size, micro_batch)
+        return plain_loop(model, optimizer, batches, accumulation=accumulation, read_loss_every=10)
+
+    speed = "torch.compile, bfloat16 autocast, TF32, fused AdamW" if ON_GPU else "float32, not compiled"
+    biases = "" if bias else "; no biases, its default, which is not GPT-2"
+    settings = f"as its README recommends: {speed}; GPT-2's vocabulary padded to 50,304{biases}"
+    return Implementation(f"nanoGPT, {bias=}", build, settings)
 
 
 def nanogpt_model(folder: Path | None, config: GPTConfig, *, bias: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return nanoGPT's model and optimizer."""
     if folder is None or not (folder / "model.py").exists():
         raise SystemExit("Pass a folder with a clone of nanoGPT: --nanogpt FOLDER.")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"{folder / 'model.py'} cannot be imported.")
-    nanogpt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
+    spec: Any = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+    fields = {name: getattr(config, name) for name in names}
     vocab_size = 50_304 if config.vocab_size == 50_257 else config.vocab_size
     with contextlib.redirect_stdout(io.StringIO()):
-        fields = {name: getattr(config, name) for name in names}
-        model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=vocab_size, bias=bias, **fields)).to(DEVICE)
+        model = module.GPT(module.GPTConfig(vocab_size=vocab_size, bias=bias, **fields)).to(DEVICE)
         return model, model.configure_optimizers(0.1, SETTINGS["lr"], SETTINGS["betas"], DEVICE.type)
-
-
-def nanogpt_loop(
-    folder: Path | None,
-    config: GPTConfig,
-    ids: Tensor,
-    *,
-    micro_batch: int,
-    accumulation: int = 1,
-    bias: bool = True,
-) -> RunSteps:
-    """Build nanoGPT's training loop with its data loading: compiled bfloat16 on a GPU, float32 on a CPU."""
-    if ON_GPU:
-        torch.set_float32_matmul_precision("high")
-    model, optimizer = nanogpt_model(folder, config, bias=bias)
-    batches = nanogpt_batches(ids, config.block_size, micro_batch)
-    return plain_loop(model, optimizer, batches, accumulation=accumulation, read_loss_every=10)
 
 
 def nanogpt_batches(ids: Tensor, block_size: int, micro_batch: int) -> Batches:
@@ -248,12 +241,6 @@ HF_SETTINGS: dict[str, Any] = {
     "accelerator_config": {"non_blocking": True},
     "logging_nan_inf_filter": False,  # the filter waits for the device after every micro-batch
 }
-
-
-def describe_hf(vocabulary: str = "padded to a multiple of 64", **settings: Any) -> str:
-    """Return what `hf_trainer` runs with, in one line."""
-    settings = {"attn_implementation": "sdpa"} | HF_SETTINGS | settings
-    return ", ".join([f"vocabulary {vocabulary}", *(f"{name}={value}" for name, value in settings.items())])
 
 
 def hf_model(config: GPTConfig, *, pad_vocab: bool = True) -> Any:
@@ -298,48 +285,60 @@ class _SequenceDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def hf_trainer(
-    model: Any, ids: Tensor, block_size: int, *, micro_batch: int, accumulation: int = 1, **settings: Any
-) -> RunSteps:
-    """Build Hugging Face's Trainer with `HF_SETTINGS` and further arguments."""
-    import transformers
+    name: str,
+    build_model: Callable[[], Any],
+    ids: Tensor,
+    block_size: int,
+    *,
+    micro_batch: int,
+    accumulation: int = 1,
+    vocabulary: str = "padded to a multiple of 64",
+    **settings: Any,
+) -> Implementation:
+    """Return Hugging Face's Trainer with `HF_SETTINGS` and further arguments."""
+    settings = HF_SETTINGS | settings
 
-    accelerate_state = IsolatedAccelerate()
+    def build() -> RunSteps:
+        import transformers
 
-    class TimerCallback(transformers.TrainerCallback):
-        timer: StepTimer
+        class TimerCallback(transformers.TrainerCallback):
+            timer: StepTimer
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = self.timer.tick()
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_training_stop = self.timer.tick()
 
-    callback = TimerCallback()
-    with accelerate_state:
-        # Static shapes: otherwise a second model in this process would be compiled with dynamic ones.
-        os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "false"
-        arguments = transformers.TrainingArguments(
-            output_dir=temporary_folder(),
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=accumulation,
-            max_steps=1_000_000,
-            learning_rate=SETTINGS["lr"],
-            adam_beta2=SETTINGS["betas"][1],
-            weight_decay=0.1,
-            max_grad_norm=1.0,
-            use_cpu=not ON_GPU,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            **(HF_SETTINGS | settings),
-        )
-        dataset = _SequenceDataset(ids, block_size)
-        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[callback])
+        accelerate_state, callback = IsolatedAccelerate(), TimerCallback()
+        with accelerate_state:
+            # Static shapes: otherwise a second model in this process would be compiled with dynamic ones.
+            os.environ["ACCELERATE_DYNAMO_USE_DYNAMIC"] = "false"
+            arguments = transformers.TrainingArguments(
+                output_dir=temporary_folder(),
+                per_device_train_batch_size=micro_batch,
+                gradient_accumulation_steps=accumulation,
+                max_steps=1_000_000,
+                learning_rate=SETTINGS["lr"],
+                adam_beta2=SETTINGS["betas"][1],
+                weight_decay=0.1,
+                max_grad_norm=1.0,
+                use_cpu=not ON_GPU,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                **settings,
+            )
+            dataset = _SequenceDataset(ids, block_size)
+            trainer = transformers.Trainer(build_model(), arguments, train_dataset=dataset, callbacks=[callback])
 
-    def run_steps(timer: StepTimer) -> None:
-        callback.timer = timer
-        with accelerate_state, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer.train()
+        def run_steps(timer: StepTimer) -> None:
+            callback.timer = timer
+            with accelerate_state, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trainer.train()
 
-    return run_steps
+        return run_steps
+
+    described = ", ".join(f"{key}={value}" for key, value in settings.items())
+    return Implementation(name, build, f"vocabulary {vocabulary}, attn_implementation=sdpa, {described}")
 
 
 # --- llm.c
@@ -347,42 +346,34 @@ def hf_trainer(
 
 def llmc(
     folder: Path | None, config: GPTConfig, ids: Tensor, *, micro_batch: int, accumulation: int, flags: str
-) -> RunSteps:
-    """Build llm.c's `train_gpt2cu`. Each call runs the program and reads the step times that it prints."""
-    if folder is None:
-        raise SystemExit("Pass a folder with a built train_gpt2cu: --llmc FOLDER.")
-    program = (folder / "train_gpt2cu").resolve()
-    data = temporary_folder() / "tokens.bin"
-    header = np.zeros(256, dtype=np.int32)
-    header[:3] = 20240520, 1, len(ids)  # magic number, version and token count
-    data.write_bytes(header.tobytes() + ids.numpy().astype(np.uint16).tobytes())
-    tokens = micro_batch * accumulation * config.block_size
+) -> Implementation:
+    """Return llm.c's `train_gpt2cu`. Each measurement runs the program and reads the step times that it prints."""
 
-    def run_steps(timer: StepTimer) -> None:
-        arguments = {
-            "-i": data,
-            "-j": data,
-            "-e": f"d{config.n_layer}",
-            "-b": micro_batch,
-            "-t": config.block_size,
-            "-d": tokens,
-            "-x": timer.warmup + timer.steps,
-            "-c": 0.1,
-            "-l": SETTINGS["lr"],
-            "-v": 1_000_000,  # llm.c divides by this value
-            "-m": 1,
-            "-s": 0,
-            "-h": 0,
-            "-n": 0,
-            "-z": 0,
-        }
-        command = [str(program), *(str(word) for pair in arguments.items() for word in pair), *flags.split()]
-        process = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, check=False)
-        times = [float(match) for match in re.findall(r"\| ([\d.]+) ms \|", process.stdout)]
-        if len(times) < timer.warmup + timer.steps:
-            raise SystemExit(
-                f"llm.c failed with exit code {process.returncode}:\n{process.stdout[-2000:]}{process.stderr[-2000:]}"
+    def build() -> RunSteps:
+        if folder is None:
+            raise SystemExit("Pass a folder with a built train_gpt2cu: --llmc FOLDER.")
+        program = (folder / "train_gpt2cu").resolve()
+        data = temporary_folder() / "tokens.bin"
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = 20240520, 1, len(ids)  # magic number, version and token count
+        data.write_bytes(header.tobytes() + ids.numpy().astype(np.uint16).tobytes())
+        tokens = micro_batch * accumulation * config.block_size
+        # Never validates (it divides by the value of -v), samples or saves.
+        fixed = f"-e d{config.n_layer} -b {micro_batch} -t {config.block_size} -d {tokens} -c 0.1 -l {SETTINGS['lr']}"
+        command = [str(program), "-i", str(data), "-j", str(data), *fixed.split(), *flags.split()]
+        command += "-v 1000000 -m 1 -s 0 -h 0 -n 0 -z 0".split()
+
+        def run_steps(timer: StepTimer) -> None:
+            steps = timer.warmup + timer.steps
+            process = subprocess.run(
+                [*command, "-x", str(steps)], cwd=program.parent, capture_output=True, text=True, check=False
             )
-        timer.seconds = math.fsum(times[timer.warmup :]) / timer.steps / 1000
+            times = [float(match) for match in re.findall(r"\| ([\d.]+) ms \|", process.stdout)]
+            if len(times) < steps:
+                output = process.stdout[-2000:] + process.stderr[-2000:]
+                raise SystemExit(f"llm.c failed with exit code {process.returncode}:\n{output}")
+            timer.seconds = math.fsum(times[timer.warmup :]) / timer.steps / 1000
 
-    return run_steps
+        return run_steps
+
+    return Implementation("llm.c", build, f"bfloat16, vocabulary padded to 50,304, {flags}")

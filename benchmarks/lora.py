@@ -1,18 +1,17 @@
 """LoRA fine-tuning of GPT-2: homebrew, and PEFT with Hugging Face's Trainer; full fine-tuning for comparison."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
-from harness import DEVICE, Implementation, Report, measure_interleaved
-from implementations import describe_hf, hf_model, hf_trainer, homebrew_trainer, random_ids
+from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps
+from implementations import hf_model, hf_trainer, homebrew_trainer, random_ids
 
 from homebrew import GPT, GPTConfig, LoRAConfig, add_lora
 
 
 @dataclass
-class Options:
+class Options(RoundOptions):
     """Measure tokens/s and peak memory with one micro-batch per step, random tokens and weights."""
 
     model: str = "gpt2"
@@ -25,59 +24,46 @@ class Options:
     """Rank of the adapters on c_attn and c_proj."""
     compile_modes: tuple[str, ...] = ("default", "reduce-overhead")
     """Values of torch_compile_mode for PEFT's rows; "reduce-overhead" uses CUDA graphs."""
-    rounds: int = 5
-    """Number of rounds. Each implementation runs once per round."""
     steps: int = 20
-    """Timed steps per implementation and round."""
-    json: Path | None = None
-    """JSON file for tables and raw times."""
+    warmup: int = 3
 
 
 def main(options: Options) -> None:
     report = Report(options.json)
     config = GPTConfig.preset(options.model, block_size=options.block_size)
-    tokens = options.micro_batch * config.block_size
-    ids = random_ids(max(32 * tokens, 10_000), config.vocab_size)
     batch, block = options.micro_batch, config.block_size
+    ids = random_ids(max(32 * batch * block, 10_000), config.vocab_size)
 
-    def lora_model() -> GPT:
-        model = GPT(config)
-        add_lora(model, LoRAConfig(rank=options.rank))
-        return model
+    def homebrew(name: str, lora: LoRAConfig | None) -> Implementation:
+        def build() -> RunSteps:
+            model = GPT(config)
+            if lora is not None:
+                add_lora(model, lora)
+            return homebrew_trainer(model, ids, micro_batch_size=batch)
 
-    def peft(compile_mode: str) -> Implementation:
-        mode = {"torch_compile_mode": compile_mode} if DEVICE.type == "cuda" else {}
-        return Implementation(
-            "PEFT + Hugging Face Trainer" + (f", {compile_mode}" if compile_mode != "default" else ""),
-            lambda: hf_trainer(peft_model(config, options), ids, block, micro_batch=batch, **mode),
-            describe_hf(**mode),
-        )
+        return Implementation(name, build, "defaults")
+
+    def peft(mode: str) -> Implementation:
+        name = "PEFT + Hugging Face Trainer" + (f", {mode}" if mode != "default" else "")
+        settings = {"torch_compile_mode": mode} if ON_GPU else {}
+        return hf_trainer(name, lambda: peft_model(config, options.rank), ids, block, micro_batch=batch, **settings)
 
     implementations = [
-        Implementation(
-            "homebrew, LoRA", lambda: homebrew_trainer(lora_model(), ids, micro_batch_size=batch), "defaults"
-        ),
+        homebrew("homebrew, LoRA", LoRAConfig(rank=options.rank)),
         *(peft(mode) for mode in options.compile_modes),
-        Implementation(
-            "homebrew, full", lambda: homebrew_trainer(GPT(config), ids, micro_batch_size=batch), "defaults"
-        ),
-        Implementation(
-            "Hugging Face Trainer, full",
-            lambda: hf_trainer(hf_model(config), ids, block, micro_batch=batch),
-            describe_hf(),
-        ),
+        homebrew("homebrew, full", None),
+        hf_trainer("Hugging Face Trainer, full", lambda: hf_model(config), ids, block, micro_batch=batch),
     ]
-    measurements = measure_interleaved(implementations, rounds=options.rounds, steps=options.steps, warmup=3)
     title = f"{options.model} on {DEVICE.type}: {batch} × {block} tokens per step, rank {options.rank}"
-    report.add_throughput(title, measurements, per_step=tokens)
+    report.measure(title, implementations, options, tokens=batch * block)
     report.finish()
 
 
-def peft_model(config: GPTConfig, options: Options) -> Any:
+def peft_model(config: GPTConfig, rank: int) -> Any:
     """Return GPT-2 with the same adapter, built by PEFT."""
     import peft
 
-    lora = LoRAConfig(rank=options.rank)
+    lora = LoRAConfig(rank=rank)
     peft_config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.scale * lora.rank,

@@ -1,4 +1,4 @@
-"""Time per kernel of a training step, for plain compiled GPT-2 and for homebrew, as Markdown tables."""
+"""Time per kernel of a training step, for plain compiled GPT-2 and for homebrew."""
 
 import re
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import tyro
 from ablation import KERNELS, trainer_without
-from harness import DEVICE, Report, RunSteps, StepTimer, describe_machine
-from implementations import homebrew_trainer, random_ids
+from harness import ON_GPU, Report, RunSteps, StepTimer
+from implementations import random_ids
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from homebrew import GPT, GPTConfig
+from homebrew import GPTConfig
 
 # A kernel belongs to the first category whose pattern matches its name.
 CATEGORIES = {
@@ -30,13 +30,13 @@ CATEGORIES = {
 class Options:
     """Profile training steps."""
 
-    model: str = "gpt2" if DEVICE.type == "cuda" else "baby"
+    model: str = "gpt2" if ON_GPU else "baby"
     """Model preset."""
-    block_size: int = 1024 if DEVICE.type == "cuda" else 64
+    block_size: int = 1024 if ON_GPU else 64
     """Tokens per sequence."""
-    micro_batch: int = 64 if DEVICE.type == "cuda" else 8
+    micro_batch: int = 64 if ON_GPU else 8
     """Sequences per micro-batch."""
-    accumulation: int = 8 if DEVICE.type == "cuda" else 1
+    accumulation: int = 8 if ON_GPU else 1
     """Micro-batches per step."""
     steps: int = 2
     """Profiled steps."""
@@ -49,49 +49,47 @@ class Options:
 def main(options: Options) -> None:
     report = Report(options.json)
     config = GPTConfig.preset(options.model, block_size=options.block_size)
-    ids = random_ids(4 * options.micro_batch * options.accumulation * config.block_size + 1, config.vocab_size)
     tokens = options.micro_batch * options.accumulation * config.block_size
+    ids = random_ids(4 * tokens + 1, config.vocab_size)
     settings = {"micro_batch_size": options.micro_batch, "global_batch_tokens": tokens}
-    print(
-        f"{describe_machine()}; {options.model}, {options.micro_batch} × {config.block_size} × {options.accumulation}\n"
-    )
-    for name, run_steps in (
-        ("before: GPT-2 in plain PyTorch", trainer_without(KERNELS, config, ids, **settings)),
-        ("after: homebrew's Trainer", homebrew_trainer(GPT(config), ids, **settings)),
-    ):
-        kernels = kernel_times(run_steps, options.steps)
+    report.metadata["step"] = f"{options.model}, {options.micro_batch} × {config.block_size} × {options.accumulation}"
+    for name, without in (("before: GPT-2 in plain PyTorch, compiled", KERNELS), ("after: homebrew's Trainer", ())):
+        kernels = kernel_times(trainer_without(without, config, ids, **settings), options.steps)
+        categories: dict[str, tuple[float, int]] = {}
+        for kernel, times in kernels.items():
+            so_far = categories.get(category_of(kernel), (0.0, 0))
+            categories[category_of(kernel)] = so_far[0] + times[0], so_far[1] + times[1]
         total = sum(seconds for seconds, _ in kernels.values())
-        print(f"### {name}: {1000 * total / options.steps:.1f} ms/step in kernels\n")
-        categories: dict[str, float] = {}
-        for kernel, (seconds, _) in kernels.items():
-            categories[category_of(kernel)] = categories.get(category_of(kernel), 0.0) + seconds
-        print("| category | ms/step | share |\n|---|---|---|")
-        for category, seconds in sorted(categories.items(), key=lambda pair: -pair[1]):
-            print(f"| {category} | {1000 * seconds / options.steps:.2f} | {seconds / total:.1%} |")
-        print("\n| kernel | calls/step | ms/step | share |\n|---|---|---|---|")
-        for kernel, (seconds, calls) in sorted(kernels.items(), key=lambda pair: -pair[1][0])[: options.top]:
-            short = kernel if len(kernel) < 90 else kernel[:87] + "..."
-            row = f"{calls / options.steps:.0f} | {1000 * seconds / options.steps:.2f} | {seconds / total:.1%}"
-            print(f"| `{short.replace('|', '¦')}` | {row} |")
-        print()
+        title = f"{name}: {1000 * total / options.steps:.1f} ms/step in kernels"
+        report.add(title, table("category", categories, total, options.steps))
+        report.add(f"{name}: kernels", table("kernel", kernels, total, options.steps)[: options.top])
         report.raw.append({"name": name, "categories": categories, "kernels": kernels})
-    if options.json is not None:
-        report.finish()
+    report.finish()
+
+
+def table(what: str, times: dict[str, tuple[float, int]], total: float, steps: int) -> list[dict[str, str]]:
+    """Return a table row for each kernel or category, the longest first."""
+    return [
+        {
+            what: name if len(name) < 90 else name[:87] + "...",
+            "calls/step": f"{calls / steps:.0f}",
+            "ms/step": f"{1000 * seconds / steps:.2f}",
+            "share": f"{seconds / total:.1%}",
+        }
+        for name, (seconds, calls) in sorted(times.items(), key=lambda pair: -pair[1][0])
+    ]
 
 
 def kernel_times(run_steps: RunSteps, steps: int) -> dict[str, tuple[float, int]]:
     """Return seconds and calls of each kernel (on a CPU: of each operator) in the steps after the first."""
     run_steps(StepTimer(1, 1))  # compiles
-    on_gpu = DEVICE.type == "cuda"
     timer = ProfiledTimer(steps)
     run_steps(timer)
-    times = {}
-    for event in timer.profile.key_averages():
-        if on_gpu and event.device_type == DeviceType.CUDA:
-            times[event.key] = (event.self_device_time_total / 1e6, event.count)
-        elif not on_gpu and event.self_cpu_time_total:
-            times[event.key] = (event.self_cpu_time_total / 1e6, event.count)
-    return times
+    events = timer.profile.key_averages()
+    if ON_GPU:
+        kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+        return {event.key: (event.self_device_time_total / 1e6, event.count) for event in kernels}
+    return {event.key: (event.self_cpu_time_total / 1e6, event.count) for event in events}
 
 
 class ProfiledTimer(StepTimer):
@@ -99,27 +97,22 @@ class ProfiledTimer(StepTimer):
 
     def __init__(self, steps: int) -> None:
         super().__init__(1, steps)
-        activity = ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU
-        self.profile = profile(activities=[activity])
-        self._ticks = 0
+        self.profile = profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU])
 
     def tick(self) -> bool:
         """Count a step, and start or stop the profiler."""
-        self._ticks += 1
         last = super().tick()
-        if self._ticks == self.warmup:
-            self.profile.start()
         if last:
             self.profile.stop()
+        elif self.num_steps == self.warmup:
+            self.profile.start()
         return last
 
 
 def category_of(kernel: str) -> str:
     """Return the category of a kernel."""
-    return next(
-        (category for category, pattern in CATEGORIES.items() if re.search(pattern, kernel, re.IGNORECASE)),
-        "other, fused",
-    )
+    matches = (name for name, pattern in CATEGORIES.items() if re.search(pattern, kernel, re.IGNORECASE))
+    return next(matches, "other, fused")
 
 
 if __name__ == "__main__":

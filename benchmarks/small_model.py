@@ -11,19 +11,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import throughput
 import torch
 import tyro
 from arguments import parse_settings
-from harness import DEVICE, Report, format_number
+from harness import ON_GPU, Report, RoundOptions, format_number
 
 from homebrew import (
-    GPT,
     Callback,
     EvalMetrics,
     GPTConfig,
@@ -36,7 +35,7 @@ from homebrew import (
 
 
 @dataclass
-class Options:
+class Options(RoundOptions):
     """Measure nanoGPT's shakespeare_char: 6 layers, width 384, 6 heads."""
 
     n_layer: int = 6
@@ -52,7 +51,7 @@ class Options:
     rounds: int = 7
     """Number of rounds. 0 skips the step rate."""
     steps: int = 200
-    """Timed steps per implementation and round."""
+    warmup: int = 10
     to_loss: float | None = None
     """Also measure complete runs until this validation loss."""
     text: Path | None = None
@@ -71,10 +70,15 @@ class Options:
     """Characters between the starts of homebrew's training windows; nanoGPT samples windows at random."""
     runs: int = 1
     """Complete runs per implementation."""
-    json: Path | None = None
-    """JSON file for tables and raw times."""
     train_homebrew: Path | None = None
     """Internal: run homebrew's training in this process, with this output folder."""
+
+    def named(self, *names: str) -> dict[str, Any]:
+        """Return some of the options."""
+        return {name: getattr(self, name) for name in (*MODEL, *names)}
+
+
+MODEL = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
 
 
 def main(options: Options) -> None:
@@ -83,25 +87,13 @@ def main(options: Options) -> None:
         return
     report = Report(options.json)
     if options.rounds:
-        sizes = {"tokens": options.batch * options.block_size, "micro_batch": options.batch, "warmup": 10}
-        rates = {"rounds": options.rounds, "steps": options.steps, "nanogpt": options.nanogpt}
-        only = ("homebrew", "nanogpt", "nanogpt-no-bias")
-        throughput.measure(model_config(options), throughput.Options(only=only, **sizes, **rates), report, name="model")
+        step = {"tokens": options.batch * options.block_size, "micro_batch": options.batch}
+        rounds = {name: getattr(options, name) for name in ("nanogpt", "rounds", "steps", "warmup")}
+        rows = throughput.Options(only=("homebrew", "nanogpt", "nanogpt-no-bias"), **step, **rounds)
+        throughput.measure(GPTConfig(vocab_size=65, **options.named()), rows, report, name="shakespeare_char")
     if options.to_loss is not None:
         time_runs(options, report, options.to_loss)
     report.finish()
-
-
-def model_config(options: Options) -> GPTConfig:
-    """Return the model's config, for Tiny Shakespeare's 65 characters."""
-    return GPTConfig(
-        n_layer=options.n_layer,
-        n_head=options.n_head,
-        n_embd=options.n_embd,
-        block_size=options.block_size,
-        vocab_size=65,
-        dropout=options.dropout,
-    )
 
 
 def time_runs(options: Options, report: Report, target: float) -> None:
@@ -113,9 +105,11 @@ def time_runs(options: Options, report: Report, target: float) -> None:
     for run in range(options.runs):
         for name, command in commands.items():
             with tempfile.TemporaryDirectory() as folder:
-                reached, best, seconds = watch(*command(options, Path(folder)), folder=Path(folder), target=target)
+                evaluations, seconds = watch(*command(options, Path(folder)), folder=Path(folder))
+            reached = next((each for each in evaluations if each[1] <= target), None)
+            best = min(evaluations, key=lambda each: each[1])
             row = {"implementation": name, "run": str(run + 1)}
-            row[f"seconds to {target}"] = "not reached" if reached is None else f"{reached[1]:.1f}"
+            row[f"seconds to {target}"] = "not reached" if reached is None else f"{reached[2]:.1f}"
             row["at step"] = "" if reached is None else str(reached[0])
             row |= {"best": f"{best[1]:.4f}", "best at step": str(best[0]), "total seconds": format_number(seconds)}
             rows.append(row)
@@ -123,48 +117,29 @@ def time_runs(options: Options, report: Report, target: float) -> None:
     report.add(f"Complete runs of at most {options.max_steps} steps, empty compile cache", rows)
 
 
-def watch(
-    command: list[str], working_directory: Path, *, folder: Path, target: float
-) -> tuple[tuple[int, float] | None, tuple[int, float], float]:
-    """Run a process until it exits.
-
-    Returns:
-        (First step whose validation loss was at most the target, seconds until then), or None; (best step, its loss);
-        total seconds.
-    """
+def watch(command: list[str], working_directory: Path, *, folder: Path) -> tuple[list[tuple[int, float, float]], float]:
+    """Run a process until it exits. Return step, validation loss and seconds of its evaluations, and total seconds."""
     caches = {name: str(folder / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-    started, reached, best = perf_counter(), None, (0, float("inf"))
-    log: list[str] = []
     environment = os.environ | caches | {"PYTHONUNBUFFERED": "1"}
+    log: list[str] = []
+    evaluations, started = [], perf_counter()
     with subprocess.Popen(
         command, cwd=working_directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        for step, loss in losses(process.stdout, log):
-            if loss < best[1]:
-                best = (step, loss)
-            if reached is None and loss <= target:
-                reached = (step, perf_counter() - started)
-    if process.returncode:
+        for line in process.stdout or ():
+            log.append(line)
+            if match := re.match(r"step (\d+): .*val loss ([\d.]+)", line):  # nanoGPT's format
+                evaluations.append((int(match[1]), float(match[2]), perf_counter() - started))
+    if process.returncode or not evaluations:
         raise SystemExit(f"{command} failed with exit code {process.returncode}:\n{''.join(log[-30:])}")
-    return reached, best, perf_counter() - started
-
-
-def losses(lines: Iterator[str] | None, log: list[str]) -> Iterator[tuple[int, float]]:
-    """Yield steps and validation losses from the output of a process, in nanoGPT's format."""
-    for line in lines or ():
-        log.append(line)
-        if match := re.match(r"step (\d+): .*val loss ([\d.]+)", line):
-            yield int(match[1]), float(match[2])
+    return evaluations, perf_counter() - started
 
 
 def homebrew_command(options: Options, folder: Path) -> tuple[list[str], Path]:
     """Return the command that runs homebrew's training, and its working directory."""
     arguments = ["--train-homebrew", folder / "run", "--ours", options.ours]
-    for name in (
-        *("n_layer", "n_head", "n_embd", "block_size", "batch", "dropout"),
-        *("max_steps", "learning_rate", "eval_every", "stride"),
-    ):
-        arguments += [f"--{name.replace('_', '-')}", getattr(options, name)]
+    for name, value in options.named("batch", "max_steps", "learning_rate", "eval_every", "stride").items():
+        arguments += [f"--{name.replace('_', '-')}", value]
     arguments += ["--text", options.text.resolve()] if options.text else []
     return [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)], Path.cwd()
 
@@ -184,18 +159,16 @@ class _PrintEvalLoss(Callback):
 def train_homebrew(options: Options, folder: Path) -> None:
     """Train in homebrew with nanoGPT's settings, where `ours` has no other."""
     ours = parse_settings(options.ours, also=["dropout"])
-    changes = {"dropout": ours.pop("dropout")} if "dropout" in ours else {}
     train_text, val_text = split_text(options)
     tokenizer = get_tokenizer("char", text=train_text + val_text)
-    config = GPTConfig(**{**model_config(options).__dict__, "vocab_size": tokenizer.vocab_size} | changes)
-    train = TokenDataset.from_text(train_text, config.block_size, tokenizer=tokenizer, stride=options.stride)
-    val = TokenDataset.from_text(val_text, config.block_size, tokenizer=tokenizer)
+    model = options.named() | {name: ours.pop(name) for name in {"dropout"} & ours.keys()}
+    train = TokenDataset.from_text(train_text, options.block_size, tokenizer=tokenizer, stride=options.stride)
+    val = TokenDataset.from_text(val_text, options.block_size, tokenizer=tokenizer)
     settings = {"max_steps": options.max_steps, "learning_rate": options.learning_rate, "betas": (0.9, 0.99)} | ours
     settings = {"warmup_steps": min(100, settings["max_steps"] // 10)} | settings
-    trainer_config = TrainerConfig(
-        output_dir=folder, micro_batch_size=options.batch, eval_every=options.eval_every, **settings
-    )
-    Trainer(GPT(config), train, val, config=trainer_config, callbacks=[_PrintEvalLoss()]).train()
+    config = TrainerConfig(output_dir=folder, micro_batch_size=options.batch, eval_every=options.eval_every, **settings)
+    model_config = GPTConfig(vocab_size=tokenizer.vocab_size, **model)
+    Trainer(model_config, train, val, config=config, callbacks=[_PrintEvalLoss()]).train()
 
 
 def nanogpt_command(options: Options, folder: Path) -> tuple[list[str], Path]:
@@ -209,20 +182,14 @@ def nanogpt_command(options: Options, folder: Path) -> tuple[list[str], Path]:
         ids = torch.tensor(tokenizer.encode(text)).numpy().astype("uint16")
         ids.tofile(data / f"{name}.bin")
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))
-    settings = {
-        "n_layer": options.n_layer,
-        "n_head": options.n_head,
-        "n_embd": options.n_embd,
-        "block_size": options.block_size,
+    settings = options.named("learning_rate") | {
         "batch_size": options.batch,
-        "dropout": options.dropout,
-        "learning_rate": options.learning_rate,
         "min_lr": options.learning_rate / 10,
         "max_iters": options.max_steps,
         "lr_decay_iters": options.max_steps,
         "eval_interval": options.eval_every,
     }
-    if DEVICE.type == "cpu":
+    if not ON_GPU:
         settings |= {"device": "cpu", "compile": False, "eval_iters": 20}  # as in nanoGPT's README for a CPU
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     return [sys.executable, "train.py", "config/train_shakespeare_char.py", *arguments], clone

@@ -171,12 +171,11 @@ def test_lora(run):
     ]
 
 
-def test_profile_step(run, capsys):
-    run("profile_step", model="baby", block_size=8, micro_batch=1, steps=1, top=2)
-    output = capsys.readouterr().out
-    assert "### before" in output
-    assert "### after" in output
-    assert "| matrix products |" in output
+def test_profile_step(run):
+    before, _, after, kernels = run("profile_step", model="baby", block_size=8, micro_batch=1, steps=1, top=2)
+    for rows in (before, after):
+        assert "matrix products" in [row["category"] for row in rows]
+    assert len(kernels) == 2
 
 
 @pytest.mark.slow
