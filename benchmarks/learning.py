@@ -246,8 +246,8 @@ def report_runs(options: Options, runs: list[Run]) -> None:
         rows = target_rows(compared, target, full_runs=variants[reference])
         report.add(f"To a validation loss of {target:.4f}, relative to the full run of {reference!r}", rows)
     for fast, plain in plain_pairs(variants):
-        title = f"Losses of {fast!r} and {plain!r}, which differ only in their operations"
-        report.add(title, difference_rows(variants[fast], variants[plain]))
+        rows = difference_rows(variants[fast], variants[plain])
+        report.add(f"Losses of {fast!r} and {plain!r}, which differ only in their operations", rows)
     report.finish()
     plot(variants, options.output / "learning.png", title=title, target=target)
 

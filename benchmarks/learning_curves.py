@@ -44,13 +44,7 @@ def by_variant(runs: Sequence[Run]) -> Variants:
 
 
 def first_reached(positions: Sequence[float], losses: Sequence[float], target: float) -> float | None:
-    """Return where a curve first reaches a target, with linear interpolation between evaluations, or None.
-
-    Args:
-        positions: Steps or seconds of the evaluations, increasing.
-        losses: Loss of each evaluation.
-        target: Loss to reach.
-    """
+    """Return the step or second at which a curve first reaches a target, interpolated between evaluations, or None."""
     for i, loss in enumerate(losses):
         if loss <= target:
             if i == 0:
@@ -91,13 +85,7 @@ def summary_rows(variants: Variants) -> list[dict[str, str]]:
 
 
 def target_rows(variants: Variants, target: float, *, full_runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Return a table row for each variant: steps and seconds to a target loss, and their ratios to a full run.
-
-    Args:
-        variants: Runs of each variant.
-        target: Loss to reach.
-        full_runs: Runs of the variant to compare with, whose mean number of steps and seconds is a ratio of 1.
-    """
+    """Return a table row for each variant: steps and seconds to a target loss, and their ratios to those of full runs."""
     total_steps = mean(run.steps[-1] for run in full_runs)
     total_seconds = mean(run.seconds[-1] for run in full_runs)
     rows = []
@@ -146,11 +134,7 @@ def with_spread(values: Sequence[float], style: str) -> str:
 
 
 def plot(variants: Variants, path: Path, *, title: str, target: float | None) -> None:
-    """Draw validation loss against steps and against seconds, one line per run.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Draw validation loss against steps and against seconds, one line per run."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import tyro
+from harness import GIB, Report
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
 
@@ -64,55 +65,39 @@ def main(options: Options) -> None:
         print(f"This machine has {available} GPUs. Skipped: {', '.join(map(str, unavailable))}.")
     if not counts:
         raise SystemExit("No GPU is available. Use --cpu to test the script.")
-    device = "CPU" if options.cpu else torch.cuda.get_device_name(0)
-    print(f"{device}, PyTorch {torch.__version__}, {options.tokens:,} tokens per step, NCCL_NVLS_ENABLE=0\n")
-    all_runs: list[dict[str, Any]] = []
+    report = Report(options.json, {"NCCL_NVLS_ENABLE": 0})
+    all_layouts = [("none", 1), *((strategy, count) for strategy in options.strategies for count in counts)]
     for model in options.models if options.rounds else ():
         runs: list[dict[str, Any]] = []
-        all_layouts = layouts(options.strategies, counts)
         for turn in range(options.rounds):
             for strategy, count in all_layouts if turn % 2 == 0 else reversed(all_layouts):
                 row = {"model": model, "strategy": strategy, "processes": count, "round": turn}
                 runs.append(row | launch(options, strategy, count, {"mode": "measure", "model": model}))
-                print(f"round {turn}: {strategy} × {count}: {runs[-1]['tokens_per_second']:,.0f}", file=sys.stderr)
-        print("\n".join([f"### {model}", "", HEADER, *table(runs, all_layouts), ""]), flush=True)
-        all_runs += runs
-    results: dict[str, Any] = {"device": device, "torch": torch.__version__, "rows": all_runs}
+                print(runs[-1], file=sys.stderr)
+        report.add(f"{model}: {options.tokens:,} tokens per step", [row_of(layout, runs) for layout in all_layouts])
+        report.raw += runs
     if options.check and 2 in counts:
-        results["check"] = {}
         for name, value in check(options):
-            results["check"][name] = value
-            print(f"{name}: {value}", flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+            report.metadata[name] = value
+            print(f"{name}: {value}", file=sys.stderr)
+    report.finish()
 
 
-HEADER = """\
-| strategy | processes | tokens/s | efficiency | peak GiB | in collectives | not overlapped |
-|---|---|---|---|---|---|---|"""
-
-
-def table(runs: list[dict[str, Any]], all_layouts: list[tuple[str, int]]) -> list[str]:
-    """Return a row per layout: its median run, and its median efficiency relative to the baseline of the same round."""
-    throughputs = {(run["round"], run["strategy"], run["processes"]): run["tokens_per_second"] for run in runs}
-    rows = []
-    for layout in all_layouts:
-        layout_runs = [run for run in runs if (run["strategy"], run["processes"]) == layout]
-        median_run = sorted(layout_runs, key=lambda run: run["tokens_per_second"])[len(layout_runs) // 2]
-        efficiencies = [
-            run["tokens_per_second"] / throughputs[run["round"], *all_layouts[0]] / run["processes"]
-            for run in layout_runs
-        ]
-        memory = "n/a" if median_run["peak_bytes"] is None else f"{median_run['peak_bytes'] / 2**30:.1f}"
-        exposed = "n/a" if median_run["exposed"] is None else f"{median_run['exposed']:.1%}"
-        cells = [*layout, f"{median_run['tokens_per_second']:,.0f}", f"{statistics.median(efficiencies):.3f}", memory]
-        rows.append("| " + " | ".join(map(str, [*cells, f"{median_run['collectives']:.1%}", exposed])) + " |")
-    return rows
-
-
-def layouts(strategies: tuple[str, ...], counts: list[int]) -> list[tuple[str, int]]:
-    """Return (strategy, processes) pairs. The first is the baseline: one process without a wrapper."""
-    return [("none", 1)] + [(strategy, count) for strategy in strategies for count in counts]
+def row_of(layout: tuple[str, int], runs: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the table row of a layout: its median run, and its median efficiency relative to one process."""
+    baselines = {run["round"]: run["tokens_per_second"] for run in runs if run["strategy"] == "none"}
+    layout_runs = [run for run in runs if (run["strategy"], run["processes"]) == layout]
+    run = sorted(layout_runs, key=lambda run: run["tokens_per_second"])[len(layout_runs) // 2]
+    efficiency = statistics.median(run["tokens_per_second"] / baselines[run["round"]] for run in layout_runs)
+    return {
+        "strategy": layout[0],
+        "processes": str(layout[1]),
+        "tokens/s": f"{run['tokens_per_second']:,.0f}",
+        "efficiency": f"{efficiency / layout[1]:.3f}",
+        "peak GiB": "n/a" if run["peak_bytes"] is None else f"{run['peak_bytes'] / GIB:.1f}",
+        "in collectives": f"{run['collectives']:.1%}",
+        "not overlapped": "n/a" if run["exposed"] is None else f"{run['exposed']:.1%}",
+    }
 
 
 def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]) -> dict[str, Any]:

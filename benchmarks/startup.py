@@ -60,7 +60,12 @@ def main(options: Options) -> None:
         report.add(f"Imports, {options.runs} processes each, interleaved, {clock}", rows)
         report.raw.append({"imports": times})
     if options.model:
-        report.add(f"{options.model}: from process start to the end of the first step", first_steps(options))
+        with tempfile.TemporaryDirectory() as folder:
+            rows = [
+                {"compile cache": cache, "seconds to the first step": f"{time_first_step(options, Path(folder)):.1f}"}
+                for cache in ("cold", "warm", "warm again")
+            ]
+        report.add(f"{options.model}: from process start to the end of the first step", rows)
     report.finish()
 
 
@@ -82,19 +87,7 @@ def _now(*, processor_time: bool) -> float:
     return times.children_user + times.children_system if processor_time else time.perf_counter()
 
 
-def first_steps(options: Options) -> list[dict[str, str]]:
-    """Measure the first step with a cold cache, and twice with a warm one."""
-    with tempfile.TemporaryDirectory() as folder:
-        return [
-            {
-                "compile cache": cache,
-                "seconds to the first step": f"{first_step_in_subprocess(options, Path(folder)):.1f}",
-            }
-            for cache in ("cold", "warm", "warm again")
-        ]
-
-
-def first_step_in_subprocess(options: Options, cache: Path) -> float:
+def time_first_step(options: Options, cache: Path) -> float:
     """Run a first step in a new process with its compile cache in `cache`."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
     arguments = ["--model", options.model, "--block-size", str(options.block_size)]
@@ -114,17 +107,16 @@ def run_first_step(options: Options, started: float) -> float:
 
     from homebrew import GPT, GPTConfig
 
-    config = GPTConfig.preset(options.model, block_size=options.block_size)
-    settings = {"micro_batch_size": options.micro_batch, "compile": options.compile or "auto"}
-    ids = random_ids(200 * config.block_size, config.vocab_size)
-    end_times = []
-
     class FirstStep(StepTimer):
         def tick(self) -> bool:
             last = super().tick()  # waits for the device after the first step
             end_times.append(time.time())
             return last
 
+    end_times: list[float] = []
+    config = GPTConfig.preset(options.model, block_size=options.block_size)
+    ids = random_ids(200 * config.block_size, config.vocab_size)
+    settings = {"micro_batch_size": options.micro_batch, "compile": options.compile or "auto"}
     homebrew_trainer(GPT(config), ids, **settings)(FirstStep(1, 1))
     return end_times[0] - started
 

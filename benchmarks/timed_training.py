@@ -32,14 +32,7 @@ class Record:
 
 
 def train_and_record(model: GPTConfig, train: TokenDataset, val: TokenDataset, config: TrainerConfig) -> Record:
-    """Train once without saving checkpoints, and free the GPU's memory.
-
-    Args:
-        model: Model to train.
-        train: Training data.
-        val: Validation data.
-        config: Training configuration, whose `log_every` is its `eval_every`.
-    """
+    """Train once without checkpoints, and free the GPU's memory. `config.log_every` is `config.eval_every`."""
     recorder = _Recorder()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
