@@ -31,11 +31,6 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, train
     return F.dropout(weights, dropout, training) @ v
 
 
-def plain_mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
-    """MLP whose backward pass is autograd's."""
-    return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
-
-
 def plain_gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """GELU, its gradient and the sum of the gradient over rows, for `torch.compile` to fuse."""
     d_x = torch.ops.aten.gelu_backward(d_y, x, approximate="tanh")
@@ -58,7 +53,7 @@ OPTIMIZATIONS: dict[str, dict[str, Any]] = {
     "bfloat16 residual": {"homebrew.model.transformer.compute_dtype": lambda x: x.dtype},
     "fused head and loss": {"homebrew.model.gpt.linear_cross_entropy": plain_loss},
     "Triton loss kernel": {"homebrew.model.ops.chunked_loss.uses_triton": lambda _: False},
-    "fused MLP": {"homebrew.model.transformer.mlp": plain_mlp},
+    "fused MLP": {"homebrew.model.ops.mlp.uses_triton": lambda _: False},
     "Triton GELU kernels": {
         "homebrew.model.ops.mlp._gelu": lambda x: F.gelu(x, approximate="tanh"),
         "homebrew.model.ops.mlp._gelu_backward": plain_gelu_backward,

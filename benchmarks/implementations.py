@@ -273,17 +273,6 @@ def hf_model(config: GPTConfig, *, pad_vocab: bool = True) -> Any:
     return model
 
 
-class _SequenceDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __init__(self, ids: Tensor, block_size: int) -> None:
-        self.rows = ids[: len(ids) // block_size * block_size].view(-1, block_size)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
 def hf_trainer(
     name: str,
     build_model: Callable[[], Any],
@@ -326,7 +315,8 @@ def hf_trainer(
                 disable_tqdm=True,
                 **settings,
             )
-            dataset = _SequenceDataset(ids, block_size)
+            rows = ids[: len(ids) // block_size * block_size].view(-1, block_size)
+            dataset = [{"input_ids": row, "labels": row} for row in rows]
             trainer = transformers.Trainer(build_model(), arguments, train_dataset=dataset, callbacks=[callback])
 
         def run_steps(timer: StepTimer) -> None:

@@ -85,7 +85,7 @@ def summary_rows(variants: Variants) -> list[dict[str, str]]:
 
 
 def target_rows(variants: Variants, target: float, *, full_runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Return a table row for each variant: steps and seconds to a target loss, and their ratios to those of full runs."""
+    """Return a table row for each variant: steps and seconds to a target loss, absolute and relative to full runs."""
     total_steps = mean(run.steps[-1] for run in full_runs)
     total_seconds = mean(run.seconds[-1] for run in full_runs)
     rows = []

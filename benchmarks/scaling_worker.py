@@ -4,44 +4,30 @@ import hashlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import ON_GPU, StepTimer
+from profile_step import ProfiledTimer
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from homebrew import Callback, GPTConfig, StepMetrics, TokenDataset, Trainer, TrainerConfig
 
 PROFILED_STEPS = 3
-ON_GPU = torch.cuda.is_available()
 
 
-class RunTimer(Callback):
-    """Times some steps, profiles a few more, and stops the run."""
+class RunTimers(Callback):
+    """Runs one timer after the other, then stops the run."""
 
-    def __init__(self, warmup: int, steps: int) -> None:
-        self.first, self.last = warmup, warmup + steps
-        self.seconds = 0.0
-        self.profiler = profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU])
+    def __init__(self, *timers: StepTimer) -> None:
+        self.timers = list(timers)
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """Start and stop timer and profiler."""
-        if trainer.step in (self.first, self.last, self.last + PROFILED_STEPS):
-            if ON_GPU:
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-        if trainer.step == self.first:
-            self.start = now
-        elif trainer.step == self.last:
-            self.seconds = now - self.start
-            self.profiler.start()
-            self.start = time.perf_counter()
-        elif trainer.step == self.last + PROFILED_STEPS:
-            self.profiled_seconds = now - self.start
-            self.profiler.stop()
-            trainer.should_stop = True
+        """Count the step. Several ranks agree to stop one step later."""
+        if self.timers and self.timers[0].tick():
+            self.timers.pop(0)
+        trainer.should_stop = not self.timers
 
 
 class LossRecorder(Callback):
@@ -60,18 +46,18 @@ class LossRecorder(Callback):
         trainer.should_stop = trainer.step == self.stop_after
 
 
-def collective_shares(timer: RunTimer) -> tuple[float, float | None]:
+def collective_shares(timer: ProfiledTimer) -> tuple[float, float | None]:
     """Return the share of the profiled time in collectives, and the share not overlapped with computation."""
     device_type = DeviceType.CUDA if ON_GPU else DeviceType.CPU
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for event in timer.profiler.events() or []:
+    for event in timer.profile.events() or []:
         if event.device_type == device_type:
             name = event.name.lower()
             is_collective = "nccl" in name if ON_GPU else name.startswith("gloo:")
             spans[is_collective].append((event.time_range.start, event.time_range.end))
     collective, compute = union_length(spans[True]), union_length(spans[False])
     exposed = union_length(spans[True] + spans[False]) - compute
-    total = timer.profiled_seconds * 1e6
+    total = timer.seconds * timer.steps * 1e6
     return collective / total, exposed / total if ON_GPU else None
 
 
@@ -102,11 +88,11 @@ def build_trainer(task: dict[str, Any], callback: Callback, folder: str, **setti
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Measure throughput, memory and time in collectives. Time and memory are the maximum over ranks."""
-    timer = RunTimer(task["warmup"], task["steps"])
+    timer, profiled = StepTimer(task["warmup"], task["steps"]), ProfiledTimer(PROFILED_STEPS)
     never = 10**6  # no logging, evaluation or checkpoint while steps are timed
-    trainer = build_trainer(task, timer, "run", max_steps=never, log_every=never, warmup_steps=10)
+    trainer = build_trainer(task, RunTimers(timer, profiled), "run", max_steps=never, log_every=never, warmup_steps=10)
     trainer.train()
-    collectives, exposed = collective_shares(timer)
+    collectives, exposed = collective_shares(profiled)
     peak = float(torch.cuda.max_memory_allocated()) if ON_GPU else 0.0
     local = torch.tensor([[timer.seconds, peak]], device=trainer.accelerator.device)
     seconds, peak = trainer.accelerator.gather(local).amax(0).tolist()
