@@ -11,13 +11,12 @@ Seconds are those of training steps, without compilation and evaluations. `timed
 measured.
 
 Every finished run is appended to `runs.jsonl` in the output folder. A run that is already there is not repeated, so an
-interrupted script continues where it was. With `--variants` and no values, the script only prints and plots the runs
-in the folder.
+interrupted script continues where it was. With `--variants` and no values, the script only prints the tables of these
+runs. `homebrew plot OUTPUT/runs` draws their curves.
 """
 
 import json
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from learning_curves import (
     difference_rows,
     final_loss,
     plain_pairs,
-    plot,
     summary_rows,
     target_rows,
 )
@@ -60,7 +58,7 @@ class Options:
     """Compare the learning curves of several optimizers and schedules."""
 
     output: Path
-    """Folder for the corpus, the finished runs, `learning.json` and `learning.png`."""
+    """Folder for the corpus, the runs, and `learning.json`."""
     variants: tuple[str, ...] = DEFAULT_VARIANTS
     """What to compare, each as "name:key=value,key=value" with fields of TrainerConfig, dropout, or plain."""
     settings: str = ""
@@ -107,13 +105,13 @@ class Variant:
         """Return the variant's settings, and those that it has from the options."""
         return {"max_steps": options.max_steps} | parse_own_settings(options.settings) | self.settings
 
-    def trainer_config(self, options: Options, *, seed: int, folder: str) -> TrainerConfig:
+    def trainer_config(self, options: Options, *, seed: int) -> TrainerConfig:
         """Return the Trainer's configuration."""
         batch = {name: getattr(options, name) for name in ("global_batch_tokens", "micro_batch_size")}
         settings = batch | self.all_settings(options)
         config = TrainerConfig(
             **{name: value for name, value in settings.items() if name not in _NOT_OF_THE_TRAINER},
-            output_dir=folder,
+            output_dir=options.output / "runs" / f"{self.name.replace('/', '_')}, seed {seed}",
             seed=seed,
             eval_every=options.eval_every,
             eval_batches=options.eval_batches,
@@ -136,7 +134,7 @@ class Variant:
 def main(options: Options) -> None:
     variants = [parse_variant(text) for text in options.variants]
     for variant in variants:  # before the first run, which takes minutes
-        variant.trainer_config(options, seed=0, folder=str(options.output))
+        variant.trainer_config(options, seed=0)
         variant.model_config(options, vocab_size=2)
     if len({variant.name for variant in variants}) < len(variants):
         raise ConfigError("Two variants have the same name. Give each its own, as it is the key of its runs.")
@@ -213,9 +211,8 @@ def train_missing(options: Options, variants: list[Variant], finished: list[Run]
             if (variant.name, seed) in done:
                 continue
             try:
-                kernels = KERNELS if settings.get("plain") else ()
-                with tempfile.TemporaryDirectory() as folder, switched_off(kernels):
-                    config = variant.trainer_config(options, seed=seed, folder=folder)
+                config = variant.trainer_config(options, seed=seed)
+                with switched_off(KERNELS if settings.get("plain") else ()):
                     record = train_and_record(variant.model_config(options, train.vocab_size), train, val, config)
             except NonFiniteError as error:
                 print(f"{variant.name}, seed {seed}, is left out: {error}", file=sys.stderr)
@@ -230,7 +227,7 @@ def train_missing(options: Options, variants: list[Variant], finished: list[Run]
 
 
 def report_runs(options: Options, runs: list[Run]) -> None:
-    """Print the tables and write `learning.json` and `learning.png`."""
+    """Print the tables and write `learning.json`."""
     if not runs:
         raise ConfigError(f"There are no runs in {options.output}. Give --variants and --seeds.")
     variants, experiment = by_variant(runs), runs[0].experiment
@@ -249,7 +246,6 @@ def report_runs(options: Options, runs: list[Run]) -> None:
         rows = difference_rows(variants[fast], variants[plain])
         report.add(f"Losses of {fast!r} and {plain!r}, which differ only in their operations", rows)
     report.finish()
-    plot(variants, options.output / "learning.png", title=title, target=target)
 
 
 if __name__ == "__main__":

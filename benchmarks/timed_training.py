@@ -38,7 +38,7 @@ def train_and_record(model: GPTConfig, train: TokenDataset, val: TokenDataset, c
         torch.cuda.reset_peak_memory_stats()
     try:
         with suppress(_RunDone), IsolatedAccelerate():
-            Trainer(model, train, val, config=config, callbacks=[recorder], progress=False).train()
+            Trainer(model, train, val, config=config, callbacks=[recorder], progress=False).train(overwrite=True)
     finally:
         if DEVICE.type == "cuda":
             torch.compiler.reset()  # frees compiled code and the memory of CUDA graphs
