@@ -1,6 +1,7 @@
 """Settings and models on the command line of several scripts."""
 
 import ast
+import re
 from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
@@ -10,25 +11,19 @@ from homebrew.errors import ConfigError
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Parse "key=value,key=value" as the arguments of a call. A value that is not a Python literal is a string."""
-    source = f"dict({text}\n)"  # a new line, because the text may end with a comment
-    try:
-        call: ast.expr | None = ast.parse(source, mode="eval").body
-    except SyntaxError:
-        call = None
-    match call:
-        case ast.Call(func=ast.Name(), args=[], keywords=keywords) if len(
-            {keyword.arg for keyword in keywords} - {None}  # None is `**`
-        ) == len(keywords):
-            return {str(keyword.arg): _value(keyword.value, source) for keyword in keywords}
-    raise ConfigError(f"{text!r} cannot be parsed. Write key=value,key=value, each key once.")
+    """Parse "key=value,key=value". A value that is not a Python literal is a string."""
+    text = text.replace(" ", "")
+    items = re.findall(r"(\w+)=(\([^()]*\)|[^,()#]+)", text)
+    if ",".join(map("=".join, items)) != text or len(dict(items)) < len(items):
+        raise ConfigError(f"{text!r} cannot be parsed. Write key=value,key=value, each key once.")
+    return {key: _literal(value) for key, value in items}
 
 
-def _value(node: ast.expr, source: str) -> Any:
+def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.get_source_segment(source, node)
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def parse_settings(text: str, *, also: Collection[str] = (), without: Collection[str] = ()) -> dict[str, Any]:

@@ -206,14 +206,9 @@ class Report:
         tokens: int,
         flops_per_token: float | None = None,
     ) -> None:
-        """Measure implementations, homebrew's first, and add a table of throughputs.
+        """Measure implementations, homebrew's first, with `tokens` per step, and add a table of throughputs.
 
-        Args:
-            title: Title of the table.
-            implementations: What to compare.
-            options: Number of rounds and steps.
-            tokens: Tokens per step.
-            flops_per_token: The model's FLOPs, for MFU.
+        With the model's `flops_per_token`, the table has the MFU.
         """
         if flops_per_token:
             peak = measure_matmul_flops()

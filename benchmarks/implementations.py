@@ -49,6 +49,13 @@ def temporary_folder() -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Hide what is printed, and warnings."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        yield
+
+
 class IsolatedAccelerate:
     """Context manager that gives each Trainer its own copy of Accelerate's process-wide state.
 
@@ -97,24 +104,17 @@ class _TimerCallback(Callback):
 def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> RunSteps:
     """Build homebrew's Trainer with its default settings."""
     accelerate_state, callback = IsolatedAccelerate(), _TimerCallback()
-    folder = temporary_folder()
     dataset = TokenDataset.from_tokens(ids, model.config.block_size, vocab_size=model.config.vocab_size)
     # No warm-up, as in the other implementations: a GPU's power draw, and therefore its clock, depends on the values it
     # multiplies.
     defaults = {"max_steps": 1_000_000, "warmup_steps": 0, "save_every": None}
-    config = TrainerConfig(output_dir=folder, **{**defaults, **settings})
+    config = TrainerConfig(output_dir=temporary_folder(), **(defaults | settings))
     with accelerate_state:
         trainer = Trainer(model, dataset, config=config, callbacks=[callback])
 
     def run_steps(timer: StepTimer) -> None:
         callback.timer = timer
-        with (
-            accelerate_state,
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.suppress(_StepsDone),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # training again without resume is intended here
+        with accelerate_state, silent(), contextlib.suppress(_StepsDone):
             trainer.train()
 
     return run_steps
@@ -141,7 +141,7 @@ def plain_loop(
         optimizer: Optimizer of the model.
         batches: (input_ids, targets) on the device.
         accumulation: Micro-batches per step.
-        compile_model: Whether to use torch.compile.
+        compile_model: Whether to use torch.compile, in `mode`.
         mode: Mode of torch.compile.
         autocast: Whether to use bfloat16 autocast.
         read_loss_every: Steps between reading the loss, which waits for the device. 0: never.
@@ -206,7 +206,7 @@ def nanogpt_model(folder: Path | None, config: GPTConfig, *, bias: bool) -> tupl
     names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
     fields = {name: getattr(config, name) for name in names}
     vocab_size = 50_304 if config.vocab_size == 50_257 else config.vocab_size
-    with contextlib.redirect_stdout(io.StringIO()):
+    with silent():
         model = module.GPT(module.GPTConfig(vocab_size=vocab_size, bias=bias, **fields)).to(DEVICE)
         return model, model.configure_optimizers(0.1, SETTINGS["lr"], SETTINGS["betas"], DEVICE.type)
 
@@ -246,26 +246,15 @@ HF_SETTINGS: dict[str, Any] = {
 def hf_model(config: GPTConfig, *, pad_vocab: bool = True) -> Any:
     """Return Transformers' GPT-2 with random weights.
 
-    Args:
-        config: Sizes of the model.
-        pad_vocab: Whether to pad the vocabulary to a multiple of 64, which makes matrix products faster. This also
-            works with pretrained weights.
+    With `pad_vocab`, the vocabulary is padded to a multiple of 64, which makes matrix products faster. The same call
+    pads pretrained weights.
     """
     from transformers import AutoModelForCausalLM, GPT2Config
 
-    hf_config = GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.block_size,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "n_embd", "n_layer", "n_head")}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    tokens = {"n_positions": config.block_size, "bos_token_id": 0, "eos_token_id": 0}
+    hf_config = GPT2Config(**sizes, **dropout, **tokens, use_cache=False)
     model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa")
     if pad_vocab:
         model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
@@ -321,8 +310,7 @@ def hf_trainer(
 
         def run_steps(timer: StepTimer) -> None:
             callback.timer = timer
-            with accelerate_state, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with accelerate_state, silent():
                 trainer.train()
 
         return run_steps

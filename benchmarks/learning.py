@@ -21,20 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import learning_curves as curves
 import tyro
 from ablation import KERNELS, switched_off
 from arguments import model_config, parse_settings
 from harness import Report, describe_machine
-from learning_curves import (
-    Run,
-    best_adamw,
-    by_variant,
-    difference_rows,
-    final_loss,
-    plain_pairs,
-    summary_rows,
-    target_rows,
-)
+from learning_curves import Run
 from source_corpus import build_source_corpus
 from timed_training import train_and_record
 
@@ -132,7 +124,9 @@ class Variant:
 
 
 def main(options: Options) -> None:
-    variants = [parse_variant(text) for text in options.variants]
+    variants = [
+        Variant(name, parse_own_settings(text)) for name, _, text in (text.partition(":") for text in options.variants)
+    ]
     for variant in variants:  # before the first run, which takes minutes
         variant.trainer_config(options, seed=0)
         variant.model_config(options, vocab_size=2)
@@ -152,12 +146,6 @@ def read_runs(log: Path) -> list[Run]:
     if any(run.experiment != runs[0].experiment for run in runs):
         raise ConfigError(f"{log} has runs that differ in their model, batch or corpus. Keep those of one experiment.")
     return list({(run.variant, run.seed): run for run in runs}.values())
-
-
-def parse_variant(text: str) -> Variant:
-    """Parse "name:key=value,key=value"."""
-    name, _, settings = text.partition(":")
-    return Variant(name, parse_own_settings(settings))
 
 
 def parse_own_settings(text: str) -> dict[str, Any]:
@@ -218,7 +206,7 @@ def train_missing(options: Options, variants: list[Variant], finished: list[Run]
                 print(f"{variant.name}, seed {seed}, is left out: {error}", file=sys.stderr)
                 continue
             about = {"variant": variant.name, "seed": seed, "settings": settings, "experiment": experiment}
-            run = Run(**asdict(record), **about, machine=describe_machine())
+            run = Run(**record, **about, machine=describe_machine())
             with log.open("a", encoding="utf-8") as file:
                 file.write(strict_json(asdict(run)) + "\n")
             print(f"{run.variant}, seed {seed}: {run.losses[-1]:.4f}, {run.seconds[-1]:.1f} s", file=sys.stderr)
@@ -230,20 +218,22 @@ def report_runs(options: Options, runs: list[Run]) -> None:
     """Print the tables and write `learning.json`."""
     if not runs:
         raise ConfigError(f"There are no runs in {options.output}. Give --variants and --seeds.")
-    variants, experiment = by_variant(runs), runs[0].experiment
+    variants, experiment = curves.by_variant(runs), runs[0].experiment
     report = Report(options.output / "learning.json", raw=[asdict(run) for run in runs])
     report.metadata = {"runs on": sorted({run.machine for run in runs}), **experiment, "options": asdict(options)}
     title = f"{experiment['model']}, {experiment['global_batch_tokens']:,} tokens per step"
-    report.add(f"{title}: mean ± standard deviation over the seeds", summary_rows(variants))
-    reference, target = best_adamw(variants), options.target
+    report.add(f"{title}: mean ± standard deviation over the seeds", curves.summary_rows(variants))
+    reference, target = curves.best_adamw(variants), options.target
     compared = dict(variants)
     if reference is not None and target is None:
-        target = final_loss(compared.pop(reference))  # reached at its end, give or take the spread over the seeds
+        target = curves.final_loss(
+            compared.pop(reference)
+        )  # reached at its end, give or take the spread over the seeds
     if reference is not None and target is not None and compared:
-        rows = target_rows(compared, target, full_runs=variants[reference])
+        rows = curves.target_rows(compared, target, full_runs=variants[reference])
         report.add(f"To a validation loss of {target:.4f}, relative to the full run of {reference!r}", rows)
-    for fast, plain in plain_pairs(variants):
-        rows = difference_rows(variants[fast], variants[plain])
+    for fast, plain in curves.plain_pairs(variants):
+        rows = curves.difference_rows(variants[fast], variants[plain])
         report.add(f"Losses of {fast!r} and {plain!r}, which differ only in their operations", rows)
     report.finish()
 

@@ -6,13 +6,19 @@ from statistics import mean, stdev
 from typing import Any
 
 from harness import GIB, format_number
-from timed_training import Record
 
 
 @dataclass(frozen=True)
-class Run(Record):
-    """A run of one variant with one seed."""
+class Run:
+    """A run of one variant with one seed. The lists have one value per evaluation."""
 
+    steps: list[int]
+    losses: list[float]
+    """Validation losses in nats per token."""
+    seconds: list[float]
+    """Seconds of training steps, from step 0."""
+    peak_bytes: int | None
+    """Peak GPU memory in bytes."""
     variant: str
     seed: int
     settings: dict[str, Any]
@@ -67,17 +73,12 @@ def summary_rows(variants: Variants) -> list[dict[str, str]]:
     rows = []
     for name, runs in variants.items():
         peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
-        row = {
-            "variant": name,
-            "seeds": str(len(runs)),
-            "steps": str(runs[0].steps[-1]),
-            "final loss": with_spread([run.losses[-1] for run in runs], ".4f"),
-            "best loss": with_spread([min(run.losses) for run in runs], ".4f"),
-            "seconds": with_spread([run.seconds[-1] for run in runs], ".1f"),
-            "ms per step": format_number(mean(1000 * run.seconds[-1] / run.steps[-1] for run in runs)),
-            "peak GiB": f"{max(peaks) / GIB:.1f}" if peaks else "",
-        }
-        rows.append(row)
+        row = {"variant": name, "seeds": str(len(runs)), "steps": str(runs[0].steps[-1])}
+        row["final loss"] = with_spread([run.losses[-1] for run in runs], ".4f")
+        row["best loss"] = with_spread([min(run.losses) for run in runs], ".4f")
+        row["seconds"] = with_spread([run.seconds[-1] for run in runs], ".1f")
+        row["ms per step"] = format_number(mean(1000 * run.seconds[-1] / run.steps[-1] for run in runs))
+        rows.append(row | {"peak GiB": f"{max(peaks) / GIB:.1f}" if peaks else ""})
     return rows
 
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import tyro
-from harness import GIB, Report
+from harness import GIB, Report, RoundOptions
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
 
 
 @dataclass
-class Options:
+class Options(RoundOptions):
     """Measure tokens/s, memory and the time in collectives on several GPUs."""
 
     models: tuple[str, ...] = ("gpt2", "gpt2-medium")
@@ -41,9 +41,7 @@ class Options:
     block_size: int = 1024
     """Tokens per sequence."""
     warmup: int = 10
-    """Steps that are not timed."""
     steps: int = 20
-    """Timed steps."""
     rounds: int = 1
     """Launches per layout, interleaved, every second round in reverse order. 0 runs only the check."""
     check: bool = False
@@ -51,8 +49,6 @@ class Options:
     deterministic kernels."""
     cpu: bool = False
     """Run a tiny model on CPUs with gloo and DDP, to test the script. The results are not meaningful."""
-    json: Path | None = None
-    """JSON file for tables and raw times."""
 
 
 def main(options: Options) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from harness import ON_GPU, StepTimer
+from implementations import random_ids
 from profile_step import ProfiledTimer
 from torch.autograd import DeviceType
 
@@ -72,18 +73,11 @@ def union_length(spans: list[tuple[float, float]]) -> float:
 
 def build_trainer(task: dict[str, Any], callback: Callback, folder: str, **settings: Any) -> Trainer:
     config = GPTConfig.preset(task["model"], block_size=task["block_size"])
-    ids = torch.randint(config.vocab_size, (8 * task["tokens"] + 1,), generator=torch.Generator().manual_seed(0))
-    return Trainer(
-        config,
-        TokenDataset.from_tokens(ids, config.block_size, vocab_size=config.vocab_size),
-        config=TrainerConfig(
-            output_dir=Path(task["folder"]) / folder,
-            global_batch_tokens=task["tokens"],
-            micro_batch_size=task["micro_batch"],
-            **settings,
-        ),
-        callbacks=[callback],
-    )
+    ids = random_ids(8 * task["tokens"] + 1, config.vocab_size)
+    dataset = TokenDataset.from_tokens(ids, config.block_size, vocab_size=config.vocab_size)
+    batch = {"global_batch_tokens": task["tokens"], "micro_batch_size": task["micro_batch"]}
+    trainer_config = TrainerConfig(output_dir=Path(task["folder"]) / folder, **batch, **settings)
+    return Trainer(config, dataset, config=trainer_config, callbacks=[callback])
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -126,11 +120,8 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     results = measure(task) if task["mode"] == "measure" else losses(task, resume=task["mode"] == "resume")
     if torch.distributed.is_initialized():
-        rank = torch.distributed.get_rank()
         torch.distributed.destroy_process_group()
-    else:
-        rank = 0
-    if rank == 0:
+    if os.environ.get("RANK", "0") == "0":
         Path(task["result"]).write_text(json.dumps(results))
 
 

@@ -16,22 +16,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import throughput
-import torch
 import tyro
 from arguments import parse_settings
 from harness import ON_GPU, Report, RoundOptions, format_number
 
-from homebrew import (
-    Callback,
-    EvalMetrics,
-    GPTConfig,
-    TokenDataset,
-    Trainer,
-    TrainerConfig,
-    get_tokenizer,
-    load_corpus,
-)
+from homebrew import Callback, EvalMetrics, GPTConfig, TokenDataset, Trainer, TrainerConfig, get_tokenizer, load_corpus
 
 
 @dataclass
@@ -59,13 +50,11 @@ class Options(RoundOptions):
     max_steps: int = 5000
     """Steps of a complete run, and of its learning-rate decay."""
     ours: str = ""
-    """Settings of homebrew's complete runs as "key=value,key=value": fields of TrainerConfig, or dropout. Default:
-    nanoGPT's."""
+    """Settings of homebrew's complete runs, "key=value,…": fields of TrainerConfig, or dropout. Default: nanoGPT's."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     eval_every: int = 250
-    """Steps between evaluations. nanoGPT evaluates 200 random batches of training and of validation data, homebrew the
-    full validation data."""
+    """Steps between evaluations: of 200 random batches of each split in nanoGPT, of all validation data in homebrew."""
     stride: int = 16
     """Characters between the starts of homebrew's training windows; nanoGPT samples windows at random."""
     runs: int = 1
@@ -179,16 +168,10 @@ def nanogpt_command(options: Options, folder: Path) -> tuple[list[str], Path]:
     tokenizer = get_tokenizer("char", text=train_text + val_text)
     data = clone / "data" / "shakespeare_char"
     for name, text in (("train", train_text), ("val", val_text)):
-        ids = torch.tensor(tokenizer.encode(text)).numpy().astype("uint16")
-        ids.tofile(data / f"{name}.bin")
+        np.asarray(tokenizer.encode(text), dtype=np.uint16).tofile(data / f"{name}.bin")
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))
-    settings = options.named("learning_rate") | {
-        "batch_size": options.batch,
-        "min_lr": options.learning_rate / 10,
-        "max_iters": options.max_steps,
-        "lr_decay_iters": options.max_steps,
-        "eval_interval": options.eval_every,
-    }
+    settings = options.named("learning_rate") | dict.fromkeys(("max_iters", "lr_decay_iters"), options.max_steps)
+    settings |= {"batch_size": options.batch, "eval_interval": options.eval_every, "min_lr": options.learning_rate / 10}
     if not ON_GPU:
         settings |= {"device": "cpu", "compile": False, "eval_iters": 20}  # as in nanoGPT's README for a CPU
     arguments = [f"--{name}={value}" for name, value in settings.items()]

@@ -37,16 +37,11 @@ class SourceCorpus:
 def build_source_corpus(
     folder: Path, *, max_tokens: int, root: Path | None = None, workers: int | None = None
 ) -> SourceCorpus:
-    """Tokenize all `.py` files below a folder, or return what an earlier call has written.
+    """Tokenize all `.py` files below `root` into `folder`, or return what an earlier call has written.
 
-    Files are read in the order of their relative paths. Empty files and files that are not UTF-8 text are left out.
-    "<|endoftext|>" separates two files. The result does not depend on the number of processes.
-
-    Args:
-        folder: Folder to write to.
-        max_tokens: Stop after the file that reaches this number of tokens.
-        root: Folder with source code. Default: the site-packages folder that PyTorch is installed in.
-        workers: Number of processes. Default: one per core.
+    Files are read in the order of their relative paths, until `max_tokens` is reached. Empty files and files that are
+    not UTF-8 text are left out. "<|endoftext|>" separates two files. The result does not depend on the number of
+    processes. By default, `root` is the site-packages folder of PyTorch, and there is a process for each core.
     """
     root = Path(torch.__file__).parents[1] if root is None else root
     candidates = _list_files(root)
@@ -78,13 +73,9 @@ def build_source_corpus(
     (folder / "source-files.txt").write_bytes(_lines(files))
     description: dict[str, Any] = {"corpus": "source", "files": len(files), "files_sha256": _sha256(files)}
     for name, arrays in parts.items():
-        metadata = write_tokens(
-            folder / f"source-{name}.npy",
-            arrays,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer_json=tokenizer.to_json(),
-            source="source code of the installed packages",
-        )
+        about = {"vocab_size": tokenizer.vocab_size, "tokenizer_json": tokenizer.to_json()}
+        source = "source code of the installed packages"
+        metadata = write_tokens(folder / f"source-{name}.npy", arrays, **about, source=source)
         description |= {f"{name}_tokens": metadata.num_tokens, f"{name}_sha256": metadata.sha256}
     record.write_text(strict_json({"key": key, "description": description}, indent=2) + "\n", encoding="utf-8")
     return SourceCorpus(folder, description)

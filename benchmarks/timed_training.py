@@ -9,44 +9,35 @@ thus its number of steps times the mean time of a step after the first evaluatio
 import gc
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from harness import DEVICE
+from harness import ON_GPU
 from implementations import IsolatedAccelerate
 
 from homebrew import Callback, EvalMetrics, GPTConfig, StepMetrics, TokenDataset, Trainer, TrainerConfig
 
 
-@dataclass(frozen=True)
-class Record:
-    """What one run has measured. The lists have one value per evaluation."""
+def train_and_record(model: GPTConfig, train: TokenDataset, val: TokenDataset, config: TrainerConfig) -> dict[str, Any]:
+    """Train once without checkpoints. Return the measured fields of `learning_curves.Run`.
 
-    steps: list[int]
-    losses: list[float]
-    """Validation losses in nats per token."""
-    seconds: list[float]
-    """Seconds of training steps, from step 0."""
-    peak_bytes: int | None
-    """Peak GPU memory in bytes."""
-
-
-def train_and_record(model: GPTConfig, train: TokenDataset, val: TokenDataset, config: TrainerConfig) -> Record:
-    """Train once without checkpoints, and free the GPU's memory. `config.log_every` is `config.eval_every`."""
+    `config.log_every` has to be `config.eval_every`.
+    """
     recorder = _Recorder()
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     try:
         with suppress(_RunDone), IsolatedAccelerate():
             Trainer(model, train, val, config=config, callbacks=[recorder], progress=False).train(overwrite=True)
     finally:
-        if DEVICE.type == "cuda":
+        if ON_GPU:
             torch.compiler.reset()  # frees compiled code and the memory of CUDA graphs
             gc.collect()
             torch.cuda.empty_cache()
     steps, losses = list(recorder.losses), list(recorder.losses.values())
     seconds = training_seconds(recorder.log, untimed_steps=steps[0])
-    return Record(steps, losses, [seconds[step] for step in steps], recorder.peak_bytes)
+    timed = [seconds[step] for step in steps]
+    return {"steps": steps, "losses": losses, "seconds": timed, "peak_bytes": recorder.peak_bytes}
 
 
 def training_seconds(log: Sequence[tuple[int, float]], *, untimed_steps: int) -> dict[int, float]:
