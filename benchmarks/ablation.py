@@ -59,11 +59,7 @@ OPTIMIZATIONS: dict[str, dict[str, Any]] = {
         "homebrew.model.ops.mlp._gelu_backward": plain_gelu_backward,
     },
     "cuDNN attention": {
-        "homebrew.model.ops.attention.TRAINING_ATTENTION": [
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
+        "homebrew.model.ops.attention.TRAINING_ATTENTION": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     },
     "CUDA graphs": {"homebrew.training.compile.LAUNCH_BOUND_FLOPS": 0.0},
 }

@@ -93,8 +93,7 @@ class _StepsDone(Exception):  # noqa: N818 - not an error
 class _TimerCallback(Callback):
     """Stops training when the timer has measured all steps."""
 
-    def __init__(self) -> None:
-        self.timer: StepTimer
+    timer: StepTimer
 
     def on_step_end(self, trainer: Trainer) -> None:
         if self.timer.tick():

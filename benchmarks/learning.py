@@ -163,10 +163,10 @@ def load_data(options: Options) -> tuple[TokenDataset, TokenDataset, dict[str, A
     if options.corpus == "shakespeare":
         corpus = load_corpus("tinyshakespeare", path=options.text)
         split, tokenizer = int(0.9 * len(corpus.text)), get_tokenizer("char", text=corpus.text)
-        train = TokenDataset.from_text(
-            corpus.text[:split], options.block_size, tokenizer=tokenizer, stride=options.stride
+        train, val = (
+            TokenDataset.from_text(text, options.block_size, tokenizer=tokenizer, stride=stride)
+            for text, stride in ((corpus.text[:split], options.stride), (corpus.text[split:], None))
         )
-        val = TokenDataset.from_text(corpus.text[split:], options.block_size, tokenizer=tokenizer)
         description: dict[str, Any] = {"corpus": corpus.source, "sha256": corpus.sha256}
     else:
         train = open_dataset([Path(options.corpus)], options.block_size, "gpt2")

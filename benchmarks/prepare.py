@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -112,7 +111,7 @@ def prepare_as_nanogpt(text: Path, output: Path, workers: int) -> None:
 
 def measure(arguments: list[str]) -> tuple[float, float, int]:
     """Run a Python process. Return its seconds, and CPU seconds and peak memory in bytes of it and its children."""
-    start, cpu_start, peak = time.perf_counter(), cpu_seconds(), 0
+    start, before, peak = time.perf_counter(), os.times(), 0
     process = psutil.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -122,12 +121,9 @@ def measure(arguments: list[str]) -> tuple[float, float, int]:
         time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{arguments} failed with exit code {process.returncode}")
-    return time.perf_counter() - start, cpu_seconds() - cpu_start, peak
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - start, cpu, peak
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 from ablation import KERNELS, trainer_without
-from harness import ON_GPU, Report, RunSteps, StepTimer
+from harness import ON_GPU, Report, RunSteps, StepTimer, synchronize
 from implementations import random_ids
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -101,11 +101,12 @@ class ProfiledTimer(StepTimer):
 
     def tick(self) -> bool:
         """Count a step, and start or stop the profiler."""
+        if self.num_steps + 1 == self.warmup:
+            synchronize()
+            self.profile.start()  # before the clock, because this takes long
         last = super().tick()
         if last:
             self.profile.stop()
-        elif self.num_steps == self.warmup:
-            self.profile.start()
         return last
 
 
