@@ -46,20 +46,16 @@ def main(options: Options) -> None:
     for batch in options.batches:
         prompt = random_ids(batch * options.prompt, config.vocab_size).view(batch, -1).to(DEVICE)
 
-        def row(
-            name: str, model: Any, settings: str, count: int, inputs: Any = prompt, **kwargs: Any
-        ) -> Implementation:
+        def row(name: str, model: Any, about: str, count: int, inputs: Any = prompt, **kwargs: Any) -> Implementation:
             def run_steps(timer: StepTimer) -> None:
                 while not timer.tick():
                     with torch.no_grad():
                         output = model.generate(inputs, max_new_tokens=count, **kwargs)
-                    if output.shape[1] != options.prompt + count:
-                        raise SystemExit(
-                            f"{output.shape[1] - options.prompt} instead of {count} tokens were generated."
-                        )
+                    if (length := output.shape[1] - options.prompt) != count:
+                        raise SystemExit(f"{length} instead of {count} tokens were generated.")
                 timer.seconds *= options.new_tokens / count
 
-            return Implementation(name, lambda: run_steps, settings)
+            return Implementation(name, lambda: run_steps, about)
 
         count = options.new_tokens
         eager = "dynamic cache, sdpa, not compiled: the defaults"
@@ -68,9 +64,7 @@ def main(options: Options) -> None:
             row("Transformers", baseline, eager, options.eager_tokens or count, **hf),
         ]
         if options.compiled:
-            static = (
-                'cache_implementation="static", which compiles with mode="reduce-overhead"; sdpa, padded vocabulary'
-            )
+            static = 'cache_implementation="static", compiled with mode="reduce-overhead"; sdpa, padded vocabulary'
             compiled = row("homebrew, compile=True", homebrew, "compile=True", count, compile=True, **ours)
             name = "Transformers, static cache, compiled"
             theirs = row(name, padded, static, count, cache_implementation="static", **hf)

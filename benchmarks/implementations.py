@@ -263,16 +263,16 @@ def hf_model(config: GPTConfig, *, pad_vocab: bool = True) -> Any:
 
 def hf_trainer(
     name: str,
-    build_model: Callable[[], Any],
+    config: GPTConfig,
     ids: Tensor,
-    block_size: int,
     *,
     micro_batch: int,
     accumulation: int = 1,
-    vocabulary: str = "padded to a multiple of 64",
+    pad_vocab: bool = True,
+    adapt: Callable[[Any], Any] = lambda model: model,
     **settings: Any,
 ) -> Implementation:
-    """Return Hugging Face's Trainer with `HF_SETTINGS` and further arguments."""
+    """Return Hugging Face's Trainer with `HF_SETTINGS` and further `settings`, for a model changed by `adapt`."""
     settings = HF_SETTINGS | settings
 
     def build() -> RunSteps:
@@ -303,9 +303,10 @@ def hf_trainer(
                 disable_tqdm=True,
                 **settings,
             )
-            rows = ids[: len(ids) // block_size * block_size].view(-1, block_size)
+            rows = ids[: len(ids) // config.block_size * config.block_size].view(-1, config.block_size)
             dataset = [{"input_ids": row, "labels": row} for row in rows]
-            trainer = transformers.Trainer(build_model(), arguments, train_dataset=dataset, callbacks=[callback])
+            model = adapt(hf_model(config, pad_vocab=pad_vocab))
+            trainer = transformers.Trainer(model, arguments, train_dataset=dataset, callbacks=[callback])
 
         def run_steps(timer: StepTimer) -> None:
             callback.timer = timer
@@ -314,8 +315,9 @@ def hf_trainer(
 
         return run_steps
 
+    vocabulary = "vocabulary padded to a multiple of 64" if pad_vocab else f"vocabulary of {config.vocab_size:,}"
     described = ", ".join(f"{key}={value}" for key, value in settings.items())
-    return Implementation(name, build, f"vocabulary {vocabulary}, attn_implementation=sdpa, {described}")
+    return Implementation(name, build, f"{vocabulary}, attn_implementation=sdpa, {described}")
 
 
 # --- llm.c

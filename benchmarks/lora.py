@@ -1,11 +1,12 @@
 """LoRA fine-tuning of GPT-2: homebrew, and PEFT with Hugging Face's Trainer; full fine-tuning for comparison."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import tyro
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps
-from implementations import hf_model, hf_trainer, homebrew_trainer, random_ids
+from implementations import hf_trainer, homebrew_trainer, random_ids
 
 from homebrew import GPT, GPTConfig, LoRAConfig, add_lora
 
@@ -46,21 +47,21 @@ def main(options: Options) -> None:
     def peft(mode: str) -> Implementation:
         name = "PEFT + Hugging Face Trainer" + (f", {mode}" if mode != "default" else "")
         settings = {"torch_compile_mode": mode} if ON_GPU else {}
-        return hf_trainer(name, lambda: peft_model(config, options.rank), ids, block, micro_batch=batch, **settings)
+        return hf_trainer(name, config, ids, micro_batch=batch, adapt=partial(add_peft, options.rank), **settings)
 
     implementations = [
         homebrew("homebrew, LoRA", LoRAConfig(rank=options.rank)),
         *(peft(mode) for mode in options.compile_modes),
         homebrew("homebrew, full", None),
-        hf_trainer("Hugging Face Trainer, full", lambda: hf_model(config), ids, block, micro_batch=batch),
+        hf_trainer("Hugging Face Trainer, full", config, ids, micro_batch=batch),
     ]
     title = f"{options.model} on {DEVICE.type}: {batch} × {block} tokens per step, rank {options.rank}"
     report.measure(title, implementations, options, tokens=batch * block)
     report.finish()
 
 
-def peft_model(config: GPTConfig, rank: int) -> Any:
-    """Return GPT-2 with the same adapter, built by PEFT."""
+def add_peft(rank: int, model: Any) -> Any:
+    """Add the same adapter with PEFT."""
     import peft
 
     lora = LoRAConfig(rank=rank)
@@ -72,7 +73,7 @@ def peft_model(config: GPTConfig, rank: int) -> Any:
         fan_in_fan_out=True,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(hf_model(config), peft_config)
+    return peft.get_peft_model(model, peft_config)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSte
 from implementations import (
     adamw,
     device_batches,
-    hf_model,
     hf_trainer,
     homebrew_trainer,
     llmc,
@@ -79,8 +78,6 @@ def implementations(config: GPTConfig, options: Options) -> list[Implementation]
         batches = device_batches(ids, block, batch)
         return plain_loop(model, adamw(model), batches, accumulation=count, mode=mode, autocast=has_native_bf16())
 
-    unpadded = f"of {config.vocab_size:,}"
-    hf = "Hugging Face Trainer"
     every = {
         "homebrew": Implementation(
             "homebrew Trainer", trainer, f"defaults, which pad the vocabulary to {config.padded_vocab_size:,}"
@@ -90,14 +87,9 @@ def implementations(config: GPTConfig, options: Options) -> list[Implementation]
         ),
         "nanogpt": nanogpt(options.nanogpt, config, ids, bias=True, **sizes),
         "nanogpt-no-bias": nanogpt(options.nanogpt, config, ids, bias=False, **sizes),
-        "hf": hf_trainer(hf, lambda: hf_model(config), ids, block, **sizes),
+        "hf": hf_trainer("Hugging Face Trainer", config, ids, **sizes),
         "hf-unpadded": hf_trainer(
-            f"{hf}, vocabulary {unpadded}",
-            lambda: hf_model(config, pad_vocab=False),
-            ids,
-            block,
-            vocabulary=unpadded,
-            **sizes,
+            f"Hugging Face Trainer, vocabulary of {config.vocab_size:,}", config, ids, pad_vocab=False, **sizes
         ),
         "llmc": llmc(options.llmc, config, ids, flags=options.llmc_flags, **sizes),
     }
