@@ -91,7 +91,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     local = torch.tensor([[timer.seconds, peak]], device=trainer.accelerator.device)
     seconds, peak = trainer.accelerator.gather(local).amax(0).tolist()
     return {
-        "tokens_per_second": task["tokens"] * task["steps"] / seconds,
+        "tokens_per_second": task["tokens"] / seconds,
         "peak_bytes": peak if ON_GPU else None,
         "collectives": collectives,
         "exposed": exposed,

@@ -242,3 +242,11 @@ def test_optimizations_are_back_after_they_were_switched_off(monkeypatch):
 def test_unknown_optimization_is_an_error(run):
     with pytest.raises(SystemExit, match="fused tea"):
         run("ablation", without=("fused tea",))
+
+
+def test_the_throughput_of_scaling_is_that_of_all_timed_steps(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    worker, clock = importlib.import_module("scaling_worker"), iter(range(100))
+    monkeypatch.setattr(importlib.import_module("harness").StepTimer, "now", lambda: next(clock))
+    task = {"tokens": 64, "micro_batch": 1, "block_size": 16, "warmup": 1, "steps": 4, "folder": str(tmp_path)}
+    assert worker.measure(task | {"model": "baby"})["tokens_per_second"] == 64 * 4  # in one second
