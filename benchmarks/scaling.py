@@ -45,8 +45,8 @@ class Options(RoundOptions):
     rounds: int = 1
     """Launches per layout, interleaved, every second round in reverse order. 0 runs only the check."""
     check: bool = False
-    """Also compare losses of 1 and 2 processes over 50 steps, and resumed with uninterrupted runs, all with
-    deterministic kernels."""
+    """Also compare losses of 1 and 2 processes over 50 steps, and of resumed with uninterrupted runs, also on the other
+    number of processes, all with deterministic kernels."""
     cpu: bool = False
     """Run a tiny model on CPUs with gloo and DDP, to test the script. The results are not meaningful."""
 
@@ -128,7 +128,7 @@ def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]
 
 
 def check(options: Options) -> Iterator[tuple[str, Any]]:
-    """Compare losses of one and two processes, and of resumed and uninterrupted runs on two processes."""
+    """Compare losses of one and two processes, and of resumed runs, also on another number of processes, with these."""
     model, steps = options.models[0], 4 if options.cpu else 50
     task = {"mode": "losses", "model": model, "steps": steps, "settings": {}}
     one = launch(options, "none", 1, task)
@@ -137,13 +137,25 @@ def check(options: Options) -> Iterator[tuple[str, Any]]:
         two = launch(options, strategy, 2, task)
         name = f"{strategy} on 2 processes"
         yield f"{name}, loss", two["losses"][-1]
-        differences = [abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)]
-        yield f"{name}, largest difference to 1 process", max(differences)
+        yield f"{name}, largest difference to 1 process", largest_difference(two["losses"], one["losses"])
         saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all ranks": {"gather_limit_bytes": 0}}
         for how, settings in saves.items():
             resumed = launch(options, strategy, 2, task | {"mode": "resume", "settings": settings})
             for part in ("losses", "weights"):
                 yield f"{name}, resumed halfway{how}, {part} bitwise equal", resumed[part] == two[part]
+        for first, second in ((("none", 1), (strategy, 2)), ((strategy, 2), ("none", 1))):
+            with tempfile.TemporaryDirectory() as folder:
+                halves = [
+                    launch(options, *layout, task | {"mode": mode, "folder": folder})["losses"]
+                    for mode, layout in (("first", first), ("second", second))
+                ]
+            name = f"{first[0]} on {first[1]}, resumed by {second[0]} on {second[1]}"
+            yield f"{name}, largest difference to 1 process", largest_difference(halves[0] + halves[1], one["losses"])
+
+
+def largest_difference(losses: list[float], others: list[float]) -> float:
+    """Return the largest absolute difference of two runs' losses."""
+    return max(abs(a - b) for a, b in zip(losses, others, strict=True))
 
 
 if __name__ == "__main__":

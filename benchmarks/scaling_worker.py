@@ -99,26 +99,31 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def losses(task: dict[str, Any], *, resume: bool) -> dict[str, Any]:
-    """Train and return losses and a hash of the weights. With `resume`, a second Trainer resumes halfway."""
+PARTS = {"losses": ("whole",), "resume": ("first", "second"), "first": ("first",), "second": ("second",)}
+"""What a task trains in each mode: the whole run, or its halves, the second of which resumes the first."""
+
+
+def losses(task: dict[str, Any]) -> dict[str, Any]:
+    """Train the parts of a task's mode, each with its own Trainer; return losses and a hash of the weights."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required for deterministic matrix products
     torch.use_deterministic_algorithms(mode=True)  # the default kernels are not deterministic
     halfway = task["steps"] // 2
     settings = {"max_steps": task["steps"], "log_every": 1, "save_every": halfway, **task["settings"]}
-    first, second = LossRecorder(stop_after=halfway), LossRecorder()
-    if resume:
-        build_trainer(task, first, "run", **settings).train()
-    trainer = build_trainer(task, second, "run", **settings)
-    trainer.train(resume=resume)
+    recorded: list[float] = []
+    for part in PARTS[task["mode"]]:
+        recorder = LossRecorder(stop_after=halfway if part == "first" else None)
+        trainer = build_trainer(task, recorder, "run", **settings)
+        trainer.train(resume=part == "second")
+        recorded += recorder.losses
     digest = hashlib.sha256()
     for tensor in trainer.full_model().state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return {"losses": first.losses + second.losses, "weights": digest.hexdigest()}
+    return {"losses": recorded, "weights": digest.hexdigest()}
 
 
 def main() -> None:
     task = json.loads(sys.argv[1])
-    results = measure(task) if task["mode"] == "measure" else losses(task, resume=task["mode"] == "resume")
+    results = measure(task) if task["mode"] == "measure" else losses(task)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":

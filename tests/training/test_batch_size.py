@@ -159,9 +159,7 @@ def test_a_method_that_sets_the_mode_may_return_nothing(monkeypatch, method):
     model, original = MeanEmbedding(), getattr(MeanEmbedding, method)
     monkeypatch.setattr(MeanEmbedding, method, lambda self, *mode: original(self, *mode) and None)
     assert fit_micro_batch_size(one_of(1), model, BatchPlan(1, 1, 1), **TRIAL).micro_batch_size == 1
-    warm_up_compiled(
-        Accelerator(cpu=True), model, (torch.zeros(1, 4).long(),) * 2, evaluates=True, loss_function=module_loss
-    )
+    warm_up_compiled(Accelerator(cpu=True), model, (torch.zeros(1, 4).long(),) * 2, loss_function=module_loss)
 
 
 @pytest.mark.parametrize(

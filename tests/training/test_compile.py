@@ -113,11 +113,11 @@ BATCH = torch.ones(2), torch.zeros(2)
 def test_warm_up_leaves_no_trace(error):
     model, rng_state = RandomModel(error), torch.get_rng_state()
     if error is None:
-        warm_up_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True, loss_function=module_loss)
-        assert model.modes == [True, False]
+        warm_up_compiled(Accelerator(cpu=True), model, BATCH, loss_function=module_loss)
+        assert model.modes == [True]
     else:
         with pytest.raises(RuntimeError, match="compiler error"):
-            warm_up_compiled(Accelerator(cpu=True), model, BATCH, evaluates=True, loss_function=module_loss)
+            warm_up_compiled(Accelerator(cpu=True), model, BATCH, loss_function=module_loss)
     assert model.training
     assert model.weight.grad is None
     assert model.num_calls == 0

@@ -89,12 +89,12 @@ def warm_up_compiled(
     model: nn.Module,
     batch: Batch,
     *,
-    evaluates: bool,
     loss_function: LossFunction,
 ) -> None:
     """Compile before the first step, with passes that change neither weights, buffers, gradients nor random states.
 
-    Under FSDP nothing is done: its passes are collective, and compile with the first step.
+    The first evaluation compiles its own passes. Under FSDP nothing is done: its passes are collective, and compile
+    with the first step.
     """
     if uses_fsdp(accelerator):
         return
@@ -105,10 +105,6 @@ def warm_up_compiled(
         with trial(model), accelerator.no_sync(model):
             model.train()
             loss_function(model, input_ids, targets).backward()  # type: ignore[no-untyped-call]
-            if evaluates:
-                model.eval()
-                with torch.no_grad():
-                    loss_function(model, input_ids, targets)
     finally:
         model.zero_grad(set_to_none=True)
 

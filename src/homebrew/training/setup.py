@@ -163,7 +163,6 @@ def build_parts(
         capture_update=use_graphs and optimizer is None and not uses_scaler,
     )
     evaluates_eagerly = use_graphs and flops < EAGER_EVALUATION_FLOPS
-    evaluates_compiled = eval_dataset is not None and not evaluates_eagerly
     return TrainerParts(
         accelerator=accelerator,
         model=bare,
@@ -186,9 +185,7 @@ def build_parts(
             eager=evaluates_eagerly,
             loss_function=loss_function,
         ),
-        warm_up_model=partial(
-            warm_up_compiled, accelerator, wrapped, evaluates=evaluates_compiled, loss_function=loss_function
-        ),
+        warm_up_model=partial(warm_up_compiled, accelerator, wrapped, loss_function=loss_function),
         loader=build_loader(config, train_dataset, batch, accelerator, collate),
         logger=build_logger(config, interface, batch, accelerator, guard, sequence_length=sequence_length),
         checkpoints=build_checkpoint_manager(config, accelerator, bare, bare_optimizer, guard, identity, train_dataset),
