@@ -12,7 +12,7 @@ measured.
 
 Every finished run is appended to `runs.jsonl` in the output folder. A run that is already there is not repeated, so an
 interrupted script continues where it was. With `--variants` and no values, the script only prints the tables of these
-runs. `homebrew plot OUTPUT/runs` draws their curves.
+runs, and draws `learning.png`: loss against steps and seconds. `homebrew plot OUTPUT/runs` draws the other curves.
 """
 
 import json
@@ -215,7 +215,7 @@ def train_missing(options: Options, variants: list[Variant], finished: list[Run]
 
 
 def report_runs(options: Options, runs: list[Run]) -> None:
-    """Print the tables and write `learning.json`."""
+    """Print the tables, and write `learning.json` and `learning.png`."""
     if not runs:
         raise ConfigError(f"There are no runs in {options.output}. Give --variants and --seeds.")
     variants, experiment = curves.by_variant(runs), runs[0].experiment
@@ -225,10 +225,8 @@ def report_runs(options: Options, runs: list[Run]) -> None:
     report.add(f"{title}: mean ± standard deviation over the seeds", curves.summary_rows(variants))
     reference, target = curves.best_adamw(variants), options.target
     compared = dict(variants)
-    if reference is not None and target is None:
-        target = curves.final_loss(
-            compared.pop(reference)
-        )  # reached at its end, give or take the spread over the seeds
+    if reference is not None and target is None:  # it reaches this at its end, give or take the spread over the seeds
+        target = curves.final_loss(compared.pop(reference))
     if reference is not None and target is not None and compared:
         rows = curves.target_rows(compared, target, full_runs=variants[reference])
         report.add(f"To a validation loss of {target:.4f}, relative to the full run of {reference!r}", rows)
@@ -236,6 +234,7 @@ def report_runs(options: Options, runs: list[Run]) -> None:
         rows = curves.difference_rows(variants[fast], variants[plain])
         report.add(f"Losses of {fast!r} and {plain!r}, which differ only in their operations", rows)
     report.finish()
+    curves.plot(variants, options.output / "learning.png", title=title, target=target)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Learning curves of several variants: the best of them, steps and seconds to a target loss, and tables."""
+"""Learning curves of several variants: the best of them, steps and seconds to a target loss, tables and a plot."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -129,3 +130,24 @@ def with_spread(values: Sequence[float], style: str) -> str:
     """Format the mean and, of several values, the standard deviation. No values give an empty string."""
     spread = f" ± {stdev(values):{style}}" if len(values) > 1 else ""
     return f"{mean(values):{style}}{spread}" if values else ""
+
+
+def plot(variants: Variants, path: Path, *, title: str, target: float | None) -> None:
+    """Draw validation loss against steps and against seconds, one line per run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for color, (name, runs) in enumerate(variants.items()):
+        for run in runs:
+            for axes, positions in zip(panels, (run.steps, run.seconds), strict=True):
+                axes.plot(positions, run.losses, color=f"C{color}", linewidth=1, label=name if run is runs[0] else None)
+    for axes, label in zip(panels, ("steps", "seconds of training, without compilation"), strict=True):
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        if target is not None:
+            axes.axhline(target, color="black", linewidth=1, linestyle="--")
+    panels[0].set_ylabel("validation loss")
+    panels[1].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)

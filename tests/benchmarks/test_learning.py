@@ -244,6 +244,7 @@ def test_learning(learning, options, monkeypatch):
     ]
     assert report["raw"][1]["steps"] == [2, 4, 5]
     assert report["metadata"]["train_fingerprint"]
+    assert (options.output / "learning.png").read_bytes().startswith(b"\x89PNG")
     curves = (options.output / "runs" / "high, seed 2" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in curves].count("evaluate") == 3
 
