@@ -92,6 +92,13 @@ def test_keeps_the_last_every_kth_and_the_best(tmp_path, tiny):
     assert store.steps() == [3, 4, 6, 7]
 
 
+@pytest.mark.parametrize(("keep_before", "kept"), [(0, [5]), (2, [2, 5]), (4, [3, 5]), (9, [5])])
+def test_keeps_the_newest_up_to_a_step(tmp_path, tiny, keep_before, kept):
+    store = CheckpointStore(tmp_path, keep_last=1, keep_before=keep_before)
+    save_all(store, tiny, {1: None, 2: None, 3: None, 5: None})
+    assert store.steps() == kept
+
+
 def test_corrupt_checkpoints_neither_count_nor_are_removed(tmp_path, tiny):
     store = CheckpointStore(tmp_path, keep_last=2)
     save_all(store, tiny, {1: None, 2: None})

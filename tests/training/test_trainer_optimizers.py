@@ -13,6 +13,7 @@ from tiny_runs import (
     checkpoint_tensors,
     equal,
     make_trainer,
+    saved_steps,
     token_dataset,
     weights,
 )
@@ -93,6 +94,12 @@ def test_a_run_of_cuda_graphs_follows_the_schedule_and_resumes_bitwise(
     for name, weight in eager.items():
         torch.testing.assert_close(uninterrupted[name], weight, rtol=0, atol=1e-3)  # on a GPU Muon rounds to bfloat16
         assert not torch.allclose(constant[name], weight, rtol=0, atol=5e-3)
+
+
+def test_the_last_checkpoint_before_the_decay_is_kept(tmp_path):
+    settings = {"lr_schedule": "wsd", "decay_fraction": 0.5, "warmup_steps": 0, "save_every": 1, "keep_last": 1}
+    make_trainer(tmp_path, max_steps=9, **settings).train()
+    assert saved_steps(tmp_path) == [4, 9]
 
 
 def test_muon_saves_one_momentum_for_each_matrix(tmp_path):

@@ -61,6 +61,7 @@ class CheckpointManager:
         output_dir: The run's folder.
         keep_last: Number of newest checkpoints to keep.
         keep_every: Also keep every checkpoint whose step is a multiple of this.
+        keep_before: Also keep the newest checkpoint up to this step.
         gather_limit_bytes: Size of the largest checkpoint that rank 0 writes alone under FSDP.
         seed: The run's random seed.
         identity: Result of `compatibility.run_identity`.
@@ -78,6 +79,7 @@ class CheckpointManager:
         output_dir: Path,
         keep_last: int,
         keep_every: int | None,
+        keep_before: int | None,
         gather_limit_bytes: int,
         seed: int,
         identity: Identity,
@@ -95,7 +97,7 @@ class CheckpointManager:
         self._identity = identity
         self._max_steps = max_steps
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
-        self._store = CheckpointStore(output_dir, keep_last=keep_last, keep_every=keep_every)
+        self._store = CheckpointStore(output_dir, keep_last=keep_last, keep_every=keep_every, keep_before=keep_before)
         self._lock = RunLock(output_dir)
         self._is_locked = False  # equal on all ranks, while only rank 0 holds the lock
         self._writer = AsyncWriter()

@@ -37,12 +37,21 @@ class CheckpointStore:
         output_dir: The run's folder.
         keep_last: Number of newest checkpoints to keep, up to the one just saved; newer ones are never removed.
         keep_every: Also keep every checkpoint whose step is a multiple of this.
+        keep_before: Also keep the newest checkpoint up to this step.
     """
 
-    def __init__(self, output_dir: str | Path, *, keep_last: int = 2, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        keep_before: int | None = None,
+    ) -> None:
         self.folder = Path(output_dir) / "checkpoints"
         self._keep_last = keep_last
         self._keep_every = keep_every
+        self._keep_before = keep_before
         self._valid: dict[int, bool] = {}
 
     def prepare(self) -> None:
@@ -213,7 +222,10 @@ class CheckpointStore:
         if len(scores) <= self._keep_last:
             return  # without verifying them, which takes time
         kept = {step for step in scores if self._keep_every and step % self._keep_every == 0}
-        kept |= self._first_valid(sorted(scores, reverse=True), self._keep_last)
+        newest_first = sorted(scores, reverse=True)
+        kept |= self._first_valid(newest_first, self._keep_last)
+        if self._keep_before is not None:
+            kept |= self._first_valid([step for step in newest_first if step <= self._keep_before], 1)
         scored = [(score, step) for step, score in scores.items() if score is not None]
         kept |= self._first_valid([step for _, step in sorted(scored)], 1)
         for step in scores.keys() - kept:

@@ -1,6 +1,5 @@
 """How to train a run with the schedule "wsd" for longer, after its decay has begun."""
 
-import math
 import shlex
 from contextlib import suppress
 from dataclasses import replace
@@ -33,9 +32,11 @@ def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
     from homebrew.checkpoint.compatibility import has_past
     from homebrew.checkpoint.manifest import open_checkpoint
     from homebrew.checkpoint.store import CheckpointStore
+    from homebrew.training.schedule import WarmupStableDecay
 
     longer = config.max_steps if config.max_steps > max_steps else 2 * max_steps
-    decay_start = math.floor(max_steps - config.effective("decay_fraction") * max_steps)  # as the schedule computes it
+    schedule = replace(config, max_steps=max_steps).schedule()
+    decay_start = schedule.decay_start if isinstance(schedule, WarmupStableDecay) else 0
     store = CheckpointStore(Path(config.output_dir))
     schedule = replace(config, max_steps=longer).schedule()
     kept = []

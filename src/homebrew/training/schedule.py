@@ -117,6 +117,11 @@ class WarmupStableDecay:
         _check_fraction("decay_fraction", self.decay_fraction)
         _check_fraction("min_lr_ratio", self.min_lr_ratio)
 
+    @property
+    def decay_start(self) -> int:
+        """Last step that has the multiplier of a run with more steps."""
+        return math.floor(self.max_steps - self.decay_fraction * self.max_steps)
+
     def __call__(self, step: int) -> float:
         """Return the multiplier at `step`."""
         warmup = (step + 1) / self.warmup_steps if step < self.warmup_steps else 1.0

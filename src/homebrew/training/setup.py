@@ -41,7 +41,7 @@ from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw, check_trainable, muon_and_adamw
 from homebrew.training.optimizer_modes import OptimizerModes
 from homebrew.training.optimizer_probe import check_future_state
-from homebrew.training.schedule import Schedule, multiplier_at
+from homebrew.training.schedule import Schedule, WarmupStableDecay, multiplier_at
 from homebrew.training.step_logger import StepLogger
 from homebrew.training.train_step import TrainStep
 from homebrew.training.trainer_config import TrainerConfig
@@ -188,7 +188,9 @@ def build_parts(
         warm_up_model=partial(warm_up_compiled, accelerator, wrapped, loss_function=loss_function),
         loader=build_loader(config, train_dataset, batch, accelerator, collate),
         logger=build_logger(config, interface, batch, accelerator, guard, sequence_length=sequence_length),
-        checkpoints=build_checkpoint_manager(config, accelerator, bare, bare_optimizer, guard, identity, train_dataset),
+        checkpoints=build_checkpoint_manager(
+            config, accelerator, bare, bare_optimizer, guard, identity, schedule, train_dataset
+        ),
     )
 
 
@@ -286,6 +288,7 @@ def build_checkpoint_manager(
     optimizer: torch.optim.Optimizer,
     guard: NanGuard,
     identity: Identity,
+    schedule: Schedule,
     dataset: Dataset[Any],
 ) -> CheckpointManager:
     """Build the manager of the run's checkpoints."""
@@ -297,6 +300,7 @@ def build_checkpoint_manager(
         output_dir=Path(config.output_dir),
         keep_last=config.keep_last,
         keep_every=config.keep_every,
+        keep_before=schedule.decay_start if isinstance(schedule, WarmupStableDecay) else None,
         gather_limit_bytes=config.gather_limit_bytes,
         seed=config.seed,
         identity=identity,

@@ -94,7 +94,8 @@ class TrainerConfig:
     save_every: int | None = 500
     """Steps between checkpoints; None saves only at the end. A checkpoint is always saved at the end."""
     keep_last: int = 2
-    """Number of newest checkpoints to keep."""
+    """Number of newest checkpoints to keep. The one with the lowest validation loss is kept too and, with "wsd", the
+    last one from before the decay, from which the run can be extended."""
     keep_every: int | None = None
     """Keep checkpoints at multiples of this step permanently; a multiple of `save_every`."""
     gather_limit_bytes: int = 32_000_000_000
