@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Tokenizer as HuggingFaceTokenizer
 
+from homebrew import TokenDataset
 from homebrew.data import gpt2_tokenizer, gpt2_vocabulary, tiktoken_tokenizer
 from homebrew.data.gpt2_vocabulary import GPT2_SHA256, gpt2_vocabulary_files
 from homebrew.data.tiktoken_tokenizer import gpt2_byte_to_char
-from homebrew.data.tokenizer import dataset_tokenizer, get_tokenizer, tokenizer_from_json
-from homebrew.errors import DataError, TokenizerError
+from homebrew.data.tokenizer import ByteTokenizer, dataset_tokenizer, get_tokenizer, tokenizer_from_json
+from homebrew.errors import ConfigError, DataError, TokenizerError
 
 WORDS = st.text("aZ'sdtmrelv 0١½ \t\n\r\u00a0\u2028.,!é中😀\u0301\x00", max_size=40)
 """Characters for which GPT-2's rules for splitting words differ."""
@@ -220,6 +221,13 @@ def test_gpt2_files_with_a_wrong_hash_are_ignored(empty_cache, monkeypatch):
     (empty_cache / key).write_bytes(b"{}")
     with pytest.raises(TokenizerError, match=r"encoder\.json"):
         gpt2_vocabulary_files()
+
+
+@pytest.mark.parametrize("missing", ["end_of_text_id", "decode_bytes", "to_json"])
+def test_an_incomplete_tokenizer_is_an_error_that_says_what_it_lacks(missing):
+    members = {name: getattr(ByteTokenizer, name) for name in dir(ByteTokenizer) if name[0] != "_" and name != missing}
+    with pytest.raises(ConfigError, match=f"Incomplete .* lacks {missing}. "):
+        TokenDataset.from_text("some text", block_size=2, tokenizer=type("Incomplete", (), members)())
 
 
 def test_dataset_tokenizer_ignores_tokenizers_of_other_libraries(hf_tokenizer):

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 16, "bos_token_id": 0}
-SIZES |= {"eos_token_id": 0}
+SIZES |= {"eos_token_id": None}
 GPT2_SIZES = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0}
-GPT2_SIZES |= {"eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GPT2_SIZES |= {"eos_token_id": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 BART_SIZES = {"vocab_size": 50, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "dropout": 0.0}
-BART_SIZES |= {"decoder_ffn_dim": 32, "max_position_embeddings": 16, "pad_token_id": 1, "eos_token_id": 2}
+BART_SIZES |= {"decoder_ffn_dim": 32, "max_position_embeddings": 16, "pad_token_id": 1, "eos_token_id": None}
 BART_SIZES |= {"bos_token_id": 0, "decoder_start_token_id": 2, "forced_eos_token_id": None}
-MAMBA_SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+MAMBA_SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "eos_token_id": None}
 
 CONFIGS = {
     "llama": lambda **changes: transformers.LlamaConfig(**SIZES | changes),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from homebrew import (
+    GPT,
     LanguageModel,
     Sampling,
     TokenDataset,
@@ -323,12 +325,36 @@ class ReversedBytes(ByteTokenizer):
     name = "reversed"
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "stops", "warns"),
+    [
+        ("char", 2, "which is 'a'"),
+        ("char", [40, 2], "which is 'a'"),
+        ("char", None, None),
+        ("char", 49, None),
+        ("bytes", 2, "'.x02'"),
+        ("gpt2", 50_256, None),
+        ("gpt2", 11, "eos_token_id=50256"),
+    ],
+)
+def test_a_stop_token_that_is_text_is_a_warning(tmp_path, tokenizer, stops, warns):
+    dataset = TokenDataset.from_text("a cab in a bag\n" * 40, block_size=16, tokenizer=tokenizer)
+    model = transformers_model("llama", vocab_size=max(50, dataset.vocab_size))
+    model.generation_config.eos_token_id = stops
+    with pytest.warns(UserWarning, match=warns) if warns else nullcontext():
+        make_trainer(tmp_path, model=model, train_dataset=dataset)
+
+
 def test_a_custom_tokenizer_is_not_saved_as_another_one(tmp_path):
     dataset = TokenDataset.from_text("a cab in a bag\n" * 40, block_size=16, tokenizer=ReversedBytes())
     trainer = make_trainer(tmp_path / "run", model=NanoGPT(vocab_size=256), train_dataset=dataset, progress=False)
     with pytest.warns(UserWarning, match="'reversed' is not saved"):
         trainer.save_pretrained(tmp_path / "export")
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["model.safetensors"]
+    gpt = make_trainer(tmp_path / "gpt", model=GPT(replace(CONFIG, vocab_size=256)), train_dataset=dataset)
+    with pytest.warns(UserWarning, match="'reversed' is not saved"):
+        gpt.save_pretrained(tmp_path / "gpt-export")
+    assert {path.name for path in (tmp_path / "gpt-export").iterdir()} >= {"config.json", "model.safetensors"}
 
 
 def test_a_gpt_is_exported_with_its_tokenizer(tmp_path):

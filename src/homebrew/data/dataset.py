@@ -16,7 +16,7 @@ from homebrew.data.text_paths import TEXT_SUFFIXES, Paths, describe_files, expan
 from homebrew.data.token_formats import is_token_file
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, as_token_ids, check_token_ids
 from homebrew.data.token_source import FileTokens, MemoryTokens
-from homebrew.data.tokenizer import Tokenizer, get_tokenizer
+from homebrew.data.tokenizer import Tokenizer, check_tokenizer, get_tokenizer
 from homebrew.data.utf8 import encode_utf8
 from homebrew.data.window_dataset import WindowDataset
 from homebrew.data.windows import check_not_empty, window_starts
@@ -62,6 +62,7 @@ class TokenDataset(WindowDataset):
         num_text_bytes = sum(len(encode_utf8(text)) for text in texts)
         if isinstance(tokenizer, str | Path):
             tokenizer = get_tokenizer(tokenizer, text="".join(texts))
+        check_tokenizer(tokenizer)
         end = tokenizer.end_of_text_id
         separator = np.array([] if end is None else [end], dtype=np.int64)
         _, *parts = [part for text in texts for part in (separator, tokenizer.encode(text))]

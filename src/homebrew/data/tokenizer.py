@@ -14,7 +14,7 @@ from homebrew.data.tiktoken_tokenizer import TiktokenTokenizer
 from homebrew.data.token_ids import validated_ids
 from homebrew.data.tokenizer_json import open_tokenizer_json
 from homebrew.data.utf8 import check_is_string, encode_utf8
-from homebrew.errors import DataError
+from homebrew.errors import ConfigError, DataError
 from homebrew.io import absolute_path
 from homebrew.user_warnings import warn
 
@@ -185,6 +185,17 @@ def tokenizer_from_json(description: dict[str, Any]) -> Tokenizer:
             f"supported. Restore the file that it was read from, or use the version of homebrew that wrote it."
         )
     return tokenizer
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise ConfigError if an object does not implement `Tokenizer`."""
+    if not isinstance(tokenizer, Tokenizer):
+        names = (*Tokenizer.__annotations__, "encode", "decode", "decode_bytes", "to_json")
+        missing = [name for name in names if not hasattr(tokenizer, name)]
+        raise ConfigError(
+            f"{type(tokenizer).__name__} cannot be used as a tokenizer, as it lacks {', '.join(missing)}. Add what "
+            f"homebrew.Tokenizer describes, or pass the name of a built-in one."
+        )
 
 
 def dataset_tokenizer(dataset: object) -> Tokenizer | None:

@@ -24,20 +24,20 @@ def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:  
         model: A GPT; another model with a method `save_pretrained(folder)`, which is called; or any module, whose state
             dict is saved as a safetensors file, tied weights once.
         folder: Output folder.
-        tokenizer: Tokenizer the model was trained with, or None. A custom one is saved with a GPT only, whose texts are
-            split as GPT-2's.
+        tokenizer: Tokenizer the model was trained with, or None. A custom one is not saved, with a warning.
 
     Raises:
-        ModelError: The folder cannot be written, or holds a checkpoint; or a GPT's tokenizer cannot be saved.
+        ModelError: The folder cannot be written, or holds a checkpoint.
     """
+    if tokenizer is not None and not is_built_in(tokenizer.to_json()):
+        warn(f"The custom tokenizer {tokenizer.name!r} is not saved with the model. Save it to {folder} yourself.")
+        tokenizer = None
     if isinstance(model, GPT):
         model.save_pretrained(folder, tokenizer)
         return
     texts: dict[str, str] = {}
-    if tokenizer is not None and is_built_in(tokenizer.to_json()):
+    if tokenizer is not None:
         texts = tokenizer_files(tokenizer, model_max_length=interface_of(model).block_size, is_gpt=False)
-    elif tokenizer is not None:
-        warn(f"The custom tokenizer {tokenizer.name!r} is not saved with the model. Save it to {folder} yourself.")
     with output_folder(folder, forbidden_files={"manifest.json": "a checkpoint"}):
         _save_weights(model, folder)
         if texts:

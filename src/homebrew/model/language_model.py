@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +72,11 @@ class ModelInterface:
     def ragged_length(self) -> int | None:
         """Length that samples of different lengths count as; None for that of the longest checked sample."""
         return None
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        """Token ids at which the model's own `generate` stops."""
+        return ()
 
     @property
     def source(self) -> str | None:

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,12 @@ class TransformersInterface(ModelInterface):
     def block_size(self) -> int | None:
         """The configuration's `max_position_embeddings`, or None if it has no such limit."""
         return as_size(getattr(self._config, "max_position_embeddings", None))
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        """The `eos_token_id` of the generation config: none, one or several."""
+        stop = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return stop if isinstance(stop, list) else [stop] if isinstance(stop, int) else []
 
     @property
     def vocab_size(self) -> int | None:

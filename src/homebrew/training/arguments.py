@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
+from homebrew.data.tokenizer import Tokenizer
 from homebrew.data.validation import check_dataset
 from homebrew.errors import ConfigError
 from homebrew.model.gpt_config import GPTConfig
@@ -216,6 +217,21 @@ def check_datasets(
     if eval_dataset is not None:
         check_dataset(eval_dataset, "eval_dataset", **limits)
     return lengths[0] if len(lengths) == 1 else model.ragged_length or lengths[-1]
+
+
+def warn_of_stop_tokens(model: ModelInterface, tokenizer: Tokenizer | None) -> None:
+    """Warn if a model's `generate` stops at a token that is text to the dataset's tokenizer."""
+    if tokenizer is None:
+        return
+    for stop in model.stop_ids:
+        if stop != tokenizer.end_of_text_id and 0 <= stop < tokenizer.vocab_size:
+            text = tokenizer.decode([stop])
+            if list(tokenizer.encode(text)) == [stop]:
+                warn(
+                    f"The model stops generating at the token {stop} (eos_token_id), which is {text!r} in the "
+                    f"tokenizer {tokenizer.name!r} of train_dataset. Set eos_token_id={tokenizer.end_of_text_id} in the "
+                    f"model's config and generation_config."
+                )
 
 
 def check_guard_settings(config: TrainerConfig, *, uses_scaler: bool) -> None:

@@ -33,7 +33,7 @@ from homebrew.model.language_model import LanguageModel, ModelInterface
 from homebrew.optim.averaged import AveragedOptimizer
 from homebrew.optim.combined import combine, members
 from homebrew.optim.muon import Muon
-from homebrew.training.arguments import check_datasets, check_guard_settings
+from homebrew.training.arguments import check_datasets, check_guard_settings, warn_of_stop_tokens
 from homebrew.training.batch_size import BatchPlan, plan_batch_for_device
 from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compile_model, warm_up_compiled
 from homebrew.training.global_settings import allow_tf32
@@ -101,6 +101,7 @@ def build_parts(
     bare = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else cast("nn.Module", model)
     interface = interface_of(bare)
     sequence_length = check_datasets(interface, train_dataset, eval_dataset, eval_every=config.eval_every)
+    warn_of_stop_tokens(interface, dataset_tokenizer(train_dataset))
     bare.to(device)
     meta = meta_copy(bare) if uses_fsdp(accelerator) else None
     if configure_fsdp(accelerator, bare) or config.activation_checkpointing:

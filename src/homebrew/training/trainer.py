@@ -291,10 +291,10 @@ class Trainer:
 
         A GPT is saved in transformers' format, and another model by its own `save_pretrained` method. Of a model
         without this method, the state dict is saved as `model.safetensors`, which `safetensors.torch.load_model` loads.
-        The tokenizer of the training dataset is saved for transformers' AutoTokenizer; a custom one with a GPT only.
+        The tokenizer of the training dataset is saved for transformers' AutoTokenizer; a custom one is not, with a warning.
 
         Raises:
-            ModelError: The folder cannot be written, or holds a checkpoint; or a GPT's tokenizer cannot be saved.
+            ModelError: The folder cannot be written, or holds a checkpoint.
         """
         with self._modes.evaluating():
             model = self.full_model()
