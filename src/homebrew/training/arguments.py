@@ -229,8 +229,8 @@ def warn_of_stop_tokens(model: ModelInterface, tokenizer: Tokenizer | None) -> N
             if list(tokenizer.encode(text)) == [stop]:
                 warn(
                     f"The model stops generating at the token {stop} (eos_token_id), which is {text!r} in the "
-                    f"tokenizer {tokenizer.name!r} of train_dataset. Set eos_token_id={tokenizer.end_of_text_id} in the "
-                    f"model's config and generation_config."
+                    f"tokenizer {tokenizer.name!r} of train_dataset. Set eos_token_id={tokenizer.end_of_text_id} in "
+                    f"the model's config and generation_config."
                 )
 
 

@@ -291,7 +291,8 @@ class Trainer:
 
         A GPT is saved in transformers' format, and another model by its own `save_pretrained` method. Of a model
         without this method, the state dict is saved as `model.safetensors`, which `safetensors.torch.load_model` loads.
-        The tokenizer of the training dataset is saved for transformers' AutoTokenizer; a custom one is not, with a warning.
+        The tokenizer of the training dataset is saved for transformers' AutoTokenizer; for a custom one there is a
+        warning.
 
         Raises:
             ModelError: The folder cannot be written, or holds a checkpoint.
