@@ -1,4 +1,4 @@
-"""One optimizer step, with and without CUDA graphs; on a CPU a replay is a call (fixture `captured`)."""
+"""One optimizer step, with and without CUDA graphs; on a CPU a replay runs recorded operations (`captured`)."""
 
 from copy import copy, deepcopy
 
