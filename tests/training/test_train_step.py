@@ -6,6 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from homebrew import GPT, GPTConfig, LoRAConfig
 from homebrew.errors import ConfigError, TrainingError
@@ -198,13 +200,29 @@ def test_a_graph_keeps_the_guard_state(device, policy, zscore, captured, optimiz
     torch.testing.assert_close(eager.guard.state_dict()["history"], graphed.guard.state_dict()["history"])
 
 
-@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre", "parameter"])
+HOOKS = {
+    "forward": lambda norm: norm.register_forward_hook,
+    "forward_pre": lambda norm: norm.register_forward_pre_hook,
+    "full_backward": lambda norm: norm.register_full_backward_hook,
+    "full_backward_pre": lambda norm: norm.register_full_backward_pre_hook,
+    "parameter": lambda norm: norm.bias.register_hook,
+    "accumulated": lambda norm: norm.bias.register_post_accumulate_grad_hook,
+    "global_forward": lambda _: register_module_forward_hook,
+    "global_forward_pre": lambda _: register_module_forward_pre_hook,
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_are_called_in_each_pass(captured, kind):
     steps = Steps("cpu", graphs="all", num_micro_batches=2).take(3)
-    calls = []
     norm = steps.model.transformer.ln_f
-    register = norm.bias.register_hook if kind == "parameter" else getattr(norm, f"register_{kind}_hook")
-    hook = register(lambda *_: calls.append(1))
+    calls = []
+
+    def record(caller, *_):
+        if not isinstance(caller, torch.nn.Module) or caller is norm:  # a global hook is called for all modules
+            calls.append(caller)
+
+    hook = HOOKS[kind](norm)(record)
     steps.take(3)
     hook.remove()
     steps.take(3)
@@ -212,7 +230,14 @@ def test_hooks_are_called_in_each_pass(captured, kind):
     assert len(calls) == 6
 
 
-@pytest.mark.parametrize("change", [lambda m: m.transformer.eval(), lambda m: setattr(m.transformer, "dropout", 0.9)])
+def double_the_norm(model):
+    norm = model.transformer.ln_f
+    norm.forward = lambda x: 2 * F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.transformer.eval(), lambda m: setattr(m.transformer, "dropout", 0.9), double_the_norm]
+)
 def test_a_changed_attribute_of_a_module_is_used(captured, change):
     runs = []
     for graphs in (None, "all"):
@@ -221,6 +246,36 @@ def test_a_changed_attribute_of_a_module_is_used(captured, change):
         runs.append(steps.take(3))
     assert len(captured) == 3
     assert_same(*runs, **tolerance("cpu", "adamw"))
+
+
+def swap_blocks(model):
+    blocks = model.transformer.h
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+
+
+def add_a_dropout(model):
+    model.transformer.ln_f = torch.nn.Sequential(model.transformer.ln_f, torch.nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize("change", [swap_blocks, add_a_dropout, lambda model: model.enable_activation_checkpointing()])
+def test_a_changed_module_is_used(captured, change):
+    runs = []
+    for graphs in (None, "all"):
+        steps = Steps("cpu", graphs=graphs, num_micro_batches=2).take(3)
+        change(steps.model)
+        runs.append(steps.take(3))
+    assert len(captured) == 2
+    assert_same(*runs, **tolerance("cpu", "adamw"))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
+def test_anomalies_are_detected_in_each_pass(captured):
+    steps = Steps("cpu", graphs="all", num_micro_batches=2)
+    with torch.autograd.set_detect_anomaly(True):
+        steps.take(3)
+        steps.model.transformer.ln_f.bias.data.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="nan values"):
+            steps.take(1)
 
 
 def test_accumulation_in_place_allocates_gradients_before_the_first_backward():

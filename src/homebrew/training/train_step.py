@@ -36,7 +36,8 @@ class TrainStep:
             Needed if gradients are accumulated over CUDA graphs, whose next replay overwrites the gradients that the
             previous one returned, and if the passes are captured. Unused parameters then have gradients of zero instead
             of None, so weight decay applies to them.
-        capture_passes: Run the forward and backward pass of an uncompiled model as a CUDA graph, unless it has hooks.
+        capture_passes: Run the forward and backward pass of an uncompiled model as a CUDA graph, as long as a replay
+            does the same as the pass.
         capture_update: Run the update as a CUDA graph. Needs a GPU, a fused optimizer and no gradient scaler. Optimizer
             hooks are not called when a graph is replayed.
     """
@@ -68,7 +69,7 @@ class TrainStep:
         self._max_grad_norm = max_grad_norm
         self._keeps_weights_gathered = keeps_weights_gathered(accelerator)
         self._accumulate_in_place = accumulate_in_place
-        self._passes = CudaGraph(self._pass, self._pass_dependencies) if capture_passes else self._pass
+        self._graph = CudaGraph(self._pass, self._pass_dependencies) if capture_passes else None
         self._hooks = [hooks for module in self._modules for hooks in _hooks(module)]
         self._learning_rates = [
             torch.zeros((), device=accelerator.device) for _ in optimizer.param_groups if capture_update
@@ -158,6 +159,7 @@ class TrainStep:
                     f"example with load_state_dict(..., assign=False), or build a new Trainer."
                 )
             self._module_ids = module_ids
+            self._graph = None  # captured with the modules of before
 
     def _identities(self) -> tuple[list[int], list[list[int]]]:
         """Return the identities of the modules' children and parameters, and of each group's parameters.
@@ -190,13 +192,13 @@ class TrainStep:
         accelerator.gradient_accumulation_steps = len(micro_batches)  # shared by all Accelerators of a process
         weights = micro_batch_weights(accelerator, micro_batches)  # their numbers of targets may differ
         scale = accelerator.num_processes * len(micro_batches)  # Accelerate and DDP divide by this
-        passes = self._pass if self._has_hooks() else self._passes  # a replay would not call them
+        run_pass = self._pass if self._graph is None or self._must_run() else self._graph
         losses = []
         for (input_ids, targets), weight in zip(micro_batches, weights, strict=True):
             with accelerator.accumulate(self._model):
                 if self._keeps_weights_gathered:
                     self._model.set_reshard_after_backward(accelerator.sync_gradients)
-                loss = passes(input_ids, targets, weight * scale)
+                loss = run_pass(input_ids, targets, weight * scale)
             losses.append(loss * weight)  # a copy: the next replay of a CUDA graph overwrites its loss
         total: Tensor = accelerator.reduce(torch.stack(losses).sum(), "sum")
         return total
@@ -207,13 +209,20 @@ class TrainStep:
         self._accelerator.backward(loss, gradient=gradient)
         return loss.detach()
 
-    def _has_hooks(self) -> bool:
-        return any(self._hooks) or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
+    def _must_run(self) -> bool:
+        """Return whether a pass cannot be captured, or a replay would leave out a part of it, such as hooks."""
+        return (
+            any(self._hooks)
+            or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
+            or bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+            or torch.is_anomaly_enabled()  # waits for the device to look for NaN
+            or any(vars(m).get("activation_checkpointing") for m in self._modules)  # looks at the random state
+        )
 
     def _pass_dependencies(self) -> list[object]:
         """Return everything else that a captured pass reads or writes, such as the rate of a dropout."""
         tensors: list[object] = [tensor for p in self._parameters for tensor in (p, p.grad, p.requires_grad)]
-        attributes = [value for m in self._modules for value in vars(m).values() if isinstance(value, int | float)]
+        attributes = [value for m in self._modules for value in vars(m).values() if not isinstance(value, dict)]
         return tensors + attributes + list(self._model.buffers())
 
     def _check_gradients(self) -> None:
