@@ -13,6 +13,16 @@ from homebrew.training.compile import LAUNCH_BOUND_FLOPS, compile_model, warm_up
 GRAPHS = {"triton.cudagraphs": True}
 
 
+class CustomLayer(nn.Linear):
+    """A layer whose forward method may do anything, such as skip itself at random."""
+
+
+def with_custom_layer(*args, **settings):
+    model = nn.Linear(*args, **settings)
+    model.part = CustomLayer(1, 1)
+    return model
+
+
 @pytest.mark.parametrize(
     ("device", "wanted", "changes", "mode", "options"),
     [
@@ -25,6 +35,8 @@ GRAPHS = {"triton.cudagraphs": True}
         ("cuda", "auto", {"distributed": DistributedType.MULTI_GPU}, "kernels", {}),
         ("cuda", "auto", {"max_steps": 100}, "captured", None),
         ("cuda", "auto", {"max_steps": 100, "recomputes": True}, "cuda_graphs", GRAPHS),
+        ("cuda", "auto", {"max_steps": 100, "model": CustomLayer}, "cuda_graphs", GRAPHS),
+        ("cuda", "auto", {"max_steps": 100, "model": with_custom_layer}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"max_steps": 100, "flops": LAUNCH_BOUND_FLOPS}, "kernels", {}),
         ("cuda", True, {"max_steps": 100}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"launcher": DynamoBackend.INDUCTOR}, "none", None),
@@ -36,8 +48,9 @@ GRAPHS = {"triton.cudagraphs": True}
 )
 def test_compile_mode_and_options(monkeypatch, device, wanted, changes, mode, options):
     case = {"flops": 1e9, "micro_batches": 1, "memory": 10**9, "distributed": DistributedType.NO, "dropout": 0.0}
-    case |= {"launcher": DynamoBackend.NO, "graphs": True, "recomputes": False, "max_steps": 10**9, **changes}
-    model = nn.Linear(10, 10, bias=False)  # 400 bytes
+    case |= {"launcher": DynamoBackend.NO, "graphs": True, "recomputes": False, "max_steps": 10**9}
+    case |= {"model": nn.Linear, **changes}
+    model = case["model"](10, 10, bias=False)  # 400 bytes
     model.config = SimpleNamespace(dropout=case["dropout"])
     block = SimpleNamespace(activation_checkpointing=case["recomputes"])
     interface = SimpleNamespace(supports_cuda_graphs=case["graphs"], blocks=lambda: [block])

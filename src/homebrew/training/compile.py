@@ -68,7 +68,7 @@ def compile_model(
         and (batch.accumulation_steps == 1 or _gradients_fit_twice(model))
     )
     is_short = max_steps * batch.accumulation_steps * micro_batch_flops < SHORT_RUN_FLOPS
-    if wanted == "auto" and use_graphs and is_short and not _recomputes(model):
+    if wanted == "auto" and use_graphs and is_short and _can_capture(model):
         return "captured"
     raise_recompile_limit()
     if uses_fsdp(accelerator):
@@ -109,9 +109,14 @@ def warm_up_compiled(
         model.zero_grad(set_to_none=True)
 
 
-def _recomputes(model: nn.Module) -> bool:
-    """Return whether a GPT recomputes activations, which looks at the random state, as a capture must not."""
-    return bool(lora_layers(model)) or any(block.activation_checkpointing for block in interface_of(model).blocks())
+def _can_capture(model: nn.Module) -> bool:
+    """Return whether the passes of a GPT can be captured without a compiler, which would split them where necessary.
+
+    Custom modules may do on the host what a replay leaves out. Recomputing activations looks at the random state.
+    """
+    is_custom = any(not type(module).__module__.startswith(("homebrew.", "torch.")) for module in model.modules())
+    recomputes = lora_layers(model) or any(block.activation_checkpointing for block in interface_of(model).blocks())
+    return not (is_custom or recomputes)
 
 
 def _gradients_fit_twice(model: nn.Module) -> bool:
