@@ -488,7 +488,14 @@ def test_only_a_gradient_scaler_sees_non_finite_steps_of_a_plain_optimizer(scale
     assert len(calls) == (1 if scaler is None else 2)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 1) is killed"), torch.OutOfMemoryError("full")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 1) is killed"),
+        torch.OutOfMemoryError("full"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    ],
+)
 def test_the_trainer_explains_some_errors_of_a_step(error):
     with pytest.raises(type(error)) as raised:
         take_with_an_error_of_the_optimizer(error)

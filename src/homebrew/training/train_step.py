@@ -258,7 +258,8 @@ class TrainStep:
             try:
                 self._optimizer.step()
             except Exception as error:
-                if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader"):
+                is_of_device = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+                if is_of_device or str(error).startswith("DataLoader"):
                     raise  # the Trainer explains these
                 raise TrainingError(
                     f"{class_names(self._guard.optimizer)}.step() failed: {error!r}. Use options that the optimizer "
