@@ -23,6 +23,12 @@ def with_custom_layer(*args, **settings):
     return model
 
 
+def compiled_before(*args, **settings):
+    model = nn.Linear(*args, **settings)
+    model.compile(backend="eager")
+    return model
+
+
 @pytest.mark.parametrize(
     ("device", "wanted", "changes", "mode", "options"),
     [
@@ -37,6 +43,7 @@ def with_custom_layer(*args, **settings):
         ("cuda", "auto", {"max_steps": 100, "recomputes": True}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"max_steps": 100, "model": CustomLayer}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"max_steps": 100, "model": with_custom_layer}, "cuda_graphs", GRAPHS),
+        ("cuda", "auto", {"max_steps": 100, "model": compiled_before}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"max_steps": 100, "flops": LAUNCH_BOUND_FLOPS}, "kernels", {}),
         ("cuda", True, {"max_steps": 100}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"launcher": DynamoBackend.INDUCTOR}, "none", None),

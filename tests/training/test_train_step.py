@@ -257,7 +257,15 @@ def add_a_dropout(model):
     model.transformer.ln_f = torch.nn.Sequential(model.transformer.ln_f, torch.nn.Dropout(0.5))
 
 
-@pytest.mark.parametrize("change", [swap_blocks, add_a_dropout, lambda model: model.enable_activation_checkpointing()])
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap_blocks,
+        add_a_dropout,
+        lambda model: model.enable_activation_checkpointing(),
+        lambda model: model.transformer.ln_f.compile(backend="eager"),
+    ],
+)
 def test_a_changed_module_is_used(captured, change):
     runs = []
     for graphs in (None, "all"):

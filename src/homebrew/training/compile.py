@@ -112,11 +112,15 @@ def warm_up_compiled(
 def _can_capture(model: nn.Module) -> bool:
     """Return whether the passes of a GPT can be captured without a compiler, which would split them where necessary.
 
-    Custom modules may do on the host what a replay leaves out. Recomputing activations looks at the random state.
+    Custom modules may do on the host what a replay leaves out, compiled ones may replay CUDA graphs themselves, and
+    recomputing activations looks at the random state.
     """
-    is_custom = any(not type(module).__module__.startswith(("homebrew.", "torch.")) for module in model.modules())
-    recomputes = lora_layers(model) or any(block.activation_checkpointing for block in interface_of(model).blocks())
-    return not (is_custom or recomputes)
+    return not (
+        any(not type(module).__module__.startswith(("homebrew.", "torch.nn.")) for module in model.modules())
+        or any(module._compiled_call_impl is not None for module in model.modules())
+        or lora_layers(model)
+        or any(block.activation_checkpointing for block in interface_of(model).blocks())
+    )
 
 
 def _gradients_fit_twice(model: nn.Module) -> bool:

@@ -217,6 +217,7 @@ class TrainStep:
             or bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
             or torch.is_anomaly_enabled()  # waits for the device to look for NaN
             or any(vars(m).get("activation_checkpointing") for m in self._modules)  # looks at the random state
+            or any(m._compiled_call_impl is not None for m in self._modules)  # may replay CUDA graphs itself
         )
 
     def _pass_dependencies(self) -> list[object]:
