@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -274,6 +275,22 @@ def test_a_changed_module_is_used(captured, change):
         runs.append(steps.take(3))
     assert len(captured) == 2
     assert_same(*runs, **tolerance("cpu", "adamw"))
+
+
+def test_the_graph_of_an_earlier_loss_is_not_used(device, captured):
+    """PyTorch would wait in the capture for the stream that the loss was computed on, which is an error."""
+    steps = Steps(device, graphs="all", num_micro_batches=2)
+    ids = torch.zeros(1, 8, dtype=torch.int64, device=device)
+    loss = steps.model(ids, ids)  # as in a notebook, whose variables keep it alive
+    calls = []
+    weight = steps.model.transformer.ln_f.weight
+    get_gradient_edge(weight).node.register_prehook(lambda *_: calls.append(1))
+    steps.train_step.reset()
+    steps.take(3)
+    assert captured
+    assert not calls
+    loss.backward()
+    assert weight.grad.any()
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")

@@ -94,6 +94,8 @@ class TrainStep:
             raise TrainingError("An earlier step failed, and FSDP cannot recover from that. Build a new Trainer.")
         self._is_incomplete = False
         self._guard.optimizer.zero_grad(set_to_none=True)
+        if self._graph is not None:
+            self._renew_gradient_nodes()
 
     def __call__(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Take one step.
@@ -219,6 +221,16 @@ class TrainStep:
             or any(vars(m).get("activation_checkpointing") for m in self._modules)  # looks at the random state
             or any(m._compiled_call_impl is not None for m in self._modules)  # may replay CUDA graphs itself
         )
+
+    def _renew_gradient_nodes(self) -> None:
+        """Make PyTorch forget the autograd nodes that write `grad`, which a loss keeps alive that is still referred to.
+
+        They belong to the stream that this loss was computed on. A capture cannot wait for another stream.
+        """
+        for parameter in self._parameters:
+            data = parameter.data
+            parameter.data = data.new_empty(0, dtype=torch.complex64)  # another dtype needs another node
+            parameter.data = data
 
     def _pass_dependencies(self) -> list[object]:
         """Return everything else that a captured pass reads or writes, such as the rate of a dropout."""
