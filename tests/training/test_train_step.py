@@ -249,6 +249,16 @@ def test_a_changed_attribute_of_a_module_is_used(captured, change):
     assert_same(*runs, **tolerance("cpu", "adamw"))
 
 
+def test_another_number_of_micro_batches_is_used(captured):
+    runs = []
+    for graphs in (None, "all"):
+        steps = Steps("cpu", graphs=graphs, num_micro_batches=2).take(3)
+        steps.num_micro_batches = 3
+        runs.append(steps.take(3))
+    assert captured
+    assert_same(*runs, **tolerance("cpu", "adamw"))
+
+
 def swap_blocks(model):
     blocks = model.transformer.h
     blocks[0], blocks[1] = blocks[1], blocks[0]

@@ -236,7 +236,8 @@ class TrainStep:
         """Return everything else that a captured pass reads or writes, such as the rate of a dropout."""
         tensors: list[object] = [tensor for p in self._parameters for tensor in (p, p.grad, p.requires_grad)]
         attributes = [value for m in self._modules for value in vars(m).values() if not isinstance(value, dict)]
-        return tensors + attributes + list(self._model.buffers())
+        divisor = self._accelerator.gradient_accumulation_steps
+        return [*tensors, *attributes, *self._model.buffers(), divisor]
 
     def _check_gradients(self) -> None:
         """Check that DDP has reduced all gradients: it does not if a parameter has none.
