@@ -1,13 +1,13 @@
 """One optimizer step: forward and backward passes, gradient clipping, the guard, and the optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from homebrew.data.loader import Batch
@@ -18,6 +18,7 @@ from homebrew.model.language_model import LossFunction
 from homebrew.model.lora import lora_layers
 from homebrew.optim.combined import class_names, members
 from homebrew.training.cuda_graph import CudaGraph
+from homebrew.training.model_pass import ModelPass
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import check_trainable
 
@@ -36,8 +37,7 @@ class TrainStep:
             Needed if gradients are accumulated over CUDA graphs, whose next replay overwrites the gradients that the
             previous one returned, and if the passes are captured. Unused parameters then have gradients of zero instead
             of None, so weight decay applies to them.
-        capture_passes: Run the forward and backward pass of an uncompiled model as a CUDA graph, as long as a replay
-            does the same as the pass.
+        capture_passes: Run the forward and backward passes of an uncompiled model as a CUDA graph, where possible.
         capture_update: Run the update as a CUDA graph. Needs a GPU, a fused optimizer and no gradient scaler. Optimizer
             hooks are not called when a graph is replayed.
     """
@@ -65,12 +65,10 @@ class TrainStep:
         self._guard = guard
         self._module_ids, self._group_ids = self._identities()
         self._accelerator = accelerator
-        self._loss_function = loss_function
         self._max_grad_norm = max_grad_norm
         self._keeps_weights_gathered = keeps_weights_gathered(accelerator)
         self._accumulate_in_place = accumulate_in_place
-        self._graph = CudaGraph(self._pass, self._pass_dependencies) if capture_passes else None
-        self._hooks = [hooks for module in self._modules for hooks in _hooks(module)]
+        self._pass = ModelPass(model, accelerator, loss_function, capture=capture_passes)
         self._learning_rates = [
             torch.zeros((), device=accelerator.device) for _ in optimizer.param_groups if capture_update
         ]
@@ -94,8 +92,7 @@ class TrainStep:
             raise TrainingError("An earlier step failed, and FSDP cannot recover from that. Build a new Trainer.")
         self._is_incomplete = False
         self._guard.optimizer.zero_grad(set_to_none=True)
-        if self._graph is not None:
-            self._renew_gradient_nodes()
+        self._pass.reset()
 
     def __call__(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Take one step.
@@ -161,7 +158,7 @@ class TrainStep:
                     f"example with load_state_dict(..., assign=False), or build a new Trainer."
                 )
             self._module_ids = module_ids
-            self._graph = None  # captured with the modules of before
+            self._pass.stop_capturing()
 
     def _identities(self) -> tuple[list[int], list[list[int]]]:
         """Return the identities of the modules' children and parameters, and of each group's parameters.
@@ -194,50 +191,15 @@ class TrainStep:
         accelerator.gradient_accumulation_steps = len(micro_batches)  # shared by all Accelerators of a process
         weights = micro_batch_weights(accelerator, micro_batches)  # their numbers of targets may differ
         scale = accelerator.num_processes * len(micro_batches)  # Accelerate and DDP divide by this
-        run_pass = self._pass if self._graph is None or self._must_run() else self._graph
         losses = []
         for (input_ids, targets), weight in zip(micro_batches, weights, strict=True):
             with accelerator.accumulate(self._model):
                 if self._keeps_weights_gathered:
                     self._model.set_reshard_after_backward(accelerator.sync_gradients)
-                loss = run_pass(input_ids, targets, weight * scale)
+                loss = self._pass(input_ids, targets, weight * scale)
             losses.append(loss * weight)  # a copy: the next replay of a CUDA graph overwrites its loss
         total: Tensor = accelerator.reduce(torch.stack(losses).sum(), "sum")
         return total
-
-    def _pass(self, input_ids: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-        """Run a forward and backward pass, given the gradient of the step's loss by this one; return the loss."""
-        loss = self._loss_function(self._model, input_ids, targets)
-        self._accelerator.backward(loss, gradient=gradient)
-        return loss.detach()
-
-    def _must_run(self) -> bool:
-        """Return whether a pass cannot be captured, or a replay would leave out a part of it, such as hooks."""
-        return (
-            any(self._hooks)
-            or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
-            or bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
-            or torch.is_anomaly_enabled()  # waits for the device to look for NaN
-            or any(vars(m).get("activation_checkpointing") for m in self._modules)  # looks at the random state
-            or any(m._compiled_call_impl is not None for m in self._modules)  # may replay CUDA graphs itself
-        )
-
-    def _renew_gradient_nodes(self) -> None:
-        """Make PyTorch forget the autograd nodes that write `grad`, which a loss keeps alive that is still referred to.
-
-        They belong to the stream that this loss was computed on. A capture cannot wait for another stream.
-        """
-        for parameter in self._parameters:
-            data = parameter.data
-            parameter.data = data.new_empty(0, dtype=torch.complex64)  # another dtype needs another node
-            parameter.data = data
-
-    def _pass_dependencies(self) -> list[object]:
-        """Return everything else that a captured pass reads or writes, such as the rate of a dropout."""
-        tensors: list[object] = [tensor for p in self._parameters for tensor in (p, p.grad, p.requires_grad)]
-        attributes = [value for m in self._modules for value in vars(m).values() if not isinstance(value, dict)]
-        divisor = self._accelerator.gradient_accumulation_steps
-        return [*tensors, *attributes, *self._model.buffers(), divisor]
 
     def _check_gradients(self) -> None:
         """Check that DDP has reduced all gradients: it does not if a parameter has none.
@@ -305,10 +267,6 @@ class TrainStep:
         states = [value for o in optimizers for state in o.state.values() for value in state.values()]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         return tensors + states + [group[key] for group in groups for key in group if key not in ("params", "lr")]
-
-
-def _hooks(module: nn.Module) -> list[Mapping[int, Any]]:
-    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
 def _ddp_needs_all_gradients(accelerator: Accelerator) -> bool:
