@@ -240,7 +240,12 @@ def test_without_a_recorded_command_all_options_are_needed(small_run, text, invo
         (small_run / "run.json").unlink()
     else:
         (small_run / "run.json").write_text(json.dumps(description | {"command": command}))
-    for options in ([], ["--max-steps", 3]):
+    for options in (
+        [],
+        ["--max-steps", 3],
+        ["--max-steps", 3, "--accept-changes", "schedule"],
+        ["--max-steps=3", "--seed", 5],
+    ):
         error = invoke_error("train", "--resume", "--output-dir", small_run, *options)
         assert "all options" in error
         assert ("'resume=True' of `trainer.train`" in error) == (command != "missing")

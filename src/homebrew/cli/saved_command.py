@@ -57,14 +57,14 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     parser.add_argument("--eval-data", "--eval_data", nargs="?")
     parser.add_argument("--sample-prompt", "--sample_prompt", nargs="?")
     parser.add_argument("--init-from", "--init_from", nargs="?")
-    given, rest = parser.parse_known_args(arguments[1:])
+    given, _ = parser.parse_known_args(arguments[1:])
     if not given.resume or set(arguments) & {"-h", "--help"}:
         return None
     if given.output_dir is None:
         raise ConfigError("--resume needs the folder of the run. Add --output-dir.")
     command = _read_command(given.output_dir)
     if command is None:
-        if given.max_steps is not None and any(not word.startswith("-") for word in rest):  # with data
+        if given.max_steps is not None and _has_data(arguments[1:]):
             return None
         if (absolute_path(given.output_dir) / "run.json").exists():
             raise ConfigError(
@@ -74,7 +74,7 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
         raise ConfigError(
             f"{given.output_dir} has no run.json with the options of a run. Check --output-dir, or give all options."
         )
-    train = _parse(command, given.output_dir)
+    train = _parse_saved(command, given.output_dir)
     if given.init_from is not None and train.model.lora_rank is None:  # an adapter's base may have moved
         _check_init_from(given.init_from, train.model.init_from)
     if given.eval_data is not None:
@@ -82,6 +82,14 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     if given.sample_prompt is not None:
         train.samples.sample_prompt = ()
     return train
+
+
+def _has_data(words: Sequence[str]) -> bool:
+    """Return whether a command line names data, or has a mistake, which its own parser explains."""
+    try:
+        return bool(_parse(words).data.files)
+    except SystemExit:
+        return True
 
 
 def _check_init_from(given: str, saved: str | None) -> None:
@@ -101,11 +109,14 @@ def _read_command(output_dir: Path) -> str | None:
     return command if isinstance(command, str) else None
 
 
-def _parse(command: str, output_dir: Path) -> Train:
+def _parse(words: Sequence[str]) -> Train:
+    return tyro.cli(Train, args=words, config=(tyro.conf.FlagCreatePairsOff,), console_outputs=False)
+
+
+def _parse_saved(command: str, output_dir: Path) -> Train:
     """Parse a saved command. The folder is the one given now: the run may have been moved."""
     try:
-        words = shlex.split(command)[2:]
-        train = tyro.cli(Train, args=words, config=(tyro.conf.FlagCreatePairsOff,), console_outputs=False)
+        train = _parse(shlex.split(command)[2:])
     except (ValueError, SystemExit, HomebrewError) as error:
         raise ConfigError(
             f"The command in {output_dir / 'run.json'} is not valid: {command!r:.200}. Remove the file, and give all "
