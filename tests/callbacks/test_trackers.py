@@ -180,6 +180,14 @@ def test_a_copied_run_is_another_run():
     assert run(None, "runs/copy", resume=True)["run_id"] != run(None, resume=True)["run_id"]
 
 
+@pytest.mark.parametrize("spelling", ["linked/first", "runs/../runs/first"])
+def test_a_run_resumed_by_another_path_of_its_folder_is_the_same(spelling):
+    interrupted(None)
+    Path("linked").symlink_to("runs")
+    run_id = read_run_json("runs/first")["run_id"]
+    assert run(None, spelling, resume=True)["run_id"] == run_id
+
+
 def test_a_run_that_starts_over_is_another_run():
     ids = [run(None, max_steps=1)["run_id"], run(None, "runs/second", max_steps=1)["run_id"]]
     make_trainer("runs/first", model=MODEL, train_dataset=DATASET).train(overwrite=True)
@@ -212,3 +220,10 @@ def test_wandb_without_a_login_is_an_error_that_says_what_to_do(tmp_path, monkey
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"wandb could not be started.*wandb login"):
         run("wandb")
+
+
+def test_a_tracker_that_cannot_be_started_is_an_error_that_names_its_file():
+    Path("runs/first").mkdir(parents=True)
+    Path("runs/first/logs").touch()
+    with pytest.raises(ConfigError, match=r"tensorboard could not be started.*runs/first/logs"):
+        run("tensorboard")

@@ -179,6 +179,7 @@ def _run_id(folder: Path, *, resumes: bool) -> str:
         with contextlib.suppress(DataError):  # a file that cannot be read is replaced
             match read_json(folder / "run.json", DataError):
                 case {"run_id": str(run_id), "config": {"output_dir": str(written_in)}}:
-                    if written_in == str(folder) and _RUN_ID.fullmatch(run_id):  # else a copy, which is another run
+                    is_copy = Path(written_in).resolve() != folder.resolve()  # which is another run
+                    if not is_copy and _RUN_ID.fullmatch(run_id):
                         return run_id
     return secrets.token_hex(4)
