@@ -52,8 +52,9 @@ def start_trackers(
         accelerator.trackers = []  # otherwise the next run would treat half-started trackers as running
         if isinstance(error, Exception):
             raise ConfigError(
-                f"log_with: {names} could not be started: {error!r:.500}. Log in to the tracker or correct its "
-                f"settings (Weights & Biases: `wandb login`, or WANDB_MODE=offline), or remove log_with."
+                f"log_with: {names} could not be started: {type(error).__name__}: {str(error).rstrip('.'):.500}. "
+                f"Correct the settings of the tracker or log in (Weights & Biases: `wandb login`, or "
+                f"WANDB_MODE=offline), or remove log_with."
             ) from error
         raise
     return list(accelerator.trackers)
