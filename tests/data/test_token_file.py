@@ -237,13 +237,15 @@ def test_pipes_directories_and_missing_files_raise(tmp_path):
     [
         (b"", "not in NumPy's .npy format"),
         (pickle.dumps(IDS), "not in NumPy's .npy format"),
-        (b"\x93NUMPY", "is corrupt"),
-        (b"\x93NUMPY\x09\x00" + bytes(200), "is corrupt"),
+        (b"\x93NUMPY", "is corrupt.* differs at byte 6"),
+        (b"\x93NUMPY\x09\x00" + bytes(200), "is corrupt.* differs at byte 6"),
         (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 2**16, "is corrupt"),
         (npy(np.array([object()])), "is corrupt"),
         (npy(IDS[:5].astype("<u2")), r"is not an array of uint16 with shape \(200,\)"),
+        (npy(IDS.astype("<u2"))[:-1], "is corrupt.* 527 bytes instead of 528"),
+        (npy(IDS.astype("<u2")) + bytes(10**4), "is corrupt.* 10,528 bytes instead of 528"),
         (npy(IDS), "is corrupt"),
-        (npy(IDS.astype(">u2")), "is corrupt"),
+        (npy(IDS.astype(">u2")), "is corrupt.* differs at byte 21"),
         (npy(IDS.astype("<u2").reshape(2, 100)), "is corrupt"),
     ],
 )

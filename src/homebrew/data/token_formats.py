@@ -96,14 +96,21 @@ def _open_npy(path: Path) -> tuple[TokenIds, TokenMetadata]:
     metadata = TokenMetadata.read(metadata_path(path))
     dtype, num_tokens = token_dtype(metadata.vocab_size), metadata.num_tokens
     header = npy_header(dtype, num_tokens)
+    num_bytes = len(header) + num_tokens * dtype.itemsize
     with open_file(path, DataError) as (file, size):
+        start = file.read(len(header))
         # Compared rather than parsed: a changed length of the header would shift the ids, for example.
-        if file.read(len(header)) != header or size != len(header) + num_tokens * dtype.itemsize:
-            raise DataError(
-                f"{path} is corrupt: it is not an array of {dtype} with shape {(num_tokens,)}, as its metadata says. "
-                f"{REMEDY}"
-            )
-        return _map(file, dtype, len(header), num_tokens), metadata
+        if start != header:
+            position = next((i for i in range(len(start)) if start[i] != header[i]), len(start))
+            problem = f"its header differs at byte {position}"
+        elif size != num_bytes:
+            problem = f"it has {size:,} bytes instead of {num_bytes:,}"
+        else:
+            return _map(file, dtype, len(header), num_tokens), metadata
+    raise DataError(
+        f"{path} is corrupt: it is not an array of {dtype} with shape {(num_tokens,)}, as its metadata says, because "
+        f"{problem}. {REMEDY}"
+    )
 
 
 def _open_llmc(path: Path, start: bytes) -> tuple[TokenIds, TokenMetadata]:
