@@ -10,3 +10,6 @@ Aspect = Literal["model", "adapter", "dataset", "optimizer", "schedule", "global
 
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "curves.png", "run.json", "logs", "checkpoints")
 """What a run writes to its folder, `checkpoints` last: without them, a folder does not count as holding a run."""
+
+TOKENIZER_FILE = "tokenizer.json"
+"""Name of the file of a tokenizer, in a folder of texts, a run or an export."""

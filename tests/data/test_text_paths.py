@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ def folder(tmp_path):
     for name, content in {
         "a.txt": "To be, or not to be:",
         "more/b.TXT": "that is the question.\n",
+        "tokenizer.json": "no text",
         "run/run.json": "{}",
         "run/metrics.jsonl": "no text",
         "run/logs/c.txt": "no text",
@@ -100,6 +102,16 @@ def test_data_that_would_be_left_out_of_a_folder_is_an_error(folder, read, name)
     (folder / name).touch()
     with pytest.raises(DataError, match=rf"{folder / name}.*{folder}/\*\*/\*\.txt.*homebrew prepare"):
         read(folder)
+
+
+def test_the_pattern_in_an_error_matches_the_folder_that_was_given(tmp_path):
+    for name in ("texts[1]/a.txt", "texts[1]/b.jsonl", "texts1/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(DataError) as error:
+        text_files(tmp_path / "texts[1]")
+    pattern = re.search("a pattern such as '(.*?)'", str(error.value))[1]
+    assert text_files(pattern) == [tmp_path / "texts[1]" / "a.txt"]
 
 
 def test_markdown_is_text(folder, tmp_path):

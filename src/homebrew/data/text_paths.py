@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from homebrew.constants import RUN_FILES
+from homebrew.constants import RUN_FILES, TOKENIZER_FILE
 from homebrew.data.text_file import check_regular_file, read_error, read_text
 from homebrew.data.token_metadata import TokenMetadata
 from homebrew.errors import DataError
@@ -25,8 +25,8 @@ PREPARE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".gz", ".zst")
 def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
     """Replace each folder by the files in it and in its subfolders, and each pattern by its matches, sorted by path.
 
-    Hidden files and folders, links to folders, the files of a run in its folder, and the `.json` files that `homebrew
-    prepare` writes are left out.
+    Hidden files and folders, links to folders, the files of a run in its folder, `tokenizer.json`, and the `.json`
+    files that `homebrew prepare` writes are left out.
 
     Args:
         paths: Files, folders and patterns, such as "shards/train_*.bin".
@@ -88,7 +88,7 @@ def _files_in(folder: Path, suffixes: Sequence[str | tuple[str, ...]]) -> list[P
             for path in found:
                 check_regular_file(path)  # raises for a broken link
             if group == TEXT_SUFFIXES and (others := _with_suffix(files, (*PREPARE_SUFFIXES, ".bin"))):
-                pattern = folder / "**" / f"*{found[0].suffix}"
+                pattern = Path(glob.escape(str(folder)), "**", f"*{found[0].suffix}")
                 raise DataError(
                     f"The folder {str(folder)!r} has not only text files, but also {str(others[0])!r}. Pass the files "
                     f"or a pattern such as {str(pattern)!r}. `homebrew prepare` tokenizes JSON Lines, Parquet and "
@@ -110,7 +110,9 @@ def _raise_read_error(error: OSError) -> None:
 
 
 def _is_metadata(path: Path) -> bool:
-    """Return whether a file is the metadata of a token file, or of parts that `homebrew prepare` continues from."""
+    """Return whether a file is a tokenizer, or the metadata of a token file or of the parts in a `.partial` folder."""
+    if path.name == TOKENIZER_FILE:
+        return True
     if path.suffix != ".json":
         return False
     if not path.with_suffix(".npy").exists():

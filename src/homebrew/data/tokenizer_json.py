@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from homebrew.bounded_readers import parse_json, read_bytes, read_json
+from homebrew.constants import TOKENIZER_FILE
 from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tiktoken_tokenizer import to_notation
 from homebrew.errors import DataError
 from homebrew.io import absolute_path, atomic_replace, strict_json, write_errors
-
-TOKENIZER_FILE = "tokenizer.json"
 
 Encoding = tuple[Mapping[str, Any], list[str]]
 """The vocabulary of a tokenizer, and its merges as "a b"."""

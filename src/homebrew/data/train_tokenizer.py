@@ -4,12 +4,13 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from homebrew.constants import TOKENIZER_FILE
 from homebrew.data.byte_pair_tokenizer import MAX_TOKEN_BYTES, BytePairTokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.text_file import text_chunks
 from homebrew.data.text_paths import Paths, text_files
 from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
-from homebrew.data.tokenizer_json import TOKENIZER_FILE, check_tokenizer_path, write_tokenizer_json
+from homebrew.data.tokenizer_json import check_tokenizer_path, write_tokenizer_json
 from homebrew.errors import DataError, TokenizerError
 from homebrew.integers import as_integer
 from homebrew.io import absolute_path

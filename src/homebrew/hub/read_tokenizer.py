@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from homebrew.bounded_readers import MAX_BYTES
+from homebrew.constants import TOKENIZER_FILE
 from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
 from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
 from homebrew.data.tokenizer import Tokenizer, saved_tokenizer
-from homebrew.data.tokenizer_json import TOKENIZER_FILE, Encoding, parse_pipeline, pipeline_encoding
+from homebrew.data.tokenizer_json import Encoding, parse_pipeline, pipeline_encoding
 from homebrew.errors import DataError, ModelError, TokenizerError
 from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, tokenizer_files

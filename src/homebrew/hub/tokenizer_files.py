@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from homebrew.constants import TOKENIZER_FILE
 from homebrew.data.byte_pair_tokenizer import BytePairTokenizer, find_merges
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tiktoken_tokenizer import to_notation
 from homebrew.data.tokenizer import Tokenizer
-from homebrew.data.tokenizer_json import TOKENIZER_FILE, byte_level_pipeline, format_tokenizer_json
+from homebrew.data.tokenizer_json import byte_level_pipeline, format_tokenizer_json
 from homebrew.errors import DataError, ModelError
 from homebrew.io import atomic_replace, strict_json
 
