@@ -36,7 +36,9 @@ def test_a_setting_of_only_one_run_is_named_where_it_is(record, without):
 
 def test_runs_with_equal_settings_are_told_apart_by_their_folders(record):
     assert labels(record("a"), record("b")) == ["a", "b"]
-    assert labels(record("x/run"), record("y/run")) == ["x/run", "y/run"]
+    x, y = record("x/run"), record("y/run")
+    assert labels(x, y) == labels(x, x / "../../y/run") == ["x/run", "y/run"]
+    assert labels(x, record("x/run/run")) == ["run", "run/run"]
 
 
 def test_a_run_without_settings_has_its_name(record):

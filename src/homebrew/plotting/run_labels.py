@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from homebrew.metrics.run_settings import Settings
 from homebrew.plotting.run_record import RunRecord
@@ -28,8 +29,9 @@ def run_names(runs: Sequence[RunRecord]) -> list[str]:
     """Return the folders' names or, if two have the same name, their paths from where they differ."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        common = os.path.commonpath([run.folder for run in runs])
-        names = [os.path.relpath(run.folder, common) for run in runs]
+        folders = [Path(os.path.normpath(run.folder)) for run in runs]
+        common = os.path.commonpath([folder.parent for folder in folders])  # one may be in another
+        names = [os.path.relpath(folder, common) for folder in folders]
     return [_shortened(name, _MAX_NAME) for name in names]
 
 
