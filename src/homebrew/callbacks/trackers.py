@@ -2,6 +2,7 @@
 
 import html
 import os
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,9 @@ def start_trackers(
         names = ", ".join(tracker.name for tracker in accelerator.trackers)
         accelerator.trackers = []  # otherwise the next run would treat half-started trackers as running
         if isinstance(error, Exception):
+            problem = traceback.format_exception_only(error)[0].strip()
             raise ConfigError(
-                f"log_with: {names} could not be started: {type(error).__name__}: {str(error).rstrip('.'):.500}. "
+                f"log_with: {names} could not be started: {problem.rstrip('.'):.500}. "
                 f"Correct the settings of the tracker or log in (Weights & Biases: `wandb login`, or "
                 f"WANDB_MODE=offline), or remove log_with."
             ) from error
