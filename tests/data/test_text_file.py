@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from token_files import llmc_shard, npy
 
-from homebrew import TokenDataset, load_corpus
+from homebrew import TokenDataset, load_corpus, train_tokenizer
 from homebrew.cli.main import main
 from homebrew.data.preparation.prepare import prepare
 from homebrew.data.text_file import read_text, text_chunks
@@ -164,8 +164,19 @@ def test_line_endings_are_not_translated(tmp_path, text, tokenizer):
     assert prepared.metadata.num_text_bytes == len(text.encode() * 9)
 
 
-@pytest.mark.parametrize("name", ["book.jsonl", "book.NDJSON"])
-def test_json_lines_are_not_read_as_text(tmp_path, name):
+@pytest.mark.parametrize("name", ["book.jsonl", "book.NDJSON", "book.json"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: TokenDataset.from_file(path, 8, tokenizer="bytes"),
+        lambda path: load_corpus(path=path),
+        lambda path: train_tokenizer(path, path.parent / "own.json", vocab_size=300),
+        lambda path: train_tokenizer([path.parent / "a.txt", path], path.parent / "own.json", vocab_size=300),
+    ],
+)
+def test_json_lines_are_not_read_as_text(tmp_path, name, read):
+    (tmp_path / "a.txt").write_text("To be, or not to be")
     (tmp_path / name).write_text('{"text": "To be, or not to be"}\n' * 20)
-    with pytest.raises(DataError, match=r"JSON Lines.*homebrew prepare"):
-        TokenDataset.from_file(tmp_path / name, 8, tokenizer="bytes")
+    with pytest.raises(DataError, match=rf"{name}' has JSON.*homebrew prepare"):
+        read(tmp_path / name)
+    assert not (tmp_path / "own.json").exists()

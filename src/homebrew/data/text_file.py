@@ -14,6 +14,9 @@ from homebrew.data.binary_kinds import describe_binary, is_known_kind
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
 
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+"""Suffixes of the files that `homebrew prepare` reads as JSON Lines."""
+
 _CONTROL_BYTES = bytes(code for code in (*range(1, 32), 127) if chr(code) not in "\a\b\t\n\v\f\r\x1b")
 """Control characters that do not occur in texts, other than NUL."""
 
@@ -37,13 +40,8 @@ def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file.
 
     Raises:
-        DataError: As `text_chunks`; or the file has JSON Lines, whose markup would become part of the text.
+        DataError: As `text_chunks`.
     """
-    if Path(path).suffix.lower() in (".jsonl", ".ndjson"):
-        raise DataError(
-            f"{str(path)!r} has JSON Lines. Tokenize its texts with `homebrew prepare` and use the result, or give the "
-            f"text in a .txt file."
-        )
     return "".join(text_chunks(path, _BLOCK_BYTES))
 
 
@@ -51,8 +49,14 @@ def text_chunks(path: str | Path, chunk_characters: int) -> Iterator[str]:
     """Read a UTF-8 text file in chunks of at most `chunk_characters`. Which files are text does not depend on it.
 
     Raises:
-        DataError: If the file cannot be read, is not UTF-8, or is binary.
+        DataError: If the file cannot be read, is not UTF-8, or is binary; or has JSON, whose markup would become part
+            of the text.
     """
+    if Path(path).suffix.lower() in JSON_SUFFIXES:
+        raise DataError(
+            f"{str(path)!r} has JSON. Tokenize its texts with `homebrew prepare` and use the result, or give the text "
+            f"in a .txt file."
+        )
     try:
         with absolute_path(path).open("rb") as file:
             for block in decode_text(file, path):

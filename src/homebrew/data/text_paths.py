@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from homebrew.constants import RUN_FILES, TOKENIZER_FILE
-from homebrew.data.text_file import check_regular_file, read_error, read_text
+from homebrew.data.text_file import JSON_SUFFIXES, check_regular_file, read_error, read_text
 from homebrew.data.token_metadata import TokenMetadata
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
@@ -18,7 +18,7 @@ Paths = str | Path | Sequence[str | Path]
 TEXT_SUFFIXES = (".txt", ".md")
 """Suffixes of the text files that are taken from a folder."""
 
-PREPARE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".gz", ".zst")
+PREPARE_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".gz", ".zst")
 """Suffixes of the other files that `homebrew prepare` takes from a folder."""
 
 

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT
-from homebrew.data.text_file import count_lines, decode_text, read_error
+from homebrew.data.text_file import JSON_SUFFIXES, count_lines, decode_text, read_error
 from homebrew.data.utf8 import encode_utf8
 from homebrew.errors import DataError
 from homebrew.io import strict_json
-
-_JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 2**20
@@ -61,7 +59,7 @@ def file_format(path: str | Path) -> tuple[Format, str]:
     suffix = before if compression else last
     if suffix == ".parquet" and compression:
         raise DataError(f"{str(path)!r} is a compressed Parquet file, which is not supported. Decompress it first.")
-    return ("jsonl" if suffix in _JSON_LINES_SUFFIXES else "parquet" if suffix == ".parquet" else "text"), compression
+    return ("jsonl" if suffix in JSON_SUFFIXES else "parquet" if suffix == ".parquet" else "text"), compression
 
 
 def read_documents(span: Span, text_field: str, *, split_at_end_of_text: bool) -> Iterator[Document]:
