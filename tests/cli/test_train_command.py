@@ -41,11 +41,14 @@ def test_token_files_of_other_programs(tmp_path, invoke, invoke_error, tiny, has
     for name in ("train_0.bin", "train_1.bin", "val.bin"):
         write(name, ids)
     options = ["--output-dir", tmp_path / "run", *tiny, *([] if has_header else ["--tokenizer", "bytes"])]
-    data = ["train", tmp_path / "train_*.bin", "--eval-data", tmp_path / "val.bin"]
-    assert "step 2/2" in invoke(*data, *options, "--max-steps", 2)
+    options += ["--eval-data", tmp_path / "val.bin", "--max-steps", 2]
+    output = invoke("train", tmp_path / "train_*.bin", *options)
+    assert "step 2/2" in output
+    assert "train_0.bin and 1 more." in output
     invoke("train", "--resume", "--output-dir", tmp_path / "run")
     write("train_1.bin", ids[::-1])
-    assert "--accept-changes dataset" in invoke_error(*data, *options, "--resume", "--max-steps", 2)
+    files = [tmp_path / "train_0.bin", tmp_path / "train_1.bin"]
+    assert "--accept-changes dataset" in invoke_error("train", *files, *options, "--resume")
 
 
 def test_resume_must_be_requested_and_changes_accepted(text, tmp_path, invoke, invoke_error, tiny):

@@ -73,6 +73,15 @@ def test_token_files_may_be_a_folder(folder, tmp_path):
     assert of_folder.fingerprint == of_files.fingerprint
 
 
+@pytest.mark.parametrize("shard_tokens", [None, 100])
+def test_the_splits_of_prepare_are_not_mixed(tmp_path, shard_tokens):
+    (tmp_path / "a.jsonl").write_text('{"text": "some text"}\n{"text": "more of it"}\n' * 40)
+    prepare(tmp_path / "a.jsonl", tmp_path / "b.npy", tokenizer="bytes", val_fraction=0.5, shard_tokens=shard_tokens)
+    with pytest.raises(DataError, match=r"b-train\*.npy.*b-val\*.npy"):
+        TokenDataset.from_file(tmp_path, 4)
+    assert TokenDataset.from_file(tmp_path / "b-train*.npy", 4).num_tokens > 400
+
+
 def test_only_the_first_suffix_that_occurs_is_taken_from_a_folder(folder):
     assert expand_paths(folder, ".npy", TEXT_SUFFIXES) == text_files(folder)
     prepare(folder, folder / "tokens.npy", tokenizer="bytes")

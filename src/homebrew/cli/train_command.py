@@ -60,6 +60,7 @@ class Train:
         from homebrew import GPT, RunLogger, Trainer
         from homebrew.checkpoint.store import CheckpointStore
         from homebrew.cli.saved_command import command_line
+        from homebrew.data.text_paths import describe_files
         from homebrew.model.lora import add_lora
 
         config, lora = self.trainer.validated(), self.model.lora_config()
@@ -74,8 +75,11 @@ class Train:
             add_lora(model, lora, seed=config.seed)
         logger = RunLogger(command=command_line(self))
         trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=config, callbacks=[logger, *sampling])
-        if choice is not None and trainer.is_main_process:
-            _print(choice)
+        if trainer.is_main_process:
+            if files != list(self.data.files):  # of a folder or a pattern
+                _print(f"Data: {describe_files(files)}.")
+            if choice is not None:
+                _print(choice)
         is_finished = self.resume and config.max_steps in CheckpointStore(Path(config.output_dir)).steps()
         try:
             trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)

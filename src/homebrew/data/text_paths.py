@@ -3,6 +3,7 @@
 import glob
 import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ TEXT_SUFFIXES = (".txt", ".md")
 
 PREPARE_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".gz", ".zst")
 """Suffixes of the other files that `homebrew prepare` takes from a folder."""
+
+_SPLIT = re.compile(r"(.*)-(train|val)(-\d{5})?")
+"""Stem of a token file of one of the splits of `homebrew prepare`."""
 
 
 def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
@@ -87,6 +91,8 @@ def _files_in(folder: Path, suffixes: Sequence[str | tuple[str, ...]]) -> list[P
         if found := _with_suffix(files, group):
             for path in found:
                 check_regular_file(path)  # raises for a broken link
+            if group == (".npy",):
+                _check_splits(folder, found)
             if group == TEXT_SUFFIXES and (others := _with_suffix(files, (*PREPARE_SUFFIXES, ".bin"))):
                 pattern = Path(glob.escape(str(folder)), "**", f"*{found[0].suffix}")
                 raise DataError(
@@ -99,6 +105,18 @@ def _files_in(folder: Path, suffixes: Sequence[str | tuple[str, ...]]) -> list[P
     if others := _with_suffix(files, (*TEXT_SUFFIXES, *PREPARE_SUFFIXES)):
         remedy = f"Tokenize its texts, such as {str(others[0])!r}, with `homebrew prepare`, and use the result."
     raise DataError(f"The folder {str(folder)!r} has no {' or '.join(itertools.chain(*groups))} files. {remedy}")
+
+
+def _check_splits(folder: Path, files: Sequence[Path]) -> None:
+    """Raise DataError if the token files of a folder are both splits of `homebrew prepare --val-fraction`."""
+    names = [_SPLIT.fullmatch(path.stem) for path in files]
+    if {match[2] for match in names if match} == {"train", "val"}:
+        prefix = next(match[1] for match in names if match)
+        train, val = (str(Path(glob.escape(str(folder)), f"{prefix}-{split}*.npy")) for split in ("train", "val"))
+        raise DataError(
+            f"The folder {str(folder)!r} has tokens to train on and to validate on. Pass them as {train!r} and, to "
+            f"evaluate, {val!r}."
+        )
 
 
 def _with_suffix(files: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
