@@ -52,7 +52,7 @@ TEST_OF_FIELD = {
         "eval_every": "training/test_trainer_evaluation.py::test_evaluates_every_eval_every_steps_and_at_the_end",
         "eval_batches": "training/test_trainer_evaluation.py::test_eval_batches_limits_the_evaluated_micro_batches",
         "log_every": f"{REFERENCE_LOOP}[seed]",
-        "log_with": "training/test_trainer_saving.py::test_log_with_tensorboard_writes_event_files",
+        "log_with": "callbacks/test_trackers.py::test_tensorboard_has_metrics_settings_and_samples",
         "save_every": "training/test_trainer_saving.py"
         "::test_checkpoints_are_saved_every_save_every_steps_and_at_the_end",
         "keep_last": "training/test_trainer_saving.py::test_the_newest_keep_last_checkpoints_are_kept",

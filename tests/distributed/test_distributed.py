@@ -432,7 +432,7 @@ FAILURES = {  # what fails on which rank: layout and expected error
     "commit": ("fsdp2", "could not be written"),
     "lone commit": ("ddp2", "could not be written"),
     "disk": ("fsdp2", "ConfigError: output_dir="),
-    "record": ("ddp2", "ConfigError: Cannot write run.json"),
+    "record": ("ddp2", "run.json cannot be written"),
     "lock": ("ddp2", "is in use by another Trainer of this process"),
 }
 
