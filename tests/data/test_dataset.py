@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homebrew.data.dataset import TokenDataset
+from homebrew.data.preparation.prepare import prepare
 from homebrew.data.token_file import write_tokens
 from homebrew.data.tokenizer import get_tokenizer
 from homebrew.errors import DataError
@@ -105,6 +106,24 @@ def test_a_split_can_be_split_again():
     first, second = train.split(0.75, seed=None)
     assert sorted(inputs(first) + inputs(second)) == sorted(inputs(train))
     assert max(inputs(first)) < min(inputs(second))
+
+
+@pytest.mark.parametrize("text", ["story.txt", ["story.txt"]])
+def test_a_path_that_is_taken_for_a_text_is_an_error(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    assert len(TokenDataset.from_text(text, block_size=2, tokenizer="char")) == 4
+    (tmp_path / "story.txt").write_text("It was a dark night.")
+    with pytest.raises(DataError, match="from_file"):
+        TokenDataset.from_text(text, block_size=2, tokenizer="char")
+    TokenDataset.from_text("story.txt\0", block_size=2, tokenizer="char")
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_another_tokenizer_than_that_of_a_token_file_is_an_error(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("some text")
+    prepare(tmp_path / "a.txt", tmp_path / "a.npy", tokenizer="bytes")
+    with pytest.raises(DataError, match=f"has the tokenizer 'bytes', but '{tokenizer}' was given"):
+        TokenDataset.from_file(tmp_path / "a.npy", 4, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, 1e-9, float("nan"), float("inf")])

@@ -1,5 +1,6 @@
 """`TokenDataset`: creates datasets of fixed-length windows from texts, token ids and files."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -60,6 +61,10 @@ class TokenDataset(WindowDataset):
         if not any(texts):
             raise DataError("The text is empty. Give a text to train on.")
         num_text_bytes = sum(len(encode_utf8(text)) for text in texts)
+        if len(texts) == 1 and len(texts[0]) < 256 and os.path.isfile(texts[0]):  # noqa: PTH113 - takes any string
+            raise DataError(
+                f"The text {texts[0]!r} is the path of a file. Use TokenDataset.from_file({texts[0]!r}, …)."
+            )
         if isinstance(tokenizer, str | Path):
             tokenizer = get_tokenizer(tokenizer, text="".join(texts))
         check_tokenizer(tokenizer)

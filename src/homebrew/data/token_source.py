@@ -164,7 +164,16 @@ def _named_tokenizer(name: str | Path, path: Path) -> Tokenizer:
     description = TokenFile(path).metadata.tokenizer if names_its_vocabulary(path) else None
     if description is not None and description.get("name") == name:
         return tokenizer_from_json(description)
+    if description is not None and name == "char":  # only a text says its alphabet
+        raise _other_tokenizer(path, description, "char")
     return get_tokenizer(name)
+
+
+def _other_tokenizer(path: Path, description: dict[str, Any], name: str) -> DataError:
+    return DataError(
+        f"{path} has the tokenizer {description.get('name')!r}, but {name!r} was given, or one with other tokens. "
+        f"Leave the tokenizer out, or give a file that this tokenizer made."
+    )
 
 
 def _check_tokenizer(tokenizer: Tokenizer, file: TokenFile) -> None:
@@ -178,7 +187,4 @@ def _check_tokenizer(tokenizer: Tokenizer, file: TokenFile) -> None:
     if description is not None and strict_json(description, sort_keys=True) != strict_json(
         tokenizer.to_json(), sort_keys=True
     ):
-        raise DataError(
-            f"{file.path} has the tokenizer {description.get('name')!r}, but {tokenizer.name!r} was given, or one "
-            f"with other tokens. Leave the tokenizer out, or give a file that this tokenizer made."
-        )
+        raise _other_tokenizer(file.path, description, tokenizer.name)
