@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from homebrew.bounded_readers import read_json
 from homebrew.callbacks.base import Callback
-from homebrew.callbacks.trackers import log_samples, start_trackers
+from homebrew.callbacks.trackers import finish_trackers, log_samples, start_trackers
 from homebrew.data.tokenizer import dataset_tokenizer
 from homebrew.distributed.collectives import run_on_main
 from homebrew.errors import ConfigError, DataError
@@ -92,9 +92,7 @@ class RunLogger(Callback):
             self._log = None
         started, self._started_trackers = self._started_trackers, []
         trainer.accelerator.trackers = [tracker for tracker in trainer.accelerator.trackers if tracker not in started]
-        with contextlib.ExitStack() as stack:  # finishes all, even if one raises
-            for tracker in started:
-                stack.callback(tracker.finish)
+        finish_trackers(started)
 
     def _start(self, trainer: "Trainer", description: dict[str, Any]) -> None:
         folder, accelerator = Path(trainer.config.output_dir), trainer.accelerator

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from homebrew.errors import ConfigError
 from homebrew.metrics.run_settings import flatten_settings
 from homebrew.metrics.step_metrics import TextSample
+from homebrew.user_warnings import warn
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -60,6 +61,15 @@ def start_trackers(
             ) from error
         raise
     return list(accelerator.trackers)
+
+
+def finish_trackers(trackers: "Iterable[GeneralTracker]") -> None:
+    """Finish trackers. One that fails, such as without a network, is a warning: the run itself is complete."""
+    for tracker in trackers:
+        try:
+            tracker.finish()
+        except Exception as error:  # of the tracker's library
+            warn(f"log_with: {tracker.name} could not be finished: {error!r:.500}. All metrics are in metrics.jsonl.")
 
 
 def log_samples(trackers: "Iterable[GeneralTracker]", samples: Sequence[TextSample], step: int) -> None:
