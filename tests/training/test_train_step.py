@@ -231,6 +231,16 @@ def test_hooks_are_called_in_each_pass(captured, kind):
     assert len(calls) == 6
 
 
+def take_before_and_after(change):
+    """Return an eager and a captured run of three steps before and three after a change."""
+    runs = []
+    for graphs in (None, "all"):
+        steps = Steps("cpu", graphs=graphs, num_micro_batches=2).take(3)
+        change(steps)
+        runs.append(steps.take(3))
+    return runs
+
+
 def double_the_norm(model):
     norm = model.transformer.ln_f
     norm.forward = lambda x: 2 * F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias)
@@ -240,21 +250,13 @@ def double_the_norm(model):
     "change", [lambda m: m.transformer.eval(), lambda m: setattr(m.transformer, "dropout", 0.9), double_the_norm]
 )
 def test_a_changed_attribute_of_a_module_is_used(captured, change):
-    runs = []
-    for graphs in (None, "all"):
-        steps = Steps("cpu", graphs=graphs, num_micro_batches=2).take(3)
-        change(steps.model)
-        runs.append(steps.take(3))
+    runs = take_before_and_after(lambda steps: change(steps.model))
     assert len(captured) == 3
     assert_same(*runs, **tolerance("cpu", "adamw"))
 
 
 def test_another_number_of_micro_batches_is_used(captured):
-    runs = []
-    for graphs in (None, "all"):
-        steps = Steps("cpu", graphs=graphs, num_micro_batches=2).take(3)
-        steps.num_micro_batches = 3
-        runs.append(steps.take(3))
+    runs = take_before_and_after(lambda steps: setattr(steps, "num_micro_batches", 3))
     assert captured
     assert_same(*runs, **tolerance("cpu", "adamw"))
 
@@ -278,11 +280,7 @@ def add_a_dropout(model):
     ],
 )
 def test_a_changed_module_is_used(captured, change):
-    runs = []
-    for graphs in (None, "all"):
-        steps = Steps("cpu", graphs=graphs, num_micro_batches=2).take(3)
-        change(steps.model)
-        runs.append(steps.take(3))
+    runs = take_before_and_after(lambda steps: change(steps.model))
     assert len(captured) == 2
     assert_same(*runs, **tolerance("cpu", "adamw"))
 
