@@ -31,12 +31,6 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, train
     return F.dropout(weights, dropout, training) @ v
 
 
-def plain_gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """GELU, its gradient and the sum of the gradient over rows, for `torch.compile` to fuse."""
-    d_x = torch.ops.aten.gelu_backward(d_y, x, approximate="tanh")
-    return F.gelu(x, approximate="tanh"), d_x, d_x.sum(0, dtype=torch.float32)
-
-
 def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Head and loss with the logits of all tokens in memory."""
     logits = F.linear(hidden, weight)[..., :vocab_size]
@@ -54,29 +48,30 @@ OPTIMIZATIONS: dict[str, dict[str, Any]] = {
     "fused head and loss": {"homebrew.model.gpt.linear_cross_entropy": plain_loss},
     "Triton loss kernel": {"homebrew.model.ops.chunked_loss.uses_triton": lambda _: False},
     "fused MLP": {"homebrew.model.ops.mlp.uses_triton": lambda _: False},
-    "Triton GELU kernels": {
-        "homebrew.model.ops.mlp._gelu": lambda x: F.gelu(x, approximate="tanh"),
-        "homebrew.model.ops.mlp._gelu_backward": plain_gelu_backward,
+    "timed matrix products": {
+        "homebrew.model.ops.linear.is_tunable": lambda *_: False,
+        "homebrew.model.ops.matmul.is_tunable": lambda *_: False,
     },
     "cuDNN attention": {
         "homebrew.model.ops.attention.TRAINING_ATTENTION": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     },
     "CUDA graphs": {"homebrew.training.compile.LAUNCH_BOUND_FLOPS": 0.0},
 }
-KERNELS = ("cuDNN attention", "bfloat16 residual", "fused head and loss", "fused MLP")
+KERNELS = ("cuDNN attention", "bfloat16 residual", "fused head and loss", "fused MLP", "timed matrix products")
 """Without these, the model is GPT-2 in plain PyTorch. Under autocast its residual stream and loss are float32."""
 RUNGS = (
     *("float32", "TF32", "bfloat16", "compile", "flash attention", "padded vocabulary", "fused AdamW"),
     *("bfloat16 residual", "fused head and loss", "micro-batch 64", "fused MLP", "cuDNN attention"),
+    "timed matrix products",
 )
-GPU_RUNGS = {"TF32", "micro-batch 64", "fused MLP", "cuDNN attention"}
+GPU_RUNGS = {"TF32", "micro-batch 64", "fused MLP", "cuDNN attention", "timed matrix products"}
 
 
 @dataclass
 class Options(RoundOptions):
     """Measure tokens/s and peak memory without each optimization."""
 
-    without: tuple[str, ...] = (*KERNELS, "Triton loss kernel", "Triton GELU kernels", "padded vocabulary")
+    without: tuple[str, ...] = (*KERNELS, "Triton loss kernel", "padded vocabulary")
     """Optimizations to switch off, one per row. Also: "flash attention", "compile", "CUDA graphs"."""
     ladder: bool = False
     """Instead, add one optimization after the other to a plain loop with micro-batches of 8, and time 7 × `steps`."""

@@ -15,10 +15,10 @@ def cross_entropy_inplace(logits, targets, vocab_size, with_gradient, ignore_ind
     return total
 
 
-def gelu(x):
-    return F.gelu(x, approximate="tanh")
+def gelu(x, bias):
+    return F.gelu(x.float() + bias, approximate="tanh").to(x.dtype)
 
 
-def gelu_backward(x, d_y):
-    d_x = torch.ops.aten.gelu_backward(d_y.float(), x.float(), approximate="tanh")
-    return gelu(x), d_x.to(x.dtype), d_x.sum(0)
+def gelu_backward(x, bias, d_y):
+    d_x = torch.ops.aten.gelu_backward(d_y.float(), x.float() + bias, approximate="tanh")
+    return gelu(x, bias), d_x.to(x.dtype), d_x.sum(0)

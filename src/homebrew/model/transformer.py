@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.ops.attention import causal_attention
 from homebrew.model.ops.autocast import compute_dtype
+from homebrew.model.ops.linear import apply_linear, is_plain
 from homebrew.model.ops.mlp import mlp
 
 if TYPE_CHECKING:
@@ -41,14 +42,16 @@ class CausalSelfAttention(nn.Module):
             cache: Keys and values of earlier tokens, which the new tokens also attend to. Updated in place.
         """
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
+        q, k, v = (
+            apply_linear(self.c_attn, x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+        )  # (B, T, nh, hs) each
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             y = cache.attend(q, k, v)
         else:
             y = causal_attention(q, k, v, dropout=self.dropout, training=self.training)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return F.dropout(apply_linear(self.c_proj, y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -62,7 +65,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        if type(self.c_fc) is type(self.c_proj) is nn.Linear:
+        if is_plain(self.c_fc) and is_plain(self.c_proj):
             x = mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
         elif self.training and torch.is_grad_enabled():
             # A LoRA layer saves its input for the backward pass. For c_proj that is the widest activation of the

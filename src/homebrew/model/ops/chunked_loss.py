@@ -16,6 +16,7 @@ from torch import Tensor
 from homebrew.constants import IGNORE_INDEX
 from homebrew.model.ops import uses_triton
 from homebrew.model.ops.autocast import compute_dtype
+from homebrew.model.ops.matmul import matmul_into
 
 CHUNK_TOKENS = 16_384
 """Tokens per chunk. GPT-2's logits then take 1.6 GB in bfloat16, and the matrix products are large."""
@@ -72,11 +73,11 @@ def _chunked_loss_and_grads(
     buffers = _Buffers(hidden[:size], weight, vocab_size)
     for start in range(0, len(hidden), size):
         x, y = hidden[start : start + size], targets[start : start + size]
-        logits = torch.mm(x, w.T, out=buffers.logits[: len(x)])  # (n, padded V)
+        logits = matmul_into(buffers.logits[: len(x)], x, w.T)  # (n, padded V)
         total += _cross_entropy_inplace(logits, y, vocab_size, grad_hidden or grad_weight, buffers.float32[: len(x)])
         # `logits` now holds its own gradient, if one was requested.
         if grad_hidden:
-            torch.mm(logits, w, out=d_hidden[start : start + size])
+            matmul_into(d_hidden[start : start + size], logits, w)
         if grad_weight:
             _add_matmul_inplace(d_weight, logits.T, x, buffers.product)
     return total, d_hidden, d_weight

@@ -1,8 +1,8 @@
 """The MLP, fused on a GPU.
 
-The hidden layer of GPT-2's MLP holds its widest activations, 4·C values per token. Only the GELU's input is saved
-for the backward pass. There, one kernel recomputes the GELU and computes its gradient and the gradient of the first
-bias.
+The hidden layer of GPT-2's MLP holds its widest activations, 4·C values per token. Only the first matrix product is
+saved for the backward pass. There, one kernel recomputes the GELU and computes its gradient and the gradient of the
+first bias.
 """
 
 from typing import Any
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from homebrew.model.ops import uses_triton
 from homebrew.model.ops.autocast import compute_dtype
+from homebrew.model.ops.linear import linear_backward
+from homebrew.model.ops.matmul import matmul, matmul_into
 
 
 def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
@@ -28,64 +30,68 @@ def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> 
     Returns:
         Tensor of shape (B, T, C).
     """
-    if not uses_triton(x):
+    if not (torch.is_grad_enabled() and uses_triton(x)):
         return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate="tanh"), w_out, b_out)
-    x_rows = x.to(compute_dtype(x)).flatten(0, -2)  # (B·T, C)
-    y: Tensor = FusedMLP.apply(x_rows, w_in, b_in, w_out, b_out)  # type: ignore[no-untyped-call]
+    y: Tensor = _mlp(x.to(compute_dtype(x)).flatten(0, -2), w_in, b_in, w_out, b_out)[0]
     return y.view(x.shape)
 
 
-class FusedMLP(torch.autograd.Function):
-    """`mlp` for rows, (n, C) to (n, C), with Triton kernels."""
+@torch.library.custom_op("homebrew::mlp", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def _mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the output (n, C) of rows (n, C), and the first product, (n, F), which is the GELU's input less `b_in`.
 
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401 - autograd's context
-        x: Tensor,
-        w_in: Tensor,
-        b_in: Tensor,
-        w_out: Tensor,
-        b_out: Tensor,
-    ) -> Tensor:
-        """Compute the output, and save the GELU's input."""
-        pre_gelu = F.linear(x, w_in.to(x.dtype), b_in.to(x.dtype))  # (n, F)
-        ctx.save_for_backward(x if w_in.requires_grad else None, pre_gelu, w_in, w_out)
-        return F.linear(_gelu(pre_gelu), w_out.to(x.dtype), b_out.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's context
-        """Compute the gradients of the inputs that need one. Autograd casts each to its input's dtype."""
-        x, pre_gelu, w_in, w_out = ctx.saved_tensors
-        needs_x, needs_w_in, _, needs_w_out, needs_b_out = ctx.needs_input_grad
-        post_gelu, d_pre_gelu, d_b_in = _gelu_backward(pre_gelu, d_y @ w_out.to(d_y.dtype))  # (n, F), (n, F), (F,)
-        return (  # under LoRA the weights are frozen, and the first block's input needs no gradient either
-            d_pre_gelu @ w_in.to(d_y.dtype) if needs_x else None,
-            d_pre_gelu.T @ x if needs_w_in else None,
-            d_b_in,
-            d_y.T @ post_gelu if needs_w_out else None,
-            d_y.sum(0, dtype=torch.float32) if needs_b_out else None,
-        )
-
-
-@torch.library.custom_op("homebrew::gelu", mutates_args=())
-def _gelu(x: Tensor) -> Tensor:
+    The bias is added by the GELU's kernels: a matrix product that adds one is slower.
+    """
     from homebrew.model.ops.triton_kernels import gelu
 
-    return gelu(x)
+    product = matmul_into(x.new_empty(len(x), len(w_in)), x, w_in.to(x.dtype).T)
+    y = matmul_into(torch.empty_like(x), gelu(product, b_in), w_out.to(x.dtype).T, b_out.to(x.dtype))
+    return y, product
 
 
-@_gelu.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+@_mlp.register_fake
+def _(x: Tensor, w_in: Tensor, _b_in: Tensor, _w_out: Tensor, _b_out: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(len(x), len(w_in))
 
 
-@torch.library.custom_op("homebrew::gelu_backward", mutates_args=())
-def _gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("homebrew::gelu_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+def _gelu_backward(x: Tensor, bias: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from homebrew.model.ops.triton_kernels import gelu_backward
 
-    return gelu_backward(x, d_y.contiguous())
+    return gelu_backward(x.contiguous(), bias, d_y.contiguous())
 
 
 @_gelu_backward.register_fake
-def _(x: Tensor, _d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, _bias: Tensor, _d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+def _setup_context(
+    ctx: Any,  # noqa: ANN401 - autograd's context
+    inputs: tuple[Tensor, ...],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    x, w_in, b_in, w_out, _ = inputs
+    _, product = output
+    ctx.save_for_backward(x if w_in.requires_grad else None, product, w_in, b_in, w_out)
+    ctx.mark_non_differentiable(product)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_y: Tensor, _: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - autograd's context
+    """Compute the gradients of the inputs that need one. Autograd casts each to its input's dtype."""
+    x, product, w_in, b_in, w_out = ctx.saved_tensors
+    needs_x, needs_w_in, _, needs_w_out, needs_b_out = ctx.needs_input_grad
+    d_post_gelu = matmul(d_y, w_out.to(d_y.dtype))  # (n, F)
+    post_gelu, d_pre_gelu, d_b_in = _gelu_backward(product, b_in, d_post_gelu)  # (n, F), (n, F), (F,)
+    d_x, d_w_in = linear_backward(d_pre_gelu, x, w_in, needs_x, needs_w_in)
+    return (  # under LoRA the weights are frozen, and the first block's input needs no gradient either
+        d_x if needs_x else None,
+        d_w_in if needs_w_in else None,
+        d_b_in,
+        matmul(d_y, post_gelu, transpose_a=True) if needs_w_out else None,
+        d_y.sum(0, dtype=torch.float32) if needs_b_out else None,
+    )
+
+
+_mlp.register_autograd(_backward, setup_context=_setup_context)

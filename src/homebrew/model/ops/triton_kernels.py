@@ -121,23 +121,30 @@ def _cross_entropy_kernel(
             tl.store(logits + target, target_gradient.to(logits.dtype.element_ty), mask=in_vocab)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Compute the tanh GELU of a contiguous tensor."""
+def gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """Compute the tanh GELU of x + bias.
+
+    Args:
+        x: Matrix, (n, F), contiguous.
+        bias: Vector to add to each row, (F,).
+    """
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _gelu_kernel[(triton.cdiv(x.numel(), 2048),)](x, y, x.numel(), BLOCK=2048)
+        _gelu_kernel[(triton.cdiv(x.numel(), 2048),)](x, bias, y, x.numel(), NUM_COLUMNS=x.shape[1], BLOCK=2048)
     return y
 
 
-def gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the tanh GELU, its gradient for `x`, and the sum of that gradient over the rows.
+def gelu_backward(x: Tensor, bias: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the tanh GELU of x + bias, its gradient for `x`, and the sum of that gradient over the rows.
 
     Args:
-        x: Input of the GELU, (n, F), contiguous.
+        x: Matrix, (n, F), contiguous.
+        bias: Vector to add to each row, (F,).
         d_y: Gradient for the GELU's output, (n, F), contiguous.
 
     Returns:
-        GELU(x), (n, F), the gradient for x, (n, F), and its column sums, (F,), float32.
+        GELU(x + bias), (n, F), the gradient for x, (n, F), and its column sums, (F,), float32, which are the gradient
+        for the bias.
     """
     rows, columns = x.shape
     y, d_x = torch.empty_like(x), torch.empty_like(x)
@@ -146,6 +153,7 @@ def gelu_backward(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _gelu_backward_kernel[(triton.cdiv(columns, GELU_BLOCK[1]), num_parts)](
             x,
+            bias,
             d_y,
             y,
             d_x,
@@ -167,16 +175,19 @@ def _sigmoid_argument(x):
 
 
 @triton.jit
-def _gelu_kernel(x, y, size, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + offsets, mask=offsets < size)
-    value32 = value.to(tl.float32)
-    tl.store(y + offsets, (value32 * tl.sigmoid(_sigmoid_argument(value32))).to(value.dtype), mask=offsets < size)
+def _gelu_kernel(x, bias, y, size, NUM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = first + tl.arange(0, BLOCK)
+    columns = ((first % NUM_COLUMNS).to(tl.int32) + tl.arange(0, BLOCK)) % NUM_COLUMNS
+    loaded = tl.load(x + offsets, mask=offsets < size)
+    value = loaded.to(tl.float32) + tl.load(bias + columns).to(tl.float32)
+    tl.store(y + offsets, (value * tl.sigmoid(_sigmoid_argument(value))).to(loaded.dtype), mask=offsets < size)
 
 
 @triton.jit
 def _gelu_backward_kernel(
     x,
+    bias,
     d_y,
     y,
     d_x,
@@ -194,6 +205,7 @@ def _gelu_backward_kernel(
     d_y += offset
     y += offset
     d_x += offset
+    shift = tl.load(bias + columns, mask=columns < num_columns).to(tl.float32)
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
     for start in tl.range(0, ROWS, BLOCK_ROWS, num_stages=3):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -201,7 +213,7 @@ def _gelu_backward_kernel(
         offsets = rows * num_columns + columns
         # Every value is read only once, so it should not evict others from the cache.
         loaded = tl.load(x + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
-        value = loaded.to(tl.float32)
+        value = loaded.to(tl.float32) + shift
         gradient = tl.load(d_y + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         gate = tl.sigmoid(_sigmoid_argument(value))
         slope = 1.5957691216057308 + 0.21406445 * value * value  # the argument's derivative

@@ -1,0 +1,76 @@
+"""Tests of linear layers with the fastest matrix products. On a CPU, PyTorch computes these."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from homebrew.model.ops.linear import apply_linear, is_plain
+
+
+@pytest.fixture(autouse=True)
+def tunable_on_cpu(monkeypatch):
+    """Use the layer's operators on a CPU too."""
+    monkeypatch.setattr("homebrew.model.ops.linear.is_tunable", lambda device, dtype: True)
+
+
+def random_layer(frozen=""):
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 24)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad = name not in frozen.split()
+    return layer
+
+
+def outputs_and_gradients(function, layer, x):
+    y = function(layer, x)
+    inputs = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+    d_y = torch.linspace(-1, 2, y.numel()).view(y.shape).to(y.dtype)
+    return y, *torch.autograd.grad(y, inputs, d_y)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("frozen", ["", "x", "weight", "bias", "weight bias", "x weight"])
+def test_output_and_gradients_are_those_of_the_layer(frozen, compiled):
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_("x" not in frozen)
+    function = torch.compile(apply_linear, fullgraph=True, backend="aot_eager") if compiled else apply_linear
+    expected = outputs_and_gradients(lambda layer, x: layer(x), random_layer(frozen), x)
+    for actual, true in zip(outputs_and_gradients(function, random_layer(frozen), x), expected, strict=True):
+        torch.testing.assert_close(actual, true)
+
+
+def test_products_run_in_the_dtype_of_autocast():
+    layer, x = random_layer(), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = apply_linear(layer, x)
+        torch.testing.assert_close(y, F.linear(x, layer.weight, layer.bias))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.weight.grad.dtype == torch.float32
+    assert torch.equal(layer.bias.grad, torch.full((24,), 3.0))
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_are_called(kind):
+    layer, calls = random_layer(), []
+    assert is_plain(layer)
+    getattr(layer, f"register_{kind}")(lambda *a: calls.append(kind))
+    apply_linear(layer, torch.randn(3, 8, requires_grad=True)).sum().backward()
+    assert calls == [kind]
+
+
+def test_a_layer_of_another_class_is_called():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x = Doubled(8, 24), torch.randn(3, 8)
+    assert torch.equal(apply_linear(layer, x), layer(x))
+
+
+def test_operators_pass_opcheck():
+    x, layer, d_y = torch.randn(3, 8, requires_grad=True), random_layer(), torch.randn(3, 24)
+    torch.library.opcheck(torch.ops.homebrew.linear.default, (x, layer.weight, layer.bias))
+    for needs in ((True, True), (True, False), (False, True)):
+        arguments = (d_y, x.detach(), layer.weight.detach(), *needs)
+        torch.library.opcheck(torch.ops.homebrew.linear_backward.default, arguments)

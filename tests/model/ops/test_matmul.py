@@ -1,0 +1,116 @@
+"""Tests of matrix products with cuBLASLt's fastest algorithm. Without a GPU, PyTorch computes them."""
+
+import pytest
+import torch
+
+from homebrew.model.ops import matmul as module
+from homebrew.model.ops.cublaslt import Layout
+from homebrew.model.ops.matmul import is_tunable, matmul, matmul_into
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+
+
+def random(*shape, dtype=torch.bfloat16, transposed=False):
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    return x.T.contiguous().T if transposed else x
+
+
+def assert_is_product(actual, a, b, bias=None):
+    expected = a.double() @ b.double() + (0 if bias is None else bias.double())
+    assert actual.dtype == a.dtype
+    assert (actual.double() - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.fixture(autouse=True)
+def no_products(monkeypatch):
+    """Start with no tuned products, and forget those of the test."""
+    monkeypatch.setattr(module, "_products", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("size", [(64, 32, 48), (7, 5, 3), (1, 8, 16), (40, 1, 8)])
+def test_products_match_pytorch(size, transposed, with_bias, dtype):
+    n, k, m = size
+    a, b = random(n, k, dtype=dtype, transposed=transposed[0]), random(k, m, dtype=dtype, transposed=transposed[1])
+    bias = random(m, dtype=dtype) if with_bias else None
+    for _ in range(2):  # the first call times the algorithms
+        out = torch.full((n, m), torch.nan, device=DEVICE, dtype=dtype)
+        assert matmul_into(out, a, b, bias) is out
+        assert_is_product(out, a, b, bias)
+
+
+@pytest.mark.parametrize("transpose_a", [False, True])
+def test_the_operator_transposes_its_first_operand(transpose_a):
+    a, b = random(24, 16), random(24 if transpose_a else 16, 8)
+    assert_is_product(matmul(a, b, transpose_a=transpose_a), a.T if transpose_a else a, b)
+
+
+def test_rows_of_a_larger_matrix():
+    a, b = random(64, 40)[8:24, :32], random(32, 96)[:, 16:80]
+    assert_is_product(matmul_into(torch.empty(16, 64, device=DEVICE, dtype=a.dtype), a, b), a, b)
+
+
+def test_layouts():
+    x = torch.zeros(6, 16, dtype=torch.bfloat16)
+    assert Layout.of(x) == Layout(6, 16, 16, transposed=False)
+    assert Layout.of(x.T) == Layout(16, 6, 16, transposed=True)
+    assert Layout.of(x[2:4, 8:]) == Layout(2, 8, 16, transposed=False)
+    assert Layout.of(x[:, 1:]) is None  # not aligned
+    assert Layout.of(torch.zeros(6, 15, dtype=torch.bfloat16)) is None  # rows are not aligned
+    assert Layout.of(x[:, ::2]) is None  # gaps in both directions
+    assert Layout.of(x[:1].expand(6, 16)) is None  # rows overlap
+
+
+def test_only_half_precision_on_a_gpu_is_tuned():
+    assert not is_tunable(torch.device("cpu"), torch.bfloat16)
+    assert not is_tunable(torch.device("cuda"), torch.float32)
+
+
+@needs_gpu
+def test_each_kind_of_product_is_tuned_once(monkeypatch):
+    timed = []
+    find_fastest = module._TunedProduct._find_fastest
+    monkeypatch.setattr(
+        module._TunedProduct, "_find_fastest", lambda self, *a: timed.append(self) or find_fastest(self, *a)
+    )
+    a, b = random(64, 32), random(32, 48)
+    for _ in range(3):
+        matmul(a, b)
+    assert len(timed) == 1
+    matmul(random(32, 64), b, transpose_a=True)
+    assert len(timed) == 2
+
+
+@needs_gpu
+def test_reproducible_products_are_those_of_pytorch():
+    a, b = random(64, 32), random(32, 48)
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        assert torch.equal(matmul(a, b), a @ b)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    assert not module._products
+
+
+@needs_gpu
+def test_ever_new_shapes_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(module, "_MAX_PRODUCTS", 2)
+    for n in (8, 16, 24, 32):
+        a, b = random(n, 32), random(32, 48)
+        assert_is_product(matmul(a, b), a, b)
+    assert len(module._products) == 2
+
+
+@needs_gpu
+def test_a_product_is_captured_before_it_is_tuned():
+    a, b = random(64, 32), random(32, 48)
+    out = torch.zeros(64, 48, device=DEVICE, dtype=a.dtype)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        matmul_into(out, a, b)
+    graph.replay()
+    assert_is_product(out, a, b)
