@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from multiprocessing import Pool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from homebrew import TokenDataset, get_tokenizer
 from homebrew.data.text_file import read_text
 from homebrew.data.token_file import write_tokens
+from homebrew.distributed.launch import num_available_cores
 from homebrew.errors import DataError
 from homebrew.io import strict_json
 
@@ -57,7 +58,8 @@ def build_source_corpus(
     parts: dict[str, list[NDArray[np.uint16]]] = {"train": [], "validation": []}
     files: list[tuple[str, int]] = []
     num_tokens = 0
-    with Pool(workers) as pool:
+    # Not forked: a fork copies the locks that other threads hold.
+    with get_context("spawn").Pool(workers or num_available_cores()) as pool:
         encoded = pool.imap(_encode, [root / path for path, _ in candidates], chunksize=32)
         for file, ids in zip(candidates, encoded, strict=True):
             if ids is None:
