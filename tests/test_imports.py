@@ -44,6 +44,14 @@ def test_importing_costs_little_more_than_torch_and_accelerate():
     assert set(SLOW) & set(done.stdout.split()) == set()
 
 
+def test_a_model_on_the_meta_device_costs_no_imports():
+    program = "import sys, torch; from homebrew import GPT, GPTConfig\nwith torch.device('meta'): GPT(GPTConfig())"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}\nprint(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert set(SLOW) & set(done.stdout.split()) == set()
+
+
 def test_preparing_text_imports_no_torch():
     program = "import sys, homebrew.cli.main, homebrew.data.preparation.prepare; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -19,6 +19,7 @@ from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.ops.chunked_loss import linear_cross_entropy
 from homebrew.model.transformer import Transformer
+from homebrew.model.uninitialized import UninitializedWeights
 
 if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ class GPT(nn.Module):
         self.config = config
         self.source: str | None = None
         """Folder or Hub repository the weights were loaded from. An adapter's checkpoint refers to it."""
-        with torch.random.fork_rng(devices=[]):  # each layer's constructor draws weights, which are replaced below
+        with UninitializedWeights():
             self.transformer = Transformer(config)
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
@@ -55,6 +56,8 @@ class GPT(nn.Module):
     def _init_weights(self, seed: int) -> None:
         """Initialize as GPT-2: normal with std 0.02, and 0.02 / sqrt(2 * n_layer) for residual projections."""
         generator = torch.Generator().manual_seed(as_integer("seed", seed, *SEED_RANGE))
+        if self.device.type == "meta":
+            return  # weights without values; PyTorch would import sympy to draw them, which takes a second
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
