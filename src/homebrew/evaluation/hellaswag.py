@@ -23,6 +23,7 @@ from homebrew.integers import as_integer
 from homebrew.io import absolute_path
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT, check_gpt
+from homebrew.model.uncompiled import uncompiled
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 NUM_ENDINGS = 4
@@ -136,7 +137,7 @@ def ending_losses(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question
     positions = torch.arange(1, ids.shape[1])
     is_ending = (positions < lengths) & (positions >= lengths - torch.tensor(ending_lengths)[:, None])  # (4B, T - 1)
     is_ending = is_ending.to(model.device)
-    with eval_mode(model):
+    with eval_mode(model), uncompiled(model):  # each batch has another length
         hidden = model.transformer(ids[:, :-1])[is_ending]  # (N, C): only endings need logits
     logits = F.linear(hidden, model.lm_head.weight[: model.config.vocab_size]).float()  # (N, V)
     losses = logits.new_zeros(is_ending.shape)

@@ -15,6 +15,7 @@ from homebrew.distributed.fsdp import reshard
 from homebrew.errors import DataError
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.language_model import LossFunction
+from homebrew.model.uncompiled import uncompiled
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def mean_loss(
     """
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
     totals = torch.zeros(2, dtype=dtype, device=accelerator.device)  # total loss, number of targets
-    with eval_mode(model), torch.compiler.set_stance("force_eager") if eager else nullcontext():
+    with eval_mode(model), uncompiled(model) if eager else nullcontext():
         for input_ids, targets in eval_batches(
             dataset,
             micro_batch_size=micro_batch_size,

@@ -14,6 +14,7 @@ from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 from homebrew.model.interfaces import interface_of
 from homebrew.model.transformers_model import is_transformers_model
+from homebrew.model.uncompiled import uncompiled
 
 
 def continue_text(
@@ -86,7 +87,9 @@ def generate_ids(
         max_new_tokens = min(max_new_tokens, limit - len(ids) + 1)
     device = next(model.parameters()).device
     prompt = torch.tensor([list(ids)], device=device)
-    with eval_mode(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    rng_devices = [device] if device.type == "cuda" else []
+    # Each token makes the sequence longer, for which a compiled model would be compiled again.
+    with eval_mode(model), uncompiled(model), torch.no_grad(), torch.random.fork_rng(rng_devices):
         if seed is not None:
             torch.manual_seed(seed)
         try:

@@ -19,6 +19,7 @@ from homebrew.io import absolute_path, atomic_replace
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
 from homebrew.model.lora import merged_state_dict
+from homebrew.model.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from homebrew.model.gpt import GPT
@@ -99,8 +100,8 @@ def verify_export(folder: str | Path, model: "GPT", reloaded: "GPT") -> None:
             raise ModelError(f"{name} in {folder} does not read back as it was written. {remedy}")
     config = model.config
     ids = torch.arange(min(config.block_size, _NUM_COMPARED_TOKENS))[None] * 7919 % config.vocab_size
-    with eval_mode(model):
-        # The class's forward, because model.forward may be compiled or run under Accelerate's autocast.
+    with eval_mode(model), uncompiled(model):
+        # The class's forward, because model.forward may run under Accelerate's autocast.
         expected = type(model).forward(model, ids.to(model.device)).float().cpu()
     if not expected.isfinite().all():
         raise ModelError("The model's logits are not finite, although its weights are. Export an earlier checkpoint.")
