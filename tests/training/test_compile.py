@@ -44,7 +44,7 @@ def compiled_before(*args, **settings):
         ("cuda", "auto", {"max_steps": 100, "model": CustomLayer}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"max_steps": 100, "model": with_custom_layer}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"max_steps": 100, "model": compiled_before}, "cuda_graphs", GRAPHS),
-        ("cuda", "auto", {"max_steps": 100, "flops": LAUNCH_BOUND_FLOPS}, "kernels", {}),
+        ("cuda", True, {"max_steps": 100, "flops": LAUNCH_BOUND_FLOPS}, "kernels", {}),
         ("cuda", True, {"max_steps": 100}, "cuda_graphs", GRAPHS),
         ("cuda", "auto", {"launcher": DynamoBackend.INDUCTOR}, "none", None),
         ("cuda", "auto", {"graphs": False}, "kernels", {}),  # another model than a GPT
@@ -59,7 +59,8 @@ def test_compile_mode_and_options(monkeypatch, device, wanted, changes, mode, op
     case |= {"model": nn.Linear, **changes}
     model = case["model"](10, 10, bias=False)  # 400 bytes
     model.config = SimpleNamespace(dropout=case["dropout"])
-    block = SimpleNamespace(activation_checkpointing=case["recomputes"])
+    block = nn.Linear(1, 1)  # few of the model's weights
+    block.activation_checkpointing = case["recomputes"]
     interface = SimpleNamespace(supports_cuda_graphs=case["graphs"], blocks=lambda: [block])
     monkeypatch.setattr("homebrew.training.compile.interface_of", lambda _: interface)
     calls = []

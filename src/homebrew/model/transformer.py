@@ -133,6 +133,7 @@ class Transformer(nn.Module):
         x = x.to(compute_dtype(x))
         x = F.dropout(x, self.dropout, self.training)
         for index, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache.layer(index))
+            # With a cache, a compiled block runs uncompiled: each length of prompt and cache would be compiled.
+            x = block(x) if cache is None else block._call_impl(x, cache.layer(index))  # type: ignore[no-untyped-call]
         hidden: Tensor = self.ln_f(x)
         return hidden

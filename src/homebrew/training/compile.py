@@ -1,5 +1,7 @@
 """Compiles the model with torch.compile."""
 
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -14,7 +16,7 @@ from homebrew.model.language_model import LossFunction
 from homebrew.model.lora import lora_layers
 from homebrew.model.trial import trial
 from homebrew.training.batch_size import BatchPlan
-from homebrew.training.global_settings import raise_recompile_limit
+from homebrew.training.global_settings import configure_dynamo
 
 LAUNCH_BOUND_FLOPS = 1.5e13
 """Micro-batches of fewer FLOPs are compiled into CUDA graphs. An H200 runs this many in 30 ms, which is about
@@ -27,6 +29,11 @@ it saves: for nanoGPT's `shakespeare_char` some 13 s, or the time it saves in 4,
 EAGER_EVALUATION_FLOPS = 4e12
 """Models whose training micro-batch has fewer FLOPs are evaluated uncompiled: a pass takes milliseconds, and compiling
 it took 6.5 s."""
+
+COMPILED_BY_BLOCK_FLOPS = 3e17
+"""Runs of fewer FLOPs that are not launch-bound are compiled block by block: as all blocks share the code of the first,
+this takes a fraction of the time, but kernels are not fused across blocks, which costs about 1 % of throughput. An H200
+runs this many in about 9 minutes."""
 
 CompileMode = Literal["none", "kernels", "cuda_graphs", "captured"]
 """How the model runs: eagerly; compiled; compiled, with forward and backward passes replayed as CUDA graphs; or not
@@ -48,7 +55,7 @@ def compile_model(
 
     Args:
         model: Model on its device.
-        wanted: Whether to compile; "auto" compiles on CUDA only.
+        wanted: Whether to compile; "auto" compiles on CUDA only, and as much as pays in a run of this length.
         accelerator: The run's Accelerator. If its launcher chose a Dynamo backend, compilation is left to Accelerate.
         batch: How a step is divided into micro-batches.
         micro_batch_flops: FLOPs of one micro-batch, forward and backward.
@@ -57,29 +64,31 @@ def compile_model(
     Returns:
         How the model is compiled.
     """
-    on_cuda = accelerator.device.type == "cuda"
+    on_cuda, interface = accelerator.device.type == "cuda", interface_of(model)
     if not (on_cuda if wanted == "auto" else wanted) or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         return "none"
     use_graphs = (
         on_cuda
-        and interface_of(model).supports_cuda_graphs
+        and interface.supports_cuda_graphs
         and micro_batch_flops < LAUNCH_BOUND_FLOPS
         and accelerator.distributed_type == DistributedType.NO
         and (batch.accumulation_steps == 1 or _gradients_fit_twice(model))
     )
-    is_short = max_steps * batch.accumulation_steps * micro_batch_flops < SHORT_RUN_FLOPS
-    if wanted == "auto" and use_graphs and is_short and _can_capture(model):
+    run_flops = max_steps * batch.accumulation_steps * micro_batch_flops if wanted == "auto" else math.inf
+    if use_graphs and run_flops < SHORT_RUN_FLOPS and _can_capture(model):
         return "captured"
-    raise_recompile_limit()
-    if uses_fsdp(accelerator):
-        for block in interface_of(model).blocks():  # FSDP gathers weights between blocks
-            block.compile()
+    configure_dynamo()
+    blocks = interface.blocks()
+    by_block = not use_graphs and run_flops < COMPILED_BY_BLOCK_FLOPS and _are_most(blocks, model)
+    # Static shapes: PyTorch would switch to dynamic ones for a second Trainer with another batch size.
+    if by_block or uses_fsdp(accelerator):  # FSDP gathers weights between blocks
+        for block in blocks:
+            block.compile(dynamic=False)
         return "kernels"
     options = {"triton.cudagraphs": True} if use_graphs else {}
     if use_graphs and model.config.dropout:  # type: ignore[union-attr]  # only a GPT supports graphs
         # Inductor's kernel for the sums of a layer norm along both axes is slow if it also contains a dropout.
         options["triton.mix_order_reduction"] = False
-    # Static shapes: PyTorch would switch to dynamic ones for a second Trainer with another batch size.
     model.compile(options=options, dynamic=False)
     return "cuda_graphs" if use_graphs else "kernels"
 
@@ -121,6 +130,20 @@ def _can_capture(model: nn.Module) -> bool:
         or lora_layers(model)
         or any(block.activation_checkpointing for block in interface_of(model).blocks())
     )
+
+
+def _are_most(blocks: Sequence[nn.Module], model: nn.Module) -> bool:
+    """Return whether compiling only the blocks of a model compiles most of it.
+
+    Embeddings have weights, but compute little. Dynamo compiles PyTorch's own modules only within other code.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+    def num_weights(modules: Iterable[nn.Module]) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters() if id(p) not in embeddings)
+
+    own = [block for block in blocks if not type(block).__module__.startswith("torch.nn.")]
+    return num_weights(own) > num_weights([model]) / 2
 
 
 def _gradients_fit_twice(model: nn.Module) -> bool:

@@ -55,8 +55,13 @@ def exclusive_training(trainer: object) -> Iterator[None]:
         _TRAINING.release()
 
 
-def raise_recompile_limit() -> None:
-    """Raise Dynamo's limit of compiled variants to `RECOMPILE_LIMIT`; called only if the model is compiled."""
+def configure_dynamo() -> None:
+    """Raise Dynamo's limit of compiled variants, and let it see hooks; called only if the model is compiled.
+
+    By default, Dynamo does not compare the hooks of modules: those on one block would be left out, because it runs the
+    code of another block, and so would backward hooks.
+    """
     from torch._dynamo import config  # takes a second to import
 
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    config.skip_nnmodule_hook_guards = False
