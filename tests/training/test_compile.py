@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +14,7 @@ from homebrew.model.language_model import module_loss
 from homebrew.training.batch_size import BatchPlan
 from homebrew.training.compile import LAUNCH_BOUND_FLOPS, compile_model, warm_up_compiled
 
+ROOT = Path(__file__).parents[2]
 GRAPHS = {"triton.cudagraphs": True}
 
 
@@ -143,3 +148,36 @@ def test_warm_up_leaves_no_trace(error):
     assert model.weight.grad is None
     assert model.num_calls == 0
     assert torch.equal(torch.get_rng_state(), rng_state)
+
+
+_COUNT_CACHED_GRAPHS = """
+import sys, torch
+from homebrew import GPT, GPTConfig
+from homebrew.training.global_settings import configure_compiler
+
+configure_compiler()
+model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=10))
+for module, name in (("linear", "is_tunable"), ("mlp", "uses_triton")):
+    setattr(sys.modules[f"homebrew.model.ops.{module}"], name, lambda *_: True)
+import torch_kernels
+
+sys.modules["homebrew.model.ops.triton_kernels"] = torch_kernels
+model.compile(dynamic=False)
+ids = torch.zeros(1, 8, dtype=torch.int64)
+model(ids, ids).backward()
+print(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_another_process_finds_the_traced_graphs(tmp_path):
+    """Also with the operators of a GPU, in PyTorch instead of Triton."""
+    paths = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    hits = [
+        subprocess.run(
+            [sys.executable, "-c", _COUNT_CACHED_GRAPHS], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()[-1]
+        for _ in range(2)
+    ]
+    assert hits == ["0", "1"]

@@ -12,7 +12,7 @@ from homebrew import GPT, Muon, TrainerConfig
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.curve_plot import CurvePlot
 from homebrew.callbacks.run_logger import RunLogger
-from homebrew.training.global_settings import RECOMPILE_LIMIT, allow_tf32, configure_dynamo
+from homebrew.training.global_settings import RECOMPILE_LIMIT, allow_tf32, configure_compiler
 from homebrew.training.setup import build_callbacks, build_parts, resolve_accelerator
 
 
@@ -108,7 +108,7 @@ def test_the_recompile_limit_is_never_lowered():
 
     for limit, expected in ((8, RECOMPILE_LIMIT), (1000, 1000)):
         with config.patch(recompile_limit=limit):
-            configure_dynamo()
+            configure_compiler()
             assert config.recompile_limit == expected
 
 

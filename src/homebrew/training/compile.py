@@ -16,7 +16,7 @@ from homebrew.model.language_model import LossFunction
 from homebrew.model.lora import lora_layers
 from homebrew.model.trial import trial
 from homebrew.training.batch_size import BatchPlan
-from homebrew.training.global_settings import configure_dynamo
+from homebrew.training.global_settings import configure_compiler
 
 LAUNCH_BOUND_FLOPS = 1.5e13
 """Micro-batches of fewer FLOPs are compiled into CUDA graphs. An H200 runs this many in 30 ms, which is about
@@ -77,7 +77,7 @@ def compile_model(
     run_flops = max_steps * batch.accumulation_steps * micro_batch_flops if wanted == "auto" else math.inf
     if use_graphs and run_flops < SHORT_RUN_FLOPS and _can_capture(model):
         return "captured"
-    configure_dynamo()
+    configure_compiler()
     blocks = interface.blocks()
     by_block = not use_graphs and run_flops < COMPILED_BY_BLOCK_FLOPS and _are_most(blocks, model)
     # Static shapes: PyTorch would switch to dynamic ones for a second Trainer with another batch size.

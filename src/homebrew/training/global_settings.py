@@ -17,6 +17,8 @@ RECOMPILE_LIMIT = 64
 """Compiled variants of one function. PyTorch's limit is 8, beyond which the function silently runs uncompiled. All
 models of a process share the limit, each in training and in evaluation, so four models in one notebook reach it."""
 
+_CACHEABLE_FUNCTIONS = ("torch.nn.attention._backend_from_string", "torch.nn.attention._sdpa_kernel")
+
 
 def allow_tf32(device: torch.device) -> None:
     """Let float32 matrix products on a CUDA GPU use TF32: 10 bits of mantissa, several times the throughput.
@@ -55,13 +57,18 @@ def exclusive_training(trainer: object) -> Iterator[None]:
         _TRAINING.release()
 
 
-def configure_dynamo() -> None:
-    """Raise Dynamo's limit of compiled variants, and let it see hooks; called only if the model is compiled.
+def configure_compiler() -> None:
+    """Set what torch.compile has no arguments for; called only if the model is compiled.
 
-    By default, Dynamo does not compare the hooks of modules: those on one block would be left out, because it runs the
-    code of another block, and so would backward hooks.
+    - Dynamo's limit of compiled variants becomes `RECOMPILE_LIMIT`.
+    - Dynamo sees the hooks of modules. By default it does not compare them: those on one block would be left out,
+      because it runs the code of another block, and so would backward hooks.
+    - Graphs in which an attention kernel is selected are cached over processes. PyTorch does not know that its
+      functions for that can be cached, and would spend 6 s per process on GPT-2 small.
     """
     from torch._dynamo import config  # takes a second to import
+    from torch._inductor import config as inductor_config
 
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     config.skip_nnmodule_hook_guards = False
+    inductor_config.unsafe_marked_cacheable_functions |= dict.fromkeys(_CACHEABLE_FUNCTIONS, torch.__version__)
