@@ -80,16 +80,13 @@ def compile_model(
     configure_compiler()
     blocks = interface.blocks()
     by_block = not use_graphs and run_flops < COMPILED_BY_BLOCK_FLOPS and _are_most(blocks, model)
-    # Static shapes: PyTorch would switch to dynamic ones for a second Trainer with another batch size.
-    if by_block or uses_fsdp(accelerator):  # FSDP gathers weights between blocks
-        for block in blocks:
-            block.compile(dynamic=False)
-        return "kernels"
     options = {"triton.cudagraphs": True} if use_graphs else {}
     if use_graphs and model.config.dropout:  # type: ignore[union-attr]  # only a GPT supports graphs
         # Inductor's kernel for the sums of a layer norm along both axes is slow if it also contains a dropout.
         options["triton.mix_order_reduction"] = False
-    model.compile(options=options, dynamic=False)
+    for module in blocks if by_block or uses_fsdp(accelerator) else [model]:  # FSDP gathers weights between blocks
+        # Static shapes: PyTorch would switch to dynamic ones for a second Trainer with another batch size.
+        module.compile(options=options, dynamic=False)
     return "cuda_graphs" if use_graphs else "kernels"
 
 
