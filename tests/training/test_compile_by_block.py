@@ -33,12 +33,6 @@ def compile_on(accelerator, model, *, flops=LAUNCH_BOUND_FLOPS, steps=100, wante
     return compile_model(model, wanted, accelerator, batch, micro_batch_flops=flops, max_steps=steps)
 
 
-def with_parts(parts):
-    model = nn.Module()
-    model.embedding, model.head, model.parts = nn.Embedding(1000, 4), nn.Linear(4, 4), parts
-    return model
-
-
 CASES = {
     "short": (GPU, {}, True),
     "long": (GPU, {"steps": COMPILED_BY_BLOCK_FLOPS / LAUNCH_BOUND_FLOPS}, False),
@@ -70,24 +64,10 @@ def test_short_runs_and_sharded_ones_are_compiled_by_block(compiled, accelerator
     assert compiled == (list(model.transformer.h) if by_block else [model])
 
 
-class Part(nn.Linear):
-    """A module that is not PyTorch's."""
-
-
-MODELS = {
-    "list": (lambda: with_parts(nn.ModuleList([Part(4, 4), Part(4, 4)])), True),
-    "sequential": (lambda: with_parts(nn.Sequential(Part(4, 4), Part(4, 4))), False),
-    "embeddings": (lambda: with_parts(nn.ModuleList([nn.Embedding(1000, 4), nn.Embedding(1000, 4)])), False),
-    "few_weights": (lambda: with_parts(nn.ModuleList([Part(2, 2), Part(2, 2)])), False),
-    "of_pytorch": (lambda: with_parts(nn.ModuleList([nn.TransformerEncoderLayer(4, 1)])), False),
-}
-
-
-@pytest.mark.parametrize(("build", "by_block"), MODELS.values(), ids=MODELS)
-def test_the_blocks_of_any_model_have_to_be_most_of_it(compiled, build, by_block):
-    model = build()
+def test_another_model_is_compiled_whole(compiled):
+    model = NanoGPT()
     assert compile_on(GPU, model) == "kernels"
-    assert compiled == (list(model.parts) if by_block else [model])
+    assert compiled == [model]
 
 
 @pytest.fixture
@@ -173,14 +153,14 @@ OTHER_MODELS = {
     [(OTHER_MODELS["llama"], False), (OTHER_MODELS["llama"], True), (NanoGPT, False)],
     ids=["llama", "llama_recompute", "nanogpt"],
 )
-def test_blocks_of_other_models_share_one_graph(graphs, build, recompute):
+def test_sharded_blocks_of_other_models_share_one_graph(graphs, build, recompute):
     model, ids = build(), torch.arange(16)[None]
     interface = interface_of(model)
     if recompute:
         interface.enable_activation_checkpointing()
     loss_function = interface.loss_function()
     expected = loss_function(model, ids, ids)
-    compile_on(GPU, model)
+    compile_on(FSDP, model)
     loss = loss_function(model, ids, ids)
     torch.testing.assert_close(loss, expected)
     loss.backward()

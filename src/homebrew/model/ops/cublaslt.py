@@ -112,7 +112,7 @@ class Product:
         return [] if status else [algorithm for algorithm in found[: count.value] if algorithm.state == 0]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
 def is_available() -> bool:
     """Return whether PyTorch was built for CUDA, and its cuBLASLt is found."""
     try:

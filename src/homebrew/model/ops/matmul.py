@@ -71,12 +71,12 @@ def is_tunable(device: torch.device, dtype: torch.dtype) -> bool:
     Two processes may find different algorithms, so PyTorch computes what has to be reproducible.
     """
     is_half = dtype in (torch.float16, torch.bfloat16)
-    return device.type == "cuda" and is_half and is_available() and not torch.are_deterministic_algorithms_enabled()
+    return device.type == "cuda" and is_half and not torch.are_deterministic_algorithms_enabled()
 
 
 def _product_for(a: Tensor, b: Tensor, *, with_bias: bool) -> "_TunedProduct | None":
     """Return the product for such operands, or None if PyTorch has to compute it."""
-    if not is_tunable(a.device, a.dtype):
+    if not (is_tunable(a.device, a.dtype) and is_available()):
         return None
     a_layout, b_layout = Layout.of(a), Layout.of(b)
     if a_layout is None or b_layout is None:
