@@ -1,5 +1,10 @@
-"""Start-up time: imports, and the first training step with a cold and a warm compile cache."""
+"""Start-up time: imports, and the first training step with a cold and a warm compile cache.
 
+python benchmarks/startup.py                                # imports, and the first step of a short run
+python benchmarks/startup.py --runs 0 --nanogpt FOLDER      # the first step, also of nanoGPT's training loop
+"""
+
+import contextlib
 import os
 import subprocess
 import sys
@@ -28,14 +33,21 @@ class Options:
     """Model preset for the first step. Empty: skip the first step."""
     block_size: int = 1024
     """Tokens per sequence."""
+    tokens: int = 65_536
+    """Tokens per step."""
     micro_batch: int | None = None
-    """Sequences in the first step. Default: the Trainer's choice."""
+    """Micro-batch size. Default: the Trainer's choice, and all sequences of a step for nanoGPT."""
+    max_steps: int = 500
+    """Steps of the Trainer's run, which it considers when it decides what to compile."""
+    nanogpt: Path | None = None
+    """Folder with a clone of nanoGPT. Default: skip nanoGPT."""
     compile: bool = False
     """Compile on a CPU, too."""
     json: Path | None = None
     """JSON file for tables and raw times."""
     first_step: float | None = None
-    """Internal: run a first step in this process, which was started at this time, and print the seconds."""
+    """Internal: run a first step in this process, which was started at this time, and print the seconds. It is that of
+    nanoGPT if `nanogpt` is given."""
 
 
 def main(options: Options) -> None:
@@ -57,12 +69,15 @@ def main(options: Options) -> None:
         report.add(f"Imports, {options.runs} processes each, interleaved, {clock}", rows)
         report.raw.append({"imports": times})
     if options.model:
-        with tempfile.TemporaryDirectory() as folder:
+        sides = {"homebrew Trainer": None} | ({"nanoGPT": options.nanogpt} if options.nanogpt else {})
+        with contextlib.ExitStack() as stack:
+            caches = {name: Path(stack.enter_context(tempfile.TemporaryDirectory())) for name in sides}
             rows = [
-                {"compile cache": cache, "seconds to the first step": f"{time_first_step(options, Path(folder)):.1f}"}
-                for cache in ("cold", "warm", "warm again")
+                {"compile cache": state}
+                | {name: f"{time_first_step(options, caches[name], folder):.1f}" for name, folder in sides.items()}
+                for state in ("cold", "warm", "warm again")
             ]
-        report.add(f"{options.model}: from process start to the end of the first step", rows)
+        report.add(f"{options.model}: seconds from process start to the end of the first step", rows)
     report.finish()
 
 
@@ -84,11 +99,12 @@ def _now(*, processor_time: bool) -> float:
     return times.children_user + times.children_system if processor_time else time.perf_counter()
 
 
-def time_first_step(options: Options, cache: Path) -> float:
-    """Run a first step in a new process with its compile cache in `cache`."""
+def time_first_step(options: Options, cache: Path, nanogpt: Path | None) -> float:
+    """Run a first step, of homebrew or nanoGPT, in a new process with its compile cache in `cache`."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
-    arguments = ["--model", options.model, "--block-size", str(options.block_size)]
-    arguments += [] if options.micro_batch is None else ["--micro-batch", str(options.micro_batch)]
+    values = {name: getattr(options, name) for name in ("model", "block_size", "tokens", "micro_batch", "max_steps")}
+    values = {name: value for name, value in (values | {"nanogpt": nanogpt}).items() if value is not None}
+    arguments = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     arguments += ["--compile"] if options.compile else []
     command = [sys.executable, __file__, *arguments, "--first-step", repr(time.time())]
     process = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
@@ -100,7 +116,7 @@ def time_first_step(options: Options, cache: Path) -> float:
 def run_first_step(options: Options, started: float) -> float:
     """Run one step and return the seconds since `started`."""
     from harness import StepTimer
-    from implementations import homebrew_trainer, random_ids
+    from implementations import homebrew_trainer, nanogpt, random_ids
 
     from homebrew import GPT, GPTConfig
 
@@ -113,8 +129,15 @@ def run_first_step(options: Options, started: float) -> float:
     end_times: list[float] = []
     config = GPTConfig.preset(options.model, block_size=options.block_size)
     ids = random_ids(200 * config.block_size, config.vocab_size)
-    settings = {"micro_batch_size": options.micro_batch, "compile": options.compile or "auto"}
-    homebrew_trainer(GPT(config), ids, **settings)(FirstStep(1, 1))
+    if options.nanogpt:
+        micro_batch = options.micro_batch or options.tokens // config.block_size
+        sizes = {"micro_batch": micro_batch, "accumulation": options.tokens // (micro_batch * config.block_size)}
+        run = nanogpt(options.nanogpt, config, ids, bias=True, **sizes).build()
+    else:
+        batch = {"global_batch_tokens": options.tokens, "micro_batch_size": options.micro_batch}
+        settings = {"compile": options.compile or "auto", "max_steps": options.max_steps}
+        run = homebrew_trainer(GPT(config), ids, **batch, **settings)
+    run(FirstStep(1, 1))
     return end_times[0] - started
 
 

@@ -149,7 +149,7 @@ def test_imports(run):
 
 @pytest.mark.slow
 def test_first_steps(run):
-    options = {"runs": 0, "model": "baby", "block_size": 8, "micro_batch": 1}
+    options = {"runs": 0, "model": "baby", "block_size": 8, "micro_batch": 1, "tokens": 16}
     (rows,) = run("startup", **options)
     assert [row["compile cache"] for row in rows] == ["cold", "warm", "warm again"]
 
