@@ -1,7 +1,7 @@
 """Train with several optimizers and schedules on the same data, and compare their learning curves.
 
-A variant is `name:key=value,key=value`, whose keys are fields of `TrainerConfig`, `dropout`, or `plain`. All variants
-of a seed start from the same weights and read the same batches.
+A variant is `name:key=value,key=value`, whose keys are fields of `TrainerConfig`, `dropout`, `init`, or `plain`. All
+variants of a seed draw the same weights and read the same batches.
 
 With `plain=True` the model is GPT-2 in plain PyTorch: it has none of homebrew's kernels, and under autocast its
 residual stream, layer norms and loss are float32. A variant that differs from another only in that is compared with it
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import learning_curves as curves
+import torch
 import tyro
 from ablation import KERNELS, switched_off
 from arguments import model_config, parse_settings
@@ -30,7 +31,7 @@ from learning_curves import Run
 from source_corpus import build_source_corpus
 from timed_training import train_and_record
 
-from homebrew import GPTConfig, NonFiniteError, TokenDataset, TrainerConfig, get_tokenizer, load_corpus
+from homebrew import GPT, NonFiniteError, TokenDataset, TrainerConfig, get_tokenizer, load_corpus
 from homebrew.cli.open_datasets import open_dataset, open_eval_dataset
 from homebrew.errors import ConfigError
 from homebrew.io import strict_json
@@ -42,7 +43,7 @@ DEFAULT_VARIANTS = (
     *(f"adamw {rate} linear:optimizer=adamw,learning_rate={rate},{_LINEAR}" for rate in ("6e-4", "1e-3", "2e-3")),
     *(f"muon {rate} wsd:optimizer=muon,learning_rate={rate},{_WSD}" for rate in ("2e-3", "4e-3")),
 )
-_NOT_OF_THE_TRAINER = ("dropout", "plain")
+_NOT_OF_THE_TRAINER = ("dropout", "init", "plain")
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Options:
     output: Path
     """Folder for the corpus, the runs, and `learning.json`."""
     variants: tuple[str, ...] = DEFAULT_VARIANTS
-    """What to compare, each as "name:key=value,key=value" with fields of TrainerConfig, dropout, or plain."""
+    """What to compare, each as "name:key=value,key=value" with fields of TrainerConfig, dropout, init, or plain."""
     settings: str = ""
     """Fields of TrainerConfig for all variants, as "key=value,key=value"."""
     seeds: tuple[int, ...] = (42, 43, 44)
@@ -117,10 +118,12 @@ class Variant:
             )
         return config
 
-    def model_config(self, options: Options, vocab_size: int) -> GPTConfig:
-        """Return the model's configuration."""
-        dropout = {name: value for name, value in self.all_settings(options).items() if name == "dropout"}
-        return model_config(options.model, block_size=options.block_size, vocab_size=vocab_size, **dropout)
+    def model(self, options: Options, vocab_size: int, *, seed: int) -> GPT:
+        """Return the model with its initial weights."""
+        settings = self.all_settings(options)
+        dropout = {name: value for name, value in settings.items() if name == "dropout"}
+        config = model_config(options.model, block_size=options.block_size, vocab_size=vocab_size, **dropout)
+        return GPT(config, seed=seed, init=settings.get("init", "gpt2"))
 
 
 def main(options: Options) -> None:
@@ -129,7 +132,8 @@ def main(options: Options) -> None:
     ]
     for variant in variants:  # before the first run, which takes minutes
         variant.trainer_config(options, seed=0)
-        variant.model_config(options, vocab_size=2)
+        with torch.device("meta"):  # weights without values
+            variant.model(options, vocab_size=2, seed=0)
     if len({variant.name for variant in variants}) < len(variants):
         raise ConfigError("Two variants have the same name. Give each its own, as it is the key of its runs.")
     options.output.mkdir(parents=True, exist_ok=True)
@@ -149,7 +153,7 @@ def read_runs(log: Path) -> list[Run]:
 
 
 def parse_own_settings(text: str) -> dict[str, Any]:
-    """Parse "key=value,key=value" with fields of TrainerConfig that this script does not set, dropout, and plain."""
+    """Parse "key=value,key=value" with fields of TrainerConfig that this script does not set, and of the model."""
     set_here = {"output_dir", "seed", "eval_every", "eval_batches", "log_every", "save_every"}
     return parse_settings(text, also=_NOT_OF_THE_TRAINER, without=set_here)
 
@@ -200,8 +204,9 @@ def train_missing(options: Options, variants: list[Variant], finished: list[Run]
                 continue
             try:
                 config = variant.trainer_config(options, seed=seed)
+                model = variant.model(options, train.vocab_size, seed=seed)
                 with switched_off(KERNELS if settings.get("plain") else ()):
-                    record = train_and_record(variant.model_config(options, train.vocab_size), train, val, config)
+                    record = train_and_record(model, train, val, config)
             except NonFiniteError as error:
                 print(f"{variant.name}, seed {seed}, is left out: {error}", file=sys.stderr)
                 continue

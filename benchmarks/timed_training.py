@@ -15,10 +15,10 @@ import torch
 from harness import ON_GPU
 from implementations import IsolatedAccelerate
 
-from homebrew import Callback, EvalMetrics, GPTConfig, StepMetrics, TokenDataset, Trainer, TrainerConfig
+from homebrew import GPT, Callback, EvalMetrics, StepMetrics, TokenDataset, Trainer, TrainerConfig
 
 
-def train_and_record(model: GPTConfig, train: TokenDataset, val: TokenDataset, config: TrainerConfig) -> dict[str, Any]:
+def train_and_record(model: GPT, train: TokenDataset, val: TokenDataset, config: TrainerConfig) -> dict[str, Any]:
     """Train once without checkpoints. Return the measured fields of `learning_curves.Run`.
 
     `config.log_every` has to be `config.eval_every`.

@@ -184,7 +184,7 @@ def test_source_corpus_stops_at_max_tokens(source_corpus, packages, tmp_path):
 def test_source_corpus_is_built_again_only_if_the_files_differ(source_corpus, packages, tmp_path, monkeypatch):
     first = source_corpus.build_source_corpus(tmp_path / "corpus", max_tokens=1000, root=packages, workers=1)
     with monkeypatch.context() as context:
-        context.setattr(source_corpus, "Pool", None)
+        context.setattr(source_corpus, "get_context", None)
         again = source_corpus.build_source_corpus(tmp_path / "corpus", max_tokens=1000, root=packages, workers=1)
     assert again == first
     (packages / "b" / "new.py").write_text("new = True\n")

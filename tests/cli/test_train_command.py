@@ -19,7 +19,7 @@ from platforms import needs_linux
 from token_files import llmc_shard
 from transformers import pipeline
 
-from homebrew import ConfigError, GPTConfig, TrainerConfig, load_model
+from homebrew import GPT, ConfigError, GPTConfig, TrainerConfig, load_model
 from homebrew.cli.main import main
 from homebrew.cli.train_command import Train
 from homebrew.cli.train_options import Preset
@@ -94,6 +94,19 @@ def test_training_starts_from_pretrained_weights(run, text, tmp_path, invoke):
         model, tokenizer = load_model(output_dir)
         assert tokenizer.name == "bytes"
         torch.testing.assert_close(model.state_dict(), base.state_dict(), atol=1e-6, rtol=0)
+
+
+def test_initial_weights_are_an_option(text, tmp_path, invoke, tiny):
+    options = ["--max-steps", 1, "--learning-rate", 1e-9, "--init", "sinusoidal", *tiny]
+    invoke("train", text, "--output-dir", tmp_path / "run", *options)
+    model, _ = load_model(tmp_path / "run")
+    expected = GPT(model.config, init="sinusoidal").state_dict()
+    torch.testing.assert_close(model.state_dict(), expected, atol=1e-6, rtol=0)
+
+
+def test_pretrained_weights_are_not_initialized(run, text, invoke_error):
+    options = ["--output-dir", run.with_name("other"), "--max-steps", 1, "--init-from", run, "--init", "sinusoidal"]
+    assert "Remove --init." in invoke_error("train", text, *options)
 
 
 def test_an_adapter_is_trained_and_exported(run, invoke, invoke_error, text, tmp_path):

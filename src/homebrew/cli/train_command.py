@@ -70,7 +70,9 @@ class Train:
         pretrained, tokenizer = self._load_pretrained()
         choice = None if pretrained else self._choose_defaults(files)
         train_dataset, eval_dataset = self._open_datasets(files, pretrained, tokenizer)
-        model = pretrained or GPT(self.model.new_config(vocab_size=train_dataset.vocab_size), seed=config.seed)
+        model = pretrained or GPT(
+            self.model.new_config(vocab_size=train_dataset.vocab_size), seed=config.seed, init=self.model.init
+        )
         if lora is not None:
             add_lora(model, lora, seed=config.seed)
         logger = RunLogger(command=command_line(self))

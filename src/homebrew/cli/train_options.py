@@ -70,6 +70,8 @@ class ModelOptions:
     """Maximum sequence length in tokens. With --init-from, the length of training sequences."""
     dropout: Annotated[float | None, arg(help_behavior_hint="(default: 0)")] = None
     """Dropout probability of a new model."""
+    init: Literal["gpt2", "sinusoidal"] = "gpt2"
+    """Initial weights of a new model: as GPT-2's, or with sinusoidal positions, with which large runs learn faster."""
     init_from: Annotated[str | None, arg(help_behavior_hint="(default: a new model)")] = None
     """Pretrained model to start from: a hub repository such as openai-community/gpt2, or a folder.
     The folder may be a run, a checkpoint or a model in transformers' GPT-2 format."""
@@ -120,8 +122,9 @@ class ModelOptions:
         if self.init_from is not None:
             names = ("preset", "n_layer", "n_head", "n_embd", "dropout")
             given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, "auto")]
+            given += ["--init"] if self.init != "gpt2" else []
             if given:
-                raise ConfigError(f"--init-from determines the model's shape. Remove {', '.join(given)}.")
+                raise ConfigError(f"--init-from determines the model's shape and weights. Remove {', '.join(given)}.")
 
 
 @dataclass(kw_only=True)

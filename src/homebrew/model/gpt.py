@@ -1,6 +1,5 @@
 """The GPT-2 language model: the transformer with its head, loss, loading, export and generation."""
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from homebrew.errors import ConfigError, ModelError
 from homebrew.integers import SEED_RANGE, as_integer
 from homebrew.io import local_path_or_name
 from homebrew.model.gpt_config import GPTConfig
+from homebrew.model.initial_weights import Init, initialize
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.ops.chunked_loss import linear_cross_entropy
 from homebrew.model.transformer import Transformer
@@ -39,9 +39,14 @@ class GPT(nn.Module):
     Args:
         config: Sizes of the model.
         seed: Random seed for the initial weights. PyTorch's global random state is neither used nor changed.
+        init: How weights are drawn. "gpt2": as GPT-2's. "sinusoidal": position embeddings start as sinusoids and the
+            weights of queries and keys twice as large, with which large runs learn faster.
+
+    Raises:
+        ConfigError: `seed` or `init` is not valid.
     """
 
-    def __init__(self, config: GPTConfig, *, seed: int = 42) -> None:
+    def __init__(self, config: GPTConfig, *, seed: int = 42, init: Init = "gpt2") -> None:
         super().__init__()
         self.config = config
         self.source: str | None = None
@@ -50,22 +55,7 @@ class GPT(nn.Module):
             self.transformer = Transformer(config)
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        self._init_weights(seed)
-
-    @torch.no_grad()
-    def _init_weights(self, seed: int) -> None:
-        """Initialize as GPT-2: normal with std 0.02, and 0.02 / sqrt(2 * n_layer) for residual projections."""
-        generator = torch.Generator().manual_seed(as_integer("seed", seed, *SEED_RANGE))
-        if self.device.type == "meta":
-            return  # weights without values; PyTorch would import sympy to draw them, which takes a second
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() == 2:
-                is_residual = name.endswith("c_proj.weight")
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if is_residual else 0.02
-                parameter.normal_(0.0, std, generator=generator)
-        self.transformer.wte.weight[self.config.vocab_size :] = 0.0  # padding
+        initialize(self, config, torch.Generator().manual_seed(as_integer("seed", seed, *SEED_RANGE)), init)
 
     @overload
     def forward(self, input_ids: Tensor) -> Tensor: ...
