@@ -5,8 +5,10 @@
 - `chunked_loss`: the language-model head with its cross-entropy loss, a chunk of tokens at a time. The logits of
   all tokens are the largest tensor of a training step and never exist at once (as in llm.c's fused classifier and
   Hsu et al. 2024, "Liger Kernel").
-- `mlp`: the MLP. Only the GELU's input is saved for the backward pass, which recomputes the GELU.
-- `triton_kernels`: the CUDA kernels of the two operations above, for what is limited by memory bandwidth. Softmax,
+- `mlp`: the MLP. Only its first matrix product is saved for the backward pass, which recomputes the GELU.
+- `linear`: the linear layers of attention.
+- `matmul`: matrix products on an NVIDIA GPU, with the fastest algorithm of `cublaslt`, which binds NVIDIA's library.
+- `triton_kernels`: the CUDA kernels of loss and MLP, for what is limited by memory bandwidth. Softmax,
   loss and gradient of the logits take one kernel (Milakov and Gimelshein 2018, "Online normalizer calculation for
   softmax"), and so do GELU, its gradient and the bias gradient (Hendrycks and Gimpel 2016, "Gaussian Error Linear
   Units"). Without a GPU or Triton, plain PyTorch is used.
