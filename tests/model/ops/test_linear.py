@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 from homebrew.model.ops.linear import apply_linear, is_plain
 
@@ -66,6 +68,50 @@ def test_a_layer_of_another_class_is_called():
 
     layer, x = Doubled(8, 24), torch.randn(3, 8)
     assert torch.equal(apply_linear(layer, x), layer(x))
+
+
+class Quantized(torch.Tensor):
+    """A weight less 1, which only `F.linear` understands."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            return function(args[0], args[1].as_subclass(torch.Tensor) + 1, args[2])
+        raise NotImplementedError(f"{function} of a quantized weight")
+
+
+def test_a_weight_of_another_class_is_passed_to_the_layer():
+    layer, x = random_layer("weight bias"), torch.randn(3, 8)
+    expected = F.linear(x, layer.weight + 1, layer.bias)
+    layer._parameters["weight"] = layer.weight.as_subclass(Quantized)
+    assert torch.equal(apply_linear(layer, x), expected)
+
+
+def test_a_layer_without_bias_is_called():
+    layer, x = nn.Linear(8, 24, bias=False), torch.randn(3, 8)
+    assert torch.equal(apply_linear(layer, x), layer(x))
+
+
+def test_a_replaced_forward_is_called():
+    layer = random_layer()
+    layer.forward = lambda x: 2 * x
+    assert torch.equal(apply_linear(layer, torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_a_hook_of_all_modules_is_called():
+    layer, calls = random_layer(), []
+    hook = register_module_forward_hook(lambda module, _, y: calls.append(module))
+    try:
+        apply_linear(layer, torch.randn(3, 8))
+    finally:
+        hook.remove()
+    assert calls == [layer]
+
+
+def test_operations_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        apply_linear(random_layer(), torch.randn(3, 8, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 3 * 8 * 24
 
 
 def test_operators_pass_opcheck():
