@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -112,6 +113,26 @@ def test_operations_are_counted():
     with FlopCounterMode(display=False) as counter:
         apply_linear(random_layer(), torch.randn(3, 8, requires_grad=True)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 3 * 8 * 24
+
+
+def test_an_empty_batch():
+    layer, x = random_layer(), torch.randn(0, 5, 8, requires_grad=True)
+    y = apply_linear(layer, x)
+    y.sum().backward()
+    assert y.shape == (0, 5, 24)
+    assert x.grad.shape == x.shape
+    assert not layer.weight.grad.any()
+
+
+def test_dynamic_shapes_share_one_graph():
+    layer, backend = random_layer(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(apply_linear, fullgraph=True, dynamic=True, backend=backend)
+    for length in (5, 7, 9):
+        x = torch.randn(2, length, 8, requires_grad=True)
+        y = compiled(layer, x)
+        y.sum().backward()
+        torch.testing.assert_close(y, layer(x))
+    assert backend.frame_count == 1
 
 
 def test_operators_pass_opcheck():

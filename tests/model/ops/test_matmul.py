@@ -32,7 +32,7 @@ def no_products(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False), (True, True)])
-@pytest.mark.parametrize("size", [(64, 32, 48), (7, 5, 3), (1, 8, 16), (40, 1, 8)])
+@pytest.mark.parametrize("size", [(64, 32, 48), (7, 5, 3), (1, 8, 16), (40, 1, 8), (64, 32, 3)])
 def test_products_match_pytorch(size, transposed, with_bias, dtype):
     n, k, m = size
     a, b = random(n, k, dtype=dtype, transposed=transposed[0]), random(k, m, dtype=dtype, transposed=transposed[1])
@@ -63,6 +63,7 @@ def test_layouts():
     assert Layout.of(torch.zeros(6, 15, dtype=torch.bfloat16)) is None  # rows are not aligned
     assert Layout.of(x[:, ::2]) is None  # gaps in both directions
     assert Layout.of(x[:1].expand(6, 16)) is None  # rows overlap
+    assert Layout.of(x[:0]) is None
 
 
 def test_only_half_precision_on_a_gpu_is_tuned():

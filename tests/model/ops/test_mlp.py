@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from homebrew.model.ops.matmul import matmul_into
@@ -121,3 +122,25 @@ def test_the_compiled_mlp_matches_the_eager_one(frozen):
     actual = output_and_gradients(compiled, random_inputs(frozen, torch.bfloat16))
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_dynamic_shapes_share_one_graph():
+    weights, backend = random_inputs()[1:], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mlp, fullgraph=True, dynamic=True, backend=backend)
+    for length in (5, 7, 9):
+        x = torch.randn(2, length, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        y = compiled(x, *weights)
+        y.sum().backward()
+        torch.testing.assert_close(y, mlp(x, *weights))
+    assert backend.frame_count == 1
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_the_output_is_contiguous_whatever_the_layout_of_the_input():
+    """Matrix products write contiguous outputs."""
+    _, *weights = random_inputs()
+    x = torch.randn(1, 8, 9, generator=torch.Generator().manual_seed(0)).mT
+    y = mlp(x, *weights)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, reference(x, *weights))

@@ -55,7 +55,8 @@ class Layout(NamedTuple):
         for transposed in (False, True):
             outer, inner = x.stride()[::-1] if transposed else x.stride()
             width = x.shape[0] if transposed else x.shape[1]
-            if inner == 1 and outer >= width and not (outer * step % ALIGNMENT or x.data_ptr() % ALIGNMENT):
+            is_aligned = outer * step % ALIGNMENT == x.data_ptr() % ALIGNMENT == 0
+            if inner == 1 and outer >= width and is_aligned and x.numel():
                 return cls(x.shape[0], x.shape[1], outer, transposed)
         return None
 

@@ -37,7 +37,7 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     y: Tensor
     if torch.is_grad_enabled() and is_plain(layer) and is_tunable(x.device, dtype):
         y = _linear(x.to(dtype).flatten(0, -2), layer.weight, layer.bias)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
     y = layer(x)
     return y
 
@@ -45,13 +45,13 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
 @torch.library.custom_op("homebrew::linear", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute the linear layer of rows, (n, C) to (n, F)."""
-    out = x.new_empty(len(x), len(weight))
+    out = x.new_empty(x.shape[0], weight.shape[0])
     return matmul_into(out, x, weight.to(x.dtype).T, bias.to(x.dtype))
 
 
 @_linear.register_fake
 def _(x: Tensor, weight: Tensor, _bias: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("homebrew::linear_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
@@ -86,7 +86,7 @@ def _(d_y: Tensor, _x: Tensor | None, weight: Tensor, needs_x: bool, needs_weigh
 
 
 def _allocate_grads(d_y: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
-    d_x = d_y.new_empty((len(d_y), weight.shape[1]) if needs_x else (0,))
+    d_x = d_y.new_empty((d_y.shape[0], weight.shape[1]) if needs_x else (0,))
     return d_x, d_y.new_empty(weight.shape if needs_weight else (0,))
 
 

@@ -44,14 +44,14 @@ def _mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) ->
     """
     from homebrew.model.ops.triton_kernels import gelu
 
-    product = matmul_into(x.new_empty(len(x), len(w_in)), x, w_in.to(x.dtype).T)
-    y = matmul_into(torch.empty_like(x), gelu(product, b_in), w_out.to(x.dtype).T, b_out.to(x.dtype))
+    product = matmul_into(x.new_empty(x.shape[0], w_in.shape[0]), x, w_in.to(x.dtype).T)
+    y = matmul_into(x.new_empty(x.shape), gelu(product, b_in), w_out.to(x.dtype).T, b_out.to(x.dtype))
     return y, product
 
 
 @_mlp.register_fake
 def _(x: Tensor, w_in: Tensor, _b_in: Tensor, _w_out: Tensor, _b_out: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(len(x), len(w_in))
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], w_in.shape[0])
 
 
 @torch.library.custom_op("homebrew::gelu_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
