@@ -9,7 +9,7 @@ from language_models import NanoGPT, transformers_model
 from tiny_runs import Recorder, StopAt, equal, make_trainer, token_dataset, weights
 from torch import nn
 
-from homebrew import GPT, GPTConfig, LoRAConfig, SampleText, TokenDataset, generate_text, score_hellaswag
+from homebrew import GPT, GPTConfig, LoRAConfig, SampleText, TokenDataset, generate_text, score_hellaswag, score_text
 from homebrew.data.tokenizer import ByteTokenizer
 from homebrew.evaluation.hellaswag import Question
 from homebrew.generation.model_generate import generate_ids
@@ -232,5 +232,6 @@ def test_what_sees_other_lengths_than_training_is_not_compiled(graphs, train_by_
     trainer.sample("A", max_new_tokens=20)
     generate_text(model, ByteTokenizer(), "A", max_new_tokens=3)
     score_hellaswag(model, ByteTokenizer(), [Question("A", ("b", "bcd", "d", "e"), 1)])
+    score_text(model, ByteTokenizer(), "A short text.")
     trainer.save_pretrained(tmp_path / "export")
     assert len(graphs) == 1

@@ -12,6 +12,7 @@ from homebrew.errors import ConfigError, DataError, ModelError
 from homebrew.integers import as_integer, is_integer
 from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT, check_gpt
+from homebrew.model.uncompiled import uncompiled
 
 ProgressFn = Callable[[Sequence[int]], Iterable[int]]
 """Wraps a sequence of batch indices to display progress, such as `rich.progress.track`; `iter` displays nothing."""
@@ -96,7 +97,7 @@ def score_text(
     num_scored = torch.cat([torch.tensor([1]), starts[:-1] + window_length + 1])
     windows = ids.unfold(0, window_length + 1, 1)
     nats, num_tokens = 0.0, 0
-    with eval_mode(model):
+    with eval_mode(model), uncompiled(model):  # each text, and its last batch, have another shape
         for start in progress(range(0, len(starts), batch_size)):
             batch = slice(start, start + batch_size)
             window = windows[starts[batch]]  # (B, window_length + 1)
