@@ -42,9 +42,8 @@ class CausalSelfAttention(nn.Module):
             cache: Keys and values of earlier tokens, which the new tokens also attend to. Updated in place.
         """
         B, T, C = x.shape
-        q, k, v = (
-            apply_linear(self.c_attn, x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        )  # (B, T, nh, hs) each
+        qkv = apply_linear(self.c_attn, x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.unbind(2)  # (B, T, nh, hs) each
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             y = cache.attend(q, k, v)

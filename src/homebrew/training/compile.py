@@ -65,9 +65,10 @@ def compile_model(
     Returns:
         How the model is compiled.
     """
-    on_cuda, interface = accelerator.device.type == "cuda", interface_of(model)
+    on_cuda = accelerator.device.type == "cuda"
     if not (on_cuda if wanted == "auto" else wanted) or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         return "none"
+    interface = interface_of(model)
     use_graphs = (
         on_cuda
         and interface.supports_cuda_graphs
@@ -79,14 +80,14 @@ def compile_model(
     if use_graphs and run_flops < SHORT_RUN_FLOPS and _can_capture(model):
         return "captured"
     configure_compiler()
-    by_block = isinstance(model, GPT) and not use_graphs and run_flops < COMPILED_BY_BLOCK_FLOPS
+    by_block = uses_fsdp(accelerator) or (  # FSDP gathers weights between blocks
+        isinstance(model, GPT) and not use_graphs and run_flops < COMPILED_BY_BLOCK_FLOPS
+    )
     options = {"triton.cudagraphs": True} if use_graphs else {}
     if use_graphs and model.config.dropout:  # type: ignore[union-attr]  # only a GPT supports graphs
         # Inductor's kernel for the sums of a layer norm along both axes is slow if it also contains a dropout.
         options["triton.mix_order_reduction"] = False
-    for module in (
-        interface.blocks() if by_block or uses_fsdp(accelerator) else [model]
-    ):  # FSDP gathers weights between blocks
+    for module in interface.blocks() if by_block else [model]:
         # Static shapes: PyTorch would switch to dynamic ones for a second Trainer with another batch size.
         module.compile(options=options, dynamic=False)
     return "cuda_graphs" if use_graphs else "kernels"

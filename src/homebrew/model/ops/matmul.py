@@ -17,7 +17,6 @@ from homebrew.model.ops.cublaslt import Algorithm, Layout, Product, is_available
 _ROUNDS = 5
 """How often each algorithm is timed. Its shortest time counts."""
 
-
 _MAX_PRODUCTS = 256
 """Kinds of products to tune. GPT-2 needs some 20. With ever new shapes, timing would take longer than it saves."""
 
