@@ -77,8 +77,8 @@ class TrainerConfig:
     """"auto": bf16 or fp16 if the launcher was asked for it, else the precision of a custom `Accelerator`, else bf16 on
     hardware with native bfloat16, else "no" (float32). The launcher's "no" is its default and does not count."""
     compile: bool | Literal["auto"] = "auto"
-    """Whether to compile the model with torch.compile. "auto" compiles on CUDA: in short runs only the transformer's
-    blocks, which takes a fraction of the time, and in short runs of a small GPT nothing. True compiles all of it."""
+    """Whether to compile the model with torch.compile. "auto" compiles on CUDA: in short runs of a GPT only its
+    blocks, which takes a fraction of the time, and in short runs of a small one nothing. True compiles all of it."""
     activation_checkpointing: bool = False
     """Store only each block's input for the backward pass and recompute the rest: less memory, a third slower."""
     collective_timeout_seconds: float = 600.0
