@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from homebrew import GPT, GPTConfig
 from homebrew.generation.kv_cache import KeyValueCache
@@ -27,6 +28,24 @@ def test_a_cache_does_not_change_the_hidden_states(chunks, activation_checkpoint
         hidden.append(model.transformer(IDS[:, slots], cache))
     torch.testing.assert_close(torch.cat(hidden, dim=1), expected, atol=1e-5, rtol=1e-5)
     assert all(keys.any() for keys in cache.keys)
+
+
+def test_a_custom_block_always_receives_the_cache():
+    class Recording(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+            self.caches = []
+
+        def forward(self, x, cache):
+            self.caches.append(cache)
+            return self.block(x, cache)
+
+    model = GPT(CONFIG)
+    block = model.transformer.h[0] = Recording(model.transformer.h[0])
+    model(IDS, IDS).backward()
+    model.generate(IDS[:, :4], max_new_tokens=1)
+    assert [cache is None for cache in block.caches] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,6 @@ class Transformer(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         for index, block in enumerate(self.h):
             # With a cache, a compiled block runs uncompiled: each length of prompt and cache would be compiled.
-            x = block(x) if cache is None else block._call_impl(x, cache.layer(index))  # type: ignore[no-untyped-call]
+            x = block(x, None) if cache is None else block._call_impl(x, cache.layer(index))  # type: ignore[no-untyped-call]
         hidden: Tensor = self.ln_f(x)
         return hidden
