@@ -59,3 +59,13 @@ def test_every_mlp_without_adapter_is_fused(monkeypatch, target, num_fused):
         add_lora(model, LoRAConfig(rank=2, target_modules=(target,)))
     model(IDS, IDS).backward()
     assert len(calls) == num_fused
+
+
+@pytest.mark.parametrize("layer", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+def test_hooks_of_a_linear_layer_are_called_once_per_pass(layer, kind):
+    model, calls = GPT(CONFIG), []
+    register = getattr(model.transformer.h[1].get_submodule(layer), f"register_{kind}")
+    register(lambda *args: calls.append(args))
+    model(IDS, IDS).backward()
+    assert len(calls) == 1

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from homebrew.model.gpt_config import GPTConfig
+from homebrew.model.lora import LoRALinear
 from homebrew.model.ops.attention import causal_attention
 from homebrew.model.ops.autocast import compute_dtype
 from homebrew.model.ops.linear import apply_linear, is_plain
@@ -66,7 +67,7 @@ class MLP(nn.Module):
         """Map (B, T, C) to (B, T, C)."""
         if is_plain(self.c_fc) and is_plain(self.c_proj):
             x = mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
-        elif self.training and torch.is_grad_enabled():
+        elif isinstance(self.c_proj, LoRALinear) and self.training and torch.is_grad_enabled():
             # A LoRA layer saves its input for the backward pass. For c_proj that is the widest activation of the
             # model, and recomputing the GELU is cheap.
             x = checkpoint(self._gelu_and_project, self.c_fc(x), use_reentrant=False)
