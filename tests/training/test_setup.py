@@ -105,9 +105,12 @@ def test_tf32_is_allowed_for_a_cuda_device_only():
 
 def test_the_recompile_limit_is_never_lowered():
     from torch._dynamo import config
+    from torch._inductor import config as inductor_config
 
     for limit, expected in ((8, RECOMPILE_LIMIT), (1000, 1000)):
-        with config.patch(recompile_limit=limit):
+        hooks, cacheable = config.skip_nnmodule_hook_guards, inductor_config.unsafe_marked_cacheable_functions
+        others = inductor_config.patch(unsafe_marked_cacheable_functions=dict(cacheable))
+        with config.patch(recompile_limit=limit, skip_nnmodule_hook_guards=hooks), others:
             configure_compiler()
             assert config.recompile_limit == expected
 

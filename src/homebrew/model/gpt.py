@@ -40,7 +40,7 @@ class GPT(nn.Module):
         config: Sizes of the model.
         seed: Random seed for the initial weights. PyTorch's global random state is neither used nor changed.
         init: How weights are drawn. "gpt2": as GPT-2's. "sinusoidal": position embeddings start as sinusoids and the
-            weights of queries and keys twice as large, with which large runs learn faster.
+            weights of queries and keys twice as large, with which many runs learn faster at first.
 
     Raises:
         ConfigError: `seed` or `init` is not valid.
