@@ -241,3 +241,12 @@ def test_a_checkpoint_saved_in_on_train_begin_is_written_immediately(tmp_path):
     callback = Saves()
     make_trainer(tmp_path, callbacks=[callback]).train()
     assert callback.exists
+
+
+def test_run_json_says_how_the_weights_were_drawn(tmp_path):
+    drawn = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8), init="sinusoidal")
+    drawn.save_pretrained(tmp_path / "model")
+    loaded = GPT.from_pretrained(tmp_path / "model")
+    for name, model, init in (("drawn", drawn, "sinusoidal"), ("loaded", loaded, None)):
+        tiny_runs.make_trainer(tmp_path / name, model=model, progress=False, max_steps=1).train()
+        assert json.loads((tmp_path / name / "run.json").read_text())["model"]["init"] == init

@@ -267,6 +267,12 @@ def test_inputs_that_are_not_tensors_are_rejected(inputs, types):
         GPT(TINY)(*inputs)
 
 
+@pytest.mark.parametrize("config", ["gpt2", None, {"n_layer": 2}])
+def test_a_model_needs_a_config(config):
+    with pytest.raises(ConfigError, match="GPTConfig"):
+        GPT(config)
+
+
 @pytest.mark.parametrize("seed", [2**64, -(2**64), "1", 1.5, True])
 def test_invalid_seeds_are_rejected(seed):
     with pytest.raises(ConfigError, match="seed="):

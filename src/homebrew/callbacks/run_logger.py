@@ -127,7 +127,7 @@ def describe_run(trainer: "Trainer") -> dict[str, Any]:
         "config": config | {"output_dir": str(config["output_dir"])},
         "optimizer": describe_optimizer(trainer.optimizer),
         "schedule": describe_schedule(trainer.schedule),
-        "model": model.description() | {"num_parameters": model.num_parameters()},
+        "model": model.description() | {"init": model.init, "num_parameters": model.num_parameters()},
         "train_dataset": describe_dataset(trainer.train_dataset),
         "eval_dataset": None if trainer.eval_dataset is None else describe_dataset(trainer.eval_dataset),
         "batch": asdict(trainer.batch),

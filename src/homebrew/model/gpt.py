@@ -40,17 +40,24 @@ class GPT(nn.Module):
         config: Sizes of the model.
         seed: Random seed for the initial weights. PyTorch's global random state is neither used nor changed.
         init: How weights are drawn. "gpt2": as GPT-2's. "sinusoidal": position embeddings start as sinusoids and the
-            weights of queries and keys twice as large, with which many runs learn faster at first.
+            weights of queries and keys twice as large, with which short runs reach a lower loss.
 
     Raises:
-        ConfigError: `seed` or `init` is not valid.
+        ConfigError: `config` is not a `GPTConfig`, or `seed` or `init` is not valid.
     """
 
     def __init__(self, config: GPTConfig, *, seed: int = 42, init: Init = "gpt2") -> None:
+        if not isinstance(config, GPTConfig):
+            raise ConfigError(
+                f"config={config!r:.100} is not a GPTConfig. Use GPT(GPTConfig(...)), GPT(GPTConfig.preset(name)), or "
+                f"GPT.from_pretrained(name) for trained weights."
+            )
         super().__init__()
         self.config = config
         self.source: str | None = None
         """Folder or Hub repository the weights were loaded from. An adapter's checkpoint refers to it."""
+        self.init: Init = init
+        """How the weights were drawn, if they were not loaded since."""
         with UninitializedWeights():
             self.transformer = Transformer(config)
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)

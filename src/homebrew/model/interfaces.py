@@ -46,6 +46,11 @@ class GPTInterface(ModelInterface):
         """Return the transformer's blocks."""
         return list(self.model.transformer.h)
 
+    @property
+    def init(self) -> str | None:
+        """How the weights were drawn, or None if they were loaded."""
+        return self.model.init if self.model.source is None else None
+
     def num_fused_matrices(self, name: str) -> int:
         """Return 3 for the projections to query, key and value."""
         return 3 if "c_attn" in name else 1

@@ -69,6 +69,11 @@ class ModelInterface:
         return as_size(getattr(getattr(self.model, "config", None), "block_size", None))
 
     @property
+    def init(self) -> str | None:
+        """How the weights were drawn, or None if that is not known."""
+        return None
+
+    @property
     def ragged_length(self) -> int | None:
         """Length that samples of different lengths count as; None for that of the longest checked sample."""
         return None
