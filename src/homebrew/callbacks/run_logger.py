@@ -97,6 +97,8 @@ class RunLogger(Callback):
     def _start(self, trainer: "Trainer", description: dict[str, Any]) -> None:
         folder, accelerator = Path(trainer.config.output_dir), trainer.accelerator
         run_id = _run_id(folder, resumes=trainer.step > 0)
+        if trainer.step:
+            description["model"]["init"] = _recorded_init(folder, default=description["model"]["init"])
         description = {"command": self._command, "run_id": run_id} | description
         self._log = self._open_files(folder, description)
         self._log.write("resume" if trainer.step else "begin", step=trainer.step)
@@ -181,3 +183,12 @@ def _run_id(folder: Path, *, resumes: bool) -> str:
                     if not is_copy and _RUN_ID.fullmatch(run_id):
                         return run_id
     return secrets.token_hex(4)
+
+
+def _recorded_init(folder: Path, *, default: str | None) -> str | None:
+    """Return how the weights of the run in a folder were drawn, which is not how those of a resuming model were."""
+    with contextlib.suppress(DataError):
+        match read_json(folder / "run.json", DataError):
+            case {"model": {"init": str(init)}}:
+                return init
+    return default
