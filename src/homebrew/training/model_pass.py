@@ -1,12 +1,10 @@
 """The forward and backward pass of a micro-batch, which can be replayed as a CUDA graph."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from homebrew.model.hooks import has_global_hooks, module_hooks
 from homebrew.model.language_model import LossFunction
 from homebrew.training.cuda_graph import CudaGraph
 
@@ -31,7 +29,7 @@ class ModelPass:
         self._graph = CudaGraph(self._run, self._dependencies) if capture else None
         self._parameters = list(model.parameters())
         self._modules = list(model.modules())
-        self._hooks = [hooks for module in self._modules for hooks in _hooks(module)]
+        self._hooks = [hooks for module in self._modules for hooks in module_hooks(module)]
 
     def __call__(self, input_ids: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
         """Run a pass, which adds to the parameters' gradients, and return its loss.
@@ -70,7 +68,7 @@ class ModelPass:
         return (
             any(self._hooks)
             or any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters)
-            or bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+            or has_global_hooks()
             or torch.is_anomaly_enabled()  # waits for the device to look for NaN
             or any(vars(m).get("activation_checkpointing") for m in self._modules)  # looks at the random state
             or any(m._compiled_call_impl is not None for m in self._modules)  # may replay CUDA graphs itself
@@ -82,7 +80,3 @@ class ModelPass:
         attributes = [value for m in self._modules for value in vars(m).values() if not isinstance(value, dict)]
         divisor = self._accelerator.gradient_accumulation_steps
         return [*tensors, *attributes, *self._model.buffers(), divisor]
-
-
-def _hooks(module: nn.Module) -> list[Mapping[int, Any]]:
-    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]

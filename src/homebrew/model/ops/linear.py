@@ -4,22 +4,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from homebrew.model.hooks import has_global_hooks, module_hooks
 from homebrew.model.ops.autocast import compute_dtype
 from homebrew.model.ops.matmul import is_tunable, matmul_into
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Return whether a call of a module only computes x Wᵀ + b, so that its weight and bias may be used directly."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     return (
         type(layer) is nn.Linear
         and type(layer.weight) in (nn.Parameter, Tensor)  # not a subclass, such as a quantized weight
         and layer.bias is not None
         and "forward" not in vars(layer)
-        and not any(hooks)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]  # such as those of FlopCounterMode
+        and not any(module_hooks(layer))
+        and not has_global_hooks()
     )
 
 

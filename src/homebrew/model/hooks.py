@@ -1,0 +1,16 @@
+"""The hooks that a call of a module runs, which code that does not call it would leave out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def module_hooks(module: nn.Module) -> list[Mapping[int, Any]]:
+    """Return a module's own hooks, by kind. Hooks that are added later are in the same mappings."""
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+
+
+def has_global_hooks() -> bool:
+    """Return whether there are hooks of all modules, such as those of FlopCounterMode."""
+    return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
