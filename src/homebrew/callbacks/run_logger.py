@@ -96,10 +96,9 @@ class RunLogger(Callback):
 
     def _start(self, trainer: "Trainer", description: dict[str, Any]) -> None:
         folder, accelerator = Path(trainer.config.output_dir), trainer.accelerator
-        run_id = _run_id(folder, resumes=trainer.step > 0)
-        if trainer.step:
-            description["model"]["init"] = _recorded_init(folder, default=description["model"]["init"])
-        description = {"command": self._command, "run_id": run_id} | description
+        earlier = _earlier_description(folder) if trainer.step else None
+        description["model"]["init"] = _recorded_init(earlier, default=description["model"]["init"])
+        description = {"command": self._command, "run_id": _run_id(folder, earlier)} | description
         self._log = self._open_files(folder, description)
         self._log.write("resume" if trainer.step else "begin", step=trainer.step)
         if not accelerator.trackers:  # otherwise the caller has started them, and finishes them
@@ -173,22 +172,26 @@ def describe_dataset(dataset: Dataset[Any]) -> dict[str, Any]:
     return description | ({} if tokenizer is None else {"tokenizer": tokenizer.name})
 
 
-def _run_id(folder: Path, *, resumes: bool) -> str:
+def _earlier_description(folder: Path) -> Any:  # noqa: ANN401 - whatever the file holds
+    """Return the contents of a folder's `run.json`, or None if it cannot be read; it is then replaced."""
+    with contextlib.suppress(DataError):
+        return read_json(folder / "run.json", DataError)
+    return None
+
+
+def _run_id(folder: Path, earlier: Any) -> str:  # noqa: ANN401 - as above
     """Return the id by which trackers know a run: a new one, or that of the run that is resumed in its folder."""
-    if resumes:
-        with contextlib.suppress(DataError):  # a file that cannot be read is replaced
-            match read_json(folder / "run.json", DataError):
-                case {"run_id": str(run_id), "config": {"output_dir": str(written_in)}}:
-                    is_copy = Path(written_in).resolve() != folder.resolve()  # which is another run
-                    if not is_copy and _RUN_ID.fullmatch(run_id):
-                        return run_id
+    match earlier:
+        case {"run_id": str(run_id), "config": {"output_dir": str(written_in)}}:
+            is_copy = Path(written_in).resolve() != folder.resolve()  # which is another run
+            if not is_copy and _RUN_ID.fullmatch(run_id):
+                return run_id
     return secrets.token_hex(4)
 
 
-def _recorded_init(folder: Path, *, default: str | None) -> str | None:
-    """Return how the weights of the run in a folder were drawn, which is not how those of a resuming model were."""
-    with contextlib.suppress(DataError):
-        match read_json(folder / "run.json", DataError):
-            case {"model": {"init": str(init)}}:
-                return init
+def _recorded_init(earlier: Any, *, default: str | None) -> str | None:  # noqa: ANN401 - as above
+    """Return how the weights of the earlier run were drawn, which is not how those of a resuming model were."""
+    match earlier:
+        case {"model": {"init": str(init)}}:
+            return init
     return default
