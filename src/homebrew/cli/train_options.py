@@ -8,11 +8,11 @@ from tyro.conf import Fixed, Positional, Suppress, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from homebrew.errors import ConfigError
+from homebrew.model.gpt_config import GPTConfig, Init
 from homebrew.training.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
     from homebrew.callbacks.base import Callback
-    from homebrew.model.gpt_config import GPTConfig
     from homebrew.model.lora import LoRAConfig
 
 Preset = Literal["auto", "char", "baby", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
@@ -70,7 +70,7 @@ class ModelOptions:
     """Maximum sequence length in tokens. With --init-from, the length of training sequences."""
     dropout: Annotated[float | None, arg(help_behavior_hint="(default: 0)")] = None
     """Dropout probability of a new model."""
-    init: Literal["gpt2", "sinusoidal"] = "gpt2"
+    init: Init = "gpt2"
     """Initial weights of a new model: as GPT-2's, or with sinusoidal positions, with which short runs learn more."""
     init_from: Annotated[str | None, arg(help_behavior_hint="(default: a new model)")] = None
     """Pretrained model to start from: a hub repository such as openai-community/gpt2, or a folder.
@@ -89,10 +89,8 @@ class ModelOptions:
         if self.preset == "auto":
             self.preset = "gpt2" if not on_cpu else "char" if tokenizer in ("auto", "char", "bytes") else "baby"
 
-    def new_config(self, **changes: int) -> "GPTConfig":
+    def new_config(self, **changes: int) -> GPTConfig:
         """Return the shape of a new model. `changes` are set besides the fields given on the command line."""
-        from homebrew.model.gpt_config import GPTConfig
-
         names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return GPTConfig.preset(self.preset, **given | changes)

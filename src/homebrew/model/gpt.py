@@ -14,8 +14,8 @@ from homebrew.data.token_ids import check_dense
 from homebrew.errors import ConfigError, ModelError
 from homebrew.integers import SEED_RANGE, as_integer
 from homebrew.io import local_path_or_name
-from homebrew.model.gpt_config import GPTConfig
-from homebrew.model.initial_weights import Init, initialize
+from homebrew.model.gpt_config import GPTConfig, Init
+from homebrew.model.initial_weights import initialize
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.ops.chunked_loss import linear_cross_entropy
 from homebrew.model.transformer import Transformer

@@ -1,7 +1,7 @@
 """The configuration of a GPT."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from homebrew.errors import ConfigError
 
@@ -25,6 +25,9 @@ NO_EOS = -1
 
 MAX_SIZE = 2**24
 """Far above the size of any model. Products of sizes must not overflow int64."""
+
+Init = Literal["gpt2", "sinusoidal"]
+"""How weights are drawn: as GPT-2's; or so that attention to relative positions is learned sooner."""
 
 _PRESETS: dict[str, dict[str, int]] = {
     "char": {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64},

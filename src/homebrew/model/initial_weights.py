@@ -1,16 +1,13 @@
 """Initial weights of a GPT."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from homebrew.errors import ConfigError
-from homebrew.model.gpt_config import GPTConfig
-
-Init = Literal["gpt2", "sinusoidal"]
-"""How weights are drawn: as GPT-2's; or so that attention to relative positions is learned sooner."""
+from homebrew.model.gpt_config import GPTConfig, Init
 
 _STD = 0.02
 _SINUSOIDAL_QUERY_KEY_SCALE = 2.0
