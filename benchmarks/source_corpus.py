@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from homebrew import TokenDataset, get_tokenizer
+from homebrew.cores import num_available_cores
 from homebrew.data.text_file import read_text
 from homebrew.data.token_file import write_tokens
-from homebrew.distributed.launch import num_available_cores
 from homebrew.errors import DataError
 from homebrew.io import strict_json
 

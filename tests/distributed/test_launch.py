@@ -11,8 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from homebrew.cores import num_available_cores
 from homebrew.distributed.accelerator import build_accelerator
-from homebrew.distributed.launch import num_available_cores, set_num_threads
+from homebrew.distributed.launch import set_num_threads
 from homebrew.errors import LaunchError
 
 REPORT = """

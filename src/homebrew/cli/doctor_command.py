@@ -106,7 +106,7 @@ def _check_run_settings() -> Iterator[Finding]:
 def _check_hardware(accelerator: "Accelerator") -> Finding:
     import torch
 
-    from homebrew.distributed.launch import num_available_cores
+    from homebrew.cores import num_available_cores
 
     device, num_processes, num_gpus = accelerator.device, accelerator.num_processes, torch.cuda.device_count()
     value, fix = device.type, ""

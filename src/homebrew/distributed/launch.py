@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ParallelismConfig
 
+from homebrew.cores import num_available_cores
 from homebrew.distributed.precision import check_precision
 from homebrew.errors import LaunchError
 
@@ -95,13 +96,6 @@ def set_num_threads(accelerator: Accelerator) -> None:
     if accelerator.device.type == "cpu" and _set_by_launcher("OMP_NUM_THREADS"):
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, num_available_cores() // num_processes))
-
-
-def num_available_cores() -> int:
-    """Return the number of CPU cores that this process may use, which `taskset` or a batch system can restrict."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _set_by_launcher(*names: str) -> bool:

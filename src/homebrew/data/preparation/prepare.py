@@ -7,13 +7,13 @@ not depend on the number of processes.
 
 import contextlib
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
+from homebrew.cores import num_available_cores
 from homebrew.data.fast_tokenizer import has_fast_tokenizer
 from homebrew.data.preparation.documents import read_documents
 from homebrew.data.preparation.encode_part import SPLITS, EncodeSettings, Split
@@ -90,7 +90,7 @@ def prepare(
             argument is invalid; or `output` cannot be written.
     """
     chunk_characters = as_integer("chunk_characters", chunk_characters, error=DataError)
-    workers = as_integer("workers", _num_cores() if workers is None else workers, error=DataError)
+    workers = as_integer("workers", num_available_cores() if workers is None else workers, error=DataError)
     if shard_tokens is not None:
         shard_tokens = as_integer("shard_tokens", shard_tokens, error=DataError)
     if not isinstance(val_fraction, Real) or isinstance(val_fraction, bool) or not 0 <= val_fraction < 1:
@@ -172,11 +172,6 @@ def output_paths(output: Path, val_fraction: float) -> dict[Split, Path]:
     return (
         {split: output.with_stem(f"{output.stem}-{split}") for split in SPLITS} if val_fraction else {"train": output}
     )
-
-
-def _num_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _alphabet(parts: Sequence[Part], text_field: str) -> set[str]:
