@@ -130,27 +130,25 @@ def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]
 def check(options: Options) -> Iterator[tuple[str, Any]]:
     """Compare losses of one and two processes, and of resumed runs, also on another number of processes, with these."""
     model, steps = options.models[0], 4 if options.cpu else 50
-    task = {"mode": "losses", "model": model, "steps": steps, "settings": {}}
-    one = launch(options, "none", 1, task)
-    yield f"loss after {steps} steps, 1 process", one["losses"][-1]
+    task = {"model": model, "steps": steps, "settings": {}}
+    one = launch(options, "none", 1, task | {"mode": "whole"})["losses"]
+    yield f"loss after {steps} steps, 1 process", one[-1]
     for strategy in options.strategies:
-        two = launch(options, strategy, 2, task)
-        name = f"{strategy} on 2 processes"
-        yield f"{name}, loss", two["losses"][-1]
-        yield f"{name}, largest difference to 1 process", largest_difference(two["losses"], one["losses"])
         saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all ranks": {"gather_limit_bytes": 0}}
         for how, settings in saves.items():
-            resumed = launch(options, strategy, 2, task | {"mode": "resume", "settings": settings})
+            two = launch(options, strategy, 2, task | {"mode": "resume", "settings": settings})
+            name = f"{strategy} on 2 processes{how}"
+            yield f"{name}, largest difference to 1 process", largest_difference(two["losses"], one)
             for part in ("losses", "weights"):
-                yield f"{name}, resumed halfway{how}, {part} bitwise equal", resumed[part] == two[part]
+                yield f"{name}, resumed halfway, {part} bitwise equal", two[f"resumed_{part}"] == two[part]
         for first, second in ((("none", 1), (strategy, 2)), ((strategy, 2), ("none", 1))):
             with tempfile.TemporaryDirectory() as folder:
                 halves = [
-                    launch(options, *layout, task | {"mode": mode, "folder": folder})["losses"]
+                    launch(options, *layout, task | {"mode": mode, "folder": folder})["resumed_losses"]
                     for mode, layout in (("first", first), ("second", second))
                 ]
             name = f"{first[0]} on {first[1]}, resumed by {second[0]} on {second[1]}"
-            yield f"{name}, largest difference to 1 process", largest_difference(halves[0] + halves[1], one["losses"])
+            yield f"{name}, largest difference to 1 process", largest_difference(halves[0] + halves[1], one)
 
 
 def largest_difference(losses: list[float], others: list[float]) -> float:

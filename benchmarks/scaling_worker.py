@@ -99,26 +99,36 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-PARTS = {"losses": ("whole",), "resume": ("first", "second"), "first": ("first",), "second": ("second",)}
-"""What a task trains in each mode: the whole run, or its halves, the second of which resumes the first."""
+PARTS = {"whole": ("whole",), "resume": ("whole", "first", "second"), "first": ("first",), "second": ("second",)}
+"""What a task trains in each mode: the whole run, and its halves, the second of which resumes the first."""
 
 
 def losses(task: dict[str, Any]) -> dict[str, Any]:
-    """Train the parts of a task's mode, each with its own Trainer; return losses and a hash of the weights."""
+    """Train the parts of a task's mode, each with its own Trainer; return losses and a hash of the last weights.
+
+    Those of the halves are "resumed_losses" and "resumed_weights".
+    """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required for deterministic matrix products
     torch.use_deterministic_algorithms(mode=True)  # the default kernels are not deterministic
     halfway = task["steps"] // 2
     settings = {"max_steps": task["steps"], "log_every": 1, "save_every": halfway, **task["settings"]}
-    recorded: list[float] = []
+    results: dict[str, Any] = {"losses": [], "resumed_losses": []}
     for part in PARTS[task["mode"]]:
         recorder = LossRecorder(stop_after=halfway if part == "first" else None)
-        trainer = build_trainer(task, recorder, "run", **settings)
+        prefix, folder = ("", "whole") if part == "whole" else ("resumed_", "halves")
+        trainer = build_trainer(task, recorder, folder, **settings)
         trainer.train(resume=part == "second")
-        recorded += recorder.losses
+        results[f"{prefix}losses"] += recorder.losses
+        results[f"{prefix}weights"] = hash_of_weights(trainer)
+    return results
+
+
+def hash_of_weights(trainer: Trainer) -> str:
+    """Return the SHA-256 of the gathered weights."""
     digest = hashlib.sha256()
     for tensor in trainer.full_model().state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return {"losses": recorded, "weights": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def main() -> None:
