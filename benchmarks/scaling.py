@@ -129,26 +129,31 @@ def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]
 
 def check(options: Options) -> Iterator[tuple[str, Any]]:
     """Compare losses of one and two processes, and of resumed runs, also on another number of processes, with these."""
-    model, steps = options.models[0], 4 if options.cpu else 50
-    task = {"model": model, "steps": steps, "settings": {}}
-    one = launch(options, "none", 1, task | {"mode": "whole"})["losses"]
-    yield f"loss after {steps} steps, 1 process", one[-1]
-    for strategy in options.strategies:
-        saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all ranks": {"gather_limit_bytes": 0}}
-        for how, settings in saves.items():
-            two = launch(options, strategy, 2, task | {"mode": "resume", "settings": settings})
-            name = f"{strategy} on 2 processes{how}"
-            yield f"{name}, largest difference to 1 process", largest_difference(two["losses"], one)
-            for part in ("losses", "weights"):
-                yield f"{name}, resumed halfway, {part} bitwise equal", two[f"resumed_{part}"] == two[part]
-        for first, second in ((("none", 1), (strategy, 2)), ((strategy, 2), ("none", 1))):
-            with tempfile.TemporaryDirectory() as folder:
-                halves = [
-                    launch(options, *layout, task | {"mode": mode, "folder": folder})["resumed_losses"]
-                    for mode, layout in (("first", first), ("second", second))
-                ]
-            name = f"{first[0]} on {first[1]}, resumed by {second[0]} on {second[1]}"
-            yield f"{name}, largest difference to 1 process", largest_difference(halves[0] + halves[1], one)
+    steps = 4 if options.cpu else 50
+    task = {"mode": "losses", "model": options.models[0], "steps": steps, "settings": {}}
+    whole, first = {"name": "whole"}, {"name": "resumed", "stop_after": steps // 2}
+    halfway = Path("whole", "checkpoints", f"step-{steps // 2:08d}")
+    with tempfile.TemporaryDirectory() as folder:
+        of_one = Path(folder, "one")
+        one = launch(options, "none", 1, task | {"runs": [whole], "folder": str(of_one)})["whole"]["losses"]
+        yield f"loss after {steps} steps, 1 process", one[-1]
+        for strategy in options.strategies:
+            saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all ranks": {"gather_limit_bytes": 0}}
+            for how, settings in saves.items():
+                of_two, name = Path(folder, strategy + how), f"{strategy} on 2 processes{how}"
+                runs = [whole, first, {"name": "resumed", "resume": True}]
+                runs += [{"name": "resumed from 1 process", "resume": str(of_one / halfway)}]
+                two = launch(options, strategy, 2, task | {"runs": runs, "folder": str(of_two), "settings": settings})
+                yield f"{name}, largest difference to 1 process", largest_difference(two["whole"]["losses"], one)
+                for part in ("losses", "weights"):
+                    yield f"{name}, resumed halfway, {part} bitwise equal", two["resumed"][part] == two["whole"][part]
+                resumed = two["resumed from 1 process"]["losses"]
+                yield f"{name}, resumed from 1, largest difference", largest_difference(resumed, one[steps // 2 :])
+                runs = [{"name": "resumed", "resume": str(of_two / halfway)}]
+                resumed = launch(options, "none", 1, task | {"runs": runs})["resumed"]["losses"]
+                yield f"1 process, resumed from {name}, largest difference", largest_difference(
+                    resumed, two["whole"]["losses"][steps // 2 :]
+                )
 
 
 def largest_difference(losses: list[float], others: list[float]) -> float:

@@ -99,27 +99,22 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-PARTS = {"whole": ("whole",), "resume": ("whole", "first", "second"), "first": ("first",), "second": ("second",)}
-"""What a task trains in each mode: the whole run, and its halves, the second of which resumes the first."""
-
-
 def losses(task: dict[str, Any]) -> dict[str, Any]:
-    """Train the parts of a task's mode, each with its own Trainer; return losses and a hash of the last weights.
+    """Train the task's runs, each with its own Trainer; return losses and a hash of the last weights of each name.
 
-    Those of the halves are "resumed_losses" and "resumed_weights".
+    A run has a name, which is its folder's, and may have `stop_after` and `resume`, as in `Trainer.train`.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required for deterministic matrix products
     torch.use_deterministic_algorithms(mode=True)  # the default kernels are not deterministic
-    halfway = task["steps"] // 2
-    settings = {"max_steps": task["steps"], "log_every": 1, "save_every": halfway, **task["settings"]}
-    results: dict[str, Any] = {"losses": [], "resumed_losses": []}
-    for part in PARTS[task["mode"]]:
-        recorder = LossRecorder(stop_after=halfway if part == "first" else None)
-        prefix, folder = ("", "whole") if part == "whole" else ("resumed_", "halves")
-        trainer = build_trainer(task, recorder, folder, **settings)
-        trainer.train(resume=part == "second")
-        results[f"{prefix}losses"] += recorder.losses
-        results[f"{prefix}weights"] = hash_of_weights(trainer)
+    settings = {"max_steps": task["steps"], "log_every": 1, "save_every": task["steps"] // 2, **task["settings"]}
+    results: dict[str, Any] = {}
+    for run in task["runs"]:
+        recorder = LossRecorder(run.get("stop_after"))
+        trainer = build_trainer(task, recorder, run["name"], **settings)
+        trainer.train(resume=run.get("resume", False))
+        result = results.setdefault(run["name"], {"losses": []})
+        result["losses"] += recorder.losses
+        result["weights"] = hash_of_weights(trainer)
     return results
 
 
