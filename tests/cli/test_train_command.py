@@ -97,15 +97,15 @@ def test_training_starts_from_pretrained_weights(run, text, tmp_path, invoke):
 
 
 def test_initial_weights_are_an_option(text, tmp_path, invoke, tiny):
-    options = ["--max-steps", 1, "--learning-rate", 1e-9, "--init", "sinusoidal", *tiny]
+    options = ["--max-steps", 1, "--learning-rate", 1e-9, "--init", "local", *tiny]
     invoke("train", text, "--output-dir", tmp_path / "run", *options)
     model, _ = load_model(tmp_path / "run")
-    expected = GPT(model.config, init="sinusoidal").state_dict()
+    expected = GPT(model.config, init="local").state_dict()
     torch.testing.assert_close(model.state_dict(), expected, atol=1e-6, rtol=0)
 
 
 def test_pretrained_weights_are_not_initialized(run, text, invoke_error):
-    options = ["--output-dir", run.with_name("other"), "--max-steps", 1, "--init-from", run, "--init", "sinusoidal"]
+    options = ["--output-dir", run.with_name("other"), "--max-steps", 1, "--init-from", run, "--init", "local"]
     assert "Remove --init." in invoke_error("train", text, *options)
 
 

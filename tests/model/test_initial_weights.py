@@ -6,21 +6,35 @@ import pytest
 import torch
 
 from homebrew import GPT, ConfigError, GPTConfig
-from homebrew.model.initial_weights import sinusoids
+from homebrew.model.initial_weights import look_back, sinusoids
 
 CONFIG = GPTConfig(block_size=64, vocab_size=100, n_layer=2, n_head=2, n_embd=32)
 
 
-def test_sinusoidal_weights_differ_in_positions_queries_and_keys():
-    plain, model = GPT(CONFIG).state_dict(), GPT(CONFIG, init="sinusoidal").state_dict()
+def test_local_weights_differ_in_positions_queries_and_keys():
+    plain, model = GPT(CONFIG).state_dict(), GPT(CONFIG, init="local").state_dict()
     for name, weight in model.items():
         if name.endswith("wpe.weight"):
             assert weight.square().mean().sqrt() == pytest.approx(0.02, rel=1e-5)
         elif name.endswith("c_attn.weight"):
-            assert torch.equal(weight[:64], 2 * plain[name][:64])
-            assert torch.equal(weight[64:], plain[name][64:])
+            queries, keys, values = weight.split(32)
+            assert torch.equal(queries, 1.5 * plain[name][:32])
+            torch.testing.assert_close(keys.norm(dim=1), queries.norm(dim=1))
+            assert torch.equal(keys[:16], queries[:16])  # the first head looks at its own position
+            assert torch.equal(values, plain[name][64:])
         else:
             assert torch.equal(weight, plain[name])
+
+
+@pytest.mark.parametrize(("n_embd", "n_head"), [(256, 4), (255, 5)])
+def test_each_head_looks_back_by_its_index(n_embd, n_head):
+    weight = torch.randn(3 * n_embd, n_embd, generator=torch.Generator().manual_seed(0))
+    look_back(weight, n_head)
+    queries, keys = (sinusoids(100, n_embd) @ weight[: 2 * n_embd].T).view(100, 2, n_head, -1).permute(1, 2, 0, 3)
+    preferred = (queries @ keys.mT).tril().argmax(-1)  # (n_head, position)
+    for head in range(n_head):
+        distances = (torch.arange(100) - preferred[head])[head:]
+        assert distances.mode().values == head
 
 
 def test_the_product_of_two_sinusoids_depends_on_their_distance():
@@ -41,11 +55,11 @@ def test_sinusoids_of_any_size(length, width):
 
 def test_the_first_loss_is_that_of_a_uniform_prediction():
     ids = torch.randint(100, (4, 65), generator=torch.Generator().manual_seed(0))
-    loss = GPT(CONFIG, init="sinusoidal")(ids[:, :-1], ids[:, 1:])
+    loss = GPT(CONFIG, init="local")(ids[:, :-1], ids[:, 1:])
     assert loss.item() == pytest.approx(math.log(100), abs=0.05)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_an_unknown_init_is_rejected(device):
-    with pytest.raises(ConfigError, match="gpt2, sinusoidal"), torch.device(device):
+    with pytest.raises(ConfigError, match="gpt2, local"), torch.device(device):
         GPT(CONFIG, init="sinusoid")

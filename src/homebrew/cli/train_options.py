@@ -71,7 +71,7 @@ class ModelOptions:
     dropout: Annotated[float | None, arg(help_behavior_hint="(default: 0)")] = None
     """Dropout probability of a new model."""
     init: Init = "gpt2"
-    """Initial weights of a new model: as GPT-2's, or with sinusoidal positions, with which short runs learn more."""
+    """Initial weights of a new model: as GPT-2's, or with attention to nearby tokens, which helps short runs."""
     init_from: Annotated[str | None, arg(help_behavior_hint="(default: a new model)")] = None
     """Pretrained model to start from: a hub repository such as openai-community/gpt2, or a folder.
     The folder may be a run, a checkpoint or a model in transformers' GPT-2 format."""

@@ -39,8 +39,8 @@ class GPT(nn.Module):
     Args:
         config: Sizes of the model.
         seed: Random seed for the initial weights. PyTorch's global random state is neither used nor changed.
-        init: How weights are drawn. "gpt2": as GPT-2's. "sinusoidal": position embeddings start as sinusoids and the
-            weights of queries and keys twice as large, with which short runs reach a lower loss.
+        init: How weights are drawn. "gpt2": as GPT-2's. "local": position embeddings start as sinusoids, and attention
+            heads look at nearby tokens, with which short runs reach a lower loss.
 
     Raises:
         ConfigError: `config` is not a `GPTConfig`, or `seed` or `init` is not valid.
