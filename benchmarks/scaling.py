@@ -151,8 +151,9 @@ def check(options: Options) -> Iterator[tuple[str, Any]]:
                 yield f"{name}, resumed from 1, largest difference", largest_difference(resumed, one[steps // 2 :])
                 runs = [{"name": "resumed", "resume": str(of_two / halfway)}]
                 resumed = launch(options, "none", 1, task | {"runs": runs})["resumed"]["losses"]
-                yield f"1 process, resumed from {name}, largest difference", largest_difference(
-                    resumed, two["whole"]["losses"][steps // 2 :]
+                yield (
+                    f"1 process, resumed from {name}, largest difference",
+                    largest_difference(resumed, two["whole"]["losses"][steps // 2 :]),
                 )
 
 
