@@ -18,7 +18,10 @@ LOSS_BLOCK = 4096
 LOSS_UNROLL = 3
 """Blocks that share one rescaling of the running sum. A fifth fewer exponentials than rescaling after each block."""
 
-GELU_BLOCK = (32, 128)
+GELU_BLOCK = (4, 1024)
+"""Rows and columns per program of `gelu`."""
+
+GELU_BACKWARD_BLOCK = (16, 128)
 """Rows and columns per block of `gelu_backward`."""
 
 GELU_ROWS = 256
@@ -128,9 +131,11 @@ def gelu(x: Tensor, bias: Tensor) -> Tensor:
         x: Matrix, (n, F), contiguous.
         bias: Vector to add to each row, (F,).
     """
+    rows, columns = x.shape
     y = torch.empty_like(x)
+    programs = triton.cdiv(rows, GELU_BLOCK[0]) * triton.cdiv(columns, GELU_BLOCK[1])
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _gelu_kernel[(triton.cdiv(x.numel(), 2048),)](x, bias, y, x.numel(), NUM_COLUMNS=x.shape[1], BLOCK=2048)
+        _gelu_kernel[(programs,)](x, bias, y, rows, columns, BLOCK_ROWS=GELU_BLOCK[0], BLOCK_COLUMNS=GELU_BLOCK[1])
     return y
 
 
@@ -151,7 +156,7 @@ def gelu_backward(x: Tensor, bias: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor,
     num_parts = triton.cdiv(rows, GELU_ROWS)
     sums = torch.empty(num_parts, columns, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _gelu_backward_kernel[(triton.cdiv(columns, GELU_BLOCK[1]), num_parts)](
+        _gelu_backward_kernel[(triton.cdiv(columns, GELU_BACKWARD_BLOCK[1]), num_parts)](
             x,
             bias,
             d_y,
@@ -161,8 +166,8 @@ def gelu_backward(x: Tensor, bias: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor,
             rows,
             columns,
             ROWS=GELU_ROWS,
-            BLOCK_ROWS=GELU_BLOCK[0],
-            BLOCK_COLUMNS=GELU_BLOCK[1],
+            BLOCK_ROWS=GELU_BACKWARD_BLOCK[0],
+            BLOCK_COLUMNS=GELU_BACKWARD_BLOCK[1],
             num_warps=8,
         )
     return y, d_x, sums.sum(0)
@@ -175,13 +180,20 @@ def _sigmoid_argument(x):
 
 
 @triton.jit
-def _gelu_kernel(x, bias, y, size, NUM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = first + tl.arange(0, BLOCK)
-    columns = ((first % NUM_COLUMNS).to(tl.int32) + tl.arange(0, BLOCK)) % NUM_COLUMNS
-    loaded = tl.load(x + offsets, mask=offsets < size)
-    value = loaded.to(tl.float32) + tl.load(bias + columns).to(tl.float32)
-    tl.store(y + offsets, (value * tl.sigmoid(_sigmoid_argument(value))).to(loaded.dtype), mask=offsets < size)
+def _gelu_kernel(x, bias, y, num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    blocks_per_row = tl.cdiv(num_columns, BLOCK_COLUMNS)
+    columns = (tl.program_id(0) % blocks_per_row) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    first_row = (tl.program_id(0) // blocks_per_row) * BLOCK_ROWS
+    rows = tl.arange(0, BLOCK_ROWS)[:, None]
+    inside = (first_row + rows < num_rows) & (columns < num_columns)
+    offset = first_row.to(tl.int64) * num_columns
+    x += offset
+    y += offset
+    offsets = rows * num_columns + columns
+    shift = tl.load(bias + columns, mask=columns < num_columns).to(tl.float32)  # once for all rows
+    loaded = tl.load(x + offsets, mask=inside, eviction_policy="evict_first")
+    value = loaded.to(tl.float32) + shift
+    tl.store(y + offsets, (value * tl.sigmoid(_sigmoid_argument(value))).to(loaded.dtype), mask=inside)
 
 
 @triton.jit
