@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class Options(RoundOptions):
     processes: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of GPUs. Numbers that are not available are skipped with a message."""
     strategies: tuple[str, ...] = ("ddp", "fsdp2")
-    """Strategies to run on each number of processes. The baseline is one process without a wrapper."""
+    """Strategies to run on each number of processes: "ddp", "fsdp2", or "none" for independent processes, each with its
+    share of the tokens, which show what the GPUs can reach. The baseline is one process without a wrapper."""
     tokens: int = 524_288
     """Tokens per step."""
     micro_batch: int = 32
@@ -53,7 +55,7 @@ class Options(RoundOptions):
 
 def main(options: Options) -> None:
     if options.cpu:
-        options.models, options.processes, options.strategies = ("baby",), (1, 2), ("ddp",)
+        options.models, options.processes, options.strategies = ("baby",), (1, 2), ("none", "ddp")
         options.tokens, options.block_size, options.micro_batch, options.warmup, options.steps = 1_024, 64, 2, 2, 3
     available = 2 if options.cpu else torch.cuda.device_count()
     counts = [count for count in options.processes if count <= available]
@@ -63,12 +65,13 @@ def main(options: Options) -> None:
         raise SystemExit("No GPU is available. Use --cpu to test the script.")
     report = Report(options.json, {"NCCL_NVLS_ENABLE": 0})
     all_layouts = [("none", 1), *((strategy, count) for strategy in options.strategies for count in counts)]
+    all_layouts = list(dict.fromkeys(all_layouts))
     for model in options.models if options.rounds else ():
         runs: list[dict[str, Any]] = []
         for turn in range(options.rounds):
             for strategy, count in all_layouts if turn % 2 == 0 else reversed(all_layouts):
                 row = {"model": model, "strategy": strategy, "processes": count, "round": turn}
-                runs.append(row | launch(options, strategy, count, {"mode": "measure", "model": model}))
+                runs.append(row | measure(options, strategy, count, model))
                 print(runs[-1], file=sys.stderr)
         report.add(f"{model}: {options.tokens:,} tokens per step", [row_of(layout, runs) for layout in all_layouts])
         report.raw += runs
@@ -81,8 +84,10 @@ def main(options: Options) -> None:
 
 def row_of(layout: tuple[str, int], runs: list[dict[str, Any]]) -> dict[str, str]:
     """Return the table row of a layout: its median run, and its median efficiency relative to one process."""
-    baselines = {run["round"]: run["tokens_per_second"] for run in runs if run["strategy"] == "none"}
-    layout_runs = [run for run in runs if (run["strategy"], run["processes"]) == layout]
+    baseline_runs, layout_runs = (
+        [run for run in runs if (run["strategy"], run["processes"]) == each] for each in (("none", 1), layout)
+    )
+    baselines = {run["round"]: run["tokens_per_second"] for run in baseline_runs}
     run = sorted(layout_runs, key=lambda run: run["tokens_per_second"])[len(layout_runs) // 2]
     efficiency = statistics.median(run["tokens_per_second"] / baselines[run["round"]] for run in layout_runs)
     return {
@@ -96,8 +101,23 @@ def row_of(layout: tuple[str, int], runs: list[dict[str, Any]]) -> dict[str, str
     }
 
 
-def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]) -> dict[str, Any]:
-    """Run the worker under `accelerate launch`, and return the results of rank 0."""
+def measure(options: Options, strategy: str, processes: int, model: str) -> dict[str, Any]:
+    """Measure throughput and memory. Independent processes run at the same time, and all count as the slowest."""
+    task = {"mode": "measure", "model": model}
+    if strategy != "none":
+        return launch(options, strategy, processes, task)
+    share = replace(options, tokens=options.tokens // processes)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(processes)))).split(",")
+    with ThreadPoolExecutor(processes) as pool:
+        runs = list(pool.map(lambda device: launch(share, strategy, 1, task, device=device), visible[:processes]))
+    slowest = min(runs, key=lambda run: run["tokens_per_second"])
+    return slowest | {"tokens_per_second": processes * slowest["tokens_per_second"]}
+
+
+def launch(
+    options: Options, strategy: str, processes: int, task: dict[str, Any], *, device: str | None = None
+) -> dict[str, Any]:
+    """Run the worker under `accelerate launch`, on all GPUs or a given one, and return the results of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         names = ("tokens", "micro_batch", "block_size", "warmup", "steps")
@@ -116,6 +136,7 @@ def launch(options: Options, strategy: str, processes: int, task: dict[str, Any]
         # NVLink multicast needs permissions that containers often lack; NCCL then fails at the first collective.
         environment = os.environ | {"NCCL_NVLS_ENABLE": "0", "ACCELERATE_MIXED_PRECISION": precision}
         environment |= {"ACCELERATE_USE_CPU": "true"} if options.cpu else {}
+        environment |= {"CUDA_VISIBLE_DEVICES": device} if device is not None else {}
         process = subprocess.run(
             [*command, str(WORKER), json.dumps(task)], env=environment, capture_output=True, text=True, check=False
         )
@@ -137,7 +158,7 @@ def check(options: Options) -> Iterator[tuple[str, Any]]:
         of_one = Path(folder, "one")
         one = launch(options, "none", 1, task | {"runs": [whole], "folder": str(of_one)})["whole"]["losses"]
         yield f"loss after {steps} steps, 1 process", one[-1]
-        for strategy in options.strategies:
+        for strategy in (each for each in options.strategies if each != "none"):
             saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all ranks": {"gather_limit_bytes": 0}}
             for how, settings in saves.items():
                 of_two, name = Path(folder, strategy + how), f"{strategy} on 2 processes{how}"
