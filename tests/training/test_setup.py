@@ -13,7 +13,8 @@ from homebrew.callbacks.base import Callback
 from homebrew.callbacks.curve_plot import CurvePlot
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.training.global_settings import RECOMPILE_LIMIT, allow_tf32, configure_compiler
-from homebrew.training.setup import build_callbacks, build_parts, resolve_accelerator
+from homebrew.training.parts import build_callbacks
+from homebrew.training.setup import build_parts, resolve_accelerator
 
 
 def test_build_parts_makes_a_working_train_step(tmp_path):
@@ -45,9 +46,9 @@ def test_the_launch_settings_of_the_config_reach_the_accelerator(tmp_path, monke
 @pytest.mark.parametrize(
     ("part", "settings", "received"),
     [
-        ("homebrew.training.setup.StepLoader", {"num_workers": 2}, {"num_workers": 2}),
-        ("homebrew.training.setup.StepLoader", {"loader_timeout_seconds": 7.0}, {"timeout_seconds": 7.0}),
-        ("homebrew.training.setup.CheckpointManager", {"gather_limit_bytes": 9}, {"gather_limit_bytes": 9}),
+        ("homebrew.training.parts.StepLoader", {"num_workers": 2}, {"num_workers": 2}),
+        ("homebrew.training.parts.StepLoader", {"loader_timeout_seconds": 7.0}, {"timeout_seconds": 7.0}),
+        ("homebrew.training.parts.CheckpointManager", {"gather_limit_bytes": 9}, {"gather_limit_bytes": 9}),
     ],
     ids=["num_workers", "loader_timeout_seconds", "gather_limit_bytes"],
 )

@@ -32,9 +32,10 @@ from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.device_errors import explain_device_asserts, explain_out_of_memory
 from homebrew.training.global_settings import exclusive_training
 from homebrew.training.learning_rates import LearningRates
+from homebrew.training.parts import build_callbacks
 from homebrew.training.run_requests import RunRequests
 from homebrew.training.schedule import Schedule
-from homebrew.training.setup import build_callbacks, build_parts
+from homebrew.training.setup import build_parts
 from homebrew.training.trainer_config import TrainerConfig
 from homebrew.user_warnings import warn
 
