@@ -1,14 +1,12 @@
 """Tokenize texts of any size into token files, by several processes.
 
 The input is cut into parts (`plan`), each of which is encoded to files of its own (`encode_part`) by one of the
-processes (`workers`). These files are joined in the order of the input (`shard_writer`), so the token files do
+processes (`workers`). These files are joined in the order of the input (`encode_and_write`), so the token files do
 not depend on the number of processes.
 """
 
-import contextlib
 import hashlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +14,12 @@ from typing import NamedTuple
 from homebrew.cores import num_available_cores
 from homebrew.data.fast_tokenizer import has_fast_tokenizer
 from homebrew.data.preparation.documents import read_documents
+from homebrew.data.preparation.encode_and_write import encode_and_write
 from homebrew.data.preparation.encode_part import SPLITS, EncodeSettings, Split
-from homebrew.data.preparation.joined_parts import JoinedParts, no_text_error
+from homebrew.data.preparation.joined_parts import no_text_error
 from homebrew.data.preparation.plan import Part, plan_parts
 from homebrew.data.preparation.shard_writer import ShardWriter
-from homebrew.data.preparation.state import PrepareState, output_errors
-from homebrew.data.preparation.workers import encoding
+from homebrew.data.preparation.state import PrepareState, RunPlan, output_errors
 from homebrew.data.text_paths import PREPARE_SUFFIXES, TEXT_SUFFIXES, Paths, describe_files, expand_paths
 from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
 from homebrew.data.token_file import check_output_path
@@ -118,52 +116,33 @@ def prepare(
             f"out, or use another tokenizer."
         )
     state = PrepareState(output)
-    num_bytes = sum(part.num_bytes for part in parts)
+    is_large = sum(part.num_bytes for part in parts) >= _MIN_FAST_BYTES
     settings = EncodeSettings(
         folder=str(state.folder),
         tokenizer=chosen.to_json(),
-        is_fast=num_bytes >= _MIN_FAST_BYTES and has_fast_tokenizer(chosen, _samples(parts, text_field)),
+        is_fast=is_large and has_fast_tokenizer(chosen, _samples(parts, text_field)),
         text_field=text_field,
         allow_special=allow_special,
         val_fraction=float(val_fraction),
         chunk_characters=chunk_characters,
     )
+    # The ids of "char" depend on the characters of all parts.
+    digests = [hashlib.sha256(f"{part.digest} {alphabet}".encode()).hexdigest()[:16] for part in parts]
+    plan = RunPlan(settings.options() | {"shard_tokens": shard_tokens}, digests)
     writers = {split: ShardWriter(path, shard_tokens, chosen, source) for split, path in outputs.items()}
-    options = settings.options() | {"shard_tokens": shard_tokens}
     with state.locked():
-        # The ids of "char" depend on the characters of all parts.
-        digests = [hashlib.sha256(f"{part.digest} {alphabet}".encode()).hexdigest()[:16] for part in parts]
-        num_unchanged = state.num_unchanged(options, digests)
-        state.remove_parts(num_unchanged)
-        joined = JoinedParts(state, len(parts), writers, chosen, source)
-        has_shards = state.has_shards()
-        for split, writer in writers.items():
-            writer.remove_leftovers()
-            if has_shards and num_unchanged < len(parts):  # the shards for validation are the last to be written
-                writer.remove_shards(joined.num_tokens(split) if split == "train" else 0)
-        if num_unchanged < len(parts):
-            state.write_plan(options, digests, has_shards=has_shards)
-        num_shards = {split: writer.num_complete() if has_shards else 0 for split, writer in writers.items()}
-        starts = {split: number * (shard_tokens or 0) for split, number in num_shards.items()}
-        missing = {i: parts[i] for i in joined.incomplete(starts)}
-        num_missing = sum(part.num_bytes for part in missing.values())
-
-        def remove_earlier_shards() -> None:
-            if not state.has_shards():
-                for writer in writers.values():
-                    writer.remove_shards(0)
-                state.write_plan(options, digests, has_shards=True)
-
-        with (
-            _show_progress(num_bytes, num_bytes - num_missing, is_shown=progress) as on_part,
-            encoding(missing, settings, workers, on_part) as results,
-        ):
-            for split, writer in writers.items():
-                ids = joined.read(split, starts[split], results)
-                for _ in writer.write(ids, num_shards[split], remove_earlier_shards):
-                    if shard_tokens is not None:
-                        joined.remove_read(split)
-        state.remove_parts()
+        joined = encode_and_write(
+            state,
+            plan,
+            parts,
+            settings,
+            writers,
+            tokenizer=chosen,
+            source=source,
+            shard_tokens=shard_tokens,
+            workers=workers,
+            progress=progress,
+        )
     return {split: SplitSize(joined.num_documents(split), *writer.size()) for split, writer in writers.items()}
 
 
@@ -190,24 +169,3 @@ def _samples(parts: Sequence[Part], text_field: str) -> Iterator[str]:
         document = next(read_documents(part.spans[0], text_field, split_at_end_of_text=False), None)
         if document is not None:
             yield document.text[:_SAMPLE_CHARACTERS]
-
-
-@contextlib.contextmanager
-def _show_progress(num_bytes: int, num_done: int, *, is_shown: bool) -> Iterator[Callable[[Part], None]]:
-    """Show a progress bar on standard error while the block runs, and yield a function to call after each part.
-
-    Args:
-        num_bytes: Size of the input.
-        num_done: Size of the parts that an earlier run has encoded.
-        is_shown: Whether to show it. Nothing is shown if standard error is not a terminal.
-    """
-    if not (is_shown and sys.stderr.isatty()):
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("Tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=num_bytes, completed=num_done)
-        yield lambda part: bar.advance(task, part.num_bytes)

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from homebrew.bounded_readers import read_json
@@ -20,6 +21,15 @@ from homebrew.io import atomic_replace, make_directory, remove_leftovers, strict
 
 _PART_FILE = re.compile(r"\.?(\d{6,})\.(?:json|train|val)(?:\.[0-9a-f]{8})?")
 """A file of a part, or the temporary file that would have become one."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the token files of a run depend on."""
+
+    options: Mapping[str, object]
+    digests: Sequence[str]
+    """Hash of each part's input."""
 
 
 class PrepareState:
@@ -56,12 +66,8 @@ class PrepareState:
         """Return the files of a part."""
         return PartFiles(self.folder, index)
 
-    def num_unchanged(self, options: Mapping[str, object], digests: Sequence[str]) -> int:
-        """Compare an earlier run that was not completed.
-
-        Args:
-            options: What the token files depend on, besides the input.
-            digests: Hash of each part's input.
+    def num_unchanged(self, plan: RunPlan) -> int:
+        """Compare an earlier run that was not completed with the plan of this one.
 
         Returns:
             The number of parts, from the first on, that can be used again. It is less than that of all parts unless
@@ -72,27 +78,28 @@ class PrepareState:
         """
         if not self._plan.exists():
             return 0
-        plan = read_json(self._plan, DataError)
-        for name, value in options.items():
-            if (earlier := plan["options"].get(name)) != value:
+        earlier = read_json(self._plan, DataError)
+        for name, value in plan.options.items():
+            if (before := earlier["options"].get(name)) != value:
                 raise DataError(
-                    f"{self.folder} is from a run that was not completed, with {name}={earlier!r:.100} instead of "
+                    f"{self.folder} is from a run that was not completed, with {name}={before!r:.100} instead of "
                     f"{value!r:.100}. Use the same options to continue it, or delete that folder to start over."
                 )
-        if plan["parts"] == digests:
-            return len(digests)
-        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(plan["parts"], digests, strict=False))
-        return min(len(list(pairs)), len(digests) - 1)  # without the parts that followed, the last shard is another
+        if earlier["parts"] == plan.digests:
+            return len(plan.digests)
+        pairs = zip(earlier["parts"], plan.digests, strict=False)
+        equal = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        return min(len(list(equal)), len(plan.digests) - 1)  # without those that followed, the last shard is another
 
     def has_shards(self) -> bool:
         """Return whether the shards that exist belong to this run, and not to an earlier one that was completed."""
         return self._plan.exists() and bool(read_json(self._plan, DataError)["has_shards"])
 
-    def write_plan(self, options: Mapping[str, object], digests: Sequence[str], *, has_shards: bool) -> None:
+    def write_plan(self, plan: RunPlan, *, has_shards: bool) -> None:
         """Write the plan of this run. `has_shards` is what the method of this name will return."""
-        plan = {"options": options, "parts": digests, "has_shards": has_shards}
+        content = {"options": plan.options, "parts": plan.digests, "has_shards": has_shards}
         with atomic_replace(self._plan) as temporary:
-            temporary.write_text(strict_json(plan), encoding="utf-8")
+            temporary.write_text(strict_json(content), encoding="utf-8")
 
     def remove_parts(self, first: int = 0) -> None:
         """Remove the parts from `first` on, and what a killed run has left."""
