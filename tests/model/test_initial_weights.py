@@ -53,6 +53,25 @@ def test_sinusoids_of_any_size(length, width):
     assert torch.equal(x[0], torch.arange(width) % 2 * 1.0)  # sin 0 and cos 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_only_rounds_the_sinusoids(dtype):
+    config = GPTConfig(block_size=70_000, vocab_size=1, n_layer=1, n_head=1, n_embd=2)
+    expected = GPT(config, init="local").state_dict()["transformer.wpe.weight"]
+    torch.set_default_dtype(dtype)
+    try:
+        model = GPT(config, init="local")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(model.transformer.wpe.weight.data, expected.to(dtype))
+
+
+@pytest.mark.parametrize(("n_embd", "n_head"), [(1, 1), (2, 1), (3, 3), (33, 11)])
+def test_local_weights_of_any_width(n_embd, n_head):
+    config = GPTConfig(block_size=1, vocab_size=50, n_layer=1, n_head=n_head, n_embd=n_embd)
+    queries, keys, _ = GPT(config, init="local").state_dict()["transformer.h.0.attn.c_attn.weight"].split(n_embd)
+    torch.testing.assert_close(keys.norm(dim=1), queries.norm(dim=1))
+
+
 def test_the_first_loss_is_that_of_a_uniform_prediction():
     ids = torch.randint(100, (4, 65), generator=torch.Generator().manual_seed(0))
     loss = GPT(CONFIG, init="local")(ids[:, :-1], ids[:, 1:])

@@ -44,31 +44,30 @@ def initialize(model: nn.Module, config: GPTConfig, generator: torch.Generator, 
 def look_back(weight: Tensor, n_head: int) -> None:
     """Let each head start out looking at one distance: head h at the token h positions before.
 
-    Positions have to be sinusoids, which move by a distance if their pairs of columns are rotated. The keys of a head
-    are its queries, so rotated. A query then agrees most with the key at that distance, and also with those of tokens
-    like its own, as in "Mimetic initialization of self-attention layers" (Trockman and Kolter 2023).
+    Position embeddings have to be sinusoids: rotating their pairs of columns moves them by a distance. The key weights
+    of a head become its query weights, rotated by the head's distance. A query's product is then largest with the key
+    at that distance, and is large with keys of similar tokens, as in "Mimetic initialization of self-attention layers"
+    (Trockman and Kolter 2023).
 
     Args:
-        weight: Weight of queries, keys and values, (3 * n_embd, n_embd). Queries become 1.5 times as large.
+        weight: Weight of queries, keys and values, (3 * n_embd, n_embd), changed in place. Queries become 1.5 times as
+            large.
         n_head: Number of heads.
     """
     width = weight.shape[1]
+    paired = width - width % 2  # the last column of an odd width has no partner to rotate with
     queries, keys = weight[: 2 * width].view(2, n_head, -1, width)
     queries *= _LOCAL_QUERY_SCALE
-    angles = torch.arange(n_head)[:, None, None] * _frequencies(width)[: width // 2]  # (n_head, 1, width / 2)
-    sines, cosines = angles.sin().to(weight.device), angles.cos().to(weight.device)
-    even, odd = queries[..., 0 : width - 1 : 2], queries[..., 1::2]
     keys.copy_(queries)
-    keys[..., 0 : width - 1 : 2] = even * cosines - odd * sines
+    rotation = sinusoids(n_head, width)[:, None, :paired]  # each head's distance, (n_head, 1, paired)
+    sines, cosines = rotation[..., ::2], rotation[..., 1::2]
+    even, odd = queries[..., :paired:2], queries[..., 1::2]
+    keys[..., :paired:2] = even * cosines - odd * sines
     keys[..., 1::2] = even * sines + odd * cosines
 
 
 def sinusoids(length: int, width: int) -> Tensor:
     """Return sines, in even columns, and cosines of positions, (length, width). Wavelengths are 2π to 20,000π."""
-    angles = torch.arange(length)[:, None] * _frequencies(width)  # (length, width / 2), rounded up
+    columns = torch.arange(0, width, 2, dtype=torch.float32)  # a half-precision default dtype cannot count positions
+    angles = torch.arange(length)[:, None] * 10_000.0 ** -(columns / width)  # (length, width / 2), rounded up
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
-
-
-def _frequencies(width: int) -> Tensor:
-    """Return the angle between neighboring positions for each pair of columns, (width / 2,), rounded up."""
-    return 10_000.0 ** -(torch.arange(0, width, 2) / width)
