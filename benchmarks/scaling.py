@@ -24,6 +24,16 @@ from harness import GIB, Report, RoundOptions
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
 
+BASELINE = ("none", 1)
+"""Strategy and number of processes that the others are compared with."""
+
+CHECKS: dict[str, tuple[str, dict[str, int]]] = {
+    "ddp": ("ddp", {}),
+    "fsdp2": ("fsdp2", {}),
+    "fsdp2, saved by all ranks": ("fsdp2", {"gather_limit_bytes": 0}),
+}
+"""Strategy and settings of each comparison of two processes with one."""
+
 
 @dataclass
 class Options(RoundOptions):
@@ -34,8 +44,8 @@ class Options(RoundOptions):
     processes: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of GPUs. Numbers that are not available are skipped with a message."""
     strategies: tuple[str, ...] = ("ddp", "fsdp2")
-    """Strategies to run on each number of processes: "ddp", "fsdp2", or "none" for independent processes, each with its
-    share of the tokens, which show what the GPUs can reach. The baseline is one process without a wrapper."""
+    """Strategies to run on each number of processes: "ddp", "fsdp2", or "none", independent processes that show what
+    the GPUs reach without communication. The baseline is one process without a wrapper."""
     tokens: int = 524_288
     """Tokens per step."""
     micro_batch: int = 32
@@ -47,10 +57,10 @@ class Options(RoundOptions):
     rounds: int = 1
     """Launches per layout, interleaved, every second round in reverse order. 0 runs only the check."""
     check: bool = False
-    """Also compare losses of 1 and 2 processes over 50 steps, and of resumed with uninterrupted runs, also on the other
-    number of processes, all with deterministic kernels."""
+    """Also compare losses over 50 steps, with deterministic kernels: 2 processes with 1, and runs that are resumed, on
+    the same or the other number of processes, with uninterrupted ones."""
     cpu: bool = False
-    """Run a tiny model on CPUs with gloo and DDP, to test the script. The results are not meaningful."""
+    """Run a tiny model on CPUs, independently and with DDP, to test the script. The results are not meaningful."""
 
 
 def main(options: Options) -> None:
@@ -63,19 +73,21 @@ def main(options: Options) -> None:
         print(f"This machine has {available} GPUs. Skipped: {', '.join(map(str, unavailable))}.")
     if not counts:
         raise SystemExit("No GPU is available. Use --cpu to test the script.")
+    if options.check and available < 2:
+        raise SystemExit("--check needs two GPUs, but one is available.")
     report = Report(options.json, {"NCCL_NVLS_ENABLE": 0})
-    all_layouts = [("none", 1), *((strategy, count) for strategy in options.strategies for count in counts)]
-    all_layouts = list(dict.fromkeys(all_layouts))
+    others = [(strategy, count) for strategy in options.strategies for count in counts]
+    layouts = list(dict.fromkeys([BASELINE, *others]))  # the others may include the baseline
     for model in options.models if options.rounds else ():
         runs: list[dict[str, Any]] = []
         for turn in range(options.rounds):
-            for strategy, count in all_layouts if turn % 2 == 0 else reversed(all_layouts):
+            for strategy, count in layouts if turn % 2 == 0 else reversed(layouts):
                 row = {"model": model, "strategy": strategy, "processes": count, "round": turn}
                 runs.append(row | measure(options, strategy, count, model))
                 print(runs[-1], file=sys.stderr)
-        report.add(f"{model}: {options.tokens:,} tokens per step", [row_of(layout, runs) for layout in all_layouts])
+        report.add(f"{model}: {options.tokens:,} tokens per step", [row_of(layout, runs) for layout in layouts])
         report.raw += runs
-    if options.check and 2 in counts:
+    if options.check:
         for name, value in check(options):
             report.metadata[name] = value
             print(f"{name}: {value}", file=sys.stderr)
@@ -84,10 +96,8 @@ def main(options: Options) -> None:
 
 def row_of(layout: tuple[str, int], runs: list[dict[str, Any]]) -> dict[str, str]:
     """Return the table row of a layout: its median run, and its median efficiency relative to one process."""
-    baseline_runs, layout_runs = (
-        [run for run in runs if (run["strategy"], run["processes"]) == each] for each in (("none", 1), layout)
-    )
-    baselines = {run["round"]: run["tokens_per_second"] for run in baseline_runs}
+    baselines = {run["round"]: run["tokens_per_second"] for run in runs if layout_of(run) == BASELINE}
+    layout_runs = [run for run in runs if layout_of(run) == layout]
     run = sorted(layout_runs, key=lambda run: run["tokens_per_second"])[len(layout_runs) // 2]
     efficiency = statistics.median(run["tokens_per_second"] / baselines[run["round"]] for run in layout_runs)
     return {
@@ -101,15 +111,24 @@ def row_of(layout: tuple[str, int], runs: list[dict[str, Any]]) -> dict[str, str
     }
 
 
+def layout_of(run: dict[str, Any]) -> tuple[str, int]:
+    """Return the strategy and the number of processes of a run."""
+    return run["strategy"], run["processes"]
+
+
 def measure(options: Options, strategy: str, processes: int, model: str) -> dict[str, Any]:
-    """Measure throughput and memory. Independent processes run at the same time, and all count as the slowest."""
+    """Measure throughput, memory and time in collectives.
+
+    Independent processes start at the same time, each with its share of the tokens, and all count as the slowest.
+    """
     task = {"mode": "measure", "model": model}
     if strategy != "none":
         return launch(options, strategy, processes, task)
     share = replace(options, tokens=options.tokens // processes)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(processes)))).split(",")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(processes)))  # empty with --cpu
+    devices = visible.split(",")[:processes]
     with ThreadPoolExecutor(processes) as pool:
-        runs = list(pool.map(lambda device: launch(share, strategy, 1, task, device=device), visible[:processes]))
+        runs = list(pool.map(lambda device: launch(share, strategy, 1, task, device=device), devices))
     slowest = min(runs, key=lambda run: run["tokens_per_second"])
     return slowest | {"tokens_per_second": processes * slowest["tokens_per_second"]}
 
@@ -149,33 +168,41 @@ def launch(
 
 
 def check(options: Options) -> Iterator[tuple[str, Any]]:
-    """Compare losses of one and two processes, and of resumed runs, also on another number of processes, with these."""
+    """Compare two processes with one, and resumed runs with uninterrupted ones. Yield a name and a value for each."""
     steps = 4 if options.cpu else 50
+    halfway = steps // 2
     task = {"mode": "losses", "model": options.models[0], "steps": steps, "settings": {}}
-    whole, first = {"name": "whole"}, {"name": "resumed", "stop_after": steps // 2}
-    halfway = Path("whole", "checkpoints", f"step-{steps // 2:08d}")
+    uninterrupted = {"name": "uninterrupted"}
+    checkpoint = Path("uninterrupted", "checkpoints", f"step-{halfway:08d}")
     with tempfile.TemporaryDirectory() as folder:
-        of_one = Path(folder, "one")
-        one = launch(options, "none", 1, task | {"runs": [whole], "folder": str(of_one)})["whole"]["losses"]
-        yield f"loss after {steps} steps, 1 process", one[-1]
-        for strategy in (each for each in options.strategies if each != "none"):
-            saves = {"": {}} if strategy == "ddp" else {"": {}, ", saved by all ranks": {"gather_limit_bytes": 0}}
-            for how, settings in saves.items():
-                of_two, name = Path(folder, strategy + how), f"{strategy} on 2 processes{how}"
-                runs = [whole, first, {"name": "resumed", "resume": True}]
-                runs += [{"name": "resumed from 1 process", "resume": str(of_one / halfway)}]
-                two = launch(options, strategy, 2, task | {"runs": runs, "folder": str(of_two), "settings": settings})
-                yield f"{name}, largest difference to 1 process", largest_difference(two["whole"]["losses"], one)
-                for part in ("losses", "weights"):
-                    yield f"{name}, resumed halfway, {part} bitwise equal", two["resumed"][part] == two["whole"][part]
-                resumed = two["resumed from 1 process"]["losses"]
-                yield f"{name}, resumed from 1, largest difference", largest_difference(resumed, one[steps // 2 :])
-                runs = [{"name": "resumed", "resume": str(of_two / halfway)}]
-                resumed = launch(options, "none", 1, task | {"runs": runs})["resumed"]["losses"]
-                yield (
-                    f"1 process, resumed from {name}, largest difference",
-                    largest_difference(resumed, two["whole"]["losses"][steps // 2 :]),
-                )
+        folder_of_one = Path(folder, "one")
+        one = launch(options, *BASELINE, task | {"folder": str(folder_of_one), "runs": [uninterrupted]})
+        losses_of_one = one["uninterrupted"]["losses"]
+        yield f"loss after {steps} steps, 1 process", losses_of_one[-1]
+        for name, (strategy, settings) in CHECKS.items():
+            if strategy not in options.strategies:
+                continue
+            folder_of_two, on_two = Path(folder, name), f"{name} on 2 processes"
+            runs = [
+                uninterrupted,
+                {"name": "resumed", "stop_after": halfway},
+                {"name": "resumed", "resume": True},
+                {"name": "resumed from one", "resume": str(folder_of_one / checkpoint)},
+            ]
+            two = launch(
+                options, strategy, 2, task | {"folder": str(folder_of_two), "runs": runs, "settings": settings}
+            )
+            losses_of_two = two["uninterrupted"]["losses"]
+            yield f"{on_two}, largest difference to 1 process", largest_difference(losses_of_two, losses_of_one)
+            for part in ("losses", "weights"):
+                is_equal = two["resumed"][part] == two["uninterrupted"][part]
+                yield f"{on_two}, resumed halfway, {part} bitwise equal", is_equal
+            difference = largest_difference(two["resumed from one"]["losses"], losses_of_one[halfway:])
+            yield f"{on_two}, resumed from 1 process, largest difference to 1 process", difference
+            runs = [{"name": "resumed from two", "resume": str(folder_of_two / checkpoint)}]
+            one = launch(options, *BASELINE, task | {"runs": runs})
+            difference = largest_difference(one["resumed from two"]["losses"], losses_of_two[halfway:])
+            yield f"1 process, resumed from {on_two}, largest difference to 2 processes", difference
 
 
 def largest_difference(losses: list[float], others: list[float]) -> float:

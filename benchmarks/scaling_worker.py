@@ -100,9 +100,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def losses(task: dict[str, Any]) -> dict[str, Any]:
-    """Train the task's runs, each with its own Trainer; return losses and a hash of the last weights of each name.
+    """Train the task's runs, each with its own Trainer; return losses and a hash of the weights by name.
 
-    A run has a name, which is its folder's, and may have `stop_after` and `resume`, as in `Trainer.train`.
+    A run has the name of its folder, and may have `stop_after`, a step, and `resume`, as in `Trainer.train`. A run that
+    resumes one of the same name adds to its losses.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required for deterministic matrix products
     torch.use_deterministic_algorithms(mode=True)  # the default kernels are not deterministic

@@ -248,3 +248,40 @@ def test_the_throughput_of_scaling_is_that_of_all_timed_steps(monkeypatch, tmp_p
     monkeypatch.setattr(importlib.import_module("harness").StepTimer, "now", lambda: next(clock))
     task = {"tokens": 64, "micro_batch": 1, "block_size": 16, "warmup": 1, "steps": 4, "folder": str(tmp_path)}
     assert worker.measure(task | {"model": "baby"})["tokens_per_second"] == 64 * 4  # in one second
+
+
+def measured(tokens_per_second):
+    return {"tokens_per_second": tokens_per_second, "peak_bytes": None, "collectives": 0.0, "exposed": None}
+
+
+@pytest.mark.parametrize(("visible", "devices"), [(None, ["0", "1"]), ("", ["0", "1"]), ("3,5,6", ["3", "5"])])
+def test_independent_processes_count_as_the_slowest(monkeypatch, visible, devices):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scaling, launches = importlib.import_module("scaling"), {}
+    monkeypatch.setattr(scaling.os, "environ", {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+
+    def launch(options, _strategy, processes, _task, *, device):
+        launches[device] = (options.tokens, processes)
+        return measured(20.0 if device == devices[0] else 10.0)
+
+    monkeypatch.setattr(scaling, "launch", launch)
+    result = scaling.measure(scaling.Options(tokens=64), "none", 2, "baby")
+    assert launches == dict.fromkeys(devices, (32, 1))
+    assert result["tokens_per_second"] == 2 * 10.0
+
+
+def test_the_efficiency_of_scaling_is_relative_to_one_process_of_the_same_round(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scaling, layouts = importlib.import_module("scaling"), [("none", 1), ("none", 2), ("ddp", 2)]
+    runs = [
+        {"strategy": strategy, "processes": processes, "round": turn, **measured(100.0 * value)}
+        for turn, values in enumerate([(1, 2, 1), (2, 4, 2), (1, 2, 1)])
+        for (strategy, processes), value in zip(layouts, values, strict=True)
+    ]
+    assert [scaling.row_of(layout, runs)["efficiency"] for layout in layouts] == ["1.000", "1.000", "0.500"]
+
+
+def test_a_check_of_scaling_that_cannot_run_is_an_error(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit, match="two GPUs"):
+        run("scaling", check=True, rounds=0)
