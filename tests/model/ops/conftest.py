@@ -3,9 +3,16 @@
 import sys
 
 import pytest
+import torch
 import torch_kernels
 
 from homebrew.model.ops import chunked_loss, mlp
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code():
+    """Let each test compile anew, because Dynamo limits how often a function is compiled in a process."""
+    torch.compiler.reset()
 
 
 @pytest.fixture

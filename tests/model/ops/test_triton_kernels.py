@@ -69,7 +69,7 @@ def test_cross_entropy_of_an_id_outside_the_vocabulary_is_infinite():
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", [(1, 1), (33, 300), (600, 256)])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 300), (600, 256), (6, 2050)])
 def test_gelu_and_gradient_match_pytorch(shape):
     from homebrew.model.ops import triton_kernels as kernels
 
