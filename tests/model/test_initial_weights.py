@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from homebrew import GPT, ConfigError, GPTConfig
 from homebrew.model.initial_weights import look_back, sinusoids
@@ -27,7 +28,7 @@ def test_local_weights_differ_in_positions_queries_and_keys():
 
 
 @pytest.mark.parametrize(("n_embd", "n_head"), [(256, 4), (255, 5)])
-def test_each_head_looks_back_by_its_index(n_embd, n_head):
+def test_by_positions_alone_each_head_looks_back_by_its_index(n_embd, n_head):
     weight = torch.randn(3 * n_embd, n_embd, generator=torch.Generator().manual_seed(0))
     look_back(weight, n_head)
     queries, keys = (sinusoids(100, n_embd) @ weight[: 2 * n_embd].T).view(100, 2, n_head, -1).permute(1, 2, 0, 3)
@@ -35,6 +36,19 @@ def test_each_head_looks_back_by_its_index(n_embd, n_head):
     for head in range(n_head):
         distances = (torch.arange(100) - preferred[head])[head:]
         assert distances.mode().values == head
+
+
+def test_tokens_attend_to_themselves_then_to_the_distance_of_the_head():
+    config = GPTConfig(block_size=128, vocab_size=128, n_layer=1, n_head=12, n_embd=768)
+    model = GPT(config, init="local")
+    ids = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    hidden = F.layer_norm(model.transformer.wte.weight[ids] + model.transformer.wpe.weight, (768,))
+    products = hidden @ model.state_dict()["transformer.h.0.attn.c_attn.weight"].T
+    queries, keys, _ = products.view(128, 3, 12, 64).permute(1, 2, 0, 3)
+    for head, scores in enumerate(queries @ keys.mT):
+        by_distance = torch.stack([scores.diagonal(-distance).mean() for distance in range(32)])
+        assert by_distance.argmax() == 0
+        assert by_distance[1:].argmax() + 1 == pytest.approx(max(head, 1), abs=1)
 
 
 def test_the_product_of_two_sinusoids_depends_on_their_distance():

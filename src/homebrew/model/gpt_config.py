@@ -27,7 +27,7 @@ MAX_SIZE = 2**24
 """Far above the size of any model. Products of sizes must not overflow int64."""
 
 Init = Literal["gpt2", "local"]
-"""How weights are drawn: as GPT-2's; or so that attention starts out looking at nearby tokens."""
+"""How weights are drawn: as GPT-2's; or so that attention starts out looking at equal and nearby tokens."""
 
 _PRESETS: dict[str, dict[str, int]] = {
     "char": {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64},

@@ -18,7 +18,7 @@ def initialize(model: nn.Module, config: GPTConfig, generator: torch.Generator, 
     """Draw the weights of a GPT: normal with std 0.02, and 0.02 / sqrt(2 * n_layer) for residual projections.
 
     With "local", position embeddings are sinusoids instead (Vaswani et al. 2017), as large as those of GPT-2, and each
-    attention head starts out looking at one distance; see `look_back`.
+    attention head starts out looking at one distance, see `look_back`.
 
     Raises:
         ConfigError: There is no such `init`.
@@ -42,12 +42,12 @@ def initialize(model: nn.Module, config: GPTConfig, generator: torch.Generator, 
 
 
 def look_back(weight: Tensor, n_head: int) -> None:
-    """Let each head start out looking at one distance: head h at the token h positions before.
+    """Let each head start out looking at one distance: head h at the tokens about h positions before.
 
     Position embeddings have to be sinusoids: rotating their pairs of columns moves them by a distance. The key weights
-    of a head become its query weights, rotated by the head's distance. A query's product is then largest with the key
-    at that distance, and is large with keys of similar tokens, as in "Mimetic initialization of self-attention layers"
-    (Trockman and Kolter 2023).
+    of a head become its query weights, rotated by the head's distance. So of all position embeddings, a query matches
+    the one at that distance best. Token embeddings match those of the same token, as in "Mimetic initialization of
+    self-attention layers" (Trockman and Kolter 2023): a token attends most to itself, then to the head's distance.
 
     Args:
         weight: Weight of queries, keys and values, (3 * n_embd, n_embd), changed in place. Queries become 1.5 times as
