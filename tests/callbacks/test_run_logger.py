@@ -146,7 +146,12 @@ def half(step):
 
 RUNS = {
     "default": ({}, "AdamW", {"betas": [0.9, 0.95], "weight_decay": 0.1}, "WarmupCosine(warmup_steps=0, "),
-    "muon": ({"optimizer": "muon", "lr_schedule": "wsd"}, "Muon and AdamW", {"momentum": 0.95}, "WarmupStableDecay("),
+    "muon": (
+        {"optimizer": "muon", "lr_schedule": "wsd", "warmup_steps": 0},
+        "Muon and AdamW",
+        {"momentum": 0.95},
+        "WarmupStableDecay(",
+    ),
     "custom": (
         {"optimizer": lambda p: torch.optim.SGD(p, lr=torch.tensor(0.5)), "schedule": half, "ema_decay": 0.9},
         "SGD",

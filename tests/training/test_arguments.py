@@ -95,6 +95,20 @@ def test_settings_that_a_custom_part_does_not_replace_are_used(tmp_path):
     make_trainer(tmp_path, schedule=lambda step: 1.0, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_reached"),
+    [
+        ({"max_steps": 142}, False),  # the decay begins at step 99
+        ({"max_steps": 143}, True),
+        ({"max_steps": 99, "decay_fraction": 0.0}, False),
+        ({"max_steps": 50, "warmup_steps": 50}, True),  # as the user wants it
+    ],
+)
+def test_a_default_warmup_that_is_too_long_is_a_warning(tmp_path, recwarn, settings, is_reached):
+    make_trainer(tmp_path, lr_schedule="wsd", **settings)
+    assert ["warmup_steps" in str(warning.message) for warning in recwarn] == [True] * (not is_reached)
+
+
 def test_a_timeout_that_a_custom_accelerator_does_not_use_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"collective_timeout_seconds=30.*InitProcessGroupKwargs"):
         make_trainer(tmp_path, accelerator=Accelerator(mixed_precision="no"), collective_timeout_seconds=30)

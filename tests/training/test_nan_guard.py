@@ -112,6 +112,15 @@ def test_too_many_consecutive_skipped_steps_are_an_error():
     assert "non_finite_limit=2" in str(error)
 
 
+def test_a_step_without_loss_and_gradient_is_a_warning_once():
+    run = GuardedRun("raise")
+    run.step(loss=0.0)
+    run.step(grad_norm=0.0)
+    with pytest.warns(UserWarning, match="step 2 are 0"):
+        run.step(loss=0.0, grad_norm=0.0)
+    run.step(loss=0.0, grad_norm=0.0)
+
+
 @pytest.mark.parametrize("policy", ["raise", "skip"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_loss_spike_is_skipped_and_does_not_enter_the_running_mean(policy, optimizer):

@@ -159,6 +159,7 @@ def train(folder, max_steps, *callbacks, resume=False, **settings):
     return weights(trainer)
 
 
+@pytest.mark.filterwarnings("ignore:The learning rate does not reach its peak")
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
@@ -180,6 +181,7 @@ def test_a_run_can_be_extended_or_shortened_before_its_decay(tmp_path, optimizer
     assert equal(train(tmp_path / "stopped", second, resume=True, **settings), expected)
 
 
+@pytest.mark.filterwarnings("ignore:The learning rate does not reach its peak")
 @pytest.mark.usefixtures("deterministic")
 def test_a_run_can_be_extended_several_times(tmp_path):
     train(tmp_path / "run", 4, StopAt(2))

@@ -24,7 +24,7 @@ from homebrew.errors import ConfigError
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LanguageModel, ModelInterface
-from homebrew.training.schedule import Schedule
+from homebrew.training.schedule import Schedule, WarmupStableDecay
 from homebrew.training.trainer_config import TrainerConfig
 from homebrew.user_warnings import warn
 
@@ -85,6 +85,7 @@ def check_arguments(
                 f"{unused}: not used with a custom {name}. Set the same in the {name}, and remove it from the config."
             )
     check_callbacks(callbacks)
+    warn_of_warmup(config)
 
 
 def check_model(model: nn.Module) -> None:
@@ -232,6 +233,19 @@ def warn_of_stop_tokens(model: ModelInterface, tokenizer: Tokenizer | None) -> N
                     f"tokenizer {tokenizer.name!r} of train_dataset. Set eos_token_id={tokenizer.end_of_text_id} in "
                     f"the model's config and generation_config."
                 )
+
+
+def warn_of_warmup(config: TrainerConfig) -> None:
+    """Warn if the default warm-up of "wsd", which does not depend on the length of the run, is too long for it."""
+    schedule = config.schedule()
+    if config.lr_schedule != "wsd" or config.warmup_steps is not None or not isinstance(schedule, WarmupStableDecay):
+        return
+    if schedule.warmup_steps > schedule.decay_start:
+        warn(
+            f"The learning rate does not reach its peak: the default warm-up of lr_schedule='wsd' takes "
+            f"{schedule.warmup_steps} steps, but of max_steps={config.max_steps} only {schedule.decay_start} come "
+            f"before the decay. Set warmup_steps, for example to {config.max_steps // 8}."
+        )
 
 
 def check_guard_settings(config: TrainerConfig, *, uses_scaler: bool) -> None:

@@ -10,6 +10,7 @@ from homebrew.metrics.step_metrics import SkippedStep
 from homebrew.optim.combined import members
 from homebrew.optim.muon import Muon
 from homebrew.training.trainer_config import NonFinitePolicy
+from homebrew.user_warnings import warn
 
 SPIKE_MEMORY = 0.98
 """Decay of the running mean and variance of the loss: about the last fifty steps."""
@@ -50,6 +51,7 @@ class NanGuard:
         self._blocked = torch.zeros((), device=device)  # 1 after a non-finite step, if the policy is "raise"
         self._history = torch.zeros(3, device=device)  # accepted losses: mean, variance, count
         self._num_consecutive = 0
+        self._has_warned = False  # of a step without targets
         if not self._is_fused:  # a GradScaler then skips steps itself, too
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
@@ -89,7 +91,7 @@ class NanGuard:
         return self._is_fused or not bool(result[1])
 
     def handle(self, step: int, result: Sequence[float]) -> tuple[SkippedStep | None, NonFiniteError | None]:
-        """Handle a result on the host: count skipped steps, and decide whether the run must end.
+        """Handle a result on the host: count skipped steps, decide whether the run must end, and warn of no targets.
 
         Args:
             step: Number of the step, counted from 1 as in `StepMetrics.step`.
@@ -99,6 +101,12 @@ class NanGuard:
             The skipped step, or None; and the error that ends the run, or None.
         """
         non_finite, is_skipped, loss, grad_norm = result
+        if loss == grad_norm == 0.0 and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"The loss and the gradient of step {step} are 0, as if no token had to be predicted. Check the "
+                f"targets or the loss_mask of the dataset."
+            )
         if not is_skipped:
             self._num_consecutive = 0
             return None, None
@@ -123,6 +131,7 @@ class NanGuard:
         self._blocked.zero_()
         self._history.zero_()
         self._num_consecutive = 0
+        self._has_warned = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state for a checkpoint; every result must have been handled."""
