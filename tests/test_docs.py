@@ -89,6 +89,7 @@ def run_command(line, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiling each example takes a minute")
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(DOCS).with_suffix("").as_posix())
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from transformers
+@pytest.mark.filterwarnings("ignore:The learning rate does not reach its peak")  # with the two steps of the test
 def test_examples(page, names, capsys):
     for not_run, language, block in EXAMPLE.findall(page.read_text()):
         if language == "bash":

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import re
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -196,6 +197,15 @@ class Interrupt(Callback):
 def test_the_end_of_a_stopped_run_says_what_is_saved(tmp_path, capsys):
     assert "stopped early; nothing is saved" in run_output(tmp_path / "a", capsys, Interrupt(1))
     assert "stopped early; resume to continue from step 2" in run_output(tmp_path / "b", capsys, Interrupt(3))
+    lost = run_output(tmp_path / "c", capsys, LosesCheckpoints(), ProgressDisplay(), Interrupt(3))
+    assert "stopped early; nothing is saved" in lost
+
+
+class LosesCheckpoints(Callback):
+    """Stands for a disk on which no checkpoint could be written."""
+
+    def on_train_end(self, trainer):
+        shutil.rmtree(trainer.config.output_dir / "checkpoints")
 
 
 def test_a_path_in_the_current_folder_is_relative(tmp_path, capsys, monkeypatch):

@@ -40,7 +40,7 @@ class ProgressDisplay(Callback):
     def __init__(self, console: Console | None = None) -> None:
         self._given_console = console
         self._view: _Lines | NotebookDisplay | None = None  # on rank 0, during a run
-        self._saved_step: int | None = None
+        self._saved: list[tuple[int, Path]] = []  # steps and checkpoints that exist or are being written
         self._has_logged = False
 
     def on_train_begin(self, trainer: "Trainer") -> None:
@@ -51,7 +51,7 @@ class ProgressDisplay(Callback):
         self._file = self._console.file
         self._stream = BackgroundStream(self._file)
         self._console.file = cast("IO[str]", self._stream)
-        self._saved_step = trainer.step or None
+        self._first_step, self._saved = trainer.step, []
         self._has_logged = False
         summary, max_steps = _summary(trainer), trainer.config.max_steps
         compiles = trainer.compile_mode in ("kernels", "cuda_graphs")
@@ -89,7 +89,7 @@ class ProgressDisplay(Callback):
 
     def on_save(self, trainer: "Trainer", path: Path) -> None:
         """Print the path of a checkpoint."""
-        self._saved_step = trainer.step
+        self._saved.append((trainer.step, path))
         self._print(f"step {trainer.step} | saving {_shortest(path)}")
 
     def on_step_skipped(self, trainer: "Trainer", steps: Sequence[SkippedStep]) -> None:
@@ -112,9 +112,8 @@ class ProgressDisplay(Callback):
             return
         self._view.stop()
         if trainer.step < trainer.config.max_steps:
-            saved = (
-                "nothing is saved" if self._saved_step is None else f"resume to continue from step {self._saved_step}"
-            )
+            saved_step = max([self._first_step] + [step for step, path in self._saved if path.exists()])
+            saved = f"resume to continue from step {saved_step}" if saved_step else "nothing is saved"
             self._print(f"step {trainer.step}/{trainer.config.max_steps} | stopped early; {saved}")
         if self._has_logged:
             for command in _curve_commands(trainer):

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 
@@ -59,9 +60,9 @@ def build_accelerator(
         if "already been initialized" not in str(error):
             raise
         raise ConfigError(
-            f"mixed_precision={mixed_precision!r} differs from the precision of an earlier Trainer or Accelerator in "
-            f"this process, and Accelerate allows only one per process. Use the same precision, or restart Python (in "
-            f"a notebook, the kernel)."
+            f"mixed_precision={precision!r} differs from the precision of an earlier Trainer or Accelerator in this "
+            f"process, {AcceleratorState().mixed_precision!r}, and Accelerate allows only one per process. Use the "
+            f"same precision, or restart Python (in a notebook, the kernel)."
         ) from error
     check_launch(accelerator)
     set_num_threads(accelerator)
