@@ -130,6 +130,9 @@ def test_help_of_train_describes_the_data_and_the_model_first(capsys, monkeypatc
         (["train", "x", "--lora-targets", "q"], "'c_attn', 'c_proj', 'c_fc'"),
         (["train", "x", "--compile", "maybe"], "'auto', 'yes', 'no'"),
         (["eval", "x", "--dtype", "half"], "'auto', 'float32', 'bfloat16', 'float16'"),
+        (["train", "x", "--optimizer", "sgd"], "'adamw', 'muon'"),
+        (["train", "x", "--lr-schedule", "step"], "'cosine', 'linear', 'wsd'"),
+        (["train", "x", "--lr-schedule", "None"], "'cosine', 'linear', 'wsd'"),
     ],
 )
 def test_an_unknown_choice_is_answered_by_the_choices_in_order(capsys, arguments, choices):
@@ -137,6 +140,34 @@ def test_an_unknown_choice_is_answered_by_the_choices_in_order(capsys, arguments
         main(arguments)
     error = " ".join(re.sub(r"[^\w',()-]", " ", capsys.readouterr().err).split())
     assert f"({choices})" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TRAIN, "--max-steps", "many"], "'many'"),
+        ([*TRAIN, "--micro-batch-size", "large"], "'large' is not of the form INT|{auto}"),
+        ([*TRAIN, "--micro-batch-size", "None"], "'None' is not of the form INT|{auto}"),
+        ([*TRAIN, "--learning-rate", "None"], "'None'"),
+        ([*TRAIN, "--n-layer", "1.5"], "'1.5'"),
+        ([*TRAIN, "--betas", "0.9"], "Expected 2 values"),
+        ([*TRAIN, "--betas", "0.9", "x"], "'0.9 x' is not of the form FLOAT FLOAT"),
+        ([*TRAIN, "--betas", "0.9", "0.95", "0.99"], "Unrecognized options: 0.99"),
+        ([*TRAIN, "--overwrite", "yes"], "Unrecognized options: yes"),
+        (["sample", "x", "--top-p", "half"], "'half'"),
+        (["sample", "x", "hello"], "Unrecognized options: hello"),
+        (["eval", "x", "--batch-size", "all"], "'all'"),
+        (["prepare", "x", "--output", "y.npy", "--shard-tokens", "1k"], "'1k'"),
+        (["doctor", "x"], "Unrecognized options: x"),
+    ],
+)
+def test_a_value_that_cannot_be_parsed_is_answered_by_the_help_of_the_command(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    error = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert message in error
+    assert not re.search("no type matching|class|tuple", error), "Python's types are named"
+    assert f"homebrew {arguments[0]} --help" in error
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -4,7 +4,7 @@ import os
 import sys
 import typing
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,7 +13,7 @@ from homebrew.cli.doctor_command import Doctor
 from homebrew.cli.eval_command import Eval
 from homebrew.cli.export_command import Export
 from homebrew.cli.option_names import explain_unknown_name, in_terms_of_options
-from homebrew.cli.paths import PATHS
+from homebrew.cli.option_types import OPTION_TYPES
 from homebrew.cli.plot_command import Plot
 from homebrew.cli.prepare_command import Prepare
 from homebrew.cli.sample_command import Sample
@@ -77,23 +77,31 @@ def _run(arguments: Sequence[str]) -> int:
         print(f"homebrew: {mistake}", file=sys.stderr)
         raise SystemExit(2)
     try:
-        saved = saved_options(arguments)
-        command = tyro.cli(
-            Command,
-            prog="homebrew",
-            description=(
-                "Train, sample, evaluate, plot and export GPTs.\n\n"
-                "To list a command's options: homebrew COMMAND --help\n\n"
-                "To print the version: homebrew --version"
-            ),
-            args=arguments,
-            default=tyro.MISSING_NONPROP if saved is None else saved,
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
-            registry=PATHS,
-        )
-        command.run()
+        _parse(arguments).run()
     except HomebrewError as error:
         message = in_terms_of_options(str(error), COMMANDS[arguments[0]])
         print(f"homebrew: {' '.join(message.split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> Any:  # noqa: ANN401 - a command
+    """Return the command that a command line names, with its options."""
+    config = (tyro.conf.FlagCreatePairsOff,)
+    if arguments and arguments[0] in COMMANDS:  # parsed alone, so that errors refer to the help of the command
+        name, *words = arguments
+        default = saved_options(arguments) or tyro.MISSING_NONPROP
+        prog = f"homebrew {name}"
+        return tyro.cli(COMMANDS[name], prog=prog, args=words, default=default, config=config, registry=OPTION_TYPES)
+    return tyro.cli(
+        Command,
+        prog="homebrew",
+        description=(
+            "Train, sample, evaluate, plot and export GPTs.\n\n"
+            "To list a command's options: homebrew COMMAND --help\n\n"
+            "To print the version: homebrew --version"
+        ),
+        args=arguments,
+        config=config,
+        registry=OPTION_TYPES,
+    )
