@@ -192,6 +192,13 @@ def test_eval_data_given_again_replaces_that_of_the_run(text, tmp_path, invoke, 
         assert "and 1 more" in json.loads((tmp_path / "run" / "run.json").read_text())["eval_dataset"]["source"]
 
 
+def test_eval_data_replaces_the_fraction_of_the_run(text, tmp_path, invoke, invoke_error, tiny):
+    options = ["--max-steps", 1, "--tokenizer", "bytes", "--eval-fraction", 0.25]
+    invoke("train", text, "--output-dir", tmp_path / "run", *options, *tiny)
+    error = invoke_error("train", "--resume", "--output-dir", tmp_path / "run", "--eval-data", text)
+    assert "--accept-changes dataset" in error  # all of the text is training data
+
+
 def test_prompts_given_again_replace_those_of_the_run(text, tmp_path, invoke, tiny):
     folder = tmp_path / "run"
     sampling = ["--sample-every", 1, "--sample-prompt", "ROMEO:", "--sample-max-new-tokens", 4]
@@ -220,6 +227,19 @@ def test_another_pretrained_model_is_an_error(run, small_run, text, tmp_path, in
     assert "step 1/1" in invoke("train", "--resume", "--output-dir", output_dir, "--init-from", run)
     for started, other in ((output_dir, small_run), (output_dir, "user/name"), (small_run, run)):
         assert "has started from" in invoke_error("train", "--resume", "--output-dir", started, "--init-from", other)
+
+
+def test_other_initial_weights_are_an_error(run, small_run, text, tmp_path, invoke, invoke_error, tiny):
+    resume = ["train", "--resume", "--output-dir"]
+    assert "step 2/2" in invoke(*resume, small_run, "--init", "gpt2")
+    error = invoke_error(*resume, small_run, "--init=local")
+    assert "--init local: the run has started from new weights (--init gpt2)" in error
+    invoke("train", text, "--output-dir", tmp_path / "local", "--init", "local", "--max-steps", 1, *tiny)
+    assert "step 1/1" in invoke(*resume, tmp_path / "local", "--init", "local")
+    assert "--init gpt2: the run has started" in invoke_error(*resume, tmp_path / "local", "--init", "gpt2")
+    tuned = tmp_path / "tuned"
+    invoke("train", text, "--output-dir", tuned, "--init-from", run, "--max-steps", 1, "--micro-batch-size", 8)
+    assert f"--init local: the run has started from {run}" in invoke_error(*resume, tuned, "--init", "local")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from homebrew.cli.train_command import Train
+from homebrew.cli.train_options import DataOptions, ModelOptions
 from homebrew.errors import ConfigError, HomebrewError
 from homebrew.io import absolute_path, local_path_or_name
 
@@ -46,7 +47,7 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
 
     Raises:
         ConfigError: `run.json` does not have options that the command line does not give either, or has another
-            --init-from.
+            --init-from or --init.
     """
     if list(arguments[:1]) != ["train"]:
         return None
@@ -57,6 +58,7 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     parser.add_argument("--eval-data", "--eval_data", nargs="?")
     parser.add_argument("--sample-prompt", "--sample_prompt", nargs="?")
     parser.add_argument("--init-from", "--init_from", nargs="?")
+    parser.add_argument("--init", nargs="?")
     given, _ = parser.parse_known_args(arguments[1:])
     if not given.resume or set(arguments) & {"-h", "--help"}:
         return None
@@ -75,10 +77,10 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
             f"{given.output_dir} has no run.json with the options of a run. Check --output-dir, or give all options."
         )
     train = _parse_saved(command, given.output_dir)
-    if given.init_from is not None and train.model.lora_rank is None:  # an adapter's base may have moved
-        _check_init_from(given.init_from, train.model.init_from)
+    _check_initial_weights(given, train.model)
     if given.eval_data is not None:
         train.data.eval_data = ()  # otherwise the given files would be added
+        train.data.eval_fraction = DataOptions.eval_fraction  # another has no effect beside them
     if given.sample_prompt is not None:
         train.samples.sample_prompt = ()
     return train
@@ -92,13 +94,19 @@ def _has_data(words: Sequence[str]) -> bool:
         return True
 
 
-def _check_init_from(given: str, saved: str | None) -> None:
-    """Raise an error for another pretrained model, which would have no effect on a run that has started."""
-    if str(local_path_or_name(given)) != saved:
-        raise ConfigError(
-            f"--init-from {given}: the run has started from {saved or 'new weights'}. Remove --init-from, or start "
-            f"another run."
-        )
+def _check_initial_weights(given: argparse.Namespace, saved: ModelOptions) -> None:
+    """Raise an error for other initial weights, which would have no effect on a run that has started."""
+    is_adapter = saved.lora_rank is not None  # whose base may have moved
+    if given.init_from is not None and not is_adapter and str(local_path_or_name(given.init_from)) != saved.init_from:
+        option, value = "--init-from", given.init_from
+    elif given.init is not None and given.init != saved.init:
+        option, value = "--init", given.init
+    else:
+        return
+    raise ConfigError(
+        f"{option} {value}: the run has started from {saved.init_from or f'new weights (--init {saved.init})'}. "
+        f"Remove {option}, or start another run."
+    )
 
 
 def _read_command(output_dir: Path) -> str | None:
