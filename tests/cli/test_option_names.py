@@ -99,6 +99,10 @@ def test_known_names_pass(arguments):
         ("train(resume=True, accept_changes=('seed',))", "--resume --accept-changes seed"),
         ('train(resume=True, accept_changes=["seed"])', "--resume --accept-changes seed"),
         ("accept_changes=['x']: must be known.", "--accept-changes ['x']: must be known."),
+        # None, which the command line does not take.
+        ("eval_every=0: must be at least 1, or None.", "--eval-every 0: must be at least 1."),
+        ("seed=0: must be 1, or None; betas=1: bad.", "--seed 0: must be 1; --betas 1: bad."),
+        ("Use a number of at most 1, or None to keep all tokens.", "Use a number of at most 1."),
         # Names in paths, in other words and of other things stay.
         ("/data/seed=1/max_steps/x.txt cannot be read", "/data/seed=1/max_steps/x.txt cannot be read"),
         ("'max_steps' in my_max_steps and max_steps.txt", "'max_steps' in my_max_steps and max_steps.txt"),
@@ -119,6 +123,8 @@ def test_errors_speak_of_options(message, expected):
         (["eval", "RUN", "--hellaswag", "TEXT"], "--hellaswag"),
         (["eval", "RUN", "--hellaswag", "missing"], "--hellaswag missing"),
         (["train", "TEXT", "--max-steps", "0"], "--max-steps 0"),
+        (["train", "TEXT", "--max-steps", "1", "--micro-batch-size", "0"], "from 1 to 1000000000 or 'auto'."),
+        (["sample", "RUN", "--prompt", "a", "--top-p", "2"], "a number above 0 and at most 1."),
         (["train", "TEXT", "--max-steps", "1", "--micro-batch-size", "auto"], "needs --global-batch-tokens"),
         (["train", "TEXT", "--max-steps", "1", "--eval-fraction", "0.999"], "--eval-fraction 0.999"),
         (["train", "TEXT", "--max-steps", "1", "--n-head", "3"], "--n-head 3"),

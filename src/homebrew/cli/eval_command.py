@@ -39,6 +39,10 @@ class Eval(SavedModel):
         """Run the command."""
         if not self.text and self.hellaswag is None:
             raise ConfigError("There is nothing to evaluate on. Pass --text, --hellaswag, or both.")
+        if self.stride is not None and not self.text:
+            raise ConfigError("--stride applies to a text. Pass --text, or remove --stride.")
+        if self.limit is not None and self.hellaswag is None:
+            raise ConfigError("--limit applies to HellaSwag. Pass --hellaswag, or remove --limit.")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit}: must be at least 1.")
         from homebrew.evaluation.hellaswag import score_hellaswag

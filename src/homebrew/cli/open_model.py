@@ -64,9 +64,9 @@ class SavedModel:
             if model.device.type == "cuda":
                 torch.cuda.set_device(model.device)  # kernels launch on the current device
         except (RuntimeError, AssertionError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = str(error).strip().split("\n")[0].removesuffix(".")
             raise ConfigError(
-                f"device={device!r} cannot be used: {reason} Run `homebrew doctor` to see the available devices."
+                f"device={device!r} cannot be used: {reason}. Run `homebrew doctor` to see the available devices."
             ) from error
         if bad := find_non_finite("model", model.state_dict()):
             raise ConfigError(f"{bad} has values that are too large for dtype={dtype!r}. Use --dtype float32.")

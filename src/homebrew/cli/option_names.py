@@ -82,7 +82,11 @@ def explain_unknown_name(arguments: Sequence[str], commands: Mapping[str, type])
 
 
 def in_terms_of_options(message: str, command: type) -> str:
-    """Replace argument names in an error message by option names: "max_steps=0" becomes "--max-steps 0"."""
+    """Replace argument names in an error message by option names: "max_steps=0" becomes "--max-steps 0".
+
+    None is left out of allowed values: the command line does not take it.
+    """
+    message = re.sub(r",? or None\b[^.;]*", "", message)
     call = r"train\((resume|overwrite)=True(?:, accept_changes=[(\[]([^)\]]*)[)\]])?\)"
     message = re.sub(call, _options_of_call, message)
     for option in option_names(command):

@@ -114,8 +114,12 @@ class Train:
             CheckpointStore(config.output_dir).check_is_empty()
         if self.accept_changes and not self.resume:
             raise ConfigError("--accept-changes applies to resuming a run. Add --resume, or remove --accept-changes.")
-        if not 0 <= self.data.eval_fraction < 1:
-            raise ConfigError(f"--eval-fraction {self.data.eval_fraction:g}: must be at least 0 and less than 1.")
+        self.data.check()
+        has_eval_data = self.data.eval_data or self.data.eval_fraction
+        if not has_eval_data and (config.eval_every is not None or config.eval_batches is not None):
+            raise ConfigError(
+                "There is no data for --eval-every and --eval-batches. Add --eval-data, or an --eval-fraction above 0."
+            )
         self.model.check()
 
     def _load_pretrained(self) -> tuple["GPT | None", "Tokenizer | None"]:

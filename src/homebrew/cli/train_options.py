@@ -52,6 +52,19 @@ class DataOptions:
     token files, which do not name it. For text, "auto" selects that of
     --init-from, char with --preset char, and otherwise gpt2."""
 
+    def check(self) -> None:
+        """Check the fraction for evaluation.
+
+        Raises:
+            ConfigError: The fraction is out of range, or has no effect because of `eval_data`.
+        """
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"--eval-fraction {self.eval_fraction:g}: must be at least 0 and less than 1.")
+        if self.eval_data and self.eval_fraction not in (0, DataOptions.eval_fraction):
+            raise ConfigError(
+                f"--eval-fraction {self.eval_fraction:g} has no effect with --eval-data. Remove it, or set it to 0."
+            )
+
 
 @dataclass(kw_only=True)
 class ModelOptions:
@@ -175,10 +188,16 @@ class TrainerOptions(TrainerConfig):
     muon_momentum: _Optional[float] = TrainerConfig.muon_momentum
     weight_decay: _Optional[float] = TrainerConfig.weight_decay
     loss_spike_zscore: _Optional[float] = TrainerConfig.loss_spike_zscore
+    max_grad_norm: float | None = TrainerConfig.max_grad_norm
+    """Gradients are clipped to this global norm. "inf" disables clipping."""
     compile: Annotated[bool | Literal["auto"], _COMPILE_OPTION] = TrainerConfig.compile
+    """Whether to compile the model with torch.compile. "auto" compiles on CUDA: in short runs of a GPT only its
+    blocks, which takes a fraction of the time, and in short runs of a small one nothing. "yes" compiles all of it."""
     eval_every: _Optional[int] = TrainerConfig.eval_every
     eval_batches: _Optional[int] = TrainerConfig.eval_batches
     log_with: _Optional[str] = TrainerConfig.log_with
+    save_every: int | None = TrainerConfig.save_every
+    """Steps between checkpoints. A checkpoint is always saved at the end."""
     keep_every: _Optional[int] = TrainerConfig.keep_every
     num_workers: Suppress[Fixed[int]] = TrainerConfig.num_workers
     loader_timeout_seconds: Suppress[Fixed[float]] = TrainerConfig.loader_timeout_seconds

@@ -220,7 +220,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     (
         "micro_batch_size",
-        f"an integer from 1 to {_MAX_BATCH}, 'auto' or None",
+        f"an integer from 1 to {_MAX_BATCH} or 'auto', or None",
         lambda value: value is None or _is_one_of(value, "auto") or _is_batch(value),
     ),
     (
