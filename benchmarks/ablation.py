@@ -13,9 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import tyro
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps, StepTimer
 from implementations import adamw, device_batches, homebrew_trainer, plain_loop, random_ids
+from run_script import run_script
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
@@ -175,4 +175,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

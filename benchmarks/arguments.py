@@ -28,9 +28,12 @@ def _literal(text: str) -> Any:
 
 def parse_settings(text: str, *, also: Collection[str] = (), without: Collection[str] = ()) -> dict[str, Any]:
     """Parse fields of `TrainerConfig` and the keys `also`, but not the fields `without`, which a script sets itself."""
+    return _parse_known(text, {field.name for field in fields(TrainerConfig)}.difference(without).union(also))
+
+
+def _parse_known(text: str, allowed: Collection[str]) -> dict[str, Any]:
     settings = parse(text)
-    allowed = {field.name for field in fields(TrainerConfig)}.difference(without).union(also)
-    if unknown := settings.keys() - allowed:
+    if unknown := settings.keys() - set(allowed):
         raise ConfigError(
             f"Unknown settings in {text!r}: {', '.join(sorted(unknown))}. Use: {', '.join(sorted(allowed))}."
         )
@@ -39,5 +42,6 @@ def parse_settings(text: str, *, also: Collection[str] = (), without: Collection
 
 def model_config(text: str, **changes: Any) -> GPTConfig:
     """Return the configuration of a model: a preset with changes, such as "gpt2:n_layer=6,n_head=6,n_embd=384"."""
-    preset, _, own_changes = text.partition(":")
-    return GPTConfig.preset(preset, **(parse(own_changes) | changes))
+    preset, _, text = text.partition(":")
+    own_changes = _parse_known(text, [field.name for field in fields(GPTConfig)])
+    return GPTConfig.preset(preset, **(own_changes | changes))

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, StepTimer
 from implementations import hf_model, random_ids
+from run_script import run_script
 
 from homebrew import GPT, GPTConfig, Sampling
 
@@ -75,4 +75,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

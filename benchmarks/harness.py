@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from homebrew.errors import ConfigError
 from homebrew.io import strict_json
 
 ON_GPU = torch.cuda.is_available()
@@ -37,13 +38,18 @@ class StepTimer:
 
     Args:
         warmup: Number of steps that are not timed, at least 1.
-        steps: Number of timed steps after them.
+        steps: Number of timed steps after them, at least 1.
+
+    Raises:
+        ConfigError: `warmup` or `steps` is less than 1.
     """
 
     now: ClassVar[Callable[[], float]] = perf_counter
     """Clock in seconds."""
 
     def __init__(self, warmup: int, steps: int) -> None:
+        if min(warmup, steps) < 1:
+            raise ConfigError(f"{warmup} warm-up steps and {steps} timed steps: both must be at least 1.")
         self.warmup = warmup
         self.steps = steps
         self.num_steps = 0
@@ -117,6 +123,8 @@ def measure_interleaved(implementations: Iterable[Implementation], options: Roun
 
     An implementation other than the first that cannot be built (no memory, missing library) is skipped.
     """
+    if options.rounds < 1:
+        raise ConfigError(f"--rounds {options.rounds}: must be at least 1.")
     console = Console(stderr=True, highlight=False)
     loaded: list[tuple[Measurement, RunSteps, int]] = []
     for implementation in implementations:
@@ -192,6 +200,11 @@ class Report:
     metadata: dict[str, object] = field(default_factory=dict)
     tables: list[tuple[str, list[dict[str, str]]]] = field(default_factory=list)
     raw: list[object] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Check the folder of the file before anything is measured."""
+        if self.json is not None and not self.json.absolute().parent.is_dir():
+            raise ConfigError(f"{self.json} is in a folder that does not exist. Create the folder.")
 
     def add(self, title: str, rows: list[dict[str, str]]) -> None:
         """Add a table. All rows have the same columns."""

@@ -23,11 +23,11 @@ from typing import Any
 
 import learning_curves as curves
 import torch
-import tyro
 from ablation import KERNELS, switched_off
 from arguments import model_config, parse_settings
 from harness import Report, describe_machine
 from learning_curves import Run
+from run_script import run_script
 from source_corpus import build_source_corpus
 from timed_training import train_and_record
 
@@ -146,7 +146,10 @@ def main(options: Options) -> None:
 
 def read_runs(log: Path) -> list[Run]:
     """Read the finished runs. If there are several of a variant and a seed, the last one counts."""
-    runs = [Run(**json.loads(line)) for line in log.read_text(encoding="utf-8").splitlines()]
+    try:
+        runs = [Run(**json.loads(line)) for line in log.read_text(encoding="utf-8").splitlines()]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{log} has a line that is not a run ({error}). Choose another --output.") from error
     if any(run.experiment != runs[0].experiment for run in runs):
         raise ConfigError(f"{log} has runs that differ in their model, batch or corpus. Keep those of one experiment.")
     return list({(run.variant, run.seed): run for run in runs}.values())
@@ -243,4 +246,4 @@ def report_runs(options: Options, runs: list[Run]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

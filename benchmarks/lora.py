@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import tyro
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps
 from implementations import hf_trainer, homebrew_trainer, random_ids
+from run_script import run_script
 
 from homebrew import GPT, GPTConfig, LoRAConfig, add_lora
 
@@ -77,4 +77,4 @@ def add_peft(rank: int, model: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

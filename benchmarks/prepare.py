@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import tyro
+from run_script import run_script
 
 # What only one of the two needs is imported where it is used, so that it does not count for the other.
 
@@ -127,4 +127,4 @@ def measure(arguments: list[str]) -> tuple[float, float, int]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from ablation import KERNELS, trainer_without
 from harness import ON_GPU, Report, RunSteps, StepTimer, synchronize
 from implementations import random_ids
+from run_script import run_script
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -117,4 +117,4 @@ def category_of(kernel: str) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from harness import GIB, Report, RoundOptions
+from run_script import run_script
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
 
@@ -211,4 +211,4 @@ def largest_difference(losses: list[float], others: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import throughput
-import tyro
 from arguments import parse_settings
 from harness import ON_GPU, Report, RoundOptions, format_number
+from run_script import run_script
 
 from homebrew import Callback, EvalMetrics, GPTConfig, TokenDataset, Trainer, TrainerConfig, get_tokenizer, load_corpus
 
@@ -179,4 +179,4 @@ def nanogpt_command(options: Options, folder: Path) -> tuple[list[str], Path]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

@@ -15,7 +15,7 @@ from operator import truediv
 from pathlib import Path
 from statistics import median
 
-import tyro
+from run_script import run_script
 
 BASE = "import torch, accelerate"
 IMPORTS = ("import homebrew", "from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig", BASE)
@@ -142,4 +142,4 @@ def run_first_step(options: Options, started: float) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from arguments import model_config
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps, use_cpu_time
 from implementations import (
@@ -16,9 +15,11 @@ from implementations import (
     plain_loop,
     random_ids,
 )
+from run_script import run_script
 
 from homebrew import GPT, GPTConfig
 from homebrew.distributed.precision import has_native_bf16
+from homebrew.errors import ConfigError
 
 
 @dataclass
@@ -93,8 +94,11 @@ def implementations(config: GPTConfig, options: Options) -> list[Implementation]
         ),
         "llmc": llmc(options.llmc, config, ids, flags=options.llmc_flags, **sizes),
     }
-    return [each for key, each in every.items() if key in {*options.only} - {*options.without}]
+    chosen = [each for key, each in every.items() if key in {*options.only} - {*options.without}]
+    if not chosen:
+        raise ConfigError(f"--only and --without leave nothing to measure. Choose some of: {', '.join(every)}.")
+    return chosen
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run_script(main, Options)

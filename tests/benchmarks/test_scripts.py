@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,40 @@ def test_optimizations_are_back_after_they_were_switched_off(monkeypatch):
 def test_unknown_optimization_is_an_error(run):
     with pytest.raises(SystemExit, match="fused tea"):
         run("ablation", without=("fused tea",))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("learning --output new --variants a:foo=1", "Unknown settings in 'foo=1': foo"),
+        ("learning --output new --variants a:optimizer=foo", "optimizer='foo'"),
+        ("learning --output new --variants", "no runs in new"),
+        ("learning --output file", "file"),
+        ("learning --output earlier --variants a", "not a run"),
+        ("learning --output new --model baby:depth=3", "Unknown settings in 'depth=3': depth"),
+        ("throughput --models foo", "preset 'foo'"),
+        ("throughput --only foo", "some of: homebrew"),
+        ("throughput --only homebrew --without homebrew", "some of: homebrew"),
+        ("throughput --json missing/report.json", "missing/report.json"),
+        ("generation --model foo", "preset 'foo'"),
+        ("generation --model char --rounds 0", "--rounds 0"),
+        ("generation --model char --steps 0 --batches 1 --new-tokens 1", "0 timed steps"),
+        ("profile_step --model char --block-size 8 --micro-batch 1 --steps 0", "0 timed steps"),
+        ("lora --model foo", "preset 'foo'"),
+        ("ablation --without foo", "Unknown optimizations: foo"),
+    ],
+)
+def test_a_mistake_of_the_user_is_an_error_without_traceback(monkeypatch, tmp_path, command, message):
+    name, *arguments = command.split()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text(TEXT)
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "runs.jsonl").write_text('{"variant": "a", "seed": 1}\n')
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+    assert message in caught.value.code  # which Python prints
 
 
 def test_the_throughput_of_scaling_is_that_of_all_timed_steps(monkeypatch, tmp_path):
