@@ -122,6 +122,9 @@ def measure_interleaved(implementations: Iterable[Implementation], options: Roun
     """Build all implementations, then run each for some steps per round. Every second round is in reverse order.
 
     An implementation other than the first that cannot be built (no memory, missing library) is skipped.
+
+    Raises:
+        ConfigError: The number of rounds is less than 1.
     """
     if options.rounds < 1:
         raise ConfigError(f"--rounds {options.rounds}: must be at least 1.")

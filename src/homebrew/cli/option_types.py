@@ -16,6 +16,7 @@ from tyro.constructors import (
 from homebrew.errors import HomebrewError
 
 OPTION_TYPES = ConstructorRegistry()
+"""Rules that come before those of tyro."""
 
 
 @OPTION_TYPES.primitive_rule
