@@ -98,6 +98,7 @@ def test_a_run_resumes_by_its_folder_alone_from_anywhere(small_run, invoke, monk
     assert "step 3/3" in invoke("train", "--resume", "--output-dir", moved)  # the accepted change is recorded
 
 
+@pytest.mark.filterwarnings("ignore:The learning rate does not reach its peak")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_in_its_stable_phase_is_extended_by_max_steps_alone(
     text, tmp_path, invoke, invoke_error, tiny, optimizer
