@@ -5,7 +5,17 @@ from pathlib import Path
 
 import tyro
 
-from homebrew import GPT, LoRAConfig, Sampling, TokenDataset, Trainer, TrainerConfig, load_corpus, save_adapter
+from homebrew import (
+    GPT,
+    HomebrewError,
+    LoRAConfig,
+    Sampling,
+    TokenDataset,
+    Trainer,
+    TrainerConfig,
+    load_corpus,
+    save_adapter,
+)
 
 
 @dataclass
@@ -53,4 +63,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        main(tyro.cli(Options))
+    except HomebrewError as error:  # its message says what to do
+        raise SystemExit(str(error)) from None

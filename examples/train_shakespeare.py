@@ -7,7 +7,16 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from homebrew import EarlyStopping, GPTConfig, Sampling, TokenDataset, Trainer, TrainerConfig, load_corpus
+from homebrew import (
+    EarlyStopping,
+    GPTConfig,
+    HomebrewError,
+    Sampling,
+    TokenDataset,
+    Trainer,
+    TrainerConfig,
+    load_corpus,
+)
 
 
 @dataclass
@@ -138,4 +147,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        main(tyro.cli(Options))
+    except HomebrewError as error:  # its message says what to do
+        raise SystemExit(str(error)) from None

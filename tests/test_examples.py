@@ -37,6 +37,15 @@ def test_finetune_lora(load_example, tmp_path, capsys):
     load_adapter(GPT.from_pretrained(base), output_dir / "adapter")
 
 
+@pytest.mark.parametrize(("name", "option"), [("train_shakespeare", "--text"), ("finetune_lora", "--base")])
+def test_a_wrong_path_gives_one_message(tmp_path, name, option):
+    command = [sys.executable, EXAMPLES / f"{name}.py", option, tmp_path / "missing"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert str(tmp_path / "missing") in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 NOTEBOOK = """
 import sys
 from pathlib import Path
