@@ -4,14 +4,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Tokenizer as HuggingFaceTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from homebrew import TokenDataset
 from homebrew.data import gpt2_tokenizer, gpt2_vocabulary, tiktoken_tokenizer
 from homebrew.data.gpt2_vocabulary import GPT2_SHA256, gpt2_vocabulary_files
 from homebrew.data.tiktoken_tokenizer import gpt2_byte_to_char
+from homebrew.data.token_file import write_tokens
 from homebrew.data.tokenizer import ByteTokenizer, dataset_tokenizer, get_tokenizer, tokenizer_from_json
 from homebrew.errors import ConfigError, DataError, TokenizerError
 
@@ -228,6 +231,43 @@ def test_an_incomplete_tokenizer_is_an_error_that_says_what_it_lacks(missing):
     members = {name: getattr(ByteTokenizer, name) for name in dir(ByteTokenizer) if name[0] != "_" and name != missing}
     with pytest.raises(ConfigError, match=f"Incomplete .* lacks {missing}. "):
         TokenDataset.from_text("some text", block_size=2, tokenizer=type("Incomplete", (), members)())
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A tokenizer that is not supported, of transformers, of the library tokenizers, and by its path and name."""
+    model = tokenizers.models.BPE({"▁": 0, "a": 1}, [])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    transformers_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    transformers_tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "sentencepiece").mkdir()
+    return {
+        "transformers": transformers_tokenizer,
+        "tokenizers": tokenizer,
+        "folder": tmp_path / "llama",
+        "file": str(tmp_path / "llama" / "tokenizer.json"),
+        "folder without tokenizer.json": tmp_path / "sentencepiece",
+        "name": "meta-llama/Llama-3.2-1B",
+    }
+
+
+@pytest.mark.parametrize(
+    "form", ["transformers", "tokenizers", "folder", "file", "folder without tokenizer.json", "name"]
+)
+def test_a_tokenizer_of_another_library_is_an_error_that_says_how_to_use_it(form, llama, tmp_path):
+    write_tokens(tmp_path / "ids.npy", np.array([1, 2, 3]), vocab_size=4)
+    for create, data in (
+        (TokenDataset.from_text, "a text"),
+        (TokenDataset.from_tokens, [1, 2, 3]),
+        (TokenDataset.from_shards, tmp_path / "ids.npy"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=r"TokenDataset\.from_tokens\(tokenizer\(text\)\.input_ids"):
+            create(data, 2, tokenizer=llama[form])
+
+
+def test_the_tokenizer_of_ids_may_be_named():
+    assert TokenDataset.from_tokens([1, 2, 3], 2, tokenizer="bytes").tokenizer.name == "bytes"
 
 
 def test_dataset_tokenizer_ignores_tokenizers_of_other_libraries(hf_tokenizer):

@@ -7,6 +7,7 @@ SUBSTITUTES = {
     'load_corpus("tinyshakespeare")': 'load_corpus(path="book.txt")',
     "load_hellaswag()": 'load_hellaswag("hellaswag.jsonl")',
     "openai-community/gpt2": "tiny-gpt2",
+    "HuggingFaceTB/SmolLM2-135M": "tiny-gpt2",
     "batch, length = 8, 1_024": "batch, length = 2, 16",
     'GPTConfig.preset("gpt2")': "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",
     "GPTConfig()": "GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=8)",

@@ -149,7 +149,7 @@ class TokenDataset(WindowDataset):
         block_size: int,
         *,
         vocab_size: int | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: str | Path | Tokenizer | None = None,
         stride: int | None = None,
     ) -> Self:
         """Create a dataset from token ids. The ids are copied.
@@ -158,12 +158,17 @@ class TokenDataset(WindowDataset):
             ids: Token ids, (num_tokens,), integers.
             block_size: Sequence length of the inputs, in tokens.
             vocab_size: Size of the vocabulary. If None it is the largest id plus 1.
-            tokenizer: Tokenizer that made the ids.
+            tokenizer: Tokenizer that made the ids, or its name. None for one of another library.
             stride: As in `from_text`.
 
         Raises:
+            ConfigError: The tokenizer is not a `Tokenizer`.
             DataError: If there are fewer ids than one window needs, or an id is outside the vocabulary.
         """
+        if isinstance(tokenizer, str | Path):
+            tokenizer = get_tokenizer(tokenizer)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
         array = as_token_ids(ids)
         starts = window_starts(len(array), block_size, stride)
         check_not_empty(starts, len(array), block_size)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from homebrew.data.token_file import TokenFile
 from homebrew.data.token_formats import names_its_vocabulary
-from homebrew.data.tokenizer import Tokenizer, get_tokenizer, tokenizer_from_json
+from homebrew.data.tokenizer import Tokenizer, check_tokenizer, get_tokenizer, tokenizer_from_json
 from homebrew.errors import DataError
 from homebrew.io import strict_json
 
@@ -107,6 +107,8 @@ class FileTokens:
             raise DataError("The list of token files is empty. Give the path of at least one.")
         if isinstance(tokenizer, str | Path):
             tokenizer = _named_tokenizer(tokenizer, paths[0])
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
         vocab_size = None if tokenizer is None else tokenizer.vocab_size
         files = [TokenFile(path, vocab_size) for path in paths]
         metadata = files[0].metadata

@@ -12,7 +12,7 @@ from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
 from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.tiktoken_tokenizer import TiktokenTokenizer
 from homebrew.data.token_ids import validated_ids
-from homebrew.data.tokenizer_json import open_tokenizer_json
+from homebrew.data.tokenizer_json import OTHER_TOKENIZERS, open_tokenizer_json
 from homebrew.data.utf8 import check_is_string, encode_utf8
 from homebrew.errors import ConfigError, DataError
 from homebrew.io import absolute_path
@@ -138,7 +138,8 @@ def get_tokenizer(name: str | Path, *, text: str | None = None) -> Tokenizer:
         return CharTokenizer(text)
     if not isinstance(name, str) or not name or not os.path.exists(absolute_path(name)):  # noqa: PTH110
         raise DataError(
-            f"Unknown tokenizer {name!r:.200}. Choose 'gpt2', 'bytes' or 'char', or give the path of a tokenizer.json."
+            f"Unknown tokenizer {name!r:.200}. Choose 'gpt2', 'bytes' or 'char', or give the path of a tokenizer.json. "
+            f"{OTHER_TOKENIZERS}"
         )
     return open_tokenizer_json(name)
 
@@ -194,7 +195,7 @@ def check_tokenizer(tokenizer: object) -> None:
         missing = [name for name in names if not hasattr(tokenizer, name)]
         raise ConfigError(
             f"{type(tokenizer).__name__} cannot be used as a tokenizer, as it lacks {', '.join(missing)}. Add what "
-            f"homebrew.Tokenizer describes, or pass the name of a built-in one."
+            f"homebrew.Tokenizer describes, or pass the name of a built-in one. {OTHER_TOKENIZERS}"
         )
 
 

@@ -31,6 +31,12 @@ BYTE_LEVEL_BPE: dict[str, tuple[Any, ...]] = {
 }
 """Fields of `tokenizer.json` that affect the ids or the decoded text, with the values in files of GPT-2's tokenizer."""
 
+OTHER_TOKENIZERS = (
+    "Or encode the text with transformers and pass only the ids: "
+    "TokenDataset.from_tokens(tokenizer(text).input_ids, …)."
+)
+"""How to use a tokenizer that homebrew does not support."""
+
 _CHOOSE_FOLDER = "Choose a folder that can be written to."
 _ASK_FOR_TEXT = (
     "For nanoGPT's character data, use the tokenizer 'char' with the text that the data was made from, such as "
@@ -47,7 +53,11 @@ def open_tokenizer_json(path: str | Path) -> BytePairTokenizer:
     """
     path = Path(os.path.realpath(absolute_path(path)))  # a snapshot of the Hub's cache consists of links
     if path.is_dir() and not (path / TOKENIZER_FILE).is_file():
-        advice = _ASK_FOR_TEXT if (path / "meta.pkl").exists() else "Give the folder or file of a tokenizer."
+        advice = (
+            _ASK_FOR_TEXT
+            if (path / "meta.pkl").exists()
+            else f"Give the folder or file of a tokenizer. {OTHER_TOKENIZERS}"
+        )
         raise DataError(f"The folder {path} has no {TOKENIZER_FILE}. {advice}")
     if path.is_dir():
         path = Path(os.path.realpath(path / TOKENIZER_FILE))
@@ -60,7 +70,7 @@ def open_tokenizer_json(path: str | Path) -> BytePairTokenizer:
     try:
         return parse_pipeline(pipeline)
     except DataError as error:
-        raise DataError(f"The tokenizer in {path} is not supported: {error}") from error
+        raise DataError(f"The tokenizer in {path} is not supported: {error} {OTHER_TOKENIZERS}") from error
 
 
 def format_tokenizer_json(tokenizer: BytePairTokenizer) -> str:
