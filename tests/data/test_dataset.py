@@ -51,6 +51,31 @@ def test_windows_are_consecutive_and_targets_are_shifted_inputs(tmp_path, make):
 
 
 @pytest.mark.parametrize("make", [in_memory, in_file])
+@pytest.mark.parametrize("part", [slice(3), slice(-2, None), slice(1, 9, 3), slice(None, None, -1), slice(5, 5)])
+def test_a_slice_is_a_dataset_of_the_same_kind(tmp_path, make, part):
+    dataset = make(tmp_path, np.arange(100), 8)
+    assert inputs(dataset[part]) == inputs(dataset)[part]
+    assert type(dataset[part]) is TokenDataset
+    assert dataset[part].vocab_size == dataset.vocab_size
+    assert dataset[:].fingerprint == dataset.fingerprint
+
+
+@pytest.mark.parametrize("index", [1.0, "0", None, [0, 1], torch.tensor([0, 1]), np.array([0, 1]), (0, 1)])
+def test_an_index_that_is_no_integer_is_an_error(index):
+    with pytest.raises(DataError, match=r"torch\.utils\.data\.Subset"):
+        counting()[index]
+
+
+def test_an_index_may_be_of_any_integer_type_and_negative():
+    dataset = counting()
+    for index in (2, np.int64(2), torch.tensor(2), 2 - len(dataset)):
+        assert dataset[index][0][0] == 16
+    assert len(list(dataset)) == len(dataset)
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+@pytest.mark.parametrize("make", [in_memory, in_file])
 @pytest.mark.parametrize("stride", [1, 3, 20])
 def test_stride(tmp_path, make, stride):
     assert inputs(make(tmp_path, np.arange(30), 8, stride=stride)) == list(range(0, 22, stride))

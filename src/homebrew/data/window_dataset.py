@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+import operator
 from functools import cached_property
-from typing import Self
+from typing import Self, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,6 +15,7 @@ from homebrew.data.samples import Sample
 from homebrew.data.token_source import TokenSource
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.data.windows import split_starts
+from homebrew.errors import DataError
 
 
 class WindowDataset(Dataset[Sample]):
@@ -71,7 +74,24 @@ class WindowDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> Sample:
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | Self:
+        """Return a sample, or for a slice a dataset of its windows that shares the tokens."""
+        if isinstance(index, slice):
+            indices = np.arange(*index.indices(len(self)))  # a tensor's slice has no negative steps
+            return self._with_starts(self.starts[torch.from_numpy(indices).to(self.device)])
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise DataError(
+                f"{index!r:.100} is not the index of a sample. Use an integer, a slice, or "
+                f"torch.utils.data.Subset(dataset, indices) for several."
+            ) from None
         input_ids, targets = self.batch(torch.tensor([index], device=self.device))
         return input_ids[0], targets[0]
 
