@@ -1,5 +1,6 @@
 import random
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,7 +121,11 @@ def test_a_check_does_not_change_the_global_generators(draw, sample):
         (torch.utils.data.ConcatDataset([[(IDS, IDS)], [(IDS, IDS[1:])]]), r"train_dataset\[1\].*equal length"),
         (torch.utils.data.DataLoader(CustomDataset((IDS, IDS))), "DataLoader.*map-style"),
         ({"train": CustomDataset((IDS, IDS))}, r"the keys 'train'.*Choose one"),
-        ("book.txt", "must be .input_ids"),
+        ("book.txt", r"train_dataset is .*'book.txt'.*from_text.*from_file"),
+        (Path("book.txt"), "'book.txt'.*from_file"),
+        (b"It is the east.", "It is the east.*from_text"),
+        (["It is the east.", "Why?"], r"train_dataset\[0\] is .*'It is the east\.'.*from_text"),
+        ([Path("book.txt")], "'book.txt'.*from_file"),
         (attributes(vocab_size=None), "vocab_size is None"),
         (attributes(vocab_size=lambda: 9), "vocab_size is <function"),
         (attributes(bytes_per_token=0), "bytes_per_token is 0"),

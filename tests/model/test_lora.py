@@ -324,7 +324,8 @@ def test_training_saves_the_widest_activation_once_and_recomputes_little():
         ({"target_modules": ("h.\u0661.attn.c_attn",)}, "target_modules="),  # a digit, but not of ASCII
         *(({"alpha": value}, "alpha=") for value in ("a", True, [1.0])),
         *(({"dropout": value}, "dropout=") for value in ("x", True, None)),
-        *(({"target_modules": value}, "target_modules=") for value in (5, (5,), None, "c_attn")),
+        *(({"target_modules": value}, "target_modules=") for value in (5, (5,), None)),
+        *(({"target_modules": value}, "Use a list such as") for value in ("c_attn", "all-linear", {"c_attn"})),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"target_modules": ("wte",)}, r"target_modules=\('wte',\)"),
         ({"target_modules": ()}, r"target_modules=\(\)"),

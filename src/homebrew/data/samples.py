@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from numbers import Number
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from homebrew.constants import IGNORE_INDEX
-from homebrew.data.token_ids import as_token_ids
+from homebrew.data.token_ids import TOKENIZE, as_token_ids
 from homebrew.errors import DataError
 from homebrew.integers import MAX_INT64
 
@@ -119,6 +120,8 @@ def _as_ids(values: Any, name: str, rule: str = _SAMPLE_RULE) -> Tensor:  # noqa
     is_converted = isinstance(values, Tensor) and values.dtype == torch.int64 and values.layout == torch.strided
     if is_converted and values.dim() == 1 and not values.is_meta:
         return values  # type: ignore[no-any-return]
+    if isinstance(values, str | bytes | Path):
+        raise DataError(f"{name} is the text or path {str(values)!r:.100}, but must be token ids. {TOKENIZE}")
     try:
         ids = as_token_ids(values)
     except DataError as error:

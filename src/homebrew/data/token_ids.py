@@ -2,7 +2,7 @@
 
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TokenIds = NDArray[np.integer]
+
+TOKENIZE = "Tokenize a text with TokenDataset.from_text(text, …), or a file with TokenDataset.from_file(path, …)."
+"""What to do with a text that is given in place of token ids."""
 
 MAX_VOCAB_SIZE = 2**31
 """Token ids are int32 on the device."""
@@ -37,6 +40,8 @@ def check_dense(ids: "Tensor", name: str, error: type[HomebrewError]) -> None:
 def as_token_ids(ids: "Tensor | TokenIds | Sequence[int]") -> TokenIds:
     """Convert token ids to a NumPy array (num_tokens,) without changing their integer dtype."""
     rule = "must be a one-dimensional sequence of integers. Convert them first."
+    if isinstance(ids, Mapping):
+        raise DataError(f"Token ids are a dictionary with the keys {sorted(map(str, ids))}. Pass its input_ids.")
     if is_tensor(ids):
         check_dense(ids, "Token ids", DataError)
         if ids.is_meta:
@@ -45,6 +50,8 @@ def as_token_ids(ids: "Tensor | TokenIds | Sequence[int]") -> TokenIds:
         array = ids.cpu().numpy() if is_tensor(ids) else np.asarray(ids)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires a gradient
         raise DataError(f"Token ids {rule} ({error})") from error
+    if array.dtype.kind in "US":
+        raise DataError(f"Token ids are text. {TOKENIZE}")
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise DataError(f"Token ids are {array.dtype} of shape {array.shape}, but {rule}")
     return array

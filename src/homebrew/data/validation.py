@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sized
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.sample_rng import restore_generators
 from homebrew.data.samples import Sample, as_sample
+from homebrew.data.token_ids import TOKENIZE
 from homebrew.errors import DataError, HomebrewError
 
 NUM_CHECKED = 8
@@ -70,8 +72,10 @@ def check_map_style(dataset: object, name: str) -> None:
     """Check that samples can be read by index.
 
     Raises:
-        DataError: The dataset is a stream, or a dictionary of datasets.
+        DataError: The dataset is a text or a path, a stream, or a dictionary of datasets.
     """
+    if isinstance(dataset, str | bytes | Path):
+        raise DataError(f"{name} is the text or path {str(dataset)!r:.100}, but must be a dataset. {TOKENIZE}")
     if isinstance(dataset, Mapping):
         keys = ", ".join(map(repr, dataset))
         raise DataError(

@@ -61,8 +61,8 @@ class LoRAConfig:
         names = self.target_modules
         if not names or not isinstance(names, tuple | list) or not all(map(_is_target, names)):
             raise ConfigError(
-                f"target_modules={self.target_modules!r:.500} is not valid. Use one or more of "
-                f"{', '.join(TARGET_MODULES)}, or a layer of one block, such as h.0.attn.c_attn."
+                f"target_modules={names!r:.500} is not valid. Use a list such as ['c_attn', 'c_proj'], with one or "
+                f"more of {', '.join(TARGET_MODULES)}, or layers of one block, such as h.0.attn.c_attn."
             )
 
     @property
