@@ -2,7 +2,9 @@
 
 import inspect
 import pickle
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from tiny_runs import ONE_LAYER, make_trainer, token_dataset
@@ -27,6 +29,11 @@ CONFIG = [
     ({"report_to": "wandb"}, "log_with"),
     ({"gradient_checkpointing": True}, "activation_checkpointing"),
     ({"overwrite_output_dir": True}, "overwrite=True"),
+    ({"deepspeed": "ds.json"}, "FSDP2"),
+    ({"fsdp": "full_shard"}, "FSDP2"),
+    ({"load_best_model_at_end": True}, "load_model"),
+    ({"push_to_hub": True}, r"model\.push_to_hub"),
+    ({"run_name": "first"}, "output_dir"),
     # nanoGPT
     ({"max_iters": 100}, "max_steps"),
     ({"batch_size": 12}, "micro_batch_size"),
@@ -41,6 +48,10 @@ CONFIG = [
     ({"beta1": 0.9}, "betas"),
     ({"grad_clip": 1.0}, "max_grad_norm"),
     ({"eval_iters": 20}, "eval_batches"),
+    ({"init_from": "gpt2"}, "GPT.from_pretrained"),
+    ({"device": "cuda"}, "Accelerate"),
+    ({"bias": False}, "biases"),
+    ({"wandb_project": "x"}, "WANDB_PROJECT"),
     # spelling
     ({"learningrate": 1e-3}, "learning_rate"),
     ({"Seed": 1}, "seed"),
@@ -57,6 +68,26 @@ def test_an_unknown_setting_is_answered_by_the_one_that_was_meant(settings, ours
     assert isinstance(caught.value, ConfigError)
 
 
+@pytest.mark.parametrize(
+    ("page", "heading", "target"),
+    [
+        ("from-nanogpt.md", "nanoGPT", TrainerConfig),
+        ("from-hf-trainer.md", "`TrainingArguments`", TrainerConfig),
+        ("from-hf-trainer.md", "`Trainer`", Trainer),
+    ],
+)
+def test_each_argument_in_the_tables_for_users_of_other_programs_has_an_answer(page, heading, target):
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    (table,) = re.findall(rf"^\| {heading} \|.*\n\|---.*\n((?:\|.*\n)+)", text, re.M)
+    first_column = " ".join(row.split("|")[1] for row in table.splitlines())
+    names = set(re.findall(r"`([a-z]\w+)(?:=[^`]*)?`", first_column)) - inspect.signature(target).parameters.keys()
+    assert len(names) >= 5
+    for name in names:
+        with pytest.raises(ArgumentError) as caught:
+            target(**{name: None})
+        assert "The arguments are" not in str(caught.value)
+
+
 def test_one_error_names_all_unknown_settings():
     with pytest.raises(ArgumentError, match=r"'bf16'.*mixed_precision.*'max_iters'.*max_steps"):
         TrainerConfig(output_dir="x", bf16=True, max_iters=5)
@@ -70,6 +101,8 @@ TRAINER = [
     ({"compute_metrics": None}, "callbacks"),
     ({"val_dataset": None}, "eval_dataset"),
     ({"train_datasets": None}, "train_dataset"),
+    ({"peft_config": None}, "LoRAConfig"),
+    ({"max_steps": 1}, "setting of TrainerConfig"),
 ]
 
 

@@ -23,6 +23,15 @@ from homebrew.data.window_dataset import WindowDataset
 from homebrew.data.windows import check_not_empty, window_starts
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
+from homebrew.unknown_arguments import ArgumentNames
+
+_NAMES = ArgumentNames(
+    {
+        "block_size": "context_length max_length max_seq_len max_seq_length seq_len seq_length sequence_length",
+        "text_column": "column dataset_text_field text_field",
+        "tokenizer": "encoding processing_class",
+    }
+)
 
 
 class TokenDataset(WindowDataset):
@@ -32,6 +41,7 @@ class TokenDataset(WindowDataset):
     """
 
     @classmethod
+    @_NAMES.explain_unknown_arguments
     def from_text(
         cls,
         text: str | Iterable[str],
@@ -79,6 +89,7 @@ class TokenDataset(WindowDataset):
         return dataset
 
     @classmethod
+    @_NAMES.explain_unknown_arguments
     def from_file(
         cls,
         path: Paths,
@@ -114,6 +125,7 @@ class TokenDataset(WindowDataset):
         return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=describe_files(files))
 
     @classmethod
+    @_NAMES.explain_unknown_arguments
     def from_dataset(
         cls,
         dataset: Dataset[Any] | Iterable[Mapping[str, Any]],
@@ -143,6 +155,7 @@ class TokenDataset(WindowDataset):
         return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=source)
 
     @classmethod
+    @_NAMES.explain_unknown_arguments
     def from_tokens(
         cls,
         ids: Tensor | NDArray[np.integer] | Sequence[int],
@@ -181,6 +194,7 @@ class TokenDataset(WindowDataset):
         return cls(tokens, starts, block_size=block_size, vocab_size=vocab_size, tokenizer=tokenizer)
 
     @classmethod
+    @_NAMES.explain_unknown_arguments
     def from_shards(
         cls,
         paths: Paths,

@@ -1,12 +1,6 @@
-"""Errors for arguments that do not exist: they suggest names, also for those of nanoGPT and transformers."""
+"""Names of the Trainer's arguments and settings in other programs, such as nanoGPT and transformers."""
 
-import difflib
-import functools
-import inspect
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
-
-from homebrew.errors import ArgumentError
+from homebrew.unknown_arguments import ArgumentNames
 
 OTHER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -40,64 +34,46 @@ _OTHER_ARGUMENTS = {
     "config": "args",
     "train_dataset": "train_data data",
     "eval_dataset": "val_dataset eval_data val_data",
-    "optimizer": "optimizers optimizer_cls_and_kwargs",
+    "optimizer": "optim optimizers optimizer_cls_and_kwargs",
     "schedule": "scheduler lr_scheduler optimizers",
     "callbacks": "compute_metrics",
 }
 """Names of the arguments of `Trainer` in other programs."""
 
+_FSDP2 = "use FSDP2, with accelerate launch --config_file accelerate_configs/fsdp2.yaml."
+_LORA = "Add an adapter to the model: add_lora(model, LoRAConfig(...)), or PEFT's get_peft_model."
+
 _ADVICE = {
-    "data_collator": "The Trainer pads and batches the samples of train_dataset itself.",
-    "tokenizer": "The Trainer uses the tokenizer of train_dataset.",
-    "processing_class": "The Trainer uses the tokenizer of train_dataset.",
-    "block_size": "The sequence length is that of train_dataset.",
-    "resume_from_checkpoint": "Use train(resume=True), or train(resume=...) with the path of a checkpoint.",
-    "overwrite_output_dir": "Use train(overwrite=True).",
-    "num_train_epochs": "Use max_steps, which is epochs * tokens / global_batch_tokens.",
-    "gradient_accumulation_steps": "Use global_batch_tokens, the tokens of a step over all processes.",
-    "min_lr": "Use min_lr_ratio, which is min_lr / learning_rate.",
-    "decay_lr": "Choose the decay with lr_schedule, or use none with Trainer(..., schedule=lambda step: 1.0).",
+    **dict.fromkeys(OTHER_NAMES, "It is a setting of TrainerConfig."),
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "dropout", "vocab_size"), "It is a setting of GPTConfig."),
+    "backend": "Accelerate chooses it.",
+    "bias": "A GPT has biases, as GPT-2 does; load_nanogpt sets missing ones to zero.",
+    "block_size": "The sequence length is that of train_dataset.",
+    "data_collator": "The Trainer pads and batches the samples of train_dataset itself.",
+    "dataset": "Pass the data to the Trainer, as train_dataset.",
+    "decay_lr": "Choose the decay with lr_schedule, or use none with Trainer(..., schedule=lambda step: 1.0).",
+    "deepspeed": f"DeepSpeed is not supported: {_FSDP2}",
+    "device": "Accelerate chooses the device; to train on the CPU, set ACCELERATE_USE_CPU=true.",
+    "eval_only": "Use trainer.evaluate().",
+    "fsdp": f"The launcher decides: {_FSDP2}",
+    "gradient_accumulation_steps": "Use global_batch_tokens, the tokens of a step over all processes.",
+    "init_from": "Use train(resume=True) to resume, or GPT.from_pretrained for the weights of GPT-2.",
+    "load_best_model_at_end": "The best checkpoint is kept: open it with load_model(path).",
+    "lora_config": _LORA,
+    "min_lr": "Use min_lr_ratio, which is min_lr / learning_rate.",
+    "num_train_epochs": "Use max_steps, which is epochs * tokens / global_batch_tokens.",
+    "overwrite_output_dir": "Use train(overwrite=True).",
+    "peft_config": _LORA,
+    "processing_class": "The Trainer uses the tokenizer of train_dataset.",
+    "push_to_hub": "After training, use model.push_to_hub(name).",
+    "resume_from_checkpoint": "Use train(resume=True), or train(resume=...) with the path of a checkpoint.",
+    "run_name": "Trackers show the name of the folder output_dir.",
+    "tokenizer": "The Trainer uses the tokenizer of train_dataset.",
+    "wandb_project": 'Use log_with="wandb", and set the environment variable WANDB_PROJECT.',
+    "wandb_run_name": 'Use log_with="wandb", and set the environment variable WANDB_NAME.',
 }
 """What to do instead, for arguments without an equal counterpart."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
-C = TypeVar("C")
-
-
-def explain_unknown_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function raise ArgumentError, with a suggestion, for keyword arguments that it does not have."""
-    names = list(inspect.signature(function).parameters)[1:]
-
-    @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        if unknown := [name for name in kwargs if name not in names]:
-            called = function.__qualname__.removesuffix(".__init__")
-            raise ArgumentError(" ".join(_explain(called, name, names) for name in unknown))
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def explain_unknown_fields(config: type[C]) -> type[C]:
-    """Like `explain_unknown_arguments`, for the fields of a dataclass."""
-    config.__init__ = explain_unknown_arguments(config.__init__)  # type: ignore[method-assign]
-    return config
-
-
-def similar_names(name: str, names: Sequence[str], other_names: dict[str, str]) -> list[str]:
-    """Return the names that are called `name` in other programs, or else those that are spelled like it."""
-    meant = [known for known in names if name in other_names.get(known, "").split()]
-    return meant or difflib.get_close_matches(name, names, n=2)
-
-
-def _explain(called: str, name: str, names: Sequence[str]) -> str:
-    similar = similar_names(
-        name.lower(), names, {n: f"{OTHER_NAMES.get(n, '')} {_OTHER_ARGUMENTS.get(n, '')}" for n in names}
-    )
-    if similar and name not in _ADVICE:
-        advice = f"Did you mean {' or '.join(similar)}?"
-    else:
-        advice = _ADVICE.get(name, f"The arguments are {', '.join(names)}.")
-    return f"{called} has no argument {name!r}. {advice}"
+_NAMES = ArgumentNames(OTHER_NAMES | _OTHER_ARGUMENTS, _ADVICE)
+explain_unknown_arguments = _NAMES.explain_unknown_arguments
+explain_unknown_fields = _NAMES.explain_unknown_fields

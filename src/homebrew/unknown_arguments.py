@@ -1,0 +1,57 @@
+"""Errors for arguments that do not exist: they suggest names, also for those of other programs."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
+
+from homebrew.errors import ArgumentError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class ArgumentNames:
+    """What arguments are called in other programs. The methods decorate functions that have such arguments."""
+
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    """Names in other programs, separated by spaces, of each argument."""
+    advice: Mapping[str, str] = field(default_factory=dict)
+    """What to do instead, for arguments of other programs without an equal counterpart."""
+
+    def explain_unknown_arguments(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Let a function raise ArgumentError, with a suggestion, for keyword arguments that it does not have."""
+        names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            if unknown := [name for name in kwargs if name not in names]:
+                called = function.__qualname__.removesuffix(".__init__")
+                raise ArgumentError(" ".join(self._explain(called, name, names) for name in unknown))
+            return function(*args, **kwargs)
+
+        return checked
+
+    def explain_unknown_fields(self, config: type[C]) -> type[C]:
+        """Like `explain_unknown_arguments`, for the fields of a dataclass."""
+        config.__init__ = self.explain_unknown_arguments(config.__init__)  # type: ignore[method-assign]
+        return config
+
+    def _explain(self, called: str, name: str, names: Sequence[str]) -> str:
+        if name in self.advice:
+            advice = self.advice[name]
+        elif similar := similar_names(name.lower(), names, self.other_names):
+            advice = f"Did you mean {' or '.join(similar)}?"
+        else:
+            advice = f"The arguments are {', '.join(names)}."
+        return f"{called} has no argument {name!r}. {advice}"
+
+
+def similar_names(name: str, names: Sequence[str], other_names: Mapping[str, str]) -> list[str]:
+    """Return the names that are called `name` in other programs, or else those that are spelled like it."""
+    meant = [known for known in names if name in other_names.get(known, "").split()]
+    return meant or difflib.get_close_matches(name, names, n=2)
