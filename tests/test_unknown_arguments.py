@@ -13,6 +13,7 @@ from homebrew import (
     LoRAConfig,
     Sampling,
     TokenDataset,
+    Trainer,
     generate_text,
     get_tokenizer,
 )
@@ -37,6 +38,7 @@ CALLS = [
     (partial(MODEL.generate, [[1]], 2), "temperature", r"sampling=Sampling\(temperature=...\)"),
     (partial(MODEL.generate, [[1]], 2), "max_length", "max_new_tokens"),
     (partial(generate_text, MODEL, get_tokenizer("bytes"), "a", 2), "top_k", r"sampling=Sampling\(top_k=...\)"),
+    (partial(Trainer.sample, None, "a", 2), "temperature", r"sampling=Sampling\(temperature=...\)"),
     (partial(TokenDataset.from_text, "abc"), "blocksize", "block_size"),
     (partial(TokenDataset.from_file, "book.txt"), "max_length", "block_size"),
     (partial(TokenDataset.from_dataset, [], 2), "text_field", "text_column"),

@@ -24,6 +24,7 @@ from homebrew.generation.sampling import Sampling
 from homebrew.hub.save_model import save_model
 from homebrew.io import absolute_path
 from homebrew.metrics.step_metrics import EvalMetrics
+from homebrew.model.gpt import GENERATE_NAMES
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LanguageModel
@@ -266,6 +267,7 @@ class Trainer:
         """
         return self.model if self._meta_copy is None else gather_full_model(self._meta_copy, self._wrapped)
 
+    @GENERATE_NAMES.explain_unknown_arguments
     def sample(
         self, text: str = "", max_new_tokens: int = 100, *, sampling: Sampling | None = None, seed: int | None = None
     ) -> str:
