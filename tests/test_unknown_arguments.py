@@ -19,8 +19,7 @@ from homebrew import (
 )
 from homebrew.data import dataset
 from homebrew.generation import sampling
-from homebrew.model import gpt_config, lora
-from homebrew.model.gpt import GENERATE_NAMES
+from homebrew.model.other_names import CONFIG_NAMES, GENERATE_NAMES, LORA_NAMES
 
 MODEL = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
 CALLS = [
@@ -28,6 +27,8 @@ CALLS = [
     (GPTConfig, "num_attention_heads", "n_head"),
     (GPTConfig, "max_position_embeddings", "block_size"),
     (GPTConfig, "bias", "biases"),
+    (GPT, "n_layer", "GPTConfig"),
+    (partial(GPT, GPTConfig()), "inits", "init"),
     (partial(GPTConfig.preset, "char"), "hidden_size", "n_embd"),
     (LoRAConfig, "r", "rank"),
     (LoRAConfig, "lora_alpha", "alpha"),
@@ -56,8 +57,8 @@ def test_an_unknown_argument_is_answered_by_the_one_that_was_meant(function, nam
 @pytest.mark.parametrize(
     ("names", "known"),
     [
-        (gpt_config._NAMES, fields(GPTConfig)),
-        (lora._NAMES, fields(LoRAConfig)),
+        (CONFIG_NAMES, fields(GPTConfig)),
+        (LORA_NAMES, fields(LoRAConfig)),
         (sampling._NAMES, fields(Sampling)),
         (GENERATE_NAMES, inspect.signature(GPT.generate).parameters.values()),
         (dataset._NAMES, inspect.signature(TokenDataset.from_dataset).parameters.values()),

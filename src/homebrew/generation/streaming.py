@@ -9,7 +9,8 @@ from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError
 from homebrew.generation.generate import FINISHED, Overflow, stream_tokens
 from homebrew.generation.sampling import Sampling
-from homebrew.model.gpt import GENERATE_NAMES, GPT, check_gpt
+from homebrew.model.gpt import GPT, check_gpt
+from homebrew.model.other_names import GENERATE_NAMES
 
 
 @GENERATE_NAMES.explain_unknown_arguments

@@ -18,9 +18,9 @@ from homebrew.model.gpt_config import GPTConfig, Init
 from homebrew.model.initial_weights import initialize
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.ops.chunked_loss import linear_cross_entropy
+from homebrew.model.other_names import GENERATE_NAMES, MODEL_NAMES
 from homebrew.model.transformer import Transformer
 from homebrew.model.uninitialized import UninitializedWeights
-from homebrew.unknown_arguments import ArgumentNames
 
 if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
@@ -30,20 +30,6 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Supported dtypes of weights in memory."""
-
-GENERATE_NAMES = ArgumentNames(
-    {"max_new_tokens": "max_length max_tokens num_tokens length", "sampling": "generation_config"},
-    advice={
-        "attention_mask": "Pass several prompts as lists of different lengths, without padding.",
-        "do_sample": "Pass sampling=Sampling(temperature=0) for greedy decoding.",
-        "num_beams": "Beam search is not supported.",
-        **{
-            name: f"Pass sampling=Sampling({name}=...)."
-            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        },
-    },
-)
-"""Names of the arguments of functions that generate in other programs."""
 
 
 class GPT(nn.Module):
@@ -61,6 +47,7 @@ class GPT(nn.Module):
         ConfigError: `config` is not a `GPTConfig`, or `seed` or `init` is not valid.
     """
 
+    @MODEL_NAMES.explain_unknown_arguments
     def __init__(self, config: GPTConfig, *, seed: int = 42, init: Init = "gpt2") -> None:
         if not isinstance(config, GPTConfig):
             raise ConfigError(

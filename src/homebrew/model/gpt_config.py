@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from homebrew.errors import ConfigError
-from homebrew.unknown_arguments import ArgumentNames
+from homebrew.model.other_names import CONFIG_NAMES
 
 if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
@@ -39,23 +39,8 @@ _PRESETS: dict[str, dict[str, int]] = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
-_NAMES = ArgumentNames(
-    {
-        "block_size": "context_length n_ctx n_positions max_position_embeddings max_seq_len seq_len sequence_len",
-        "dropout": "attn_pdrop embd_pdrop resid_pdrop attention_dropout",
-        "n_embd": "d_model dim embedding_dim emb_dim hidden_size n_embed width",
-        "n_head": "heads num_heads num_attention_heads",
-        "n_layer": "depth layers num_layers num_hidden_layers",
-    },
-    advice={
-        "bias": "All layers have biases, as GPT-2's; load_nanogpt sets missing ones to zero.",
-        "init": "It is an argument of GPT: GPT(config, init=...).",
-        "seed": "It is an argument of GPT: GPT(config, seed=...).",
-    },
-)
 
-
-@_NAMES.explain_unknown_fields
+@CONFIG_NAMES.explain_unknown_fields
 @dataclass(frozen=True)
 class GPTConfig:
     """The configuration of a GPT. The defaults are those of GPT-2 small.

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from homebrew.errors import ConfigError, ModelError
 from homebrew.integers import SEED_RANGE, as_integer
 from homebrew.model.gpt_config import check_dropout
-from homebrew.unknown_arguments import ArgumentNames
+from homebrew.model.other_names import LORA_NAMES
 
 MAX_RANK = 2**16
 """Far above any useful rank. Memory for a larger one, such as from a typing error, could not be allocated."""
@@ -31,21 +31,8 @@ TARGET_MODULES = ("c_attn", "c_proj", "c_fc", "attn.c_attn", "attn.c_proj", "mlp
 _BLOCK_TARGET = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)", re.ASCII)
 """Values of `LoRAConfig.target_modules` for the layer of one block."""
 
-_NAMES = ArgumentNames(
-    {
-        "rank": "r lora_r lora_rank",
-        "alpha": "lora_alpha",
-        "dropout": "lora_dropout",
-        "target_modules": "modules layers",
-    },
-    advice={
-        "bias": "Biases are not trained, as with bias='none' in PEFT.",
-        "task_type": "The model is always a causal language model: leave it out.",
-    },
-)
 
-
-@_NAMES.explain_unknown_fields
+@LORA_NAMES.explain_unknown_fields
 @dataclass(frozen=True)
 class LoRAConfig:
     """Configuration of a LoRA adapter.

@@ -24,10 +24,10 @@ from homebrew.generation.sampling import Sampling
 from homebrew.hub.save_model import save_model
 from homebrew.io import absolute_path
 from homebrew.metrics.step_metrics import EvalMetrics
-from homebrew.model.gpt import GENERATE_NAMES
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LanguageModel
+from homebrew.model.other_names import GENERATE_NAMES
 from homebrew.training.argument_names import explain_unknown_arguments
 from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.device_errors import explain_device_asserts, explain_out_of_memory
