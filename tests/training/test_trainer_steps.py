@@ -65,6 +65,13 @@ def test_custom_schedule_sets_the_learning_rate(tmp_path):
     assert learning_rates == pytest.approx([1e-2, 1e-2 / 2, 1e-2 / 3])
 
 
+def test_a_schedule_is_only_asked_for_the_steps_of_the_run(tmp_path):
+    make_trainer(tmp_path, schedule=[0.5, 0.25, 0.25].__getitem__, max_steps=3).train()
+    shorter = make_trainer(tmp_path, schedule=[0.5, 0.25].__getitem__, max_steps=2)
+    shorter.train(resume=True, accept_changes=["schedule"])
+    assert shorter.step == 3
+
+
 @pytest.mark.usefixtures("deterministic")
 def test_seed_determines_initial_weights_data_order_and_dropout(tmp_path):
     config = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16, dropout=0.2)
