@@ -25,7 +25,6 @@ def encode_and_write(
     *,
     tokenizer: Tokenizer,
     source: str,
-    shard_tokens: int | None,
     workers: int,
     progress: bool,
 ) -> JoinedParts:
@@ -39,7 +38,6 @@ def encode_and_write(
         writers: What writes the token files of each split.
         tokenizer: Tokenizer that makes the ids.
         source: Description of the input, for messages.
-        shard_tokens: Number of tokens of a file, or None for one file.
         workers: Number of processes.
         progress: Whether to show the progress, if standard error is a terminal.
 
@@ -55,7 +53,7 @@ def encode_and_write(
     _keep_shards(state, plan, writers, joined, is_changed=num_unchanged < len(parts))
     has_shards = state.has_shards()
     num_shards = {split: writer.num_complete() if has_shards else 0 for split, writer in writers.items()}
-    starts = {split: number * (shard_tokens or 0) for split, number in num_shards.items()}
+    starts = {split: num_shards[split] * (writer.shard_tokens or 0) for split, writer in writers.items()}
     missing = {i: parts[i] for i in joined.incomplete(starts)}
     with (
         _show_progress(parts, missing, is_shown=progress) as on_part,
@@ -64,7 +62,7 @@ def encode_and_write(
         for split, writer in writers.items():
             ids = joined.read(split, starts[split], results)
             for _ in writer.write(ids, num_shards[split], partial(_replace_shards, state, plan, writers)):
-                if shard_tokens is not None:
+                if writer.shard_tokens is not None:
                     joined.remove_read(split)
     state.remove_parts()
     return joined

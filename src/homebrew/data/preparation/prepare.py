@@ -139,7 +139,6 @@ def prepare(
             writers,
             tokenizer=chosen,
             source=source,
-            shard_tokens=shard_tokens,
             workers=workers,
             progress=progress,
         )

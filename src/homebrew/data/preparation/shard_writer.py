@@ -26,7 +26,7 @@ class ShardWriter:
 
     def __init__(self, output: Path, shard_tokens: int | None, tokenizer: Tokenizer, source: str) -> None:
         self._output = output
-        self._shard_tokens = shard_tokens
+        self.shard_tokens = shard_tokens
         self._tokenizer = tokenizer
         self._source = source
         self._token_bytes = np.full(tokenizer.vocab_size, -1, np.int16)  # -1: not known yet
@@ -35,7 +35,7 @@ class ShardWriter:
 
     def num_complete(self) -> int:
         """Return the number of shards that an earlier run has written."""
-        if self._shard_tokens is None:
+        if self.shard_tokens is None:
             return 0
         return next(i for i in itertools.count() if not metadata_path(self._path(i)).exists())
 
@@ -45,10 +45,10 @@ class ShardWriter:
         Raises:
             DataError: If one of them is not a token file. Then none is removed.
         """
-        if self._shard_tokens is None:
+        if self.shard_tokens is None:
             return
         # Only up to the first gap: a later number may be a date. The last one comes first, so a kill makes no gap.
-        paths = map(self._path, itertools.count(num_tokens // self._shard_tokens))
+        paths = map(self._path, itertools.count(num_tokens // self.shard_tokens))
         shards = list(itertools.takewhile(lambda path: path.exists() or metadata_path(path).exists(), paths))
         for shard in shards:
             check_output_path(shard)
@@ -59,7 +59,7 @@ class ShardWriter:
     def remove_leftovers(self) -> None:
         """Remove the temporary files that killed runs have left."""
         paths = {self._output}
-        if self._shard_tokens is not None:
+        if self.shard_tokens is not None:
             name = re.compile(rf"\.{re.escape(self._output.stem)}-(\d{{5}})\..*")
             matches = (name.fullmatch(file.name) for file in self._output.parent.iterdir())
             paths = {self._path(int(match[1])) for match in matches if match}
@@ -77,7 +77,7 @@ class ShardWriter:
             first: Index of the first shard to write.
             before_first: Called when all ids of the first file are known, before the file appears.
         """
-        for i, ids in enumerate(_cut(arrays, self._shard_tokens), start=first):
+        for i, ids in enumerate(_cut(arrays, self.shard_tokens), start=first):
             yield write_tokens(
                 self._path(i),
                 _before_end(ids, before_first) if i == first else ids,
@@ -89,7 +89,7 @@ class ShardWriter:
 
     def size(self) -> tuple[int, int]:
         """Return the number of tokens and of bytes of text in the file, or in all shards."""
-        count = 1 if self._shard_tokens is None else self.num_complete()
+        count = 1 if self.shard_tokens is None else self.num_complete()
         metadata = [TokenMetadata.read(metadata_path(self._path(i))) for i in range(count)]
         return sum(file.num_tokens for file in metadata), sum(file.num_text_bytes or 0 for file in metadata)
 
@@ -103,7 +103,7 @@ class ShardWriter:
         return int(sizes.sum(dtype=np.int64))
 
     def _path(self, index: int) -> Path:
-        if self._shard_tokens is None:
+        if self.shard_tokens is None:
             return self._output
         return self._output.with_stem(f"{self._output.stem}-{index:05}")
 
