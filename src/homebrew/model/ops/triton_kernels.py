@@ -191,6 +191,7 @@ def _gelu_kernel(x, bias, y, num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BL
     y += offset
     offsets = rows * num_columns + columns
     shift = tl.load(bias + columns, mask=columns < num_columns).to(tl.float32)  # once for all rows
+    # As in the backward kernel: what is read only once should not evict y, which the next product reads.
     loaded = tl.load(x + offsets, mask=inside, eviction_policy="evict_first")
     value = loaded.to(tl.float32) + shift
     tl.store(y + offsets, (value * tl.sigmoid(_sigmoid_argument(value))).to(loaded.dtype), mask=inside)
