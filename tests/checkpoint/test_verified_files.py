@@ -44,7 +44,7 @@ def test_only_regular_files_are_read(tmp_path, kind):
 @pytest.mark.parametrize("change", ["longer", "shorter", "other"])
 def test_a_file_that_differs_from_its_entry_is_refused(tmp_path, change):
     path = tmp_path / "file"
-    path.write_bytes({"longer": DATA + b"x", "shorter": DATA[:-1], "other": b"x" + DATA[1:]}[change])
+    path.write_bytes({"longer": DATA + b"x", "shorter": DATA[:-1], "other": bytes([DATA[0] ^ 1]) + DATA[1:]}[change])
     for check in (read_verified, verify):
         with pytest.raises(CorruptCheckpoint, match="SHA-256" if change == "other" else "its manifest says 3,145,728"):
             check(path, **ENTRY)
