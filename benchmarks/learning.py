@@ -96,21 +96,24 @@ class Variant:
 
     def all_settings(self, options: Options) -> dict[str, Any]:
         """Return the variant's settings, and those that it has from the options."""
-        return {"max_steps": options.max_steps} | parse_own_settings(options.settings) | self.settings
+        return {"max_steps": options.max_steps} | parse_settings(options.settings) | self.settings
 
     def trainer_config(self, options: Options, *, seed: int) -> TrainerConfig:
         """Return the Trainer's configuration."""
         batch = {name: getattr(options, name) for name in ("global_batch_tokens", "micro_batch_size")}
         settings = batch | self.all_settings(options)
-        config = TrainerConfig(
-            **{name: value for name, value in settings.items() if name not in _NOT_OF_THE_TRAINER},
-            output_dir=options.output / "runs" / f"{self.name.replace('/', '_')}, seed {seed}",
-            seed=seed,
-            eval_every=options.eval_every,
-            eval_batches=options.eval_batches,
-            log_every=options.eval_every,  # so that seconds are known at each evaluation
-            save_every=None,
-        )
+        common = {
+            "output_dir": options.output / "runs" / f"{self.name.replace('/', '_')}, seed {seed}",
+            "seed": seed,
+            "eval_every": options.eval_every,
+            "eval_batches": options.eval_batches,
+            "log_every": options.eval_every,  # so that seconds are known at each evaluation
+            "save_every": None,
+        }
+        if given := settings.keys() & common.keys():
+            raise ConfigError(f"{self.name!r} has {', '.join(sorted(given))}, which the script sets. Leave it out.")
+        settings = {name: value for name, value in settings.items() if name not in _NOT_OF_THE_TRAINER}
+        config = TrainerConfig(**settings, **common)
         if config.max_steps <= options.eval_every:
             raise ConfigError(
                 f"{self.name!r} has {config.max_steps} steps, but its steps are timed after the first evaluation, at "
@@ -128,7 +131,7 @@ class Variant:
 
 def main(options: Options) -> None:
     variants = [
-        Variant(name, parse_own_settings(text)) for name, _, text in (text.partition(":") for text in options.variants)
+        Variant(name, parse_settings(text)) for name, _, text in (text.partition(":") for text in options.variants)
     ]
     for variant in variants:  # before the first run, which takes minutes
         variant.trainer_config(options, seed=0)
@@ -153,12 +156,6 @@ def read_runs(log: Path) -> list[Run]:
     if any(run.experiment != runs[0].experiment for run in runs):
         raise ConfigError(f"{log} has runs that differ in their model, batch or corpus. Keep those of one experiment.")
     return list({(run.variant, run.seed): run for run in runs}.values())
-
-
-def parse_own_settings(text: str) -> dict[str, Any]:
-    """Parse "key=value,key=value" with fields of TrainerConfig that this script does not set, and of the model."""
-    set_here = {"output_dir", "seed", "eval_every", "eval_batches", "log_every", "save_every"}
-    return parse_settings(text, also=_NOT_OF_THE_TRAINER, without=set_here)
 
 
 def load_data(options: Options) -> tuple[TokenDataset, TokenDataset, dict[str, Any]]:

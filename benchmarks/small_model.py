@@ -147,7 +147,7 @@ class _PrintEvalLoss(Callback):
 
 def train_homebrew(options: Options, folder: Path) -> None:
     """Train in homebrew with nanoGPT's settings, where `ours` has no other."""
-    ours = parse_settings(options.ours, also=["dropout"])
+    ours = parse_settings(options.ours)
     train_text, val_text = split_text(options)
     tokenizer = get_tokenizer("char", text=train_text + val_text)
     model = options.named() | {name: ours.pop(name) for name in {"dropout"} & ours.keys()}

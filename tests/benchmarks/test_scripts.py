@@ -246,12 +246,12 @@ def test_unknown_optimization_is_an_error(run):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("learning --output new --variants a:foo=1", "Unknown settings in 'foo=1': foo"),
+        ("learning --output new --variants a:foo=1", "no argument 'foo'"),
         ("learning --output new --variants a:optimizer=foo", "optimizer='foo'"),
         ("learning --output new --variants", "no runs in new"),
         ("learning --output file", "file"),
         ("learning --output earlier --variants a", "not a run"),
-        ("learning --output new --model baby:depth=3", "Unknown settings in 'depth=3': depth"),
+        ("learning --output new --model baby:depth=3", "Did you mean n_layer?"),
         ("throughput --models foo", "preset 'foo'"),
         ("throughput --only foo", "some of: homebrew"),
         ("throughput --only homebrew --without homebrew", "some of: homebrew"),
