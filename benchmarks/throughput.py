@@ -36,8 +36,6 @@ class Options(RoundOptions):
     """Micro-batch size of the alternatives. homebrew's Trainer chooses its own."""
     only: tuple[str, ...] = ("homebrew", "nanogpt", "nanogpt-no-bias", "hf", "hf-unpadded", "llmc")
     """Implementations to run. Also: "bare", a bare loop around homebrew's model, which shows the Trainer's overhead."""
-    without: tuple[str, ...] = ()
-    """Implementations to skip."""
     nanogpt: Path | None = None
     """Folder with a clone of nanoGPT. Default: skip nanoGPT."""
     llmc: Path | None = None
@@ -94,10 +92,9 @@ def implementations(config: GPTConfig, options: Options) -> list[Implementation]
         ),
         "llmc": llmc(options.llmc, config, ids, flags=options.llmc_flags, **sizes),
     }
-    chosen = [each for key, each in every.items() if key in {*options.only} - {*options.without}]
-    if not chosen:
-        raise ConfigError(f"--only and --without leave nothing to measure. Choose some of: {', '.join(every)}.")
-    return chosen
+    if unknown := set(options.only) - every.keys():
+        raise ConfigError(f"Unknown implementations: {', '.join(unknown)}. Use: {', '.join(every)}.")
+    return [each for key, each in every.items() if key in options.only]
 
 
 if __name__ == "__main__":
