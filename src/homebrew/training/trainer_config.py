@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from types import NoneType
+from typing import Any, Literal, TypeGuard, get_args, get_type_hints
 
 from homebrew.errors import ConfigError
 from homebrew.io import absolute_path
@@ -145,10 +146,10 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name}={value!r}: must be {rule}."
+            f"{name}={value!r}: must be {rule}{', or None' if name in _OPTIONAL else ''}."
             for names, rule, holds in _RULES
             for name in names.split()
-            if not holds(value := getattr(self, name))
+            if not (holds(value := getattr(self, name)) or (value is None and name in _OPTIONAL))
         ]
         if _is_one_of(self.micro_batch_size, "auto") and self.global_batch_tokens is None:
             problems.append("micro_batch_size='auto': needs global_batch_tokens.")
@@ -186,12 +187,8 @@ def _is_one_of(value: object, *choices: str) -> bool:
     return isinstance(value, str) and value in choices  # an array cannot be compared
 
 
-def _is_fraction(value: object) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _is_positive(value: object) -> bool:
-    return _is_number(value) and 0 < value <= _MAX_NUMBER
+def _is_decay(value: object) -> bool:
+    return _is_number(value) and 0 <= value < 1
 
 
 _MAX_NUMBER = 1e9
@@ -207,92 +204,49 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "a path, which is not empty",
         lambda value: isinstance(value, str | Path) and value != "" and "\0" not in str(value),
     ),
-    ("max_steps log_every keep_last", "an integer of at least 1", lambda value: _is_count(value, minimum=1)),
     (
-        "eval_every eval_batches save_every keep_every",
-        "an integer of at least 1, or None",
-        lambda value: value is None or _is_count(value, minimum=1),
+        "max_steps eval_every eval_batches log_every save_every keep_last keep_every",
+        "an integer of at least 1",
+        lambda value: _is_count(value, minimum=1),
     ),
     (
-        "global_batch_tokens",
-        f"an integer from 1 to {_MAX_BATCH}, or None",
-        lambda value: value is None or _is_batch(value),
-    ),
-    (
-        "micro_batch_size",
-        f"an integer from 1 to {_MAX_BATCH} or 'auto', or None",
-        lambda value: value is None or _is_one_of(value, "auto") or _is_batch(value),
-    ),
-    (
-        "non_finite_limit gather_limit_bytes num_workers",
+        "warmup_steps non_finite_limit gather_limit_bytes num_workers",
         "an integer of at least 0",
         lambda value: _is_count(value, minimum=0),
     ),
+    ("global_batch_tokens", f"an integer from 1 to {_MAX_BATCH}", _is_batch),
     (
-        "warmup_steps",
-        "an integer of at least 0, or None",
-        lambda value: value is None or _is_count(value, minimum=0),
+        "micro_batch_size",
+        f"an integer from 1 to {_MAX_BATCH} or 'auto'",
+        lambda value: _is_one_of(value, "auto") or _is_batch(value),
     ),
     ("seed", f"an integer from 0 to {_MAX_SEED}", lambda value: _is_count(value, minimum=0) and value <= _MAX_SEED),
     (
-        "collective_timeout_seconds loader_timeout_seconds",
+        "learning_rate loss_spike_zscore collective_timeout_seconds loader_timeout_seconds",
         f"a number above 0 and at most {_MAX_NUMBER:g}",
-        _is_positive,
+        lambda value: _is_number(value) and 0 < value <= _MAX_NUMBER,
     ),
-    (
-        "learning_rate loss_spike_zscore",
-        f"a number above 0 and at most {_MAX_NUMBER:g}, or None",
-        lambda value: value is None or _is_positive(value),
-    ),
-    (
-        "max_grad_norm",
-        "a number above 0, or None",
-        lambda value: value is None or (_is_number(value) and value > 0),
-    ),
-    (
-        "weight_decay",
-        "a finite number of at least 0, or None",
-        lambda value: value is None or (_is_number(value) and 0 <= value < math.inf),
-    ),
-    (
-        "decay_fraction min_lr_ratio",
-        "a number between 0 and 1, or None",
-        lambda value: value is None or _is_fraction(value),
-    ),
-    (
-        "ema_decay muon_momentum",
-        "a number of at least 0 and less than 1, or None",
-        lambda value: value is None or (_is_fraction(value) and value < 1),
-    ),
-    (
-        "optimizer",
-        "one of 'adamw', 'muon', or None",
-        lambda value: value is None or _is_one_of(value, "adamw", "muon"),
-    ),
-    (
-        "lr_schedule",
-        "one of 'cosine', 'linear', 'wsd', or None",
-        lambda value: value is None or _is_one_of(value, "cosine", "linear", "wsd"),
-    ),
+    ("max_grad_norm", "a number above 0", lambda value: _is_number(value) and value > 0),
+    ("weight_decay", "a finite number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf),
+    ("decay_fraction min_lr_ratio", "a number between 0 and 1", lambda value: _is_number(value) and 0 <= value <= 1),
+    ("ema_decay muon_momentum", "a number of at least 0 and less than 1", _is_decay),
     (
         "betas",
-        "two numbers of at least 0 and less than 1, or None",
-        lambda value: (
-            value is None
-            or (
-                isinstance(value, tuple | list)
-                and len(value) == 2
-                and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
-            )
-        ),
+        "two numbers of at least 0 and less than 1",
+        lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_decay, value)),
     ),
-    ("activation_checkpointing", "True or False", lambda value: isinstance(value, bool)),
-    ("compile", "one of 'auto', True, False", lambda value: isinstance(value, bool) or _is_one_of(value, "auto")),
+    ("optimizer", "one of 'adamw', 'muon'", lambda value: _is_one_of(value, "adamw", "muon")),
+    ("lr_schedule", "one of 'cosine', 'linear', 'wsd'", lambda value: _is_one_of(value, "cosine", "linear", "wsd")),
+    ("non_finite", "one of 'raise', 'skip'", lambda value: _is_one_of(value, "raise", "skip")),
     (
         "mixed_precision",
         "one of 'auto', 'no', 'bf16', 'fp16'",
         lambda value: _is_one_of(value, "auto", "no", "bf16", "fp16"),
     ),
-    ("non_finite", "one of 'raise', 'skip'", lambda value: _is_one_of(value, "raise", "skip")),
+    ("compile", "one of 'auto', True, False", lambda value: isinstance(value, bool) or _is_one_of(value, "auto")),
+    ("activation_checkpointing", "True or False", lambda value: isinstance(value, bool)),
 )
-"""Names of settings, the rule their values must follow, and a predicate for the rule."""
+"""Names of settings, the rule their values must follow, and a predicate for the rule. `_OPTIONAL` may be None, too."""
+
+_OPTIONAL = {name for name, hint in get_type_hints(TrainerConfig).items() if NoneType in get_args(hint)}
+"""Settings whose type has None."""
