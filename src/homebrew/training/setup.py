@@ -43,9 +43,6 @@ from homebrew.training.step_logger import StepLogger
 from homebrew.training.train_step import TrainStep
 from homebrew.training.trainer_config import TrainerConfig
 
-_MAX_BATCH_LENGTH = 2**24
-"""Far above the length of any sequence."""
-
 
 @dataclass(frozen=True)
 class TrainerParts:
