@@ -86,8 +86,8 @@ class IsolatedAccelerate:
 # --- homebrew
 
 
-class _StepsDone(Exception):  # noqa: N818 - not an error
-    """Stops training without saving a checkpoint."""
+class StopTraining(BaseException):
+    """Stops training without saving a checkpoint. For an `Exception` in an evaluation, the Trainer would save one."""
 
 
 class _TimerCallback(Callback):
@@ -97,7 +97,7 @@ class _TimerCallback(Callback):
 
     def on_step_end(self, trainer: Trainer) -> None:
         if self.timer.tick():
-            raise _StepsDone
+            raise StopTraining
 
 
 def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> RunSteps:
@@ -113,7 +113,7 @@ def homebrew_trainer(model: GPT, ids: Tensor, **settings: Any) -> RunSteps:
 
     def run_steps(timer: StepTimer) -> None:
         callback.timer = timer
-        with accelerate_state, silent(), contextlib.suppress(_StepsDone):
+        with accelerate_state, silent(), contextlib.suppress(StopTraining):
             trainer.train()
 
     return run_steps

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from harness import ON_GPU
-from implementations import IsolatedAccelerate
+from implementations import IsolatedAccelerate, StopTraining
 
 from homebrew import GPT, Callback, EvalMetrics, StepMetrics, TokenDataset, Trainer, TrainerConfig
 
@@ -27,7 +27,7 @@ def train_and_record(model: GPT, train: TokenDataset, val: TokenDataset, config:
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     try:
-        with suppress(_RunDone), IsolatedAccelerate():
+        with suppress(StopTraining), IsolatedAccelerate():
             Trainer(model, train, val, config=config, callbacks=[recorder], progress=False).train(overwrite=True)
     finally:
         if ON_GPU:
@@ -58,10 +58,6 @@ def training_seconds(log: Sequence[tuple[int, float]], *, untimed_steps: int) ->
     return result
 
 
-class _RunDone(BaseException):
-    """Ends a run after its last evaluation, without a checkpoint. The Trainer saves one after an `Exception`."""
-
-
 class _Recorder(Callback):
     """Records validation losses and the time between evaluations."""
 
@@ -80,4 +76,4 @@ class _Recorder(Callback):
     def on_evaluate(self, trainer: Trainer, metrics: EvalMetrics) -> None:
         self.losses[metrics.step] = metrics.loss
         if metrics.step == trainer.config.max_steps:
-            raise _RunDone
+            raise StopTraining
