@@ -51,8 +51,6 @@ class Options(RoundOptions):
     """Steps of a complete run, and of its learning-rate decay."""
     ours: str = ""
     """Settings of homebrew's complete runs, "key=value,…": fields of TrainerConfig, or dropout. Default: nanoGPT's."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
     eval_every: int = 250
     """Steps between evaluations: of 200 random batches of each split in nanoGPT, of all validation data in homebrew."""
     stride: int = 16
@@ -127,7 +125,7 @@ def watch(command: list[str], working_directory: Path, *, folder: Path) -> tuple
 def homebrew_command(options: Options, folder: Path) -> tuple[list[str], Path]:
     """Return the command that runs homebrew's training, and its working directory."""
     arguments = ["--train-homebrew", folder / "run", "--ours", options.ours]
-    for name, value in options.named("batch", "max_steps", "learning_rate", "eval_every", "stride").items():
+    for name, value in options.named("batch", "max_steps", "eval_every", "stride").items():
         arguments += [f"--{name.replace('_', '-')}", value]
     arguments += ["--text", options.text.resolve()] if options.text else []
     return [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)], Path.cwd()
@@ -153,9 +151,9 @@ def train_homebrew(options: Options, folder: Path) -> None:
     model = options.named() | {name: ours.pop(name) for name in {"dropout"} & ours.keys()}
     train = TokenDataset.from_text(train_text, options.block_size, tokenizer=tokenizer, stride=options.stride)
     val = TokenDataset.from_text(val_text, options.block_size, tokenizer=tokenizer)
-    settings = {"max_steps": options.max_steps, "learning_rate": options.learning_rate, "betas": (0.9, 0.99)} | ours
-    settings = {"warmup_steps": min(100, settings["max_steps"] // 10)} | settings
-    config = TrainerConfig(output_dir=folder, micro_batch_size=options.batch, eval_every=options.eval_every, **settings)
+    settings = {"output_dir": folder, "micro_batch_size": options.batch, "eval_every": options.eval_every}
+    settings |= {"max_steps": options.max_steps, "learning_rate": 1e-3, "betas": (0.9, 0.99)} | ours
+    config = TrainerConfig(**{"warmup_steps": min(100, settings["max_steps"] // 10)} | settings)
     model_config = GPTConfig(vocab_size=tokenizer.vocab_size, **model)
     Trainer(model_config, train, val, config=config, callbacks=[_PrintEvalLoss()]).train()
 
@@ -170,8 +168,8 @@ def nanogpt_command(options: Options, folder: Path) -> tuple[list[str], Path]:
     for name, text in (("train", train_text), ("val", val_text)):
         np.asarray(tokenizer.encode(text), dtype=np.uint16).tofile(data / f"{name}.bin")
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))
-    settings = options.named("learning_rate") | dict.fromkeys(("max_iters", "lr_decay_iters"), options.max_steps)
-    settings |= {"batch_size": options.batch, "eval_interval": options.eval_every, "min_lr": options.learning_rate / 10}
+    settings = options.named() | dict.fromkeys(("max_iters", "lr_decay_iters"), options.max_steps)
+    settings |= {"batch_size": options.batch, "eval_interval": options.eval_every}
     if not ON_GPU:
         settings |= {"device": "cpu", "compile": False, "eval_iters": 20}  # as in nanoGPT's README for a CPU
     arguments = [f"--{name}={value}" for name, value in settings.items()]
