@@ -53,6 +53,8 @@ class StepTimer:
         self.warmup = warmup
         self.steps = steps
         self.num_steps = 0
+        self.started_at = 0.0
+        """When the last step of the warm-up was complete, set by its `tick`."""
         self.seconds = 0.0
         """Mean seconds per step, set by the last `tick`."""
 
@@ -61,10 +63,10 @@ class StepTimer:
         self.num_steps += 1
         if self.num_steps == self.warmup:
             synchronize()
-            self._start = StepTimer.now()
+            self.started_at = StepTimer.now()
         elif self.num_steps == self.warmup + self.steps:
             synchronize()
-            self.seconds = (StepTimer.now() - self._start) / self.steps
+            self.seconds = (StepTimer.now() - self.started_at) / self.steps
             return True
         return False
 

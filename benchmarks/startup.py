@@ -15,7 +15,11 @@ from operator import truediv
 from pathlib import Path
 from statistics import median
 
+from harness import Report, StepTimer
+from implementations import homebrew_trainer, nanogpt, random_ids
 from run_script import run_script
+
+from homebrew import GPT, GPTConfig
 
 BASE = "import torch, accelerate"
 IMPORTS = ("import homebrew", "from homebrew import GPT, GPTConfig, TokenDataset, Trainer, TrainerConfig", BASE)
@@ -54,8 +58,6 @@ def main(options: Options) -> None:
     if options.first_step is not None:
         print(run_first_step(options, options.first_step))
         return
-    from harness import Report
-
     report = Report(options.json)
     if options.runs:
         times = time_imports(options.runs, processor_time=options.processor_time)
@@ -115,18 +117,6 @@ def time_first_step(options: Options, cache: Path, nanogpt: Path | None) -> floa
 
 def run_first_step(options: Options, started: float) -> float:
     """Run one step and return the seconds since `started`."""
-    from harness import StepTimer
-    from implementations import homebrew_trainer, nanogpt, random_ids
-
-    from homebrew import GPT, GPTConfig
-
-    class FirstStep(StepTimer):
-        def tick(self) -> bool:
-            last = super().tick()  # waits for the device after the first step
-            end_times.append(time.time())
-            return last
-
-    end_times: list[float] = []
     config = GPTConfig.preset(options.model, block_size=options.block_size)
     ids = random_ids(200 * config.block_size, config.vocab_size)
     if options.nanogpt:
@@ -137,8 +127,10 @@ def run_first_step(options: Options, started: float) -> float:
         batch = {"global_batch_tokens": options.tokens, "micro_batch_size": options.micro_batch}
         settings = {"compile": options.compile or "auto", "max_steps": options.max_steps}
         run = homebrew_trainer(GPT(config), ids, **batch, **settings)
-    run(FirstStep(1, 1))
-    return end_times[0] - started
+    StepTimer.now = time.time
+    timer = StepTimer(1, 1)
+    run(timer)
+    return timer.started_at - started
 
 
 if __name__ == "__main__":
