@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import sys
-import warnings
 from pathlib import Path
 
 INTERRUPTED = 130
@@ -17,7 +16,6 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may generate characters that the terminal cannot encode
-    warnings.formatwarning = lambda message, *_, **__: f"homebrew: {message}\n"  # as errors, without the code's line
     try:
         from homebrew.cli.main import main
 

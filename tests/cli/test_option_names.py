@@ -1,4 +1,5 @@
 import re
+import warnings
 
 import pytest
 
@@ -152,3 +153,13 @@ def test_a_run_is_not_overwritten_and_the_error_names_the_option(run, text, invo
     error = invoke_error("train", text, "--output-dir", run, "--max-steps", 4, "--tokenizer", "bytes", *tiny)
     assert "--resume" in error
     assert "resume=" not in error
+
+
+def test_a_warning_names_the_options(text, tmp_path, invoke, tiny):
+    options = ["--output-dir", tmp_path / "run", "--max-steps", 8, "--lr-schedule", "wsd", "--tokenizer", "bytes"]
+    with pytest.warns(UserWarning, match="does not reach its peak") as caught:
+        invoke("train", text, *options, *tiny)
+    shown = warnings.formatwarning(caught[0].message, UserWarning, __file__, 1)
+    assert shown.startswith("homebrew: ")
+    assert all(option in shown for option in ("--lr-schedule 'wsd'", "--max-steps 8", "Set --warmup-steps"))
+    assert not re.search(r"\w=", shown)

@@ -3,8 +3,9 @@
 import os
 import sys
 import typing
+import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -38,6 +39,8 @@ COMMANDS: dict[str, type] = {
 }
 """The dataclass of each command by its name."""
 
+_CONFIG = (tyro.conf.FlagCreatePairsOff,)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -46,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0 on success, 1 after a `HomebrewError` or if standard output cannot be written to. The error is
-        printed on one line of standard error.
+        The exit code: 0 on success, 1 after a `HomebrewError` or if standard output cannot be written to. The error,
+        and each warning, is printed on one line of standard error.
 
     Raises:
         SystemExit: With code 2 if the arguments cannot be parsed, with code 0 after `--help`.
@@ -76,24 +79,29 @@ def _run(arguments: Sequence[str]) -> int:
     if mistake := explain_unknown_name(arguments, COMMANDS):
         print(f"homebrew: {mistake}", file=sys.stderr)
         raise SystemExit(2)
+    if not arguments or arguments[0] not in COMMANDS:
+        _exit_with_help(arguments)
+    name, *words = arguments
+    command = COMMANDS[name]
+
+    def as_line(problem: Warning | HomebrewError | str) -> str:
+        return f"homebrew: {' '.join(in_terms_of_options(str(problem), command).split())}"
+
+    warnings.formatwarning = lambda message, *_, **__: f"{as_line(message)}\n"
     try:
-        _parse(arguments).run()
+        default = saved_options(arguments) or tyro.MISSING_NONPROP
+        # Parsed alone, so that errors refer to the help of the command.
+        prog = f"homebrew {name}"
+        tyro.cli(command, prog=prog, args=words, default=default, config=_CONFIG, registry=OPTION_TYPES).run()
     except HomebrewError as error:
-        message = in_terms_of_options(str(error), COMMANDS[arguments[0]])
-        print(f"homebrew: {' '.join(message.split())}", file=sys.stderr)
+        print(as_line(error), file=sys.stderr)
         return 1
     return 0
 
 
-def _parse(arguments: Sequence[str]) -> Any:  # noqa: ANN401 - a command
-    """Return the command that a command line names, with its options."""
-    config = (tyro.conf.FlagCreatePairsOff,)
-    if arguments and arguments[0] in COMMANDS:  # parsed alone, so that errors refer to the help of the command
-        name, *words = arguments
-        default = saved_options(arguments) or tyro.MISSING_NONPROP
-        prog = f"homebrew {name}"
-        return tyro.cli(COMMANDS[name], prog=prog, args=words, default=default, config=config, registry=OPTION_TYPES)
-    return tyro.cli(
+def _exit_with_help(arguments: Sequence[str]) -> None:
+    """Print the help of all commands, or what is wrong with arguments that name none of them."""
+    tyro.cli(
         Command,
         prog="homebrew",
         description=(
@@ -102,6 +110,6 @@ def _parse(arguments: Sequence[str]) -> Any:  # noqa: ANN401 - a command
             "To print the version: homebrew --version"
         ),
         args=arguments,
-        config=config,
+        config=_CONFIG,
         registry=OPTION_TYPES,
     )
