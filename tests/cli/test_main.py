@@ -26,12 +26,19 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
         (["train", "TEXT", "--output-dir", "x", "--max-steps", "0"], "--max-steps 0"),
         ([*TRAIN, "--accept-changes", "seed"], "--resume"),
         ([*TRAIN, "--micro-batch-size", "auto"], "--global-batch-tokens"),
+        ([*TRAIN, "--micro-batch-size", "0"], "from 1 to 1000000000 or 'auto'\\."),
+        ([*TRAIN, "--n-head", "3"], "--n-head 3"),
         ([*TRAIN, "--eval-fraction", "2"], "--eval-fraction 2: must be"),
+        ([*TRAIN, "--eval-fraction", "0.999"], "--eval-fraction 0.999"),
         ([*TRAIN, "--eval-data", "TEXT", "--eval-fraction", "0.2"], "--eval-fraction 0.2 has no effect"),
         ([*TRAIN, "--eval-batches", "2", "--eval-fraction", "0"], "--eval-batches.*--eval-data"),
         ([*TRAIN, "--eval-every", "1", "--eval-fraction", "0"], "--eval-every.*--eval-data"),
         ([*TRAIN, "--lora-rank", "8"], "--init-from"),
         ([*TRAIN, "--lora-dropout", "0.1"], "--lora-rank"),
+        ([*TRAIN, "--init-from", "RUN", "--lora-rank", "0"], "--lora-rank 0"),
+        ([*TRAIN, "--init-from", "RUN", "--lora-rank", "1", "--lora-alpha", "-1"], "--lora-alpha -1.0"),
+        ([*TRAIN, "--init-from", "RUN", "--block-size", "0"], "--block-size 0"),
+        ([*TRAIN, "--init-from", "RUN", "--block-size", "32"], "--block-size 32: must be from 1 to 16"),
         ([*TRAIN, "--init-from", "RUN", "--n-layer", "3", "--preset", "baby"], "--preset, --n-layer"),
         ([*TRAIN, "--init-from", "RUN", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
         (["train", "TOKENS", "--output-dir", "x", "--max-steps", "1", "--init-from", "RUN"], "tokenizer 'bytes'"),
@@ -46,7 +53,8 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
         (["sample", "RUN", "--prompt", "a", "--tokenizer", "gpt2"], "tokenizer 'bytes', not 'gpt2'"),
         (["sample", "./missing"], "missing"),
         (["sample", "RUN", "--prompt", "a", "--top-k", "-1"], "--top-k -1"),
-        (["sample", "RUN", "--prompt", "a", "--base", "x"], "base|adapter"),
+        (["sample", "RUN", "--prompt", "a", "--top-p", "2"], "a number above 0 and at most 1\\."),
+        (["sample", "RUN", "--prompt", "a", "--base", "x"], "Remove --base"),
         (["sample", "user/step-gpt"], "user/step-gpt"),
         (["sample", "RUN", "--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens -1"),
         (["sample", "RUN", "--prompt", "a", "--device", "cuda:99"], "cuda:99.*homebrew doctor"),
@@ -59,7 +67,9 @@ TRAIN = ["train", "TEXT", "--output-dir", "x", "--max-steps", "1"]
         (["eval", "RUN"], "--text"),
         (["eval", "RUN", "--text", ""], "empty string"),
         (["eval", "RUN", "--text", "missing.txt"], r"missing\.txt"),
-        (["eval", "RUN", "--hellaswag", "TEXT"], "line 1 must be a JSON object"),
+        (["eval", "RUN", "--text", "TEXT", "--stride", "0"], "--stride 0"),
+        (["eval", "RUN", "--hellaswag", "TEXT"], "--hellaswag .* line 1 must be a JSON object"),
+        (["eval", "RUN", "--hellaswag", "missing"], "--hellaswag missing"),
         (["eval", "RUN", "--hellaswag", "TEXT", "--limit", "0"], "--limit 0"),
         (["eval", "RUN", "--text", "TEXT", "--limit", "2"], "--limit.*--hellaswag"),
         (["eval", "RUN", "--hellaswag", "TEXT", "--stride", "2"], "--stride.*--text"),
@@ -86,6 +96,7 @@ def test_an_error_is_one_line_and_exit_code_1(run, text, tmp_path, monkeypatch, 
     paths = {"TEXT": text, "RUN": run, "TOKENS": token_file, "CHECKPOINT": newest_checkpoint}
     error = invoke_error(*(paths.get(argument, argument) for argument in arguments))
     assert re.search(message, error)
+    assert not re.search(r"\w=(?!'replace')", error)  # options are not called as in Python; `open` has no option
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]  # nothing is written
 
 

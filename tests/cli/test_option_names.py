@@ -115,46 +115,6 @@ def test_errors_speak_of_options(message, expected):
     assert in_terms_of_options(message, Train) == expected
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["sample", "RUN", "--prompt", "a", "--top-k", "-1"], "--top-k -1"),
-        (["sample", "RUN", "--prompt", "a", "--base", "x"], "Remove --base"),
-        (["eval", "RUN", "--text", "TEXT", "--stride", "0"], "--stride 0"),
-        (["eval", "RUN", "--hellaswag", "TEXT"], "--hellaswag"),
-        (["eval", "RUN", "--hellaswag", "missing"], "--hellaswag missing"),
-        (["train", "TEXT", "--max-steps", "0"], "--max-steps 0"),
-        (["train", "TEXT", "--max-steps", "1", "--micro-batch-size", "0"], "from 1 to 1000000000 or 'auto'."),
-        (["sample", "RUN", "--prompt", "a", "--top-p", "2"], "a number above 0 and at most 1."),
-        (["train", "TEXT", "--max-steps", "1", "--micro-batch-size", "auto"], "needs --global-batch-tokens"),
-        (["train", "TEXT", "--max-steps", "1", "--eval-fraction", "0.999"], "--eval-fraction 0.999"),
-        (["train", "TEXT", "--max-steps", "1", "--n-head", "3"], "--n-head 3"),
-        (["train", "TEXT", "--max-steps", "1", "--init-from", "RUN", "--lora-rank", "0"], "--lora-rank 0"),
-        (
-            ["train", "TEXT", "--max-steps", "1", "--init-from", "RUN", "--lora-rank", "1", "--lora-alpha", "-1"],
-            "--lora-alpha -1.0",
-        ),
-        (
-            ["train", "TEXT", "--max-steps", "1", "--init-from", "RUN", "--lora-rank", "1", "--block-size", "32"],
-            "--block-size 32: must be from 1 to 16",
-        ),
-        (["train", "TEXT", "--max-steps", "1", "--init-from", "RUN", "--block-size", "0"], "--block-size 0"),
-    ],
-)
-def test_an_error_names_the_option(run, text, tmp_path, invoke_error, arguments, expected):
-    paths = {"TEXT": text, "RUN": run}
-    output_dir = ["--output-dir", tmp_path / "new"] if arguments[0] == "train" else []
-    error = invoke_error(*(paths.get(argument, argument) for argument in arguments), *output_dir)
-    assert expected in error
-    assert not re.search(r"\w=", error.replace(str(tmp_path), ""))
-
-
-def test_a_run_is_not_overwritten_and_the_error_names_the_option(run, text, invoke_error, tiny):
-    error = invoke_error("train", text, "--output-dir", run, "--max-steps", 4, "--tokenizer", "bytes", *tiny)
-    assert "--resume" in error
-    assert "resume=" not in error
-
-
 def test_a_warning_names_the_options(text, tmp_path, invoke, tiny):
     options = ["--output-dir", tmp_path / "run", "--max-steps", 8, "--lr-schedule", "wsd", "--tokenizer", "bytes"]
     with pytest.warns(UserWarning, match="does not reach its peak") as caught:

@@ -32,12 +32,6 @@ def converse(run, invoke, monkeypatch):
     return converse
 
 
-def test_a_negative_top_k_is_an_error_in_the_terms_of_the_option(run, invoke_error):
-    error = invoke_error("sample", run, "--prompt", "a", "--top-k", -1)
-    assert "--top-k -1" in error
-    assert "None" not in error
-
-
 def test_interactive_mode_continues_the_text_so_far(run, converse):
     one_turn, two_turns = converse("Hello\n"), converse("Hello\nA\n")
     text = f"Hello\n{one_turn}\nA\n"  # longer than the model's block size, so that the reply depends on its end

@@ -9,10 +9,6 @@ from homebrew.errors import ConfigError
 from homebrew.training.trainer_config import TrainerConfig
 
 
-def test_default_save_every_is_500(tmp_path):
-    assert TrainerConfig(output_dir=tmp_path, max_steps=1).save_every == 500
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
