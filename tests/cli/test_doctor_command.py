@@ -1,7 +1,11 @@
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 
-from homebrew.cli.doctor_command import check_compilation, run_checks
+from homebrew.cli.doctor_command import _EXTRAS, check_compilation, run_checks
 
 
 def test_doctor_shows_what_a_run_would_use(invoke, monkeypatch, tmp_path):
@@ -15,8 +19,21 @@ def test_doctor_shows_what_a_run_would_use(invoke, monkeypatch, tmp_path):
 
 def test_doctor_prints_how_to_install_missing_extras(tmp_path, monkeypatch, invoke):
     monkeypatch.setattr("homebrew.cli.doctor_command.installed_version", lambda _: None)
-    monkeypatch.setenv("COLUMNS", "200")
-    assert "pip install -e '.[offline,plot,tokenizers]'" in invoke("doctor", "--output-dir", tmp_path)
+    monkeypatch.setenv("COLUMNS", "240")
+    assert "pip install -e '.[fast,offline,plot,prepare,tokenizers]'" in invoke("doctor", "--output-dir", tmp_path)
+
+
+def test_doctor_knows_all_extras_and_says_that_they_are_installed(tmp_path, monkeypatch):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = {
+        name: [re.match(r"[\w-]+", requirement)[0] for requirement in requirements]
+        for name, requirements in project["optional-dependencies"].items()
+        if name not in ("docs", "test")
+    }
+    assert extras == _EXTRAS
+    monkeypatch.setattr("homebrew.cli.doctor_command.installed_version", lambda _: "1.0")
+    finding = next(finding for finding in run_checks(tmp_path) if finding.topic == "extras")
+    assert (finding.value, finding.fix) == (", ".join(extras), "")
 
 
 def test_doctor_fails_if_a_run_cannot_start(tmp_path, monkeypatch, capsys):

