@@ -23,7 +23,7 @@ class Run:
     variant: str
     seed: int
     settings: dict[str, Any]
-    """The variant's fields of `TrainerConfig`, and `dropout`."""
+    """The variant's fields of `TrainerConfig`, `dropout`, `init` and `plain`."""
     experiment: dict[str, Any]
     """What all variants have in common: model, batch and corpus."""
     machine: str

@@ -1,4 +1,4 @@
-"""Process-wide state of PyTorch and Accelerate. The number of CPU threads is set in distributed/accelerator.py."""
+"""Process-wide state of PyTorch and Accelerate. The number of CPU threads is set in distributed/launch.py."""
 
 import threading
 from collections.abc import Iterator
