@@ -8,7 +8,7 @@ from torch import Tensor
 
 from homebrew.distributed.fsdp import local_shard
 from homebrew.errors import ConfigError
-from homebrew.optim.combined import CombinedOptimizer, has_modes
+from homebrew.optim.combined import CombinedOptimizer, has_modes, parameters_of
 
 _START_STEPS = 9
 """At step t the decay is at most t / (t + 9), so that a short run's average forgets its first weights."""
@@ -40,7 +40,7 @@ class AveragedOptimizer(CombinedOptimizer):
                     f"{type(optimizer).__name__} averages the weights itself, so ema_decay={decay} would average them "
                     f"twice. Remove ema_decay."
                 )
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+        for parameter in parameters_of(self):
             for key in ("average", "num_averaged"):  # those of an earlier run
                 self.state.get(parameter, {}).pop(key, None)
         self._decay = decay
@@ -76,7 +76,7 @@ class AveragedOptimizer(CombinedOptimizer):
     @torch.no_grad()
     def eval(self) -> None:
         """Replace the weights by their average."""
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+        for parameter in parameters_of(self):
             average = self.state.get(parameter, {}).get("average")
             if average is not None:
                 parameter.copy_(average)

@@ -81,7 +81,7 @@ class _States(MutableMapping[Any, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:  # noqa: ANN401
         for optimizer in self._optimizers:
-            if any(key is parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if any(key is parameter for parameter in parameters_of(optimizer)):
                 optimizer.state[key] = value
 
     def __delitem__(self, key: Any) -> None:  # noqa: ANN401
@@ -108,6 +108,11 @@ def combine(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimize
 def members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     """Return the members of a combined optimizer, or a list of the optimizer itself."""
     return optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else [optimizer]
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield the parameters of all groups of an optimizer, in order."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def class_names(optimizer: torch.optim.Optimizer) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from homebrew.errors import ConfigError
 from homebrew.model.interfaces import interface_of
 from homebrew.model.lora import lora_layers
+from homebrew.optim.combined import parameters_of
 from homebrew.optim.muon import Muon
 
 
@@ -96,7 +97,7 @@ def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
         )
     if optimizer is None:
         return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = set(map(id, parameters_of(optimizer)))
     if held - {id(parameter) for parameter in model.parameters()}:
         raise ConfigError("The optimizer has parameters that are not the model's. Build it over model.parameters().")
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from homebrew.optim.combined import has_modes, members
+from homebrew.optim.combined import has_modes, members, parameters_of
 
 _TRAIN_WEIGHT = "train_mode_weight"
 """Key of a parameter's state: its weight in training mode, while the optimizer is in evaluation mode."""
@@ -31,7 +31,7 @@ class OptimizerModes:
         self._is_training = False
         for member in self._optimizers:
             member.eval()
-            for parameter in _parameters(member):
+            for parameter in parameters_of(member):
                 member.state.get(parameter, {}).pop(_TRAIN_WEIGHT, None)
 
     @torch.no_grad()
@@ -40,7 +40,7 @@ class OptimizerModes:
         self._is_training = bool(self._optimizers)
         for optimizer in self._optimizers:
             optimizer.train()
-            for parameter in _parameters(optimizer):
+            for parameter in parameters_of(optimizer):
                 weight = optimizer.state.get(parameter, {}).pop(_TRAIN_WEIGHT, None)
                 if weight is not None:
                     parameter.copy_(weight)
@@ -51,7 +51,7 @@ class OptimizerModes:
         if not self._is_training:
             return
         for optimizer in self._optimizers:
-            for parameter in _parameters(optimizer):
+            for parameter in parameters_of(optimizer):
                 # A parameter without state has had no gradient, and some optimizers cannot load a part of their state.
                 if state := optimizer.state.get(parameter):
                     state[_TRAIN_WEIGHT] = parameter.detach().clone()
@@ -68,7 +68,3 @@ class OptimizerModes:
         finally:
             if was_training:
                 self.train()
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from homebrew.checkpoint.optimizer_state import check_state
-from homebrew.optim.combined import members
+from homebrew.optim.combined import members, parameters_of
 from homebrew.training.optimizer_modes import OptimizerModes
 
 
@@ -27,7 +27,7 @@ def _check_future_state(optimizer: torch.optim.Optimizer) -> None:
     check_state(optimizer)
     if type(optimizer).__module__.startswith(("torch.optim.", "homebrew.optim.")):
         return
-    devices = {p.device for group in optimizer.param_groups for p in group["params"] if p.is_cuda}
+    devices = {parameter.device for parameter in parameters_of(optimizer) if parameter.is_cuda}
     try:
         with (
             warnings.catch_warnings(action="ignore"),
@@ -47,7 +47,7 @@ def _copy_with_few_parameters(optimizer: torch.optim.Optimizer) -> torch.optim.O
     new: dict[tuple[Any, ...], Tensor] = {}
     probe = object.__new__(type(optimizer))
     memo: dict[int, Any] = {id(optimizer): probe}
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+    for parameter in parameters_of(optimizer):
         kind = (parameter.shape, parameter.dtype, parameter.device, parameter.requires_grad)
         memo[id(parameter)] = new.setdefault(kind, torch.zeros_like(parameter, requires_grad=parameter.requires_grad))
     # deepcopy(optimizer) would lose the attributes of subclasses. Hooks may have effects outside of the optimizer.
