@@ -54,11 +54,8 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--output-dir", "--output_dir", nargs="?", type=Path)
-    parser.add_argument("--max-steps", "--max_steps", nargs="?")
-    parser.add_argument("--eval-data", "--eval_data", nargs="?")
-    parser.add_argument("--sample-prompt", "--sample_prompt", nargs="?")
-    parser.add_argument("--init-from", "--init_from", nargs="?")
-    parser.add_argument("--init", nargs="?")
+    for name in ("max-steps", "eval-data", "sample-prompt", "init-from", "init"):
+        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?")
     given, _ = parser.parse_known_args(arguments[1:])
     if not given.resume or set(arguments) & {"-h", "--help"}:
         return None
