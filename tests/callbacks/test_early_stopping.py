@@ -34,7 +34,7 @@ def test_stops_after_patience_evaluations_without_improvement():
     ],
 )
 def test_invalid_arguments_are_rejected(arguments):
-    with pytest.raises(ConfigError, match=r"must be .* of at least"):
+    with pytest.raises(ConfigError, match=f"{list(arguments)[-1]}=.* of at least"):
         EarlyStopping(**arguments)
 
 

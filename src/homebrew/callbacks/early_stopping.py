@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from homebrew.callbacks.base import Callback
 from homebrew.errors import ConfigError
+from homebrew.integers import as_integer
 from homebrew.metrics.metrics_log import past_eval_losses
 from homebrew.metrics.step_metrics import EvalMetrics
 
@@ -30,11 +31,9 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
-        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
-            raise ConfigError(f"patience={patience!r}: must be an integer of at least 1, a number of evaluations.")
+        self.patience = as_integer("patience", patience)
         if not isinstance(min_delta, int | float) or not 0 <= min_delta <= sys.float_info.max:
             raise ConfigError(f"min_delta={min_delta!r}: must be a finite number of at least 0, in nats per token.")
-        self.patience = patience
         self.min_delta = min_delta
         self._best_loss = float("inf")
         self._num_without_improvement = 0
