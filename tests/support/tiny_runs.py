@@ -83,6 +83,12 @@ def weights(trainer):
     return {name: value.to("cpu", copy=True) for name, value in trainer.model.state_dict().items()}
 
 
+def matrices_and_vectors(parameters):
+    """Return parameters in two lists: those for Muon, and the others."""
+    parameters = list(parameters)
+    return [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() != 2]
+
+
 def checkpoint_path(output_dir, step):
     return Path(output_dir) / "checkpoints" / f"step-{step:08}"
 

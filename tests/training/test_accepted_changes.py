@@ -13,6 +13,7 @@ from tiny_runs import (
     checkpoint_tensors,
     equal,
     make_trainer,
+    matrices_and_vectors,
     random_tokens,
     token_dataset,
     weights,
@@ -66,9 +67,7 @@ def several(*classes):
     """Return a function from parameters to an optimizer of the matrices and one of the vectors, in this order."""
 
     def build(parameters):
-        matrices, vectors = [], []
-        for parameter in parameters:
-            (matrices if parameter.dim() == 2 else vectors).append(parameter)
+        matrices, vectors = matrices_and_vectors(parameters)
         return [optimizer(matrices if optimizer is Muon else vectors, lr=1e-3) for optimizer in classes]
 
     return build

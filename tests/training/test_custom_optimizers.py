@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, token_dataset, weights
+from tiny_runs import ONE_LAYER, Recorder, StopAt, equal, make_trainer, matrices_and_vectors, token_dataset, weights
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 
 from homebrew import GPT, Muon
@@ -32,8 +32,7 @@ def uninitialized(monkeypatch):
 
 
 def muon_and_adamw(parameters):
-    parameters = list(parameters)
-    matrices, others = ([p for p in parameters if (p.dim() == 2) is is_matrix] for is_matrix in (True, False))
+    matrices, others = matrices_and_vectors(parameters)
     return [Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=0.01, fused=True)]
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_runs import ONE_LAYER, Recorder, equal, make_trainer, saved_steps, weights
+from tiny_runs import ONE_LAYER, Recorder, equal, make_trainer, matrices_and_vectors, saved_steps, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from homebrew import GPT, GPTConfig, Muon
@@ -69,13 +69,8 @@ def make_small_trainer(output_dir, **settings):
     return make_trainer(output_dir, **{"model": CONFIG, "micro_batch_size": 2, "compile": False} | settings)
 
 
-def matrices_and_vectors(model):
-    parameters = list(model.parameters())
-    return [p for p in parameters if p.dim() == 2], [p for p in parameters if p.dim() != 2]
-
-
 def muon_and_sgd(model):
-    matrices, vectors = matrices_and_vectors(model)
+    matrices, vectors = matrices_and_vectors(model.parameters())
     return [Muon(matrices, lr=1e-2), torch.optim.SGD(vectors, lr=0.1, momentum=0.9)]
 
 

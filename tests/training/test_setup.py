@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_runs import CONFIG, ONE_LAYER, make_trainer, token_dataset
+from tiny_runs import CONFIG, ONE_LAYER, make_trainer, matrices_and_vectors, token_dataset
 
 from homebrew import GPT, Muon, TrainerConfig
 from homebrew.callbacks.base import Callback
@@ -87,10 +87,10 @@ def test_progress_switches_the_display(tmp_path, capsys, progress):
 @pytest.mark.parametrize(("given", "used"), [({}, torch.bfloat16), ({"cpu_dtype": torch.float32}, torch.float32)])
 def test_under_bf16_muon_iterates_in_bfloat16_unless_its_dtype_is_given(tmp_path, monkeypatch, given, used):
     model = GPT(ONE_LAYER)
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    matrices, vectors = matrices_and_vectors(model.parameters())
     muon = Muon(matrices, lr=0.1)
     vars(muon).update(given)
-    adamw = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.dim() < 2])
+    adamw = torch.optim.AdamW(vectors)
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(accelerator.state, "_mixed_precision", "bf16")
     make_trainer(tmp_path, model=model, optimizer=[muon, adamw], accelerator=accelerator, mixed_precision="auto")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import ONE_LAYER, StopAt, checkpoint_path, equal, make_trainer, weights
+from tiny_runs import ONE_LAYER, StopAt, checkpoint_path, equal, make_trainer, matrices_and_vectors, weights
 from torch import nn
 
 from homebrew import GPT, LoRAConfig, Muon
@@ -35,8 +35,7 @@ def train(output_dir, optimizer, callback, *callbacks, frozen=(), **config):
 
 
 def muon_and_adamw(parameters):
-    parameters = list(parameters)
-    matrices, vectors = ([p for p in parameters if (p.dim() == 2) is is_matrix] for is_matrix in (True, False))
+    matrices, vectors = matrices_and_vectors(parameters)
     return [Muon(matrices, lr=1e-2, weight_decay=0.1), torch.optim.AdamW(vectors, lr=1e-2, fused=True)]
 
 

@@ -13,6 +13,7 @@ from tiny_runs import (
     checkpoint_tensors,
     equal,
     make_trainer,
+    matrices_and_vectors,
     saved_steps,
     token_dataset,
     weights,
@@ -403,8 +404,7 @@ ORDERS = {
 def test_another_order_of_the_optimizers_is_another_run(tmp_path, old, new, message):
     def trainer(name):
         model = GPT(ONE_LAYER)
-        matrices, vectors = ([p for p in model.parameters() if (p.dim() == 2) is kind] for kind in (True, False))
-        return make_trainer(tmp_path, model=model, optimizer=ORDERS[name](matrices, vectors))
+        return make_trainer(tmp_path, model=model, optimizer=ORDERS[name](*matrices_and_vectors(model.parameters())))
 
     trainer(old).train()
     with pytest.raises(ResumeMismatch, match=message):

@@ -18,6 +18,7 @@ from tiny_runs import (
     checkpoint_tensors,
     equal,
     make_trainer,
+    matrices_and_vectors,
     saved_steps,
     token_dataset,
     weights,
@@ -99,8 +100,8 @@ def several(first, second):
     """Return a function from parameters to two optimizers, the first of the matrices."""
 
     def build(parameters):
-        parameters = list(parameters)
-        return [first([p for p in parameters if p.dim() == 2]), second([p for p in parameters if p.dim() != 2])]
+        matrices, vectors = matrices_and_vectors(parameters)
+        return [first(matrices), second(vectors)]
 
     return build
 
