@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from homebrew import GPT, GPTConfig, TokenDataset
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.collate import Collate
-from homebrew.errors import DataError, ModelError
+from homebrew.errors import DataError
 from homebrew.evaluation.mean_loss import mean_loss
-from homebrew.model.language_model import check_loss, module_loss
+from homebrew.model.language_model import module_loss
 
 CONFIG = GPTConfig(block_size=8, vocab_size=64, n_layer=1, n_head=1, n_embd=8)
 
@@ -123,17 +123,3 @@ def test_eager_bypasses_a_compiled_model():
 def test_a_dataset_without_targets_is_an_error():
     with pytest.raises(DataError, match=f"all are {IGNORE_INDEX}"):
         evaluate(FirstId(), [(1, 0), (2, 0)])
-
-
-@pytest.mark.parametrize(
-    ("loss", "kind"),
-    [
-        (torch.zeros(2), r"a torch.float32 tensor of shape \(2,\)"),
-        (torch.tensor(1), r"a torch.int64 tensor of shape \(\)"),
-        ((1.0, None), r"\(1.0, None\)"),
-        (1.0, "1.0"),
-    ],
-)
-def test_a_loss_that_is_not_a_scalar_tensor_is_an_error(loss, kind):
-    with pytest.raises(ModelError, match=f"returned {kind}, but must"):
-        check_loss(loss)

@@ -225,13 +225,6 @@ def test_resume_without_a_checkpoint_warns_and_starts_at_step_0(tmp_path):
     assert min(recorder.losses) == 1
 
 
-def test_new_run_in_an_output_dir_with_checkpoints_is_an_error(tmp_path):
-    make_trainer(tmp_path, max_steps=1).train()
-    with pytest.raises(ConfigError, match="resume=True"):
-        make_trainer(tmp_path, max_steps=1).train()
-    make_trainer(tmp_path, max_steps=1).train(resume=True)
-
-
 def test_resume_from_a_run_folder_is_an_error(tmp_path):
     make_trainer(tmp_path, max_steps=1).train()
     with pytest.raises(ConfigError, match="resume=True"):
