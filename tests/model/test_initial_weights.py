@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from homebrew import GPT, ConfigError, GPTConfig
-from homebrew.model.initial_weights import look_back, sinusoids
+from homebrew.model.initial_weights import UninitializedWeights, look_back, sinusoids
 
 CONFIG = GPTConfig(block_size=64, vocab_size=100, n_layer=2, n_head=2, n_embd=32)
 
@@ -96,3 +97,31 @@ def test_the_first_loss_is_that_of_a_uniform_prediction():
 def test_an_unknown_init_is_rejected(device):
     with pytest.raises(ConfigError, match="gpt2, local"), torch.device(device):
         GPT(CONFIG, init="sinusoid")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: nn.Linear(8, 4), lambda: nn.Linear(8, 4, bias=False), lambda: nn.Embedding(8, 4)],
+    ids=["linear", "no_bias", "embedding"],
+)
+def test_layers_draw_no_weights(build):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with UninitializedWeights():
+        layer = build()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert layer.weight.requires_grad
+    build()
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_layer_norms_keep_their_values():
+    with UninitializedWeights():
+        norm = nn.LayerNorm(4)
+    assert torch.equal(norm.weight, torch.ones(4))
+    assert not norm.bias.any()
+
+
+def test_layers_can_be_on_the_meta_device():
+    with torch.device("meta"), UninitializedWeights():
+        assert nn.Linear(8, 4).weight.is_meta

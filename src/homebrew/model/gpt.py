@@ -15,12 +15,11 @@ from homebrew.errors import ConfigError, ModelError
 from homebrew.integers import SEED_RANGE, as_integer
 from homebrew.io import local_path_or_name
 from homebrew.model.gpt_config import GPTConfig, Init
-from homebrew.model.initial_weights import initialize
+from homebrew.model.initial_weights import UninitializedWeights, initialize
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.ops.chunked_loss import linear_cross_entropy
 from homebrew.model.other_names import GENERATE_NAMES, MODEL_NAMES
 from homebrew.model.transformer import Transformer
-from homebrew.model.uninitialized import UninitializedWeights
 
 if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer

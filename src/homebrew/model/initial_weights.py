@@ -1,16 +1,37 @@
 """Initial weights of a GPT."""
 
 import math
-from typing import get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from homebrew.errors import ConfigError
 from homebrew.model.gpt_config import GPTConfig, Init
 
 _STD = 0.02
 _LOCAL_QUERY_SCALE = 1.5
+_INITIALIZERS = ("kaiming_uniform_", "normal_", "uniform_")
+"""Functions with which PyTorch's layers draw weights."""
+
+
+class UninitializedWeights(TorchFunctionMode):
+    """Builds linear layers and embeddings without drawing weights, for a model that draws its own.
+
+    PyTorch's would take as long again, use the global random state, and, on the meta device, import sympy.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - what the function returns
+        """Call a function of PyTorch, unless it draws weights."""
+        return None if func.__name__ in _INITIALIZERS else func(*args, **kwargs or {})
 
 
 @torch.no_grad()
