@@ -21,9 +21,8 @@ from homebrew.errors import DataError
 from homebrew.evaluation.perplexity import ProgressFn
 from homebrew.integers import as_integer
 from homebrew.io import absolute_path
-from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT, check_gpt
-from homebrew.model.uncompiled import uncompiled
+from homebrew.model.passes import eval_mode, uncompiled
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 NUM_ENDINGS = 4

@@ -13,9 +13,8 @@ from homebrew.data.collate import Collate
 from homebrew.data.loader import eval_batches
 from homebrew.distributed.fsdp import reshard
 from homebrew.errors import DataError
-from homebrew.model.eval_mode import eval_mode
 from homebrew.model.language_model import LossFunction
-from homebrew.model.uncompiled import uncompiled
+from homebrew.model.passes import eval_mode, uncompiled
 
 
 @torch.no_grad()

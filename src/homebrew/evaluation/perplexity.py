@@ -10,9 +10,8 @@ from homebrew.constants import IGNORE_INDEX
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ConfigError, DataError, ModelError
 from homebrew.integers import as_integer, is_integer
-from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT, check_gpt
-from homebrew.model.uncompiled import uncompiled
+from homebrew.model.passes import eval_mode, uncompiled
 
 ProgressFn = Callable[[Sequence[int]], Iterable[int]]
 """Wraps a sequence of batch indices to display progress, such as `rich.progress.track`; `iter` displays nothing."""

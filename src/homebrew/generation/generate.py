@@ -12,8 +12,8 @@ from homebrew.errors import ConfigError, ModelError
 from homebrew.generation.decoder import Decoder
 from homebrew.generation.sampling import Sampling
 from homebrew.integers import SEED_RANGE, as_integer
-from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
+from homebrew.model.passes import eval_mode
 
 Overflow = Literal["slide", "stop"]
 """What to do when a sequence reaches `block_size` tokens: drop the older half of its context, or end it."""

@@ -10,11 +10,10 @@ from homebrew.data.tokenizer import Tokenizer, default_prompt
 from homebrew.errors import ConfigError, ModelError
 from homebrew.generation.sampling import Sampling
 from homebrew.integers import as_integer
-from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt import GPT
 from homebrew.model.interfaces import interface_of
+from homebrew.model.passes import eval_mode, uncompiled
 from homebrew.model.transformers_model import is_transformers_model
-from homebrew.model.uncompiled import uncompiled
 
 
 def continue_text(

@@ -16,10 +16,9 @@ from homebrew.hub.model_folder import output_folder
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, TOKENIZER_FILES, to_json, tokenizer_files, write_tokenizer_files
 from homebrew.io import absolute_path, atomic_replace
-from homebrew.model.eval_mode import eval_mode
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD
 from homebrew.model.lora import merged_state_dict
-from homebrew.model.uncompiled import uncompiled
+from homebrew.model.passes import eval_mode, uncompiled
 
 if TYPE_CHECKING:
     from homebrew.model.gpt import GPT

@@ -12,7 +12,7 @@ from homebrew.constants import IGNORE_INDEX
 from homebrew.errors import ConfigError, ModelError
 from homebrew.io import strict_json
 from homebrew.model.language_model import LossFunction, ModelInterface, as_size, mean_over_targets
-from homebrew.model.trial import trial
+from homebrew.model.passes import trial
 
 _CLASSES = {("transformers.modeling_utils", "PreTrainedModel"), ("peft.peft_model", "PeftModel")}
 _VOLATILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")

@@ -13,7 +13,7 @@ from homebrew.distributed.fsdp import uses_fsdp
 from homebrew.errors import ConfigError, TrainingError
 from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LossFunction
-from homebrew.model.trial import trial
+from homebrew.model.passes import trial
 from homebrew.training.trainer_config import TrainerConfig
 
 _TOKENS_WITHOUT_CUDA = 4_096

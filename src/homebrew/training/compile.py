@@ -14,7 +14,7 @@ from homebrew.model.gpt import GPT
 from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LossFunction
 from homebrew.model.lora import lora_layers
-from homebrew.model.trial import trial
+from homebrew.model.passes import trial
 from homebrew.training.batch_size import BatchPlan
 from homebrew.training.global_settings import configure_compiler
 
