@@ -2,16 +2,12 @@
 
 import importlib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def harness(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def harness():
     return importlib.import_module("harness")
 
 

@@ -3,7 +3,6 @@
 import importlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +11,6 @@ import torch
 from homebrew.errors import ConfigError
 
 TEXT = "It is the east, and Juliet is the sun.\n" * 60
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
 
 
 @pytest.fixture

@@ -52,9 +52,8 @@ pytestmark = [
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(tmp_path):
     """Return a function that runs a script with options and returns its tables as lists of rows."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
     def run_script(name, **options):
         script = importlib.import_module(name)
@@ -105,8 +104,7 @@ def test_throughput_without_nanogpt(run, capsys, folder):
 
 
 @pytest.mark.parametrize("vocab_size", [65, 1000, 50_257])
-def test_padded_vocabulary_of_transformers_is_a_multiple_of_64(monkeypatch, vocab_size):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_padded_vocabulary_of_transformers_is_a_multiple_of_64(vocab_size):
     hf_model = importlib.import_module("implementations").hf_model
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=vocab_size)
     assert hf_model(config, pad_vocab=False).lm_head.weight.shape[0] == vocab_size
@@ -214,8 +212,7 @@ def test_ladder(run, monkeypatch):
     ],
     ids=", ".join,
 )
-def test_model_has_the_same_gradients_without_an_optimization(monkeypatch, names):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_model_has_the_same_gradients_without_an_optimization(names):
     ablation = importlib.import_module("ablation")
     config = GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8, vocab_size=70)
     ids = torch.randint(70, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -227,8 +224,7 @@ def test_model_has_the_same_gradients_without_an_optimization(monkeypatch, names
         torch.testing.assert_close(parameter.grad, expected.grad)
 
 
-def test_optimizations_are_back_after_they_were_switched_off(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_optimizations_are_back_after_they_were_switched_off():
     ablation = importlib.import_module("ablation")
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=70)
     with ablation.switched_off(ablation.OPTIMIZATIONS) as fields:
@@ -268,7 +264,6 @@ def test_a_mistake_of_the_user_is_an_error_without_traceback(monkeypatch, tmp_pa
     (tmp_path / "file").write_text(TEXT)
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "runs.jsonl").write_text('{"variant": "a", "seed": 1}\n')
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
@@ -276,7 +271,6 @@ def test_a_mistake_of_the_user_is_an_error_without_traceback(monkeypatch, tmp_pa
 
 
 def test_the_throughput_of_scaling_is_that_of_all_timed_steps(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     worker, clock = importlib.import_module("scaling_worker"), iter(range(100))
     monkeypatch.setattr(importlib.import_module("harness").StepTimer, "now", lambda: next(clock))
     task = {"tokens": 64, "micro_batch": 1, "block_size": 16, "warmup": 1, "steps": 4, "folder": str(tmp_path)}
@@ -289,7 +283,6 @@ def measured(tokens_per_second):
 
 @pytest.mark.parametrize(("visible", "devices"), [(None, ["0", "1"]), ("", ["0", "1"]), ("3,5,6", ["3", "5"])])
 def test_independent_processes_count_as_the_slowest(monkeypatch, visible, devices):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     scaling, launches = importlib.import_module("scaling"), {}
     monkeypatch.setattr(scaling.os, "environ", {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
 
@@ -303,8 +296,7 @@ def test_independent_processes_count_as_the_slowest(monkeypatch, visible, device
     assert result["tokens_per_second"] == 2 * 10.0
 
 
-def test_the_efficiency_of_scaling_is_relative_to_one_process_of_the_same_round(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_the_efficiency_of_scaling_is_relative_to_one_process_of_the_same_round():
     scaling, layouts = importlib.import_module("scaling"), [("none", 1), ("none", 2), ("ddp", 2)]
     runs = [
         {"strategy": strategy, "processes": processes, "round": turn, **measured(100.0 * value)}
