@@ -217,8 +217,9 @@ def gradient_reductions(results, layout, num_steps=3):
     counts = results["collectives"]
     if LAYOUTS[layout].sharded:
         return counts["c10d::_reduce_scatter_base_"] / num_steps
-    # Per step: number of targets, loss, flags. Per run: the evaluation and the last two flags.
-    return (counts["c10d::allreduce_"] - 3 * num_steps - 3) / num_steps
+    # Per step: number of targets, loss, flags. Per run: the evaluation, flags of its batches, and the last two flags.
+    num_eval_batches = 48 // results["micro_batch_size"]
+    return (counts["c10d::allreduce_"] - 3 * num_steps - 3 - num_eval_batches) / num_steps
 
 
 @pytest.mark.parametrize(
@@ -337,6 +338,18 @@ def test_a_run_resumes_bitwise_from_its_state_before_the_first_step(run, tmp_pat
     assert results["again"]["losses"] == losses[3:]
     for name in ("saved", "resumed", "again"):
         assert_same_checkpoint(checkpoint_path(tmp_path / name, 6), checkpoint_path(tmp_path / "plain", 6))
+
+
+@pytest.mark.parametrize("layout", ["ddp2", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_stop_signal_breaks_off_the_evaluation_on_all_ranks(fork, run, tmp_path, layout):
+    """Each rank reads 48 samples per evaluation, and rank 1 gets the signal in the second one."""
+    task = {"max_steps": 8, "eval_every": 2}
+    whole = run(tmp_path, layout, whole=task)["whole"]
+    assert fork(tmp_path, layout, run=task | {"stop_in_evaluation": 70}) == [143, 143]
+    assert CheckpointStore(tmp_path / "run").latest()[0].step == 4
+    resumed = run(tmp_path, layout, run=task | {"resume": True})["run"]
+    assert resumed["evaluations"] == whole["evaluations"][1:]
+    assert resumed["losses"] == whole["losses"][4:]
 
 
 KILLS = {

@@ -12,7 +12,7 @@ from homebrew.metrics.metrics_log import MetricsLog, past_eval_losses
 
 def test_past_eval_losses_excludes_evaluations_discarded_by_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert past_eval_losses(path, 9) == []
+    assert past_eval_losses(path, 9) == {}
     log = MetricsLog(path)
     for event, step, loss in [
         ("evaluate", 2, 9.0), ("begin", 0, None), ("evaluate", 2, 3.0), ("step", 3, 8.0), ("evaluate", 4, 7.0),
@@ -20,8 +20,8 @@ def test_past_eval_losses_excludes_evaluations_discarded_by_a_resume(tmp_path):
     ]:  # fmt: skip
         log.write(event, step=step, **({} if loss is None else {"loss": loss}))
     log.close()
-    assert past_eval_losses(path, 6) == [3.0, math.inf, 2.0]
-    assert past_eval_losses(path, 5) == [3.0, math.inf]  # the "resume" event itself may be lost on a full disk
+    assert past_eval_losses(path, 6) == {2: 3.0, 5: math.inf, 6: 2.0}
+    assert past_eval_losses(path, 5) == {2: 3.0, 5: math.inf}  # the "resume" event itself may be lost on a full disk
 
 
 def test_an_incomplete_last_line_is_removed(tmp_path):
@@ -112,7 +112,7 @@ def test_a_log_is_read_in_bounded_memory(tmp_path, bounded_memory):
         file.write(b'\n{"event": "evaluate", "step": 2, "loss": 1.0}\n')
     log.close()
     with bounded_memory():
-        assert past_eval_losses(path, 9) == [2.0, 1.0]
+        assert past_eval_losses(path, 9) == {1: 2.0, 2: 1.0}
         MetricsLog(path).close()
 
 
@@ -130,7 +130,7 @@ def test_a_log_that_is_too_large_to_read_is_refused(tmp_path):
 def test_lines_that_are_not_events_are_ignored(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line + b'\n{"event": "evaluate", "step": 2, "loss": 1.0}\n')
-    assert past_eval_losses(path, 9) == [1.0]
+    assert past_eval_losses(path, 9) == {2: 1.0}
 
 
 # --- a file system that fails

@@ -41,13 +41,13 @@ VOCABULARY = 50
 class Ragged(Dataset):
     """A dataset whose samples have from 0 to 16 scored targets; records which samples are read."""
 
-    def __init__(self, breaks_at=None):
+    def __init__(self, breaks_at=None, stops_at=None):
         rows = torch.randint(0, VOCABULARY, (96, 17), generator=torch.Generator().manual_seed(3))
         self.input_ids, self.targets = rows[:, :-1].clone(), rows[:, 1:].clone()
         for i, row in enumerate(self.targets):
             row[: (i * 7) % 17] = -100
         self.read = []
-        self.breaks_at = breaks_at
+        self.breaks_at, self.stops_at = breaks_at, stops_at
 
     def __len__(self):
         return len(self.input_ids)
@@ -56,6 +56,8 @@ class Ragged(Dataset):
         self.read.append(i)
         if self.breaks_at is not None and len(self.read) > self.breaks_at:
             raise ValueError("this sample cannot be read")
+        if len(self.read) == self.stops_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return self.input_ids[i], self.targets[i]
 
 
@@ -281,7 +283,10 @@ def build(task, rank):
     trainer = Trainer(
         model,
         train,
-        dataset_class(breaks_at=1 if broken == "evaluation" else None),
+        dataset_class(
+            breaks_at=1 if broken == "evaluation" else None,
+            stops_at=task.get("stop_in_evaluation") if rank == 1 else None,
+        ),
         config=TrainerConfig(
             output_dir=task["output_dir"] + (" elsewhere" if broken == "disk" else ""),
             max_steps=task.get("max_steps", 20),
@@ -313,7 +318,8 @@ def run(task, rank):
         with torch.profiler.profile() as profiler:
             trainer.train()
         names = Counter(event.name for event in profiler.events())
-        return {"collectives": {name: count for name, count in names.items() if name.startswith("c10d::")}}
+        counts = {name: count for name, count in names.items() if name.startswith("c10d::")}
+        return {"collectives": counts, "micro_batch_size": trainer.batch.micro_batch_size}
     if task.get("again"):
         return {"error": resume_after_interruption(trainer)}
     if "stop" in task:

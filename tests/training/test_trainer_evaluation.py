@@ -1,7 +1,9 @@
 """Evaluation: its result, its errors, and the checkpoints beside it."""
 
 import math
+import os
 import random
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -121,3 +123,52 @@ def test_a_checkpoint_is_scored_only_by_an_evaluation_of_its_own_step(tmp_path):
     trainer.train()
     scores = {step: open_checkpoint(checkpoint_path(tmp_path, step)).manifest.score for step in (2, 4, 6)}
     assert [step for step, score in scores.items() if score is not None] == [6]
+
+
+class SignalInEvaluation(UnevenTargets, Callback):
+    """Sends a signal when the evaluation of a step reads its 21st sample of 64."""
+
+    def __init__(self, step, signal_number):
+        super().__init__()
+        self.step, self.signal_number, self.num_read, self.is_armed = step, signal_number, 0, False
+
+    def on_step_end(self, trainer):
+        self.is_armed, self.num_read = trainer.step == self.step, 0
+
+    def __getitem__(self, i):
+        self.num_read += 1
+        if self.is_armed and self.num_read == 21:
+            os.kill(os.getpid(), self.signal_number)
+        return super().__getitem__(i)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("step", [4, 6])
+def test_a_stop_signal_breaks_off_an_evaluation_which_the_resumed_run_makes(tmp_path, step):
+    whole, stopped, resumed = Recorder(), Recorder(), Recorder()
+    options = {"eval_every": 2, "save_every": 4}
+    expected = make_trainer(tmp_path / "whole", eval_dataset=UnevenTargets(), callbacks=[whole], **options)
+    expected.train()
+    dataset = SignalInEvaluation(step, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        make_trainer(tmp_path / "run", eval_dataset=dataset, callbacks=[stopped, dataset], **options).train()
+    assert dataset.num_read < 40
+    assert saved_steps(tmp_path / "run")[-1] == step
+    assert step not in stopped.evaluations
+    trainer = make_trainer(tmp_path / "run", eval_dataset=UnevenTargets(), callbacks=[resumed], **options)
+    trainer.train(resume=True)
+    losses, expected_losses = (
+        [(step, metrics.loss) for step, metrics in evaluations.items()]
+        for evaluations in (stopped.evaluations | resumed.evaluations, whole.evaluations)
+    )
+    assert losses == expected_losses
+    assert equal(weights(trainer), weights(expected))
+    trainer.train(resume=True)  # all evaluations are made
+    assert list(resumed.evaluations) == list(range(step, 7, 2))
+
+
+def test_a_signal_that_only_saves_does_not_break_off_an_evaluation(tmp_path):
+    recorder, dataset = Recorder(), SignalInEvaluation(4, signal.SIGUSR1)
+    make_trainer(tmp_path, eval_dataset=dataset, eval_every=2, callbacks=[recorder, dataset]).train()
+    assert list(recorder.evaluations) == [2, 4, 6]
+    assert saved_steps(tmp_path) == [4, 6]

@@ -50,7 +50,7 @@ class EarlyStopping(Callback):
         """Reset, and count the run's past evaluations."""
         self._best_loss, self._num_without_improvement = float("inf"), 0
         if trainer.is_main_process:
-            for loss in past_eval_losses(Path(trainer.config.output_dir) / "metrics.jsonl", trainer.step):
+            for loss in past_eval_losses(Path(trainer.config.output_dir) / "metrics.jsonl", trainer.step).values():
                 self._update(loss)
 
     def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:

@@ -1,5 +1,6 @@
 """Mean loss over a dataset, computed on all ranks."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +18,10 @@ from homebrew.model.language_model import LossFunction
 from homebrew.model.passes import eval_mode, uncompiled
 
 
+class EvaluationStopped(Exception):  # noqa: N818 - not an error
+    """An evaluation was broken off."""
+
+
 @torch.no_grad()
 def mean_loss(
     accelerator: Accelerator,
@@ -28,21 +33,25 @@ def mean_loss(
     max_batches: int | None,
     eager: bool,
     loss_function: LossFunction,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int]:
     """Compute the mean loss per target over a dataset. Must be called on all ranks.
 
     The result does not depend on how the samples are divided among ranks: each target counts once. `model` is the
     result of `Accelerator.prepare`; its training mode is restored afterwards. `max_batches` counts the micro-batches
     of each rank. With `eager`, a compiled model runs without compilation, which saves compiling it for evaluation.
+    `should_stop` is called before each batch, and returns the same on all ranks.
 
     Returns:
         Mean loss in nats per target, and the number of targets over all ranks, ignored targets excluded.
 
     Raises:
         DataError: Every target is ignored.
+        EvaluationStopped: `should_stop` returned True.
     """
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
     totals = torch.zeros(2, dtype=dtype, device=accelerator.device)  # total loss, number of targets
+    stopped = False
     with eval_mode(model), uncompiled(model) if eager else nullcontext():
         for input_ids, targets in eval_batches(
             dataset,
@@ -53,10 +62,14 @@ def mean_loss(
             collate=collate,
             max_batches=max_batches,
         ):
+            if stopped := should_stop():
+                break
             num_targets = (targets != IGNORE_INDEX).sum()
             loss = loss_function(model, input_ids, targets).to(dtype)
             totals += torch.stack([loss * num_targets, num_targets])
     reshard(accelerator, model)
+    if stopped:
+        raise EvaluationStopped
     total_loss, total_targets = accelerator.reduce(totals, "sum").tolist()
     if not total_targets:
         raise DataError(

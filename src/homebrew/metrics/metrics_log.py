@@ -92,8 +92,8 @@ class MetricsLog:
         os.ftruncate(self._file, start + last_newline + 1)
 
 
-def past_eval_losses(path: Path, step: int) -> list[float]:
-    """Read the losses of a run's evaluations up to a step, in order.
+def past_eval_losses(path: Path, step: int) -> dict[int, float]:
+    """Read the losses of a run's evaluations up to a step, in order, by the step of the evaluation.
 
     Evaluations that a resume discarded, because the run restarted from an earlier step, are not returned. A file that
     does not exist has no losses.
@@ -105,7 +105,7 @@ def past_eval_losses(path: Path, step: int) -> list[float]:
                 losses = {eval_step: loss for eval_step, loss in losses.items() if eval_step <= start}
             case {"event": "evaluate", "step": int(eval_step), "loss": float() | None as loss}:
                 losses[eval_step] = math.inf if loss is None else loss
-    return [loss for eval_step, loss in losses.items() if eval_step <= step]
+    return {eval_step: loss for eval_step, loss in losses.items() if eval_step <= step}
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Requests to save or stop a run, from any rank."""
 
+from signal import Signals
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ class RunRequests:
         self._flags = FlagExchange(accelerator)
         self._signals = signals
         self._checkpoints = checkpoints
+        self._received: set[Signals] = set()
         self.stop_agreed = False
         """Whether all ranks know that the run must end. With several ranks, a step later than `should_stop`."""
 
@@ -36,17 +38,29 @@ class RunRequests:
             NonFiniteError: On every rank, if a checkpoint was not written because of a value that is not finite.
             SystemExit: After saving, for a signal that ends the run. In a notebook: KeyboardInterrupt.
         """
-        own = [*self._signals.pop_flags(), float(bool(trainer.should_stop)), float(self._checkpoints.failed)]
-        *received, stop, writer_failed = self._flags.exchange(own)
-        self.stop_agreed = self.stop_agreed or stop
+        writer_failed = self._exchange(should_stop=bool(trainer.should_stop))
         trainer.should_stop = trainer.should_stop or self.stop_agreed  # for the user to read, on every rank
         if writer_failed:
             self._checkpoints.wait()  # raises the error, on every rank
-        for number in (number for number, flag in zip(HANDLED_SIGNALS, received, strict=True) if flag):
+        received, self._received = self._received, set()
+        for number in filter(received.__contains__, HANDLED_SIGNALS):
             trainer.save()
             if ends_run(number):
                 self._checkpoints.wait()
                 exit_for_signal(number)
+
+    def has_stop_signal(self) -> bool:
+        """Exchange the ranks' requests, and return whether `handle` will end the run for a signal; collective."""
+        self._exchange(should_stop=False)
+        return any(map(ends_run, self._received))
+
+    def _exchange(self, *, should_stop: bool) -> bool:
+        """Note the requests of all ranks, and return whether a checkpoint could not be written; collective."""
+        own = [*self._signals.pop_flags(), float(should_stop), float(self._checkpoints.failed)]
+        *received, stop, writer_failed = self._flags.exchange(own)
+        self._received.update(number for number, flag in zip(HANDLED_SIGNALS, received, strict=True) if flag)
+        self.stop_agreed = self.stop_agreed or stop
+        return writer_failed
 
     def handle_last(self, trainer: "Trainer") -> None:
         """Handle requests at the end of the run; with several ranks, flags arrive one exchange later; collective."""

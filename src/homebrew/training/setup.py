@@ -63,8 +63,8 @@ class TrainerParts:
     compile_mode: CompileMode
     guard: NanGuard
     train_step: TrainStep
-    mean_loss: Callable[[Dataset[Any]], tuple[float, int]]
-    """Evaluates the model on a dataset, as `evaluation.mean_loss` does."""
+    mean_loss: Callable[..., tuple[float, int]]
+    """`evaluation.mean_loss` of the model. What is left is the dataset, and whether to stop."""
     warm_up_model: Callable[[Batch], None]
     """Compiles the model for batches like the given one."""
     loader: StepLoader

@@ -1,6 +1,6 @@
 """The Trainer: public methods and the training loop."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ from homebrew.distributed.collectives import run_on_main
 from homebrew.distributed.fsdp import gather_full_model
 from homebrew.distributed.signals import SignalHandler
 from homebrew.errors import ConfigError, HomebrewError
+from homebrew.evaluation.mean_loss import EvaluationStopped
 from homebrew.generation.model_generate import continue_text
 from homebrew.generation.sampling import Sampling
 from homebrew.hub.save_model import save_model
 from homebrew.io import absolute_path
+from homebrew.metrics.metrics_log import past_eval_losses
 from homebrew.metrics.step_metrics import EvalMetrics
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
@@ -123,6 +125,7 @@ class Trainer:
         self._needs_warm_up = self.compile_mode != "none"
         self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
         self._is_running = False
+        self._should_stop_evaluation: Callable[[], bool] = _never
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
         self._emit("on_init_end")
 
@@ -178,6 +181,9 @@ class Trainer:
                 explain_worker_errors(self.config.loader_timeout_seconds),
                 closing(self._loader.steps(self._num_samples)) as steps,
             ):
+                if self._has_unfinished_evaluation():
+                    self._evaluate_and_save_if_due(requests)
+                    requests.handle(self)
                 for micro_batches in steps:
                     if self.step >= self.config.max_steps or requests.stop_agreed:
                         break
@@ -188,7 +194,7 @@ class Trainer:
                     self._num_samples += self.batch.global_batch_size
                     self._logger.submit(self.step, result, learning_rate, self._emit)
                     self._emit("on_step_end")
-                    self._evaluate_and_save_if_due()
+                    self._evaluate_and_save_if_due(requests)
                     requests.handle(self)
                 self.save()
                 self._checkpoints.wait()
@@ -216,7 +222,7 @@ class Trainer:
         if dataset is None:
             raise ConfigError("There is no evaluation dataset. Pass eval_dataset to Trainer, or dataset to evaluate().")
         with self.paused():
-            loss, num_tokens = self._mean_loss(dataset)
+            loss, num_tokens = self._mean_loss(dataset, should_stop=self._should_stop_evaluation)
         bytes_per_token = getattr(dataset, "bytes_per_token", None)
         return EvalMetrics.from_loss(step=self.step, loss=loss, num_tokens=num_tokens, bytes_per_token=bytes_per_token)
 
@@ -345,17 +351,29 @@ class Trainer:
                 self._warm_up_model(micro_batch)
 
     def _is_due(self, every: int | None) -> bool:
-        return every is not None and self.step % every == 0
+        """Return whether this step is the last, or one of those that evaluate or save."""
+        return self.step >= self.config.max_steps or (every is not None and self.step % every == 0)
 
-    def _evaluate_and_save_if_due(self) -> None:
-        is_last = self.step >= self.config.max_steps
-        save_is_due = is_last or self._is_due(self.config.save_every)
-        if self.eval_dataset is not None and (is_last or self._is_due(self.config.eval_every)):
+    def _has_unfinished_evaluation(self) -> bool:
+        """Return whether a stop signal broke off the evaluation of the step from which the run resumes."""
+        if self.eval_dataset is None or self.step == 0 or not self._is_due(self.config.eval_every):
+            return False
+        if not self._checkpoints.is_saved(self.step):  # the checkpoint is one of another folder
+            return False
+        log = Path(self.config.output_dir) / "metrics.jsonl"
+        return not run_on_main(self.accelerator, lambda: self.step in past_eval_losses(log, self.step))
+
+    def _evaluate_and_save_if_due(self, requests: RunRequests) -> None:
+        save_is_due = self._is_due(self.config.save_every)
+        if self.eval_dataset is not None and self._is_due(self.config.eval_every):
             self._logger.flush(self._emit)  # may raise NonFiniteError, which must not lead to a save below
+            self._should_stop_evaluation = requests.has_stop_signal
             try:
                 metrics = self.evaluate()
                 self._last_evaluation = self.step, metrics.loss
                 self._emit("on_evaluate", metrics)
+            except EvaluationStopped:
+                return  # the request saves and ends the run
             except Exception:
                 # Only with one process: the save is collective, and other processes may not have failed.
                 if save_is_due and self.accelerator.num_processes == 1:
@@ -364,6 +382,8 @@ class Trainer:
                     except HomebrewError as error:
                         warn(f"This step could not be saved either: {error}")
                 raise
+            finally:
+                self._should_stop_evaluation = _never
         if save_is_due:
             self.save()
 
@@ -372,3 +392,7 @@ class Trainer:
         overlaps = event in ("on_step_end", "on_log", "on_step_skipped")
         with nullcontext() if overlaps else self._paused():
             emit(self, event, *arguments)
+
+
+def _never() -> bool:
+    return False
