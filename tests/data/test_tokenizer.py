@@ -10,13 +10,24 @@ from hypothesis import strategies as st
 from transformers import GPT2Tokenizer as HuggingFaceTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from homebrew import TokenDataset
+from homebrew import (
+    GPT,
+    GPTConfig,
+    LoRAConfig,
+    TokenDataset,
+    add_lora,
+    generate_text,
+    save_adapter,
+    score_hellaswag,
+    score_text,
+)
 from homebrew.data import gpt2_tokenizer, gpt2_vocabulary, tiktoken_tokenizer
 from homebrew.data.gpt2_vocabulary import GPT2_SHA256, gpt2_vocabulary_files
 from homebrew.data.tiktoken_tokenizer import gpt2_byte_to_char
 from homebrew.data.token_file import write_tokens
 from homebrew.data.tokenizer import ByteTokenizer, dataset_tokenizer, get_tokenizer, tokenizer_from_json
 from homebrew.errors import ConfigError, DataError, TokenizerError
+from homebrew.evaluation.hellaswag import Question
 
 WORDS = st.text("aZ'sdtmrelv 0١½ \t\n\r\u00a0\u2028.,!é中😀\u0301\x00", max_size=40)
 """Characters for which GPT-2's rules for splitting words differ."""
@@ -264,6 +275,27 @@ def test_a_tokenizer_of_another_library_is_an_error_that_says_how_to_use_it(form
     ):
         with pytest.raises((ConfigError, DataError), match=r"TokenDataset\.from_tokens\(tokenizer\(text\)\.input_ids"):
             create(data, 2, tokenizer=llama[form])
+
+
+USES = {
+    "generate_text": lambda model, tokenizer, folder: next(generate_text(model, tokenizer, "a text", 2)),
+    "score_text": lambda model, tokenizer, folder: score_text(model, tokenizer, "a text"),
+    "score_hellaswag": lambda model, tokenizer, folder: score_hellaswag(
+        model, tokenizer, [Question("a", ("b",) * 4, 0)]
+    ),
+    "save_pretrained": lambda model, tokenizer, folder: model.save_pretrained(folder, tokenizer),
+    "save_adapter": lambda model, tokenizer, folder: save_adapter(model, folder, tokenizer=tokenizer),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("form", ["transformers", "tokenizers", "name"])
+def test_a_model_cannot_be_used_with_a_tokenizer_of_another_library(use, form, llama, tmp_path):
+    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+    add_lora(model, LoRAConfig(rank=2))
+    with pytest.raises(ConfigError, match=r"get_tokenizer.*model\.generate\(\[tokenizer\(text\)\.input_ids"):
+        USES[use](model, llama[form], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_tokenizer_of_ids_may_be_named():

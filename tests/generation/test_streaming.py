@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homebrew import get_tokenizer
+from homebrew.data.tokenizer import ByteTokenizer
 from homebrew.errors import ConfigError, DataError
 from homebrew.generation.sampling import Sampling
 from homebrew.generation.streaming import decode_stream, generate_text
@@ -16,7 +17,7 @@ GREEDY = Sampling(temperature=0.0)
 CHARACTERS = "abcdefgh é€😀"
 
 
-class SomeBytes:
+class SomeBytes(ByteTokenizer):
     """A tokenizer of the bytes of a few characters, which have one to four bytes each."""
 
     alphabet = sorted(set(CHARACTERS.encode()))

@@ -102,7 +102,7 @@ def test_the_pipeline_generates_the_same_tokens(gpt2_export):
     )
 
 
-class NoMergeTokenizer:
+class NoMergeTokenizer(ByteTokenizer):
     """Tokenizer with a token of two characters that is not the merge of two tokens."""
 
     name, vocab_size, end_of_text_id = "no-merge", 3, None

@@ -195,7 +195,7 @@ def check_tokenizer(tokenizer: object) -> None:
         missing = [name for name in names if not hasattr(tokenizer, name)]
         raise ConfigError(
             f"{type(tokenizer).__name__} cannot be used as a tokenizer, as it lacks {', '.join(missing)}. Add what "
-            f"homebrew.Tokenizer describes, or pass the name of a built-in one. {OTHER_TOKENIZERS}"
+            f"homebrew.Tokenizer describes, or use one of homebrew.get_tokenizer. {OTHER_TOKENIZERS}"
         )
 
 

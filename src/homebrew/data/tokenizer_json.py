@@ -32,8 +32,8 @@ BYTE_LEVEL_BPE: dict[str, tuple[Any, ...]] = {
 """Fields of `tokenizer.json` that affect the ids or the decoded text, with the values in files of GPT-2's tokenizer."""
 
 OTHER_TOKENIZERS = (
-    "Or encode the text with transformers and pass only the ids: "
-    "TokenDataset.from_tokens(tokenizer(text).input_ids, …)."
+    "Or encode the text with transformers and pass only the ids, to "
+    "TokenDataset.from_tokens(tokenizer(text).input_ids, …) or model.generate([tokenizer(text).input_ids], …)."
 )
 """How to use a tokenizer that homebrew does not support."""
 

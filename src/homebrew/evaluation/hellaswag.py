@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from homebrew.bounded_readers import parse_json
 from homebrew.data.download import cache_dir, download, read_file, read_if_verified
-from homebrew.data.tokenizer import Tokenizer
+from homebrew.data.tokenizer import Tokenizer, check_tokenizer
 from homebrew.errors import DataError
 from homebrew.evaluation.perplexity import ProgressFn
 from homebrew.integers import as_integer
@@ -90,11 +90,12 @@ def score_hellaswag(
         progress: Wraps the iterable of batches, for example to display a progress bar.
 
     Raises:
-        ConfigError: `batch_size` is less than 1.
+        ConfigError: `batch_size` is less than 1, or the tokenizer is not a `Tokenizer`.
         DataError: There are no questions, or an ending does not fit in the model's block size.
         ModelError: The model is not a GPT.
     """
     check_gpt(model, "score_hellaswag")
+    check_tokenizer(tokenizer)
     batch_size = as_integer("batch_size", batch_size)
     if not questions:
         raise DataError("questions is empty. Pass at least one question, such as those of load_hellaswag().")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from homebrew.constants import IGNORE_INDEX
-from homebrew.data.tokenizer import Tokenizer
+from homebrew.data.tokenizer import Tokenizer, check_tokenizer
 from homebrew.errors import ConfigError, DataError, ModelError
 from homebrew.integers import as_integer, is_integer
 from homebrew.model.gpt import GPT, check_gpt
@@ -71,11 +71,12 @@ def score_text(
         progress: Wraps the iterable of batches, for example to display a progress bar.
 
     Raises:
-        ConfigError: `stride` or `batch_size` is out of range.
+        ConfigError: `stride` or `batch_size` is out of range, or the tokenizer is not a `Tokenizer`.
         DataError: The text has fewer than two tokens.
         ModelError: The model is not a GPT, or the text has token ids outside its vocabulary.
     """
     check_gpt(model, "score_text")
+    check_tokenizer(tokenizer)
     block_size = model.config.block_size
     stride = max(1, block_size // 2) if stride is None else stride
     if not (is_integer(stride) and 1 <= stride <= block_size):

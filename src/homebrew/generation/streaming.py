@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 
-from homebrew.data.tokenizer import Tokenizer
+from homebrew.data.tokenizer import Tokenizer, check_tokenizer
 from homebrew.errors import ConfigError
 from homebrew.generation.generate import FINISHED, Overflow, stream_tokens
 from homebrew.generation.sampling import Sampling
@@ -46,11 +46,12 @@ def generate_text(
         Pieces of the text, each of complete characters, without the prompt.
 
     Raises:
-        ConfigError: A stop string is empty, or another option is out of range.
+        ConfigError: A stop string is empty, another option is out of range, or the tokenizer is not a `Tokenizer`.
         DataError: The tokenizer cannot encode the prompt.
         ModelError: The model is not a GPT. Or the prompt is empty, is too long, or has an id outside the vocabulary.
     """
     check_gpt(model, "generate_text")
+    check_tokenizer(tokenizer)
     stop = _as_strings(stop)
     ids = [int(i) for i in tokenizer.encode(prompt)]
     steps = stream_tokens(

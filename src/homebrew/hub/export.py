@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from homebrew.data.tokenizer import Tokenizer
+from homebrew.data.tokenizer import Tokenizer, check_tokenizer
 from homebrew.errors import ModelError
 from homebrew.hub.from_pretrained import CONV1D_WEIGHT, INDEX_FILE, WEIGHTS_FILE
 from homebrew.hub.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, to_hf_config
@@ -46,6 +46,7 @@ def export_model(
         tokenizer: Tokenizer the model was trained with. If None, no tokenizer files are written.
 
     Raises:
+        ConfigError: The tokenizer is not a `Tokenizer`.
         ModelError: The model has no weights, a weight is not finite, the tokenizer does not match the model, or the
             folder is not writable or contains a checkpoint or an adapter.
     """
@@ -61,6 +62,7 @@ def export_model(
         )
     texts = {}
     if tokenizer is not None:
+        check_tokenizer(tokenizer)
         if tokenizer.vocab_size > vocab_size:
             raise ModelError(
                 f"The tokenizer has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}. Pass the "

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from homebrew.data.tokenizer import Tokenizer
+from homebrew.data.tokenizer import Tokenizer, check_tokenizer
 from homebrew.errors import ConfigError, ModelError
 from homebrew.hub.from_pretrained import WRAPPERS
 from homebrew.hub.model_folder import find_file, local_folder, open_tensors, output_folder, read_json
@@ -65,8 +65,11 @@ def save_adapter(
             another tokenizer in the folder are removed.
 
     Raises:
+        ConfigError: The tokenizer is not a `Tokenizer`.
         ModelError: The model has no adapter, or the folder is not writable or contains a checkpoint or a model.
     """
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     layers = lora_layers(model)
     if not layers:
         raise ModelError("The model has no adapter to save. Save the model itself with save_pretrained.")
