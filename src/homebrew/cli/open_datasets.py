@@ -46,13 +46,10 @@ def are_token_files(files: Sequence[Path]) -> bool:
 
 def token_files_tokenizer(files: Sequence[Path]) -> str | None:
     """Return the name of the tokenizer that made the token files, or None for text files or if it is unknown."""
-    from homebrew.data.token_file import TokenFile
-    from homebrew.data.token_formats import names_its_vocabulary
+    from homebrew.data.token_formats import named_tokenizer
 
-    if not are_token_files(files) or not names_its_vocabulary(files[0]):
-        return None
-    description = TokenFile(files[0]).metadata.tokenizer or {}
-    return description.get("name")
+    description = named_tokenizer(files[0]) if are_token_files(files) else None
+    return description.get("name") if description else None
 
 
 def is_same_tokenizer(a: "Tokenizer | None", b: "Tokenizer | None") -> bool:

@@ -17,7 +17,7 @@ from homebrew.data.text_paths import TEXT_SUFFIXES, Paths, describe_files, expan
 from homebrew.data.token_formats import is_token_file
 from homebrew.data.token_ids import MAX_VOCAB_SIZE, as_token_ids, check_token_ids
 from homebrew.data.token_source import FileTokens, MemoryTokens
-from homebrew.data.tokenizer import Tokenizer, check_tokenizer, get_tokenizer
+from homebrew.data.tokenizer import Tokenizer, as_tokenizer
 from homebrew.data.utf8 import encode_utf8
 from homebrew.data.window_dataset import WindowDataset
 from homebrew.data.windows import check_not_empty, window_starts
@@ -75,9 +75,7 @@ class TokenDataset(WindowDataset):
             raise DataError(
                 f"The text {texts[0]!r} is the path of a file. Use TokenDataset.from_file({texts[0]!r}, …)."
             )
-        if isinstance(tokenizer, str | Path):
-            tokenizer = get_tokenizer(tokenizer, text="".join(texts))
-        check_tokenizer(tokenizer)
+        tokenizer = as_tokenizer(tokenizer, text="".join(texts))
         end = tokenizer.end_of_text_id
         separator = np.array([] if end is None else [end], dtype=np.int64)
         _, *parts = [part for text in texts for part in (separator, tokenizer.encode(text))]
@@ -178,10 +176,8 @@ class TokenDataset(WindowDataset):
             ConfigError: The tokenizer is not a `Tokenizer`.
             DataError: If there are fewer ids than one window needs, or an id is outside the vocabulary.
         """
-        if isinstance(tokenizer, str | Path):
-            tokenizer = get_tokenizer(tokenizer)
         if tokenizer is not None:
-            check_tokenizer(tokenizer)
+            tokenizer = as_tokenizer(tokenizer)
         array = as_token_ids(ids)
         starts = window_starts(len(array), block_size, stride)
         check_not_empty(starts, len(array), block_size)

@@ -39,9 +39,11 @@ def is_token_file(path: str | Path) -> bool:
     return start.startswith((NPY_MAGIC, *_LLMC_FORMATS)) or _is_headerless(Path(path), start)
 
 
-def names_its_vocabulary(path: str | Path) -> bool:
-    """Return whether a token file has the size of its vocabulary, as all but nanoGPT's have."""
-    return _read_start(path).startswith((NPY_MAGIC, *_LLMC_FORMATS))
+def named_tokenizer(path: str | Path) -> dict[str, Any] | None:
+    """Return the description of the tokenizer that a file names, or None if it names none, as a text or nanoGPT's."""
+    if _read_start(path).startswith((NPY_MAGIC, *_LLMC_FORMATS)):
+        return open_tokens(absolute_path(path))[1].tokenizer
+    return None
 
 
 def open_tokens(path: Path, vocab_size: int | None = None) -> tuple[TokenIds, TokenMetadata]:

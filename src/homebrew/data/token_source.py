@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from homebrew.data.token_file import TokenFile
-from homebrew.data.token_formats import names_its_vocabulary
-from homebrew.data.tokenizer import Tokenizer, check_tokenizer, get_tokenizer, tokenizer_from_json
+from homebrew.data.token_formats import named_tokenizer
+from homebrew.data.tokenizer import Tokenizer, as_tokenizer, tokenizer_from_json
 from homebrew.errors import DataError
 from homebrew.io import strict_json
 
@@ -105,10 +105,13 @@ class FileTokens:
         """
         if not paths:
             raise DataError("The list of token files is empty. Give the path of at least one.")
-        if isinstance(tokenizer, str | Path):
-            tokenizer = _named_tokenizer(tokenizer, paths[0])
+        named = named_tokenizer(paths[0])
+        if named is not None and tokenizer == named.get("name"):
+            tokenizer = None  # that of the file, which for "char" has the alphabet
+        elif named is not None and tokenizer == "char":
+            raise _other_tokenizer(paths[0], named, "char")
         if tokenizer is not None:
-            check_tokenizer(tokenizer)
+            tokenizer = as_tokenizer(tokenizer)
         vocab_size = None if tokenizer is None else tokenizer.vocab_size
         files = [TokenFile(path, vocab_size) for path in paths]
         metadata = files[0].metadata
@@ -159,16 +162,6 @@ class FileTokens:
             return self
         ids = np.concatenate([file.read(0, len(file)).astype(np.int32) for file in self.files])
         return MemoryTokens(torch.from_numpy(ids).to(device), self.digest)
-
-
-def _named_tokenizer(name: str | Path, path: Path) -> Tokenizer:
-    """Create a tokenizer by its name. If the token file names the same, it is the file's, with its alphabet."""
-    description = TokenFile(path).metadata.tokenizer if names_its_vocabulary(path) else None
-    if description is not None and description.get("name") == name:
-        return tokenizer_from_json(description)
-    if description is not None and name == "char":  # only a text says its alphabet
-        raise _other_tokenizer(path, description, "char")
-    return get_tokenizer(name)
 
 
 def _other_tokenizer(path: Path, description: dict[str, Any], name: str) -> DataError:

@@ -199,6 +199,14 @@ def check_tokenizer(tokenizer: object) -> None:
         )
 
 
+def as_tokenizer(tokenizer: str | Path | Tokenizer, *, text: str | None = None) -> Tokenizer:
+    """Return `get_tokenizer` of a name or a path, or a custom tokenizer as it is, after `check_tokenizer`."""
+    if isinstance(tokenizer, str | Path):
+        return get_tokenizer(tokenizer, text=text)
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
 def dataset_tokenizer(dataset: object) -> Tokenizer | None:
     """Return `dataset.tokenizer` if it implements `Tokenizer`, else None.
 
