@@ -12,7 +12,7 @@ from torch import Tensor
 
 from homebrew.data.token_file import TokenFile
 from homebrew.data.token_formats import named_tokenizer
-from homebrew.data.tokenizer import Tokenizer, as_tokenizer, tokenizer_from_json
+from homebrew.data.tokenizer import Tokenizer, as_tokenizer, is_built_in, tokenizer_from_json
 from homebrew.errors import DataError
 from homebrew.io import strict_json
 
@@ -128,6 +128,11 @@ class FileTokens:
         if tokenizer is not None:
             _check_tokenizer(tokenizer, files[0])
         elif metadata.tokenizer is not None:
+            if not is_built_in(metadata.tokenizer):
+                raise DataError(
+                    f"{paths[0]} was made by the custom tokenizer {metadata.tokenizer.get('name')!r}. Pass an object "
+                    f"of its class as tokenizer=."
+                )
             tokenizer = tokenizer_from_json(metadata.tokenizer)
         return cls(files, tokenizer)
 
