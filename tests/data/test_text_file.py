@@ -158,7 +158,7 @@ def test_line_endings_are_not_translated(tmp_path, text, tokenizer):
     direct = TokenDataset.from_file(path, 2, tokenizer=tokenizer)
     ids = direct.tokenizer.encode(text * 9).tolist()
     assert direct.tokens.ids.tolist() == ids
-    prepare([path], tmp_path / "out.npy", tokenizer=tokenizer, chunk_characters=3)
+    prepare([path], tmp_path / "out.npy", tokenizer=tokenizer)
     prepared = TokenFile(tmp_path / "out.npy")
     assert prepared.read(0, len(prepared)).tolist() == ids
     assert prepared.metadata.num_text_bytes == len(text.encode() * 9)

@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homebrew import TokenDataset, get_tokenizer
-from homebrew.data import gpt2_tokenizer
+from homebrew.data import gpt2_tokenizer, tiktoken_tokenizer
 from homebrew.data.fast_tokenizer import FastEncoding
+from homebrew.data.preparation import encode_part
 from homebrew.data.preparation import prepare as prepare_module
 from homebrew.data.preparation.prepare import prepare
 from homebrew.data.text_file import text_chunks
@@ -52,7 +53,9 @@ def test_memory_does_not_depend_on_white_space(path, tmp_path, monkeypatch, toke
     monkeypatch.setattr(type(encoding), "encode_ordinary", recording(type(encoding).encode_ordinary, encoded))
     text = (text * 20_000)[:20_000]
     path.write_text(text, newline="")
-    prepare([path], tmp_path / "out.npy", tokenizer=tokenizer, chunk_characters=1000)
+    for module in (encode_part, tiktoken_tokenizer):
+        monkeypatch.setattr(module, "CHUNK_CHARACTERS", 1000)
+    prepare([path], tmp_path / "out.npy", tokenizer=tokenizer)
     assert max(encoded) <= 1000 + 256 * 64 * (tokenizer == "gpt2")  # its longest tokens have 64 characters
     prepared = TokenFile(tmp_path / "out.npy")
     assert prepared.read(0, len(prepared)).tolist() == get_tokenizer(tokenizer, text=text).encode(text).tolist()
@@ -69,9 +72,10 @@ def recording(encode, lengths):
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "char"])
-def test_a_prepared_text_gives_the_dataset_of_the_text(path, tmp_path, tokenizer):
+def test_a_prepared_text_gives_the_dataset_of_the_text(path, tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(encode_part, "CHUNK_CHARACTERS", 7)
     path.write_text("Grüße —\nto all\n" * 10)
-    sizes = prepare([path], tmp_path / "out.npy", tokenizer=tokenizer, chunk_characters=7)
+    sizes = prepare([path], tmp_path / "out.npy", tokenizer=tokenizer)
     prepared = TokenDataset.from_shards(tmp_path / "out.npy", 8)
     direct = TokenDataset.from_file(path, 8, tokenizer=tokenizer)
     assert prepared[1][0].tolist() == direct[1][0].tolist()
@@ -114,10 +118,3 @@ def test_a_pipe_raises_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="pipe' is not a regular file"):
         prepare([tmp_path / "pipe"], tmp_path / "out.npy")
-
-
-@pytest.mark.parametrize("chunk_characters", [0, -1, 1.5, True, "7", None])
-def test_an_invalid_chunk_size_raises(tmp_path, chunk_characters):
-    (tmp_path / "text").write_text("To be, or not to be")
-    with pytest.raises(DataError, match="chunk_characters="):
-        prepare(tmp_path / "text", tmp_path / "out.npy", tokenizer="bytes", chunk_characters=chunk_characters)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from homebrew.bounded_readers import read_json
 from homebrew.data.fast_tokenizer import FastTokenizer, fast_tokenizer
 from homebrew.data.preparation.documents import Document, Span, document_beginning, read_documents
+from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
 from homebrew.data.token_formats import token_dtype
 from homebrew.data.tokenizer import Tokenizer, encode_chunks, tokenizer_from_json
 from homebrew.errors import DataError
@@ -45,7 +46,6 @@ class EncodeSettings:
     """Arguments of `prepare`, as all below."""
     allow_special: bool
     val_fraction: float
-    chunk_characters: int
 
     def options(self) -> dict[str, object]:
         """Return what the ids depend on, besides the input, in a form that can be compared."""
@@ -112,7 +112,7 @@ class PartEncoder:
             writers = {}
             for split in SPLITS if self._settings.val_fraction else SPLITS[:1]:
                 file = stack.enter_context(stack.enter_context(atomic_replace(files.ids[split])).open("wb"))
-                writers[split] = _IdWriter(file, self._tokenizer, self._settings.chunk_characters)
+                writers[split] = _IdWriter(file, self._tokenizer)
             for span in spans:
                 for document in read_documents(
                     span, self._settings.text_field, split_at_end_of_text=self._settings.allow_special
@@ -146,11 +146,10 @@ class PartEncoder:
 class _IdWriter:
     """Writes the token ids of documents to a file. Memory does not depend on the length of a document."""
 
-    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, chunk_characters: int) -> None:
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer) -> None:
         self.num_tokens = self.num_documents = 0
         self._file = file
         self._tokenizer = tokenizer
-        self._chunk_characters = chunk_characters
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._short: list[str] = []
         self._num_short_characters = 0
@@ -160,16 +159,16 @@ class _IdWriter:
         self.num_documents += not document.is_continued
         text, rest = document.text, list(itertools.islice(document.rest, 1))
         if isinstance(self._tokenizer, FastTokenizer) and not (rest or document.is_continued):
-            if self._num_short_characters + len(text) > self._chunk_characters:
+            if self._num_short_characters + len(text) > CHUNK_CHARACTERS:
                 self.flush()
-            if len(text) <= self._chunk_characters:
+            if len(text) <= CHUNK_CHARACTERS:
                 self._short.append(text)
                 self._num_short_characters += len(text)
                 return
         self.flush()
         if not document.is_continued and self._tokenizer.end_of_text_id is not None:
             self._write(np.array([self._tokenizer.end_of_text_id]))
-        for ids in encode_chunks(self._tokenizer, self._limit(itertools.chain([text], rest, document.rest))):
+        for ids in encode_chunks(self._tokenizer, _limit(itertools.chain([text], rest, document.rest))):
             self._write(ids)
 
     def flush(self) -> None:
@@ -178,12 +177,13 @@ class _IdWriter:
             self._write(self._tokenizer.encode_documents(self._short))
             self._short, self._num_short_characters = [], 0
 
-    def _limit(self, chunks: Iterator[str]) -> Iterator[str]:
-        """Cut chunks that are too long."""
-        for chunk in chunks:
-            for start in range(0, len(chunk), self._chunk_characters):
-                yield chunk[start : start + self._chunk_characters]
-
     def _write(self, ids: NDArray[np.integer]) -> None:
         self._file.write(ids.astype(self._dtype).data)
         self.num_tokens += len(ids)
+
+
+def _limit(chunks: Iterator[str]) -> Iterator[str]:
+    """Cut chunks that are too long."""
+    for chunk in chunks:
+        for start in range(0, len(chunk), CHUNK_CHARACTERS):
+            yield chunk[start : start + CHUNK_CHARACTERS]

@@ -21,7 +21,6 @@ from homebrew.data.preparation.plan import Part, plan_parts
 from homebrew.data.preparation.shard_writer import ShardWriter
 from homebrew.data.preparation.state import PrepareState, RunPlan, output_errors
 from homebrew.data.text_paths import PREPARE_SUFFIXES, TEXT_SUFFIXES, Paths, describe_files, expand_paths
-from homebrew.data.tiktoken_tokenizer import CHUNK_CHARACTERS
 from homebrew.data.token_file import check_output_path
 from homebrew.data.tokenizer import CharTokenizer, get_tokenizer
 from homebrew.errors import DataError
@@ -55,13 +54,12 @@ def prepare(
     shard_tokens: int | None = None,
     workers: int | None = None,
     progress: bool = False,
-    chunk_characters: int = CHUNK_CHARACTERS,
 ) -> dict[Split, SplitSize]:
     """Tokenize text files into one token file, or into shards.
 
     A text file is a document, and so is each line of a JSON Lines file and each row of a Parquet file. Documents are
-    separated by the tokenizer's end-of-text token, if it has one. The token files do not depend on `workers` and
-    `chunk_characters`. A call that was interrupted continues if it is repeated.
+    separated by the tokenizer's end-of-text token, if it has one. The token files do not depend on `workers`. A call
+    that was interrupted continues if it is repeated.
 
     Args:
         paths: Path of a file, of a folder, a pattern such as "texts/*.txt", or a sequence of them. Of a folder, files
@@ -78,7 +76,6 @@ def prepare(
             may be shorter. If None, there is one file.
         workers: Number of processes. If None, it is the number of CPU cores that this process may use.
         progress: Whether to show the progress, if standard error is a terminal.
-        chunk_characters: Number of characters to encode at a time.
 
     Returns:
         The size of "train" and, if `val_fraction` is not 0, of "val".
@@ -87,7 +84,6 @@ def prepare(
         DataError: If a file cannot be read, or has a line or row without a valid text; all texts are empty; an
             argument is invalid; or `output` cannot be written.
     """
-    chunk_characters = as_integer("chunk_characters", chunk_characters, error=DataError)
     workers = as_integer("workers", num_available_cores() if workers is None else workers, error=DataError)
     if shard_tokens is not None:
         shard_tokens = as_integer("shard_tokens", shard_tokens, error=DataError)
@@ -124,7 +120,6 @@ def prepare(
         text_field=text_field,
         allow_special=allow_special,
         val_fraction=float(val_fraction),
-        chunk_characters=chunk_characters,
     )
     # The ids of "char" depend on the characters of all parts.
     digests = [hashlib.sha256(f"{part.digest} {alphabet}".encode()).hexdigest()[:16] for part in parts]
