@@ -14,7 +14,7 @@ from homebrew.data.tiktoken_tokenizer import TiktokenTokenizer
 from homebrew.data.token_ids import validated_ids
 from homebrew.data.tokenizer_json import OTHER_TOKENIZERS, open_tokenizer_json
 from homebrew.data.utf8 import check_is_string, encode_utf8
-from homebrew.errors import ConfigError, DataError
+from homebrew.errors import ConfigError, DataError, HomebrewError, TokenizerError
 from homebrew.io import absolute_path
 from homebrew.user_warnings import warn
 
@@ -151,15 +151,29 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[str]) -> Iterator[NDArr
     return map(tokenizer.encode, chunks)  # no token of bytes or characters spans two chunks
 
 
-def saved_tokenizer(description: dict[str, Any]) -> Tokenizer | None:
-    """Create the tokenizer that was saved with a model. A custom one is None, with a warning."""
-    if is_built_in(description):
+def saved_tokenizer(description: object, path: Path, error: type[HomebrewError]) -> Tokenizer | None:
+    """Create the tokenizer that was saved with a model. A custom one is None, with a warning.
+
+    Args:
+        description: Any JSON value; valid if it is the result of a tokenizer's `to_json`.
+        path: File that it was read from, for messages.
+        error: Class of the error that is raised for an invalid description.
+
+    Raises:
+        TokenizerError: If GPT-2's vocabulary is not available.
+    """
+    if isinstance(description, dict) and not is_built_in(description):
+        warn(
+            f"The model was saved with the custom tokenizer {description.get('name')!r}, which its description cannot "
+            f"restore. Use an object of its class."
+        )
+        return None
+    try:
         return tokenizer_from_json(description)
-    warn(
-        f"The model was saved with the custom tokenizer {description.get('name')!r}, which its description cannot "
-        f"restore. Use an object of its class."
-    )
-    return None
+    except TokenizerError:  # the description is valid
+        raise
+    except DataError as cause:
+        raise error(f"{path} does not describe a tokenizer: {cause}") from cause
 
 
 def is_built_in(description: dict[str, Any]) -> bool:
@@ -167,7 +181,7 @@ def is_built_in(description: dict[str, Any]) -> bool:
     return description.get("name") in (*_BUILT_IN, BytePairTokenizer.name)
 
 
-def tokenizer_from_json(description: dict[str, Any]) -> Tokenizer:
+def tokenizer_from_json(description: object) -> Tokenizer:
     """Create one of homebrew's tokenizers from the result of its `to_json`."""
     match description:
         case {"name": BytePairTokenizer.name, "tokens": list(tokens)} if all(

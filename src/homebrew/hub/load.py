@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from homebrew.checkpoint.manifest import Checkpoint, open_checkpoint
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.checkpoint.tensor_check import check_tensors
 from homebrew.data.tokenizer import Tokenizer, saved_tokenizer
-from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, DataError, ModelError, TokenizerError
+from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint, ModelError
 from homebrew.hub.from_pretrained import find_model
 from homebrew.hub.model_folder import find_file, read_json
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE, load_adapter
@@ -85,7 +84,9 @@ def load_checkpoint(checkpoint: Checkpoint, *, base: str | Path | None = None) -
     """
     model = _adapted_model(checkpoint, base) if _ADAPTER_FILE in checkpoint.names else _full_model(checkpoint)
     description = checkpoint.state.get("tokenizer")
-    return model, None if description is None else _tokenizer(description, checkpoint)
+    if description is None:
+        return model, None
+    return model, saved_tokenizer(description, checkpoint.path / "state.json", CorruptCheckpoint)
 
 
 def _find_checkpoint(folder: Path) -> Checkpoint | None:
@@ -143,15 +144,6 @@ def _explain_missing_base(adapter: Path, base: str | Path | None) -> Iterator[No
             f"The base model of the adapter in {adapter} cannot be loaded. If it has moved, pass base=, its new "
             f"location. {error}"
         ) from error
-
-
-def _tokenizer(description: Any, checkpoint: Checkpoint) -> Tokenizer | None:  # noqa: ANN401 - any JSON value
-    try:
-        return saved_tokenizer(description)
-    except TokenizerError:  # a valid description, but GPT-2's vocabulary is not available
-        raise
-    except (AttributeError, TypeError, DataError) as error:
-        raise CorruptCheckpoint(f"{checkpoint.path / 'state.json'} does not describe a tokenizer: {error}") from error
 
 
 def _full_model(checkpoint: Checkpoint) -> GPT:

@@ -11,7 +11,7 @@ from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
 from homebrew.data.tokenizer import Tokenizer, saved_tokenizer
 from homebrew.data.tokenizer_json import Encoding, parse_pipeline, pipeline_encoding
-from homebrew.errors import DataError, ModelError, TokenizerError
+from homebrew.errors import DataError, ModelError
 from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, tokenizer_files
 from homebrew.hub.tokenizer_settings import unsupported_settings
@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     encoding = _read_encoding(folder) if pipeline is None else pipeline_encoding(pipeline) or _OTHER
     tokenizer: Tokenizer | None
     if path is not None:
-        tokenizer = _read_homebrew_tokenizer(path)
+        tokenizer = saved_tokenizer(read_json(path), path, ModelError)
     else:
         tokenizer = GPT2Tokenizer() if _is_gpt2(encoding) else _byte_pair_tokenizer(pipeline or {})
     if tokenizer is None:
@@ -67,15 +67,6 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
             f"Replace the tokenizer's files by those of the model's tokenizer."
         )
     return tokenizer
-
-
-def _read_homebrew_tokenizer(path: Path) -> Tokenizer | None:
-    try:
-        return saved_tokenizer(read_json(path))
-    except TokenizerError:  # a valid description, but GPT-2's vocabulary is not available
-        raise
-    except DataError as error:
-        raise ModelError(f"{path} does not describe a homebrew tokenizer: {error}") from error
 
 
 def _read_pipeline(folder: Path, max_bytes: int) -> dict[str, Any] | None:
