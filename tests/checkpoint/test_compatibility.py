@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from accelerate import Accelerator
 
 from homebrew import GPT, GPTConfig
 from homebrew.checkpoint.compatibility import ASPECTS, check_accept_changes, check_identity, check_ranks, run_identity
+from homebrew.checkpoint.manifest import Checkpoint, Manifest
 from homebrew.errors import ConfigError, LaunchError, ResumeMismatch
 from homebrew.model.lora import LoRAConfig, add_lora
 from homebrew.training.schedule import warmup_cosine
@@ -232,5 +234,6 @@ def test_an_adapter_with_another_base_is_another_run():
 
 @pytest.mark.parametrize("hostile", [None, [], "x", {"model": 3, "schedule": [[None]], "dataset": {}}])
 def test_an_invalid_identity_is_another_run(hostile):
+    checkpoint = Checkpoint(Path("step"), 1, {"identity": hostile}, Manifest(1, None, {}))
     with pytest.raises(ResumeMismatch):
-        check_identity(hostile, make(), ())
+        check_identity(checkpoint.identity, make(), ())

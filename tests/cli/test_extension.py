@@ -24,7 +24,7 @@ def run_with(tmp_path, monkeypatch):
 
         def state(path):
             identity = {"schedule": compatibility._learning_rates(schedule, (), int(path.name.removeprefix("step-")))}
-            return SimpleNamespace(state={"identity": identity})
+            return SimpleNamespace(identity=identity)
 
         monkeypatch.setattr(manifest, "open_checkpoint", state)
         return config

@@ -87,12 +87,10 @@ def _learning_rates(schedule: Schedule, peaks: Sequence[float], num_steps: int) 
     }
 
 
-def has_past(identity: object, schedule: Schedule, num_steps: int) -> bool:
+def has_past(identity: Mapping[str, Any], schedule: Schedule, num_steps: int) -> bool:
     """Return whether a checkpoint's identity has the first `num_steps` multipliers of a schedule."""
-    saved = identity.get("schedule") if isinstance(identity, dict) else None
-    return (
-        isinstance(saved, dict) and saved.get("multipliers") == _learning_rates(schedule, (), num_steps)["multipliers"]
-    )
+    ours = _learning_rates(schedule, (), num_steps)
+    return "multipliers" not in differing_keys(identity.get("schedule"), ours)
 
 
 def _evenly_spaced(num_steps: int, number: int) -> list[int]:
@@ -182,8 +180,8 @@ def check_ranks(accelerator: Accelerator, identity: Mapping[str, Any]) -> None:
             )
 
 
-def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Collection[str]) -> set[Aspect]:
-    """Check that a checkpoint belongs to this run: its `run_identity`, any JSON value, must equal this run's.
+def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_changes: Collection[str]) -> set[Aspect]:
+    """Check that a checkpoint belongs to this run: its `run_identity`, any JSON object, must equal this run's.
 
     Returns:
         The accepted aspects whose saved state is no longer valid.
@@ -191,7 +189,6 @@ def check_identity(saved: object, ours: Mapping[str, Any], accept_changes: Colle
     Raises:
         ResumeMismatch: An aspect differs and was not accepted, or the saved weights do not fit the model.
     """
-    saved = saved if isinstance(saved, dict) else {}
     differing = [name for name in ASPECTS if _differ(saved.get(name), ours[name])]
     unfit = {name for name in _HARMLESS_KEYS if not _state_fits(name, saved.get(name), ours[name])}
     has_other_weights = not unfit.isdisjoint(("model", "adapter"))

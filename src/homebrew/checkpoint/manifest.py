@@ -101,6 +101,12 @@ class Checkpoint:
     manifest: Manifest
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Identity of the run, the result of `run_identity` or any other JSON object."""
+        identity = self.state.get("identity")
+        return identity if isinstance(identity, dict) else {}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensor files, without suffix; sharded tensors have the name of their folder."""
         return tuple(self.manifest.tensor_files())

@@ -63,13 +63,11 @@ def load_run(
     if checkpoint is None:
         _warn_if_not_new(store.folder.parent, resume, has_trained=has_trained)
         return None
-    saved = checkpoint.state.get("identity")
     ours = identity(checkpoint.step)
-    changed = check_identity(saved, ours, accept_changes)
+    changed = check_identity(checkpoint.identity, ours, accept_changes)
     _warn_if_not_bitwise(checkpoint, accelerator)
     tensors, start = _load_state(checkpoint, changed, model, optimizer, guard)
-    saved_settings = saved.get("optimizer") if isinstance(saved, dict) else None
-    for key in differing_keys(saved_settings, ours["optimizer"]):
+    for key in differing_keys(checkpoint.identity.get("optimizer"), ours["optimizer"]):
         for group in start["optimizer"]["groups"]:
             group.pop(key, None)  # this run's setting was accepted, even if the saved run has changed its own since
     files.update(tensors)

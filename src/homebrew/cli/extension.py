@@ -42,7 +42,7 @@ def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
     kept = []
     for step in store.steps():
         with suppress(CheckpointError):  # an invalid checkpoint is left out
-            if step <= decay_start and has_past(open_checkpoint(store.path(step)).state["identity"], schedule, step):
+            if step <= decay_start and has_past(open_checkpoint(store.path(step)).identity, schedule, step):
                 kept.append(step)
     old, new = (shlex.quote(f"{config.output_dir}{suffix}") for suffix in ("", "-longer"))
     if not kept:

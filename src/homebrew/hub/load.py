@@ -207,8 +207,7 @@ def _base_model(source: str | Path) -> GPT:
 
 
 def _model_config(checkpoint: Checkpoint) -> GPTConfig:
-    identity = checkpoint.state.get("identity")
-    values = identity.get("model") if isinstance(identity, dict) else None
+    values = checkpoint.identity.get("model")
     if isinstance(values, dict) and "class" in values:
         raise ModelError(
             f"{checkpoint.path} is from a run of a {values['class']!r:.100}, but only a GPT can be opened here. "
@@ -223,10 +222,8 @@ def _model_config(checkpoint: Checkpoint) -> GPTConfig:
 
 def _adapter_config(checkpoint: Checkpoint) -> tuple[LoRAConfig, str]:
     """Return the adapter's configuration and the fingerprint of its base model."""
-    identity = checkpoint.state.get("identity")
-    description = identity.get("adapter") if isinstance(identity, dict) else None
     try:
-        values = dict(description)  # type: ignore[arg-type]  # LoRAConfig validates the values
+        values = dict(checkpoint.identity["adapter"])
         fingerprint = values.pop("base_sha256")
         return LoRAConfig(**values | {"target_modules": tuple(values["target_modules"])}), fingerprint
     except (TypeError, ValueError, KeyError) as error:
