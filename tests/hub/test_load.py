@@ -321,10 +321,13 @@ def test_an_adapter_is_not_loaded_onto_another_base(adapted):
         load_model(folder / "run")
 
 
-def test_an_adapters_base_cannot_be_an_adapters_run(adapted):
-    folder, _ = adapted
-    with pytest.raises(CheckpointError, match="contains only an adapter"):
-        load_model(folder / "run", base=folder / "run")
+@pytest.mark.parametrize("base", ["run", "adapter"])
+@pytest.mark.parametrize("kind", ["run", "adapter"])
+def test_an_adapters_base_cannot_be_an_adapter(adapted, kind, base):
+    folder, trained = adapted
+    save_adapter(trained, folder / "adapter", base_model=trained.source)
+    with pytest.raises(CheckpointError, match=f"{base} contains only an adapter"):
+        load_model(folder / kind, base=folder / base)
 
 
 def test_an_adapter_that_is_trained_further_keeps_its_base(adapted):
@@ -434,7 +437,7 @@ def checkpoints(tmp_path_factory):
         yield {"model": (full.path, full.state), "adapter": (path, state)}
 
 
-def test_an_adapters_base_cannot_be_an_adapter(tmp_path):
+def test_adapters_that_record_each_other_as_base_are_an_error(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     for base in (first, second):
         save_peft_adapter(first, str(base)), save_peft_adapter(second, str(first))

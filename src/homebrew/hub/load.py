@@ -115,17 +115,11 @@ def _is_adapter(source: str | Path) -> bool:
 
 def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Tokenizer | None]:
     config_path = find_file(folder, ADAPTER_CONFIG_FILE)
-    source = base or (read_json(config_path).get("base_model_name_or_path") if config_path else None)
-    if not source or not isinstance(source, str | Path):
-        raise CheckpointError(
-            f"The adapter in {folder} does not record its base model. Pass base=, the folder, run or repository of the "
-            f"base model."
-        )
-    with _explain_missing_base(folder, base):
-        source = local_path_or_name(source)
-        if _is_adapter(source):  # an error rather than recursion, which might not end
-            raise CheckpointError(f"{source} contains only an adapter. Pass base=, a model without an adapter.")
+    recorded = read_json(config_path).get("base_model_name_or_path") if config_path else None
+    with _base_source(folder, base, recorded) as source:
         model, tokenizer = load_model(source)
+        if lora_layers(model):
+            raise _only_an_adapter(source)
     load_adapter(model, folder)
     if any(find_file(folder, name) for name in TOKENIZER_FILES):  # the base's tokenizer may be another one, or none
         tokenizer = read_tokenizer(folder, vocab_size=model.config.vocab_size)
@@ -133,10 +127,23 @@ def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Toke
 
 
 @contextmanager
-def _explain_missing_base(adapter: Path, base: str | Path | None) -> Iterator[None]:
-    """Add to an error in loading the recorded base that it may have moved."""
+def _base_source(adapter: Path, base: str | Path | None, recorded: object) -> Iterator[str | Path]:
+    """Yield the location of an adapter's base model: `base`, or else the recorded one. The block loads the model.
+
+    Raises:
+        CheckpointError: There is no location, it is that of an adapter, or the recorded base cannot be loaded.
+    """
+    source = base or recorded
+    if not source or not isinstance(source, str | Path):
+        raise CheckpointError(
+            f"{adapter} contains only an adapter and does not record its base model. Pass base=, the folder, run or "
+            f"repository of the base model."
+        )
     try:
-        yield
+        source = local_path_or_name(source)
+        if _is_adapter(source):  # an error rather than recursion, which might not end
+            raise _only_an_adapter(source)
+        yield source
     except (ConfigError, ModelError) as error:  # a ConfigError for a text that is not a path
         if base is not None:
             raise
@@ -144,6 +151,10 @@ def _explain_missing_base(adapter: Path, base: str | Path | None) -> Iterator[No
             f"The base model of the adapter in {adapter} cannot be loaded. If it has moved, pass base=, its new "
             f"location. {error}"
         ) from error
+
+
+def _only_an_adapter(base: str | Path) -> CheckpointError:
+    return CheckpointError(f"{base} contains only an adapter. Pass base=, a model without an adapter.")
 
 
 def _full_model(checkpoint: Checkpoint) -> GPT:
@@ -169,15 +180,8 @@ def _full_model(checkpoint: Checkpoint) -> GPT:
 
 def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
     """Load the base model from its own location, and the adapter from the checkpoint."""
-    source = base or checkpoint.state.get("base")
-    if not source or not isinstance(source, str | Path):
-        raise CheckpointError(
-            f"{checkpoint.path} contains only an adapter and does not record its base model. Pass base=, the folder, "
-            f"run or repository of the base model."
-        )
     config, fingerprint = _adapter_config(checkpoint)
-    with _explain_missing_base(checkpoint.path, base):
-        source = local_path_or_name(source)
+    with _base_source(checkpoint.path, base, checkpoint.state.get("base")) as source:
         model = _base_model(source)
     model.source = str(source)
     if (actual := base_fingerprint(model)) != fingerprint:
@@ -201,8 +205,8 @@ def _base_model(source: str | Path) -> GPT:
     checkpoint = _find_checkpoint(Path(source))
     if checkpoint is None:
         return GPT.from_pretrained(source)
-    if _ADAPTER_FILE in checkpoint.names:  # an error rather than recursion, which might not end
-        raise CheckpointError(f"{source} contains only an adapter. Pass base=, a model without an adapter.")
+    if _ADAPTER_FILE in checkpoint.names:
+        raise _only_an_adapter(source)
     return _full_model(checkpoint)
 
 
