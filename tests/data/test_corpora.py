@@ -25,7 +25,10 @@ def plays():
         patch.setenv("HOMEBREW_GPT_CACHE", "/dev/null/none")
         patch.setenv("no_proxy", "*")
         patch.setattr(corpora, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/")
-        return load_corpus()
+        with pytest.warns(UserWarning, match="could not be downloaded.* Shakespeare's 38 plays") as warned:
+            corpus = load_corpus()
+        assert warned[0].filename == __file__
+        return corpus
 
 
 def test_plays_are_read_from_the_installed_package_if_offline(plays):

