@@ -6,12 +6,9 @@ All functions but `is_regular` raise CorruptCheckpoint if the path is not a regu
 import hashlib
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from homebrew.bounded_readers import open_file
 from homebrew.errors import CorruptCheckpoint
-
-_CHUNK_BYTES = 1 << 24
 
 
 def is_regular(path: Path, *, size: int) -> bool:
@@ -36,20 +33,13 @@ def verify(path: Path, *, size: int, sha256: str) -> None:
     """Check a file's size and hash without loading it into memory."""
     with open_file(path, CorruptCheckpoint) as (file, actual_size):
         _check_size(path, actual_size, size)
-        _check_hash(path, _hash(file, size), sha256)
+        _check_hash(path, hashlib.file_digest(file, "sha256").hexdigest(), sha256)
 
 
 def measure(path: Path) -> tuple[int, str]:
     """Return a file's size in bytes and its SHA-256 in hexadecimal."""
     with open_file(path, CorruptCheckpoint) as (file, size):
-        return size, _hash(file, size)
-
-
-def _hash(file: BinaryIO, size: int) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, size, _CHUNK_BYTES):  # at most `size` bytes, even if the file is growing
-        digest.update(file.read(min(_CHUNK_BYTES, size - start)))
-    return digest.hexdigest()
+        return size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_size(path: Path, actual: int, expected: int) -> None:
