@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from homebrew.constants import IGNORE_INDEX
 from homebrew.data.samples import Sample
-from homebrew.data.validation import check_ids
-from homebrew.errors import DataError
+from homebrew.data.validation import check_ids, check_length
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,7 @@ class Collate:
             DataError: A sample is longer than `block_size`, or has an id outside the vocabulary.
         """
         longest = max(len(input_ids) for input_ids, _ in samples)
-        if self.block_size is not None and longest > self.block_size:
-            raise DataError(
-                f"A sample has {longest} tokens, but the model's block_size is {self.block_size}. Use shorter "
-                f"sequences, or a model with block_size={longest}."
-            )
+        check_length(longest, "A sample", self.block_size)
         length = min((allowed for allowed in self.lengths if allowed >= longest), default=longest)
         input_ids = _stack([input_ids for input_ids, _ in samples], length, padding=0)
         targets = _stack([targets for _, targets in samples], length, padding=IGNORE_INDEX)

@@ -58,11 +58,7 @@ def check_dataset(dataset: Dataset[Any], name: str, *, block_size: int | None, v
         sample_name = f"{name}[{index}]"
         sample = _read_sample(dataset, index, sample_name, num_samples)
         length = len(sample[0])
-        if block_size is not None and length > block_size:
-            raise DataError(
-                f"{sample_name} has {length} tokens, but the model's block_size is {block_size}. Use shorter "
-                f"sequences, or a model with block_size={length}."
-            )
+        check_length(length, sample_name, block_size)
         check_ids(*sample, sample_name, vocab_size)
         lengths.add(length)
     return sorted(lengths)
@@ -116,6 +112,15 @@ def _read_sample(dataset: Dataset[Any], index: int, name: str, num_samples: int)
             f"length, {num_samples}."
         ) from error
     return as_sample(sample, name)
+
+
+def check_length(num_tokens: int, name: str, block_size: int | None) -> None:
+    """Check that a sample fits into the model's block size, if known."""
+    if block_size is not None and num_tokens > block_size:
+        raise DataError(
+            f"{name} has {num_tokens} tokens, but the model's block_size is {block_size}. Use shorter sequences, or a "
+            f"model with block_size={num_tokens}."
+        )
 
 
 def check_ids(input_ids: Tensor, targets: Tensor, name: str, vocab_size: int | None) -> None:
