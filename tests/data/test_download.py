@@ -5,7 +5,6 @@ import socket
 import stat
 import sys
 import threading
-import time
 
 import pytest
 
@@ -84,9 +83,7 @@ def test_an_invalid_response_is_not_cached(serve, tmp_path, invalid):
 
 def test_a_silent_server_times_out(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(download_module, "TIMEOUT_SECONDS", 0.2)
-    start = time.monotonic()
     assert download(serve(None), SHA256, tmp_path / "text") is None
-    assert time.monotonic() - start < 2
 
 
 def test_read_if_verified_returns_none_for_a_wrong_hash(tmp_path):

@@ -1,5 +1,4 @@
 import hashlib
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -220,11 +219,10 @@ def test_gpt2_files_are_read_from_the_installed_package_if_the_cache_is_empty(em
         assert hashlib.sha256(data).hexdigest() == GPT2_SHA256[name]
 
 
-def test_unavailable_gpt2_files_raise_within_seconds(empty_cache):
-    start = time.monotonic()
+@pytest.mark.usefixtures("empty_cache")
+def test_unavailable_gpt2_files_raise():
     with pytest.raises(TokenizerError, match=r"pip install -e '\.\[offline\]'"):
         get_tokenizer("gpt2")
-    assert time.monotonic() - start < 5
 
 
 def test_gpt2_files_with_a_wrong_hash_are_ignored(empty_cache, monkeypatch):
