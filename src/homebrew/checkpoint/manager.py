@@ -150,8 +150,8 @@ class CheckpointManager:
         check_accept_changes(accept_changes)
         if accept_changes and not resume:
             raise ConfigError(f"accept_changes={accept_changes!r} applies to resuming a run. Pass resume=True as well.")
-        check_ranks(self._accelerator, self._identity(self._max_steps))
         accelerator = self._accelerator
+        check_ranks(accelerator, self._identity(self._max_steps))
         files = TensorFiles()  # stays empty on other ranks
         if overwrite:
             run_on_main(accelerator, partial(move_run_aside, self._output_dir))
@@ -173,9 +173,9 @@ class CheckpointManager:
         if self._restored:
             self._built.reset(accelerator)
         self._restored = True
-        step: int = start["step"] if start else 0
-        self._saved_step = step if start and start["in_store"] else None
-        if start:
+        step: int = start["step"]
+        self._saved_step = step if start["in_store"] else None
+        if start["optimizer"] is not None:
             scatter_run(
                 accelerator,
                 self._model,
@@ -190,7 +190,7 @@ class CheckpointManager:
             check_shared_folder(accelerator, self._store, step)
         else:
             reserve_staging(accelerator, self._model, self._optimizer)
-        return step, start["num_samples"] if start else 0
+        return step, start["num_samples"]
 
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint, whether or not it exists."""

@@ -32,7 +32,7 @@ def load_run(
     optimizer: torch.optim.Optimizer,
     guard: Stateful,
     has_trained: bool,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Find and check the checkpoint to resume from, and load its tensors into `files`. The run is not changed.
 
     Args:
@@ -48,8 +48,8 @@ def load_run(
         has_trained: Whether the model has been trained before.
 
     Returns:
-        `step`, `num_samples`, `optimizer` (its state) and `in_store` (whether the checkpoint is one of the store's) as
-        JSON values, or None to start at step 0.
+        `step`, `num_samples`, `optimizer` (its state, None without a checkpoint) and `in_store` (whether the checkpoint
+        is one of the store's) as JSON values.
 
     Raises:
         ConfigError: The store cannot be written to; it has checkpoints, and `resume` is False or names an older one; or
@@ -62,7 +62,7 @@ def load_run(
     checkpoint = _find_checkpoint(store, resume)
     if checkpoint is None:
         _warn_if_not_new(store.folder.parent, resume, has_trained=has_trained)
-        return None
+        return {"step": 0, "num_samples": 0, "optimizer": None, "in_store": False}
     ours = identity(checkpoint.step)
     changed = check_identity(checkpoint.identity, ours, accept_changes)
     _warn_if_not_bitwise(checkpoint, accelerator)
