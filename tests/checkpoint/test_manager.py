@@ -29,10 +29,7 @@ def build(tmp_path):
             model,
             optimizer,
             NanGuard(optimizer, "raise", 10, torch.device("cpu")),
-            output_dir=tmp_path,
-            keep_last=2,
-            keep_every=None,
-            keep_before=None,
+            store=CheckpointStore(tmp_path),
             gather_limit_bytes=0,  # has no effect without FSDP
             seed=1,
             identity=lambda num_steps: dict.fromkeys(ASPECTS, 1),

@@ -58,10 +58,7 @@ class CheckpointManager:
         model: Model without wrappers.
         optimizer: Optimizer without Accelerate's wrapper, before its first step.
         guard: The run's update guard.
-        output_dir: The run's folder.
-        keep_last: Number of newest checkpoints to keep.
-        keep_every: Also keep every checkpoint whose step is a multiple of this.
-        keep_before: Also keep the newest checkpoint up to this step.
+        store: The run's checkpoints on disk.
         gather_limit_bytes: Size of the largest checkpoint that rank 0 writes alone under FSDP.
         seed: The run's random seed.
         identity: Result of `compatibility.run_identity`.
@@ -76,10 +73,7 @@ class CheckpointManager:
         optimizer: torch.optim.Optimizer,
         guard: Stateful,
         *,
-        output_dir: Path,
-        keep_last: int,
-        keep_every: int | None,
-        keep_before: int | None,
+        store: CheckpointStore,
         gather_limit_bytes: int,
         seed: int,
         identity: Identity,
@@ -92,13 +86,12 @@ class CheckpointManager:
         self._optimizer = optimizer
         self._built = BuiltOptimizer(model, optimizer)
         self._guard = guard
-        self._output_dir = output_dir
+        self._store = store
         self._seed = seed
         self._identity = identity
         self._max_steps = max_steps
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
-        self._store = CheckpointStore(output_dir, keep_last=keep_last, keep_every=keep_every, keep_before=keep_before)
-        self._lock = RunLock(output_dir)
+        self._lock = RunLock(store.folder.parent)
         self._is_locked = False  # equal on all ranks, while only rank 0 holds the lock
         self._writer = AsyncWriter()
         multi_rank_fsdp = uses_fsdp(accelerator) and accelerator.num_processes > 1
@@ -154,7 +147,7 @@ class CheckpointManager:
         check_ranks(accelerator, self._identity(self._max_steps))
         files = TensorFiles()  # stays empty on other ranks
         if overwrite:
-            run_on_main(accelerator, partial(move_run_aside, self._output_dir))
+            run_on_main(accelerator, partial(move_run_aside, self._store.folder.parent))
         load = partial(
             load_run,
             files,

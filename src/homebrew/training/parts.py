@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.checkpoint.compatibility import Identity, run_identity
 from homebrew.checkpoint.manager import CheckpointManager
+from homebrew.checkpoint.store import CheckpointStore
 from homebrew.data.collate import Collate
 from homebrew.data.loader import StepLoader
 from homebrew.data.tokenizer import dataset_tokenizer
@@ -184,15 +184,18 @@ def build_checkpoint_manager(
     dataset: Dataset[Any],
 ) -> CheckpointManager:
     """Build the manager of the run's checkpoints."""
+    store = CheckpointStore(
+        config.output_dir,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        keep_before=schedule.decay_start if isinstance(schedule, WarmupStableDecay) else None,
+    )
     return CheckpointManager(
         accelerator,
         model,
         optimizer,
         guard,
-        output_dir=Path(config.output_dir),
-        keep_last=config.keep_last,
-        keep_every=config.keep_every,
-        keep_before=schedule.decay_start if isinstance(schedule, WarmupStableDecay) else None,
+        store=store,
         gather_limit_bytes=config.gather_limit_bytes,
         seed=config.seed,
         identity=identity,
