@@ -14,7 +14,6 @@ from platforms import needs_linux
 from safetensors.torch import save
 from shards import sharding_info
 
-from homebrew.checkpoint.manifest import Entry
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.checkpoint.verified_files import measure
 from homebrew.io import write_durably
@@ -115,7 +114,7 @@ class Scene:
         for name, tensor in weights.items():  # the same files and order of operations as torch.distributed.checkpoint
             path = folder / "model" / f"shard-{name}.safetensors"
             write_durably(path, save({name: tensor}, metadata=sharding_info({name: [0] * tensor.dim()})))
-            shards[f"model/{path.name}"] = Entry(*measure(path))
+            shards[f"model/{path.name}"] = measure(path)
         store.commit(step, files, self.tiny["state"], shards=shards)
 
     def work(self, store):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from shards import write_shard
 
-from homebrew.checkpoint.manifest import Entry, open_checkpoint
+from homebrew.checkpoint.manifest import open_checkpoint
 from homebrew.checkpoint.sharded_load import load_shards
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded, save_shards
 from homebrew.checkpoint.verified_files import measure
@@ -44,7 +44,7 @@ def commit(store, ranks):
     store.begin(1)
     folder = store.temporary_path(1)
     files = write(folder / "model", ranks)
-    shards = {f"model/{file}": Entry(*measure(folder / "model" / file)) for file in files}
+    shards = {f"model/{file}": measure(folder / "model" / file) for file in files}
     return store.commit(1, {"optimizer": {"step": torch.tensor(1.0)}}, {}, shards=shards)
 
 
@@ -143,7 +143,7 @@ def test_shards_that_rank_0_cannot_see_are_not_committed(store, change):
     store.begin(1)
     folder = store.temporary_path(1) / "model"
     files = [folder / name for name in write(folder, split())]
-    shards = {f"model/{path.name}": Entry(*measure(path)) for path in files}
+    shards = {f"model/{path.name}": measure(path) for path in files}
     files[1].unlink() if change == "missing" else files[1].write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"{files[1].name}.*the ranks do not share the folder"):
         store.commit(1, SMALL, {}, shards=shards)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from homebrew.bounded_readers import parse_json, read_header
-from homebrew.checkpoint.manifest import MANIFEST, STATE, Entry, Manifest, state_to_json
+from homebrew.checkpoint.manifest import MANIFEST, STATE, Manifest, state_to_json
 from homebrew.checkpoint.safetensors_writer import serialize
-from homebrew.checkpoint.verified_files import is_regular
+from homebrew.checkpoint.verified_files import Entry, is_regular
 from homebrew.errors import CheckpointError
 from homebrew.io import fsync_directory, write_durably
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from homebrew.bounded_readers import MAX_BYTES, parse_json, parse_tensors, read_bytes
 from homebrew.checkpoint.sharded_load import load_shards
 from homebrew.checkpoint.tensor_check import find_non_finite
-from homebrew.checkpoint.verified_files import is_regular, read_verified, verify
+from homebrew.checkpoint.verified_files import Entry, is_regular, read_verified, verify
 from homebrew.errors import CorruptCheckpoint
 from homebrew.io import strict_json
 
@@ -25,14 +25,6 @@ FOLDER = re.compile(r"step-(\d{8})", re.ASCII)
 _TENSORS = ".safetensors"
 _TENSOR_FILE = re.compile(r"(?:[a-z0-9][a-z0-9_-]*/)?[a-z0-9][a-z0-9_.-]*\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Size in bytes and hexadecimal SHA-256 of a file in a manifest."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -130,10 +122,10 @@ class Checkpoint:
         files = self.manifest.tensor_files()[name]
         path = self.path / files[0]
         if path.parent == self.path:
-            data = read_verified(path, **asdict(self.manifest.files[files[0]]))
+            data = read_verified(path, self.manifest.files[files[0]])
             return parse_tensors(data, path, CorruptCheckpoint)
         for file in files:  # again: the files are not read at the same time as they were verified
-            verify(self.path / file, **asdict(self.manifest.files[file]))
+            verify(self.path / file, self.manifest.files[file])
         max_bytes = sum(self.manifest.files[file].size for file in files)
         return load_shards(path.parent, {Path(file).name for file in files}, max_bytes=max_bytes)
 
@@ -149,11 +141,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = read_manifest(path)
     for name, entry in manifest.files.items():
         if name != STATE:
-            verify(path / name, **asdict(entry))
+            verify(path / name, entry)
     entry = manifest.files[STATE]
     if entry.size > MAX_BYTES:
         raise CorruptCheckpoint(f"{path / STATE} has {entry.size:,} bytes; at most {MAX_BYTES:,} are expected.")
-    state = parse_state(read_verified(path / STATE, **asdict(entry)), path / STATE, manifest)
+    state = parse_state(read_verified(path / STATE, entry), path / STATE, manifest)
     return Checkpoint(path, manifest.step, state, manifest)
 
 

@@ -15,10 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from homebrew.checkpoint.checkpoint_files import TensorFiles
-from homebrew.checkpoint.manifest import Entry
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.checkpoint.tensor_check import check_finite
-from homebrew.checkpoint.verified_files import measure
+from homebrew.checkpoint.verified_files import Entry, measure
 from homebrew.distributed.collectives import run_on_all, run_on_main
 from homebrew.errors import CheckpointError, ConfigError, HomebrewError
 
@@ -98,4 +97,4 @@ def check_shared_folder(accelerator: Accelerator, store: CheckpointStore, step: 
 def _measure(folder: Path, names: Collection[str], rank: int) -> dict[str, dict[str, Any]]:
     """Return manifest entries of the files that a rank has written: at most one in each folder of shards."""
     paths = [path for name in names for path in (folder / name).glob(f"shard-{rank + 1:05}-*.safetensors")]
-    return {str(path.relative_to(folder)): asdict(Entry(*measure(path))) for path in paths}
+    return {str(path.relative_to(folder)): asdict(measure(path)) for path in paths}

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from homebrew.checkpoint.checkpoint_files import TensorFiles, write_checkpoint
-from homebrew.checkpoint.manifest import FOLDER, Checkpoint, Entry, matches_listing, open_checkpoint, read_manifest
+from homebrew.checkpoint.manifest import FOLDER, Checkpoint, matches_listing, open_checkpoint, read_manifest
 from homebrew.checkpoint.run_folder import not_writable
+from homebrew.checkpoint.verified_files import Entry
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from homebrew.io import fsync_directory, is_disk_full, make_directory, remove_tree
 from homebrew.user_warnings import warn

@@ -5,10 +5,19 @@ All functions but `is_regular` raise CorruptCheckpoint if the path is not a regu
 
 import hashlib
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from homebrew.bounded_readers import open_file
 from homebrew.errors import CorruptCheckpoint
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Size in bytes and hexadecimal SHA-256 of a file in a manifest."""
+
+    size: int
+    sha256: str
 
 
 def is_regular(path: Path, *, size: int) -> bool:
@@ -20,33 +29,33 @@ def is_regular(path: Path, *, size: int) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_size == size
 
 
-def read_verified(path: Path, *, size: int, sha256: str) -> bytes:
+def read_verified(path: Path, entry: Entry) -> bytes:
     """Read a file and check its size and hash; the returned bytes are the ones that were hashed."""
-    with open_file(path, CorruptCheckpoint) as (file, actual_size):
-        _check_size(path, actual_size, size)
+    with open_file(path, CorruptCheckpoint) as (file, size):
+        _check_size(path, size, entry)
         data = file.read(size)
-    _check_hash(path, hashlib.sha256(data).hexdigest(), sha256)
+    _check_hash(path, hashlib.sha256(data).hexdigest(), entry)
     return data
 
 
-def verify(path: Path, *, size: int, sha256: str) -> None:
+def verify(path: Path, entry: Entry) -> None:
     """Check a file's size and hash without loading it into memory."""
-    with open_file(path, CorruptCheckpoint) as (file, actual_size):
-        _check_size(path, actual_size, size)
-        _check_hash(path, hashlib.file_digest(file, "sha256").hexdigest(), sha256)
-
-
-def measure(path: Path) -> tuple[int, str]:
-    """Return a file's size in bytes and its SHA-256 in hexadecimal."""
     with open_file(path, CorruptCheckpoint) as (file, size):
-        return size, hashlib.file_digest(file, "sha256").hexdigest()
+        _check_size(path, size, entry)
+        _check_hash(path, hashlib.file_digest(file, "sha256").hexdigest(), entry)
 
 
-def _check_size(path: Path, actual: int, expected: int) -> None:
-    if actual != expected:
-        raise CorruptCheckpoint(f"{path} has {actual:,} bytes; its manifest says {expected:,}.")
+def measure(path: Path) -> Entry:
+    """Return the entry of a file."""
+    with open_file(path, CorruptCheckpoint) as (file, size):
+        return Entry(size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _check_hash(path: Path, actual: str, expected: str) -> None:
-    if actual != expected:
+def _check_size(path: Path, size: int, entry: Entry) -> None:
+    if size != entry.size:
+        raise CorruptCheckpoint(f"{path} has {size:,} bytes; its manifest says {entry.size:,}.")
+
+
+def _check_hash(path: Path, sha256: str, entry: Entry) -> None:
+    if sha256 != entry.sha256:
         raise CorruptCheckpoint(f"{path} is not the file its manifest describes: its SHA-256 differs.")
