@@ -1,13 +1,15 @@
 """Hugging Face formats: pretrained weights, exports, PEFT adapters and tokenizer files.
 
-load.py             opens a model and its tokenizer from any supported source
-from_pretrained.py  reads weights in the format of transformers' GPT-2
-nanogpt.py          converts checkpoints of nanoGPT
-export.py           writes, verifies and uploads that format
-save_model.py       saves a model of any kind
-hf_config.py        that format's configuration files
-peft.py             reads and writes LoRA adapters in PEFT's format
-read_tokenizer.py   reads a folder's tokenizer
-tokenizer_files.py  writes a tokenizer's files
-model_folder.py     Hub downloads, and bounded reads of JSON, text and safetensors files
+load.py                opens a model and its tokenizer from any supported source
+from_pretrained.py     reads weights in the format of transformers' GPT-2
+nanogpt.py             converts checkpoints of nanoGPT
+export.py              writes, verifies and uploads that format
+save_model.py          saves a model of any kind
+hf_config.py           that format's configuration files
+peft.py                reads and writes LoRA adapters in PEFT's format
+read_tokenizer.py      reads a folder's tokenizer
+tokenizer_settings.py  checks its settings beside vocabulary and merges
+tokenizer_files.py     writes a tokenizer's files
+model_folder.py        Hub downloads, and bounded reads of JSON, text and safetensors files
+wrong_folder.py        errors that name the folders that may have been meant
 """
