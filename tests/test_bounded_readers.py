@@ -129,6 +129,12 @@ HOSTILE_JSON = {
     "large": (b'{"a": 0' + b" " * MAX_BYTES + b"}", "bytes"),
     "long string": (b'{"a": "' + b"x" * MAX_BYTES + b'"}', "bytes"),
     "duplicate keys": (b'{"a": 1, "a": 2}', "duplicate key"),
+    "empty": (b"", "not valid JSON"),
+    "truncated": (b'{"a": 0', "not valid JSON"),
+    "a list": (b"[]", "must contain a JSON object"),
+    "null": (b"null", "must contain a JSON object"),
+    "not UTF-8": (b"\xff", "not valid JSON"),
+    "byte order mark": (b"\xef\xbb\xbf{}", "not valid JSON"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "not valid JSON"),
     "long integer": (b'{"a": ' + b"1" * 10_000 + b"}", "not valid JSON"),
 }

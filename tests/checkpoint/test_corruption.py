@@ -176,12 +176,6 @@ def test_any_state(tmp_path_factory, bounded_memory, data):
         assert isinstance(state, dict)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 10_000, '{"step": 1e999}', "\ufeff{}"])
-def test_json_that_breaks_parsers(tmp_path, text):
-    with pytest.raises(CorruptCheckpoint):
-        Manifest.from_json(text.encode(), tmp_path / "manifest.json")
-
-
 HEADERS = st.dictionaries(
     st.text(max_size=5),
     st.fixed_dictionaries(

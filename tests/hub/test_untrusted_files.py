@@ -219,24 +219,6 @@ def test_non_finite_and_integer_weights_are_named(folder, kind, name, value):
         shutil.copyfile(folder / "valid" / name, folder / "corrupt" / name)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("model", "config.json"),
-        ("model", "model.safetensors"),
-        ("adapter", "adapter_config.json"),
-        ("adapter", "adapter_model.safetensors"),
-    ],
-)
-def test_symbolic_links_are_not_followed(folder, tmp_path, kind, name):
-    shutil.copytree(folder / "valid", tmp_path / "linked")
-    path = tmp_path / "linked" / name
-    path.unlink()
-    path.symlink_to(folder / "valid" / name)
-    with pytest.raises(ModelError, match=f"{name} is a symbolic link"):
-        load(kind, tmp_path / "linked")
-
-
 def test_a_link_to_itself_is_not_followed(folder, tmp_path):
     shutil.copytree(folder / "valid", tmp_path / "linked")
     (tmp_path / "linked" / "config.json").unlink()
