@@ -12,6 +12,7 @@ from homebrew.checkpoint import manager as manager_module
 from homebrew.checkpoint.compatibility import ASPECTS
 from homebrew.checkpoint.manager import CheckpointManager
 from homebrew.checkpoint.manifest import open_checkpoint
+from homebrew.checkpoint.state_dict import RunState
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.errors import CheckpointError, ConfigError
 from homebrew.training.nan_guard import NanGuard
@@ -24,12 +25,10 @@ def build(tmp_path):
     def build():
         model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=1, n_embd=8))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        guard = NanGuard(optimizer, "raise", 10, torch.device("cpu"))
         return CheckpointManager(
-            Accelerator(cpu=True),
-            model,
-            optimizer,
-            NanGuard(optimizer, "raise", 10, torch.device("cpu")),
-            store=CheckpointStore(tmp_path),
+            RunState(Accelerator(cpu=True), model, optimizer, guard),
+            CheckpointStore(tmp_path),
             gather_limit_bytes=0,  # has no effect without FSDP
             seed=1,
             identity=lambda num_steps: dict.fromkeys(ASPECTS, 1),

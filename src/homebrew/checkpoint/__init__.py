@@ -12,8 +12,10 @@ A checkpoint is a folder `checkpoints/step-00000500/` of a run:
 Checkpoints larger than `gather_limit_bytes` have folders `model/` and `optimizer/` with one file per rank instead.
 
 `restore.load_run` runs all checks in order: `manifest` validates the files, `compatibility` that they belong to the
-run, `tensor_check` that values are finite, and `state_dict.check_files` names, shapes and random states. It leaves out
-what accepted changes have made invalid.
-`manager.CheckpointManager` is what the Trainer uses; `store.CheckpointStore` lists, opens and prunes checkpoints;
-`run_folder` locks the folder of a run, and moves an earlier run in it aside.
+run, `tensor_check` that values are finite, and `RunState.check` names, shapes and random states. It leaves out what
+accepted changes have made invalid.
+
+`manager.CheckpointManager` is what the Trainer uses. `state_dict.RunState` gathers the state of a run, and restores it;
+`store.CheckpointStore` lists, opens and prunes checkpoints; `run_folder` locks the folder of a run, and moves an
+earlier run in it aside.
 """

@@ -7,30 +7,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 
 from homebrew.checkpoint.async_writer import AsyncWriter
-from homebrew.checkpoint.built_optimizer import BuiltOptimizer
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import Identity, check_accept_changes, check_ranks
 from homebrew.checkpoint.optimizer_state import check_state, optimizer_json
 from homebrew.checkpoint.restore import load_run
 from homebrew.checkpoint.run_folder import RunLock, move_run_aside
 from homebrew.checkpoint.sharded_save import check_shared_folder, save_sharded
-from homebrew.checkpoint.state_dict import (
-    Stateful,
-    check_savable,
-    checkpoint_bytes,
-    constant_weights,
-    gather_run,
-    gather_small_state,
-    reserve_staging,
-    scatter_run,
-    sharded_tensors,
-)
+from homebrew.checkpoint.state_dict import RunState, checkpoint_bytes
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.checkpoint.tensor_check import check_finite
 from homebrew.data.tokenizer import Tokenizer
@@ -54,10 +40,7 @@ class CheckpointManager:
     As a context manager, it waits at the end of the block until the background thread has finished.
 
     Args:
-        accelerator: The run's accelerator.
-        model: Model without wrappers.
-        optimizer: Optimizer without Accelerate's wrapper, before its first step.
-        guard: The run's update guard.
+        run: State of the run.
         store: The run's checkpoints on disk.
         gather_limit_bytes: Size of the largest checkpoint that rank 0 writes alone under FSDP.
         seed: The run's random seed.
@@ -68,24 +51,17 @@ class CheckpointManager:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        guard: Stateful,
-        *,
+        run: RunState,
         store: CheckpointStore,
+        *,
         gather_limit_bytes: int,
         seed: int,
         identity: Identity,
         max_steps: int,
         tokenizer: Tokenizer | None,
     ) -> None:
-        check_savable(model)
-        self._accelerator = accelerator
-        self._model = model
-        self._optimizer = optimizer
-        self._built = BuiltOptimizer(model, optimizer)
-        self._guard = guard
+        self._accelerator = run.accelerator
+        self._run = run
         self._store = store
         self._seed = seed
         self._identity = identity
@@ -94,8 +70,8 @@ class CheckpointManager:
         self._lock = RunLock(store.folder.parent)
         self._is_locked = False  # equal on all ranks, while only rank 0 holds the lock
         self._writer = AsyncWriter()
-        multi_rank_fsdp = uses_fsdp(accelerator) and accelerator.num_processes > 1
-        self._sharded = multi_rank_fsdp and checkpoint_bytes(model, optimizer) > gather_limit_bytes
+        multi_rank_fsdp = uses_fsdp(run.accelerator) and run.accelerator.num_processes > 1
+        self._sharded = multi_rank_fsdp and checkpoint_bytes(run.model, run.optimizer) > gather_limit_bytes
         self._saved_step: int | None = None
         self._restored = False  # whether `restore` has been called
         self._warned = False
@@ -117,7 +93,7 @@ class CheckpointManager:
             yield
         finally:
             self._is_locked = False
-            self._built.end_run()
+            self._run.built.end_run()
             self._writer.close()  # if this is interrupted too, the lock stays until the next block
             self._lock.release()
 
@@ -154,35 +130,23 @@ class CheckpointManager:
             self._store,
             resume,
             accept_changes,
+            run=self._run,
             identity=self._identity,
-            accelerator=accelerator,
-            model=self._model,
-            optimizer=self._optimizer,
-            guard=self._guard,
             has_trained=self._restored,
         )
         start = run_on_main(accelerator, load)
         set_seed(self._seed, device_specific=True)
         if self._restored:
-            self._built.reset(accelerator)
+            self._run.built.reset(accelerator)
         self._restored = True
         step: int = start["step"]
         self._saved_step = step if start["in_store"] else None
         if start["optimizer"] is not None:
-            scatter_run(
-                accelerator,
-                self._model,
-                self._optimizer,
-                self._guard,
-                files,
-                start["optimizer"],
-                initial=self._built.state,
-                seed=self._seed + step,
-            )
+            self._run.scatter(files, start["optimizer"], seed=self._seed + step)
         if self._sharded:
             check_shared_folder(accelerator, self._store, step)
         else:
-            reserve_staging(accelerator, self._model, self._optimizer)
+            self._run.reserve_staging()
         return step, start["num_samples"]
 
     def path(self, step: int) -> Path:
@@ -207,16 +171,16 @@ class CheckpointManager:
             NonFiniteError: A trained weight is not finite, or an optimizer state is NaN.
         """
         self.wait()
-        check_state(self._optimizer)
+        check_state(self._run.optimizer)
         accelerator, store = self._accelerator, self._store
         state = self._state(step, num_samples) if accelerator.is_main_process else {}
-        constants = constant_weights(self._model)
+        constants = self._run.constants()
         if self._sharded:
-            files = gather_small_state(accelerator, self._guard)
-            shards = sharded_tensors(self._model, self._optimizer)
+            files = self._run.gather_small()
+            shards = self._run.sharded_tensors()
             save_sharded(accelerator, store, step, shards, files, state, score=eval_loss, constants=constants)
         else:
-            files = gather_run(accelerator, self._model, self._optimizer, self._guard)
+            files = self._run.gather()
             if accelerator.is_main_process:
 
                 def write() -> None:
@@ -228,11 +192,11 @@ class CheckpointManager:
 
     def _state(self, step: int, num_samples: int) -> dict[str, Any]:
         """Return the contents of `state.json`: everything but tensors that is not a function of the step."""
-        numbers, unsupported = optimizer_json(self._model, self._optimizer, self._built.settings)
+        numbers, unsupported = optimizer_json(self._run.model, self._run.optimizer, self._run.built.settings)
         if unsupported and not self._warned:
             self._warned = True
             warn(
-                f"Checkpoints do not contain {', '.join(unsupported)} of {class_names(self._optimizer)}: a resumed "
+                f"Checkpoints do not contain {', '.join(unsupported)} of {class_names(self._run.optimizer)}: a resumed "
                 f"run may differ from an uninterrupted one. Keep such state as tensors or plain numbers per parameter, "
                 f"or as plain numbers in parameter groups."
             )
@@ -241,7 +205,7 @@ class CheckpointManager:
             "optimizer": numbers,
             "identity": self._identity(step),
             "tokenizer": self._tokenizer,
-            "base": interface_of(self._model).source,
+            "base": interface_of(self._run.model).source,
             "num_processes": self._accelerator.num_processes,
             "mixed_precision": self._accelerator.mixed_precision,
         }

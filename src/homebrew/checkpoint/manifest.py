@@ -104,7 +104,7 @@ class Checkpoint:
         return tuple(self.manifest.tensor_files())
 
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """Load all tensors onto the CPU, by file name and tensor name; `state_dict.check_files` checks them.
+        """Load all tensors onto the CPU, by file name and tensor name; `RunState.check` checks them.
 
         Raises:
             CorruptCheckpoint: A file has changed, or is not a safetensors file; or shards are missing.

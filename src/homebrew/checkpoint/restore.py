@@ -5,14 +5,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.compatibility import Identity, check_identity, differing_keys
 from homebrew.checkpoint.manifest import MANIFEST, STATE, Checkpoint, open_checkpoint
-from homebrew.checkpoint.state_dict import Stateful, check_files
+from homebrew.checkpoint.state_dict import RunState
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.constants import Aspect
 from homebrew.errors import CheckpointError, ConfigError, CorruptCheckpoint
@@ -26,25 +24,19 @@ def load_run(
     resume: bool | str | Path,
     accept_changes: Collection[str],
     *,
+    run: RunState,
     identity: Identity,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    guard: Stateful,
     has_trained: bool,
 ) -> dict[str, Any]:
     """Find and check the checkpoint to resume from, and load its tensors into `files`. The run is not changed.
 
     Args:
-        files: Empty dictionary, which is filled for `scatter_run`.
+        files: Empty dictionary, which is filled for `RunState.scatter`.
         store: The run's store, which is created if it does not exist.
         resume: True for the newest valid checkpoint, if there is one; the path of a checkpoint; or False for a new run.
         accept_changes: Aspects in which the checkpoint's run may differ from this one.
+        run: State of the run, with the guard in its initial state.
         identity: Result of `compatibility.run_identity`.
-        accelerator: The run's accelerator.
-        model: Model without wrappers.
-        optimizer: Optimizer without Accelerate's wrapper.
-        guard: The run's update guard in its initial state.
         has_trained: Whether the model has been trained before.
 
     Returns:
@@ -65,8 +57,8 @@ def load_run(
         return {"step": 0, "num_samples": 0, "optimizer": None, "in_store": False}
     ours = identity(checkpoint.step)
     changed = check_identity(checkpoint.identity, ours, accept_changes)
-    _warn_if_not_bitwise(checkpoint, accelerator)
-    tensors, start = _load_state(checkpoint, changed, model, optimizer, guard)
+    _warn_if_not_bitwise(checkpoint, run.accelerator)
+    tensors, start = _load_state(checkpoint, changed, run)
     for key in differing_keys(checkpoint.identity.get("optimizer"), ours["optimizer"]):
         for group in start["optimizer"]["groups"]:
             group.pop(key, None)  # this run's setting was accepted, even if the saved run has changed its own since
@@ -141,11 +133,7 @@ def _warn_if_not_bitwise(checkpoint: Checkpoint, accelerator: Accelerator) -> No
 
 
 def _load_state(
-    checkpoint: Checkpoint,
-    changed: Collection[Aspect],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    guard: Stateful,
+    checkpoint: Checkpoint, changed: Collection[Aspect], run: RunState
 ) -> tuple[TensorFiles, dict[str, Any]]:
     """Load a checkpoint's tensors and numbers. State that accepted changes have made invalid is dropped.
 
@@ -161,13 +149,13 @@ def _load_state(
         num_samples = 0
         dropped.append("data position")
     if "dataset" in changed:
-        files["guard"] = guard.state_dict()
+        files["guard"] = run.guard.state_dict()
         dropped.append("loss statistics")
     if "optimizer" in changed:
         files["optimizer"] = {}
-        optimizer_state = {"tensors": {}, "parameters": {}, "groups": [{} for _ in optimizer.param_groups]}
+        optimizer_state = {"tensors": {}, "parameters": {}, "groups": [{} for _ in run.optimizer.param_groups]}
         dropped.append("optimizer state")
-    check_files(path, files, optimizer_state, model, optimizer)
+    run.check(path, files, optimizer_state)
     if "seed" in changed:
         files = {name: tensors for name, tensors in files.items() if not name.startswith("rng-")}
         dropped.append("random states")

@@ -1,7 +1,6 @@
 """The state of a run as named CPU tensors: weights, optimizer, update guard and random states.
 
-Names are those of the model without wrappers, whether it runs on one process or many, sharded or compiled. Functions
-that take an accelerator are collective.
+Names are those of the model without wrappers, whether it runs on one process or many, sharded or compiled.
 """
 
 import contextlib
@@ -15,6 +14,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from homebrew.checkpoint.built_optimizer import BuiltOptimizer
 from homebrew.checkpoint.checkpoint_files import TensorFiles
 from homebrew.checkpoint.optimizer_state import check_optimizer_state, load_optimizer_state, state_tensors
 from homebrew.checkpoint.rng_state import check_rng, restore_rng, rng_state
@@ -36,6 +36,128 @@ class Stateful(Protocol):
         """Restore the state."""
 
 
+class RunState:
+    """The state of a run, to save and to restore. `gather`, `gather_small` and `scatter` are collective.
+
+    Args:
+        accelerator: The run's accelerator.
+        model: Model without wrappers.
+        optimizer: Optimizer without Accelerate's wrapper, before its first step.
+        guard: The run's update guard.
+
+    Raises:
+        ModelError: A checkpoint cannot hold or restore the model.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Stateful
+    ) -> None:
+        _check_savable(model)
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.guard = guard
+        self.built = BuiltOptimizer(model, optimizer)
+        """The optimizer as it was built, which is the state of parameters without saved state."""
+
+    def constants(self) -> set[str]:
+        """Return the names of the saved weights that are not trained, such as a mask: they need not be finite."""
+        return {name for name, tensor in _saved_weights(self.model).items() if not tensor.requires_grad}
+
+    @torch.no_grad()
+    def gather(self) -> TensorFiles:
+        """Copy the full state to the CPU of rank 0; empty on other ranks."""
+        accelerator = self.accelerator
+        files = self.gather_small()
+        sharded = self.sharded_tensors()
+        if uses_fsdp(accelerator):  # one by one, so that full tensors do not exist on the device at the same time
+            for tensors in sharded.values():
+                for name, tensor in tensors.items():
+                    full = full_tensor(tensor)
+                    tensors[name] = full.to("cpu") if accelerator.is_main_process else torch.empty(0)
+        return files | _copy_to_cpu(sharded) if accelerator.is_main_process else {}
+
+    def gather_small(self) -> TensorFiles:
+        """Copy the update guard and every rank's random states to the CPU of rank 0; empty on other ranks."""
+        states = gather_bytes(self.accelerator, save(rng_state()))
+        if not self.accelerator.is_main_process:
+            return {}
+        rng = {f"rng-{i}": load(state) for i, state in enumerate(states)}
+        return _copy_to_cpu({"guard": self.guard.state_dict()}) | rng
+
+    @torch.no_grad()
+    def sharded_tensors(self) -> TensorFiles:
+        """Return weights and optimizer state as they are: not copied, and under FSDP sharded."""
+        weights = {name: tensor.detach() for name, tensor in _saved_weights(self.model).items()}
+        return {_weights_name(self.model): weights, "optimizer": state_tensors(self.model, self.optimizer)}
+
+    @torch.no_grad()
+    def scatter(self, files: TensorFiles, optimizer_state: Mapping[str, Any], *, seed: int) -> None:
+        """Restore the state from rank 0's `files`, which `check` has accepted.
+
+        Parameters without saved optimizer state get the one with which the optimizer was built. Ranks without a saved
+        random state are seeded with `seed`.
+        """
+        accelerator, model = self.accelerator, self.model
+        weights = _saved_weights(model)
+        for name, tensor in broadcast_tensors(accelerator, files.get(_weights_name(model), {})):
+            weights[name].copy_(shard_like(tensor, weights[name]))
+        tensors = files.get("optimizer", {})
+        load_optimizer_state(accelerator, model, self.optimizer, tensors, optimizer_state, self.built.state)
+        self.guard.load_state_dict(load(broadcast_bytes(accelerator, save(files.get("guard", {})))))
+        for rank in range(accelerator.num_processes):
+            state = broadcast_bytes(accelerator, save(files.get(f"rng-{rank}", {})))
+            if rank == accelerator.process_index:
+                if saved := load(state):
+                    restore_rng(saved)
+                else:
+                    set_seed(seed, device_specific=True)
+
+    def reserve_staging(self) -> None:
+        """Allocate the pinned memory for the copies of `gather` ahead of the first save; does nothing without a GPU.
+
+        Page-locking takes longer than a training step, and PyTorch caches pinned memory after it has been freed.
+        Sharded tensors are gathered through memory that PyTorch allocates itself.
+        """
+        accelerator = self.accelerator
+        if accelerator.device.type == "cuda" and accelerator.is_main_process and not uses_fsdp(accelerator):
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            with contextlib.suppress(RuntimeError):  # not enough memory to lock: copies will be slower
+                copies = range(_copies_of_trained(self.optimizer))
+                _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in copies]
+
+    def check(self, path: Path, files: TensorFiles, optimizer_state: object) -> None:
+        """Check that a checkpoint has the tensors that the run needs, before any state is changed.
+
+        Args:
+            path: Folder of the checkpoint.
+            files: Its tensors.
+            optimizer_state: Its description of the optimizer's state, any JSON value.
+
+        Raises:
+            CorruptCheckpoint: A file or tensor is missing, unknown, not finite, or of another shape or kind.
+            ResumeMismatch: The optimizer does not hold a parameter whose state was saved.
+        """
+        weights = _weights_name(self.model)
+        for name in (weights, "guard", "rng-0"):
+            if name not in files:
+                raise CorruptCheckpoint(f"{path} has no {name}.safetensors, which this run needs.")
+        _check_weights(path / f"{weights}.safetensors", files[weights], _saved_weights(self.model))
+        for file, tensors in files.items():
+            if bad := find_non_finite(file, tensors, self.constants()):
+                raise CorruptCheckpoint(f"{path}: {bad} in {file} has values that are not finite.")
+        # Without state there is no file of shards.
+        check_optimizer_state(path, optimizer_state, files.get("optimizer", {}), self.model, self.optimizer)
+        guard = dict(files["guard"])
+        num_consecutive = guard.pop("num_consecutive", None)
+        if num_consecutive is None or num_consecutive.shape != () or num_consecutive.dtype != torch.int64:
+            raise CorruptCheckpoint(f"{path / 'guard.safetensors'} has no int64 scalar num_consecutive.")
+        check_tensors(path / "guard.safetensors", guard, {"history": (3,)})
+        for name in files:
+            if name.startswith("rng-"):
+                check_rng(files[name])
+
+
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Return the size in bytes of the checkpoint of a run with Adam; Muon's has one momentum less for each matrix."""
     saved = 0 if _weights_name(model) == "adapter" else 1
@@ -51,7 +173,7 @@ def _copies_of_trained(optimizer: torch.optim.Optimizer) -> int:
     return 5 if isinstance(optimizer, AveragedOptimizer) else 3
 
 
-def check_savable(model: nn.Module) -> None:
+def _check_savable(model: nn.Module) -> None:
     """Raise ModelError unless a model's state dict is its parameters and buffers, and a checkpoint can hold them."""
     state = model.state_dict(keep_vars=True)
     known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -73,121 +195,6 @@ def check_savable(model: nn.Module) -> None:
                 f"The model's {name} is {kind}, which a checkpoint cannot hold or restore. Use a dense tensor of "
                 f"another dtype, or the expanded one's clone(), or register it with persistent=False."
             )
-
-
-def constant_weights(model: nn.Module) -> set[str]:
-    """Return the names of the saved weights that are not trained, such as a mask: they need not be finite."""
-    return {name for name, tensor in _saved_weights(model).items() if not tensor.requires_grad}
-
-
-@torch.no_grad()
-def gather_run(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Stateful
-) -> TensorFiles:
-    """Copy the full state of a run to the CPU of rank 0; empty on other ranks."""
-    files = gather_small_state(accelerator, guard)
-    sharded = sharded_tensors(model, optimizer)
-    if uses_fsdp(accelerator):  # one by one, so that full tensors do not exist on the device at the same time
-        for tensors in sharded.values():
-            for name, tensor in tensors.items():
-                full = full_tensor(tensor)
-                tensors[name] = full.to("cpu") if accelerator.is_main_process else torch.empty(0)
-    return files | _copy_to_cpu(sharded) if accelerator.is_main_process else {}
-
-
-def gather_small_state(accelerator: Accelerator, guard: Stateful) -> TensorFiles:
-    """Copy the update guard and every rank's random states to the CPU of rank 0; empty on other ranks."""
-    states = gather_bytes(accelerator, save(rng_state()))
-    if not accelerator.is_main_process:
-        return {}
-    return _copy_to_cpu({"guard": guard.state_dict()}) | {f"rng-{i}": load(state) for i, state in enumerate(states)}
-
-
-@torch.no_grad()
-def sharded_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> TensorFiles:
-    """Return weights and optimizer state as they are: not copied, and under FSDP sharded."""
-    weights = {name: tensor.detach() for name, tensor in _saved_weights(model).items()}
-    return {_weights_name(model): weights, "optimizer": state_tensors(model, optimizer)}
-
-
-@torch.no_grad()
-def scatter_run(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    guard: Stateful,
-    files: TensorFiles,
-    optimizer_state: Mapping[str, Any],
-    *,
-    initial: Mapping[str, dict[str, Any]],
-    seed: int,
-) -> None:
-    """Restore the state of a run from rank 0's `files`, which `check_files` has accepted.
-
-    Parameters without saved optimizer state get the `initial` one. Ranks without a saved random state are seeded with
-    `seed`.
-    """
-    weights = _saved_weights(model)
-    for name, tensor in broadcast_tensors(accelerator, files.get(_weights_name(model), {})):
-        weights[name].copy_(shard_like(tensor, weights[name]))
-    load_optimizer_state(accelerator, model, optimizer, files.get("optimizer", {}), optimizer_state, initial)
-    guard.load_state_dict(load(broadcast_bytes(accelerator, save(files.get("guard", {})))))
-    for rank in range(accelerator.num_processes):
-        state = broadcast_bytes(accelerator, save(files.get(f"rng-{rank}", {})))
-        if rank == accelerator.process_index:
-            if saved := load(state):
-                restore_rng(saved)
-            else:
-                set_seed(seed, device_specific=True)
-
-
-def reserve_staging(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Allocate the pinned memory for `gather_run`'s copies ahead of the first save; does nothing without a GPU.
-
-    Page-locking takes longer than a training step, and PyTorch caches pinned memory after it has been freed. Sharded
-    tensors are gathered through memory that PyTorch allocates itself.
-    """
-    if accelerator.device.type == "cuda" and accelerator.is_main_process and not uses_fsdp(accelerator):
-        trained = [p for p in model.parameters() if p.requires_grad]
-        with contextlib.suppress(RuntimeError):  # not enough memory to lock: copies will be slower
-            copies = range(_copies_of_trained(optimizer))
-            _ = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in trained for _ in copies]
-
-
-def check_files(
-    path: Path, files: TensorFiles, optimizer_state: object, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Check that a checkpoint has the tensors that the run needs, before any state is changed.
-
-    Args:
-        path: Folder of the checkpoint.
-        files: Its tensors.
-        optimizer_state: Its description of the optimizer's state, any JSON value.
-        model: Model without wrappers.
-        optimizer: Optimizer without Accelerate's wrapper.
-
-    Raises:
-        CorruptCheckpoint: A file or tensor is missing, unknown, not finite, or of another shape or kind.
-        ResumeMismatch: The optimizer does not hold a parameter whose state was saved.
-    """
-    weights = _weights_name(model)
-    for name in (weights, "guard", "rng-0"):
-        if name not in files:
-            raise CorruptCheckpoint(f"{path} has no {name}.safetensors, which this run needs.")
-    _check_weights(path / f"{weights}.safetensors", files[weights], _saved_weights(model))
-    for file, tensors in files.items():
-        if bad := find_non_finite(file, tensors, constant_weights(model)):
-            raise CorruptCheckpoint(f"{path}: {bad} in {file} has values that are not finite.")
-    # Without state there is no file of shards.
-    check_optimizer_state(path, optimizer_state, files.get("optimizer", {}), model, optimizer)
-    guard = dict(files["guard"])
-    num_consecutive = guard.pop("num_consecutive", None)
-    if num_consecutive is None or num_consecutive.shape != () or num_consecutive.dtype != torch.int64:
-        raise CorruptCheckpoint(f"{path / 'guard.safetensors'} has no int64 scalar num_consecutive.")
-    check_tensors(path / "guard.safetensors", guard, {"history": (3,)})
-    for name in files:
-        if name.startswith("rng-"):
-            check_rng(files[name])
 
 
 def _check_weights(path: Path, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

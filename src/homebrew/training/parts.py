@@ -15,6 +15,7 @@ from homebrew.callbacks.progress import ProgressDisplay
 from homebrew.callbacks.run_logger import RunLogger
 from homebrew.checkpoint.compatibility import Identity, run_identity
 from homebrew.checkpoint.manager import CheckpointManager
+from homebrew.checkpoint.state_dict import RunState
 from homebrew.checkpoint.store import CheckpointStore
 from homebrew.data.collate import Collate
 from homebrew.data.loader import StepLoader
@@ -191,11 +192,8 @@ def build_checkpoint_manager(
         keep_before=schedule.decay_start if isinstance(schedule, WarmupStableDecay) else None,
     )
     return CheckpointManager(
-        accelerator,
-        model,
-        optimizer,
-        guard,
-        store=store,
+        RunState(accelerator, model, optimizer, guard),
+        store,
         gather_limit_bytes=config.gather_limit_bytes,
         seed=config.seed,
         identity=identity,
