@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from homebrew.bounded_readers import parse_json, read_bytes, read_json
 from homebrew.constants import TOKENIZER_FILE
@@ -12,9 +12,6 @@ from homebrew.data.gpt2_vocabulary import END_OF_TEXT
 from homebrew.data.tiktoken_tokenizer import to_notation
 from homebrew.errors import DataError
 from homebrew.io import absolute_path, atomic_replace, strict_json, write_errors
-
-Encoding = tuple[Mapping[str, Any], list[str]]
-"""The vocabulary of a tokenizer, and its merges as "a b"."""
 
 BYTE_LEVEL_BPE: dict[str, tuple[Any, ...]] = {
     "normalizer": (None,),
@@ -42,6 +39,15 @@ _ASK_FOR_TEXT = (
     "For nanoGPT's character data, use the tokenizer 'char' with the text that the data was made from, such as "
     "input.txt."
 )
+
+
+class Vocabulary(NamedTuple):
+    """The tokens of a tokenizer."""
+
+    ids: Mapping[str, Any]
+    """Id of each token."""
+    merges: list[str]
+    """The merges as "a b", in their order."""
 
 
 def open_tokenizer_json(path: str | Path) -> BytePairTokenizer:
@@ -132,13 +138,13 @@ def check_tokenizer_path(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def pipeline_encoding(pipeline: Mapping[str, Any]) -> Encoding | None:
-    """Return the encoding of the contents of a `tokenizer.json`, or None if its model is of another kind."""
+def pipeline_vocabulary(pipeline: Mapping[str, Any]) -> Vocabulary | None:
+    """Return the vocabulary of the contents of a `tokenizer.json`, or None if its model is of another kind."""
     match pipeline:
-        case {"model": {"vocab": dict(vocabulary), **model}} if isinstance(merges := model.get("merges", []), list):
+        case {"model": {"vocab": dict(ids), **model}} if isinstance(merges := model.get("merges", []), list):
             pairs: list[Any] = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges]
             if _is_string_list(pairs):
-                return vocabulary, pairs
+                return Vocabulary(ids, pairs)
     return None
 
 
@@ -166,17 +172,15 @@ def parse_pipeline(pipeline: Mapping[str, Any]) -> BytePairTokenizer:
     if differences:
         names = ", ".join(f"{name}={value!r:.100}" for name, value in differences)
         raise DataError(f"it has {names}. Use a byte-level BPE like GPT-2's, such as `homebrew tokenizer train` makes.")
-    encoding = pipeline_encoding(pipeline)
-    if encoding is None:
+    vocabulary = pipeline_vocabulary(pipeline)
+    if vocabulary is None:
         raise DataError("its model has no vocabulary and merges. Use a byte-level BPE.")
-    vocabulary = {**encoding[0], **_added_ids(pipeline.get("added_tokens") or [])}
-    tokens = {i: token for token, i in vocabulary.items() if type(i) is int}
-    if sorted(tokens) != list(range(len(vocabulary))):
-        raise DataError(
-            f"the ids of its {len(vocabulary)} tokens are not 0 to {len(vocabulary) - 1}. Give each one id."
-        )
+    ids = {**vocabulary.ids, **_added_ids(pipeline.get("added_tokens") or [])}
+    tokens = {i: token for token, i in ids.items() if type(i) is int}
+    if sorted(tokens) != list(range(len(ids))):
+        raise DataError(f"the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}. Give each one id.")
     tokenizer = BytePairTokenizer([tokens[i] for i in range(len(tokens))])
-    if encoding[1] != pipeline_of(tokenizer)["model"]["merges"]:
+    if vocabulary.merges != pipeline_of(tokenizer)["model"]["merges"]:
         raise DataError("its merges are not those of its tokens in the order of their ids. Train it again.")
     return tokenizer
 

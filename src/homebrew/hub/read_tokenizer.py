@@ -10,14 +10,14 @@ from homebrew.data.byte_pair_tokenizer import BytePairTokenizer
 from homebrew.data.gpt2_tokenizer import GPT2Tokenizer
 from homebrew.data.gpt2_vocabulary import END_OF_TEXT, gpt2_vocabulary_files
 from homebrew.data.tokenizer import Tokenizer, saved_tokenizer
-from homebrew.data.tokenizer_json import Encoding, parse_pipeline, pipeline_encoding
+from homebrew.data.tokenizer_json import Vocabulary, parse_pipeline, pipeline_vocabulary
 from homebrew.errors import DataError, ModelError
 from homebrew.hub.model_folder import find_file, read_bounded_text, read_json
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, tokenizer_files
 from homebrew.hub.tokenizer_settings import unsupported_settings
 
-_OTHER: Encoding = {}, []
-"""Encoding of a tokenizer of another kind."""
+_OTHER = Vocabulary({}, [])
+"""Stands for the vocabulary of a tokenizer of another kind."""
 
 _MAX_BYTES = 5 * 2**20
 """Size up to which a `tokenizer.json` is read that homebrew has not written. GPT-2's has 3.6 MB; larger ones are those
@@ -40,15 +40,15 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     """
     path = find_file(folder, HOMEBREW_FILE)
     pipeline = _read_pipeline(folder, _MAX_BYTES if path is None else MAX_BYTES)
-    encoding = _read_encoding(folder) if pipeline is None else pipeline_encoding(pipeline) or _OTHER
+    vocabulary = _read_vocabulary(folder) if pipeline is None else pipeline_vocabulary(pipeline) or _OTHER
     tokenizer: Tokenizer | None
     if path is not None:
         tokenizer = saved_tokenizer(read_json(path), path, ModelError)
     else:
-        tokenizer = GPT2Tokenizer() if _is_gpt2(encoding) else _byte_pair_tokenizer(pipeline or {})
+        tokenizer = GPT2Tokenizer() if _is_gpt2(vocabulary) else _byte_pair_tokenizer(pipeline or {})
     if tokenizer is None:
         return None
-    if path is not None and encoding not in (None, _exported_encoding(tokenizer)):
+    if path is not None and vocabulary not in (None, _exported_vocabulary(tokenizer)):
         raise ModelError(  # transformers has saved another tokenizer in the folder
             f"The tokenizer in {folder} has other tokens or merges than the tokenizer {tokenizer.name!r} in "
             f"{HOMEBREW_FILE}. Restore the tokenizer's files, or remove {HOMEBREW_FILE}."
@@ -85,31 +85,31 @@ def _byte_pair_tokenizer(pipeline: dict[str, Any]) -> BytePairTokenizer | None:
         return None
 
 
-def _read_encoding(folder: Path) -> Encoding | None:
+def _read_vocabulary(folder: Path) -> Vocabulary | None:
     """Read `vocab.json` and `merges.txt`. Returns None if the folder has none of them."""
     path, merges_path = find_file(folder, "vocab.json"), find_file(folder, "merges.txt")
     if path is not None and merges_path is not None:
-        return read_json(path), _split_merges(read_bounded_text(merges_path))
+        return Vocabulary(read_json(path), _split_merges(read_bounded_text(merges_path)))
     return None if path is merges_path is None else _OTHER
 
 
-def _is_gpt2(encoding: Encoding | None) -> bool:
-    if encoding is None:
+def _is_gpt2(vocabulary: Vocabulary | None) -> bool:
+    if vocabulary is None:
         return False
-    vocabulary, merges = {END_OF_TEXT: GPT2Tokenizer.end_of_text_id, **encoding[0]}, encoding[1]
-    is_as_large = len(vocabulary) == GPT2Tokenizer.vocab_size  # otherwise, GPT-2's files are not needed
-    return is_as_large and (vocabulary, merges) == _exported_encoding(GPT2Tokenizer())
+    ids = {END_OF_TEXT: GPT2Tokenizer.end_of_text_id, **vocabulary.ids}
+    is_as_large = len(ids) == GPT2Tokenizer.vocab_size  # otherwise, GPT-2's files are not needed
+    return is_as_large and vocabulary._replace(ids=ids) == _exported_vocabulary(GPT2Tokenizer())
 
 
-def _exported_encoding(tokenizer: Tokenizer) -> Encoding:
-    """Return the encoding of a tokenizer's exported files."""
+def _exported_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """Return the vocabulary of a tokenizer's exported files."""
     if isinstance(tokenizer, GPT2Tokenizer):  # from its source, because to derive its merges takes seconds
         source = gpt2_vocabulary_files()
-        return json.loads(source["encoder.json"]), _split_merges(source["vocab.bpe"].decode())
+        return Vocabulary(json.loads(source["encoder.json"]), _split_merges(source["vocab.bpe"].decode()))
     files = tokenizer_files(tokenizer, model_max_length=1, is_gpt=True)
     if TOKENIZER_FILE in files:
-        return pipeline_encoding(json.loads(files[TOKENIZER_FILE])) or _OTHER
-    return json.loads(files["vocab.json"]), _split_merges(files["merges.txt"])
+        return pipeline_vocabulary(json.loads(files[TOKENIZER_FILE])) or _OTHER
+    return Vocabulary(json.loads(files["vocab.json"]), _split_merges(files["merges.txt"]))
 
 
 def _split_merges(text: str) -> list[str]:
