@@ -294,6 +294,14 @@ def test_more_steps_are_named_as_a_change_of_the_schedule(tmp_path):
     assert longer.step == 4
 
 
+def test_a_run_is_not_resumed_beyond_its_last_step(tmp_path):
+    make_trainer(tmp_path, max_steps=4).train()
+    record = (tmp_path / "run.json").read_text()
+    with pytest.raises(ConfigError, match=r"max_steps=2.* step 4"):
+        make_trainer(tmp_path, max_steps=2).train(resume=True, accept_changes=["schedule"])
+    assert (tmp_path / "run.json").read_text() == record
+
+
 def test_another_precision_or_world_size_warns(tmp_path):
     make_trainer(tmp_path, max_steps=4, callbacks=[StopAt(2)]).train()
     store = CheckpointStore(tmp_path)

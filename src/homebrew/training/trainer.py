@@ -322,6 +322,11 @@ class Trainer:
         self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
         self.step, self._num_samples = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
+        if self.step > self.config.max_steps:
+            raise ConfigError(
+                f"max_steps={self.config.max_steps}: the checkpoint is at step {self.step}. Set max_steps to at least "
+                f"{self.step}, or resume from an earlier checkpoint."
+            )
         self.accelerator.step = 0  # Accelerate's count of micro-batches; an interrupted step leaves it in the middle
         self._wrapped.train()
         self.should_stop = False
