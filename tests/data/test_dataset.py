@@ -247,7 +247,13 @@ def test_from_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "empty"), ("abc", "There are 3 tokens"), ("abc\ud800 and more", "U.D800")]
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("abc", "There are 3 tokens"),
+        ("abc\ud800 and more", "U.D800"),
+        (b"abc and more", "type bytes.*Decode"),
+    ],
 )
 @pytest.mark.parametrize("tokenizer", ["bytes", "char"])
 def test_invalid_text_raises(text, message, tokenizer):

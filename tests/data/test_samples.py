@@ -129,6 +129,7 @@ def test_an_attention_mask_that_is_not_causal_raises(mask):
         (np.str_("some text"), "'some text', but must be.*from_text"),
         (["some", "more", "words"], "from_text"),
         (7, "7, but must be"),
+        ([1.0, 2], r"\[1.0, 2\], but must be"),
         ((), "must be|no tokens"),
         (("a", "b"), "'a', but must be.*from_text"),
         ((IDS,), "must be"),

@@ -60,7 +60,7 @@ def test_without_a_global_batch_each_rank_has_one_micro_batch(changes, expected)
 
 
 def test_a_global_batch_that_does_not_divide_is_an_error_with_the_nearest_valid_values():
-    with pytest.raises(ConfigError, match=r"=520000 .* 5 × block_size 1024 .* 2 process.* 512000 and 522240"):
+    with pytest.raises(ConfigError, match=r"=520000 .* 5 × 1024 tokens.* 2 processes.* 512000 and 522240"):
         plan(micro_batch_size=5, num_processes=2, global_batch_tokens=520_000)
     with pytest.raises(ConfigError, match=r"=100 .* 8 × .* smallest .* 8192"):
         plan(micro_batch_size=8, global_batch_tokens=100)

@@ -67,7 +67,7 @@ class TokenDataset(WindowDataset):
         """
         if not isinstance(text, Iterable):
             raise DataError(f"The text is of type {type(text).__name__}, but must be a string, or several.")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str | bytes | bytearray) else list(text)
         if not any(texts):
             raise DataError("The text is empty. Give a text to train on.")
         num_text_bytes = sum(len(encode_utf8(text)) for text in texts)

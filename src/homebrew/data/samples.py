@@ -112,7 +112,7 @@ def _check_other_columns(sample: Mapping[str, Any], name: str, length: int) -> N
 
 def _is_pair(sample: Any) -> bool:  # noqa: ANN401 - whatever a dataset returns
     is_rows = isinstance(sample, tuple | list) or getattr(sample, "ndim", 0) == 2
-    return is_rows and len(sample) == 2 and not isinstance(sample[0], int) and getattr(sample[0], "ndim", 1) > 0
+    return is_rows and len(sample) == 2 and not isinstance(sample[0], int | float) and getattr(sample[0], "ndim", 1) > 0
 
 
 def _as_ids(values: Any, name: str, rule: str = _SAMPLE_RULE) -> Tensor:  # noqa: ANN401

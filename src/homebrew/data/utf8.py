@@ -17,5 +17,7 @@ def encode_utf8(text: str) -> bytes:
 
 def check_is_string(text: object) -> None:
     """Raise an error for bytes, lists and other types."""
-    if not isinstance(text, str):
+    if isinstance(text, bytes | bytearray):
         raise DataError(f"The text is of type {type(text).__name__}, but must be a string. Decode it first.")
+    if not isinstance(text, str):
+        raise DataError(f"The text is of type {type(text).__name__}, but must be a string. Pass one string.")

@@ -102,9 +102,9 @@ def read_runs(folders: Iterable[str | Path]) -> list[RunRecord]:
         except EmptyRunError as error:
             errors.append(error)
     if not runs:
-        raise errors[0]
+        raise EmptyRunError(f"{errors[0]} Wait until the run has logged a step, or pass another run.")
     for problem in errors:
-        warn(str(problem))
+        warn(f"{problem} It is left out.")
     return runs
 
 
@@ -150,7 +150,7 @@ def read_run(folder: Path) -> RunRecord:
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}. It must be a regular file.") from error
     if not len(run.steps):
-        raise EmptyRunError(f"{folder} has no logged steps. Wait until the run has logged a step, or pass another run.")
+        raise EmptyRunError(f"{folder} has no logged steps.")
     return run
 
 

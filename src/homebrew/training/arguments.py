@@ -137,7 +137,7 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
         raise ConfigError("optimizer is an empty list. Pass None for the optimizer that the config names.")
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
-            raise ConfigError(f"optimizer has {_describe(optimizer)}, but each item must be {_OPTIMIZER}")
+            raise ConfigError(f"optimizer has an item {_describe(optimizer)}, but each must be {_OPTIMIZER}")
         check_optimizer(optimizer)
 
 
@@ -195,7 +195,7 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ConfigError(
-                f"callbacks has {_describe(callback)}, but must be a list of Callbacks. Derive the class from "
+                f"callbacks has an item {_describe(callback)}, but must be a list of Callbacks. Derive the class from "
                 f"homebrew.Callback, and pass an instance."
             )
     if len({id(callback) for callback in callbacks}) < len(callbacks):

@@ -63,8 +63,8 @@ def plan_batch(
         )
         raise ConfigError(
             f"global_batch_tokens={global_batch_tokens} does not divide into micro-batches of "
-            f"{micro_batch_size or 1} × block_size {block_size} tokens on each of {num_processes} process(es). "
-            f"{nearest}."
+            f"{micro_batch_size or 1} × {block_size} tokens, the length of a sample, on {num_processes} "
+            f"process{'es' * (num_processes > 1)}. {nearest}."
         )
     share = global_batch_tokens // (block_size * num_processes)
     if micro_batch_size is None:

@@ -104,7 +104,8 @@ def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
     if missing:
         raise ConfigError(
             f"The optimizer lacks {len(missing)} trainable parameters, for example {missing[0]}. Add them to a "
-            f"custom optimizer, or freeze them with requires_grad_(False). Unfreeze them before you build the Trainer."
+            f"custom optimizer, or freeze them with requires_grad_(False). A built-in optimizer has those that are "
+            f"trainable when the Trainer is built."
         )
 
 

@@ -22,7 +22,7 @@ class TrainerConfig:
     """Training configuration; the defaults are those of GPT-3's smallest model (Brown et al. 2020, appendix B).
 
     Raises:
-        ConfigError: One or more values are out of range; the message lists all of them.
+        ConfigError: Values are out of range; the message lists them. Or settings contradict each other.
     """
 
     output_dir: str | Path
