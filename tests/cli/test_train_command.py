@@ -96,6 +96,14 @@ def test_training_starts_from_pretrained_weights(run, text, tmp_path, invoke):
         torch.testing.assert_close(model.state_dict(), base.state_dict(), atol=1e-6, rtol=0)
 
 
+def test_pretrained_weights_are_trained_and_resumed_with_another_dropout(run, text, tmp_path, invoke):
+    train = ["train", text, "--output-dir", tmp_path / "run", "--init-from", run, "--dropout", 0.2]
+    invoke(*train, "--max-steps", 1)
+    assert load_model(tmp_path / "run")[0].config.dropout == 0.2
+    resume = ["train", "--resume", "--output-dir", tmp_path / "run", "--accept-changes", "schedule"]
+    assert "resumes at step 1/2" in invoke(*resume, "--max-steps", 2)
+
+
 def test_initial_weights_are_an_option(text, tmp_path, invoke, tiny):
     options = ["--max-steps", 1, "--learning-rate", 1e-9, "--init", "local", *tiny]
     invoke("train", text, "--output-dir", tmp_path / "run", *options)

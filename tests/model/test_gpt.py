@@ -1,6 +1,6 @@
 import inspect
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -148,6 +148,24 @@ def test_head_shares_the_token_embedding():
     assert model.lm_head.weight is model.transformer.wte.weight
     assert model.lm_head.bias is None
     assert model.source is None
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.0])
+def test_a_changed_dropout_is_that_of_a_model_built_with_it(dropout, tmp_path):
+    config = replace(TINY, dropout=dropout)
+    model, expected = GPT(replace(TINY, dropout=0.25)).train(), GPT(config).train()
+    model.set_dropout(dropout)
+    ids = random_ids(TINY, 2, 9)
+    outputs = []
+    for each in (model, expected):
+        torch.manual_seed(0)
+        outputs.append(each(ids))
+    assert torch.equal(*outputs)
+    model.save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config == model.config == config
+    with pytest.raises(ConfigError, match=r"dropout=1\.0"):
+        model.set_dropout(1.0)
+    assert model.config == config
 
 
 def test_dropout_applies_during_training_only():

@@ -130,7 +130,10 @@ class Train:
             return None, None
         # The command line is recorded, and the run may be resumed from another folder.
         self.model.init_from = str(local_path_or_name(self.model.init_from))
-        return load_model(self.model.init_from)
+        model, tokenizer = load_model(self.model.init_from)
+        if self.model.dropout is not None:
+            model.set_dropout(self.model.dropout)
+        return model, tokenizer
 
     def _choose_defaults(self, files: Sequence[Path]) -> str | None:
         """Replace the "auto" of a new model's preset and tokenizer.

@@ -81,8 +81,8 @@ class ModelOptions:
     """Embedding size, a multiple of --n-head."""
     block_size: Annotated[int | None, arg(help_behavior_hint="(default: the model's)")] = None
     """Maximum sequence length in tokens. With --init-from, the length of training sequences."""
-    dropout: Annotated[float | None, arg(help_behavior_hint="(default: 0)")] = None
-    """Dropout probability of a new model."""
+    dropout: Annotated[float | None, arg(help_behavior_hint="(default: the model's, of a new one 0)")] = None
+    """Dropout probability while training."""
     init: Init = "gpt2"
     """Initial weights of a new model: as GPT-2's, or with attention to nearby tokens, which helps short runs."""
     init_from: Annotated[str | None, arg(help_behavior_hint="(default: a new model)")] = None
@@ -131,7 +131,7 @@ class ModelOptions:
         if self.lora_rank is not None and self.init_from is None:
             raise ConfigError("--lora-rank adapts a pretrained model. Choose the model with --init-from.")
         if self.init_from is not None:
-            names = ("preset", "n_layer", "n_head", "n_embd", "dropout")
+            names = ("preset", "n_layer", "n_head", "n_embd")
             given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, "auto")]
             given += ["--init"] if self.init != "gpt2" else []
             if given:

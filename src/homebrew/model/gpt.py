@@ -1,6 +1,6 @@
 """The GPT-2 language model: the transformer with its head, loss, loading, export and generation."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Self, overload
@@ -260,6 +260,15 @@ class GPT(nn.Module):
         """Save only each block's input for the backward pass: less memory for about a third more compute."""
         for block in self.transformer.h.children():
             block.activation_checkpointing = True  # type: ignore[assignment]
+
+    def set_dropout(self, dropout: float) -> None:
+        """Change the dropout of a loaded model, for example to fine-tune it on little text.
+
+        Raises:
+            ConfigError: `dropout` is not a number of at least 0 and less than 1.
+        """
+        self.config = replace(self.config, dropout=dropout)
+        self.transformer.set_dropout(dropout)
 
     @property
     def device(self) -> torch.device:

@@ -116,6 +116,12 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
+    def set_dropout(self, dropout: float) -> None:
+        """Set the dropout of the embeddings and all blocks."""
+        for module in self.modules():
+            if isinstance(module, Transformer | CausalSelfAttention | MLP):
+                module.dropout = dropout
+
     def forward(self, input_ids: Tensor, cache: "KeyValueCache | None" = None) -> Tensor:
         """Compute the final hidden states.
 
