@@ -172,3 +172,24 @@ def test_a_signal_that_only_saves_does_not_break_off_an_evaluation(tmp_path):
     make_trainer(tmp_path, eval_dataset=dataset, eval_every=2, callbacks=[recorder, dataset]).train()
     assert list(recorder.evaluations) == [2, 4, 6]
     assert saved_steps(tmp_path) == [4, 6]
+
+
+class EvaluateToo(Callback):
+    """Evaluates a second dataset after each evaluation."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.steps = []
+
+    def on_evaluate(self, trainer, metrics):
+        trainer.evaluate(self.dataset)
+        self.steps.append(trainer.step)
+
+
+def test_a_stop_signal_does_not_break_off_the_evaluation_of_a_callback(tmp_path):
+    recorder, dataset = Recorder(), SignalInEvaluation(4, signal.SIGTERM)
+    callback = EvaluateToo(dataset)
+    callbacks = [dataset, callback, recorder]
+    with pytest.raises(SystemExit):
+        make_trainer(tmp_path, eval_dataset=UnevenTargets(), eval_every=2, callbacks=callbacks).train()
+    assert callback.steps == list(recorder.evaluations) == [2, 4]

@@ -372,9 +372,8 @@ class Trainer:
         save_is_due = self._is_due(self.config.save_every)
         if self.eval_dataset is not None and self._is_due(self.config.eval_every):
             self._logger.flush(self._emit)  # may raise NonFiniteError, which must not lead to a save below
-            self._should_stop_evaluation = requests.has_stop_signal
             try:
-                metrics = self.evaluate()
+                metrics = self._evaluate_unless_stopped(requests)
                 self._last_evaluation = self.step, metrics.loss
                 self._emit("on_evaluate", metrics)
             except EvaluationStopped:
@@ -387,10 +386,16 @@ class Trainer:
                     except HomebrewError as error:
                         warn(f"This step could not be saved either: {error}")
                 raise
-            finally:
-                self._should_stop_evaluation = _never
         if save_is_due:
             self.save()
+
+    def _evaluate_unless_stopped(self, requests: RunRequests) -> EvalMetrics:
+        """Evaluate; a stop signal raises EvaluationStopped here, but not in evaluations of callbacks."""
+        self._should_stop_evaluation = requests.has_stop_signal
+        try:
+            return self.evaluate()
+        finally:
+            self._should_stop_evaluation = _never
 
     def _emit(self, event: str, *arguments: object) -> None:
         """Call a method of every callback; training is paused, except in the events that happen while the GPU works."""
