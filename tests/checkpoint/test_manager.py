@@ -32,7 +32,7 @@ def build(tmp_path):
             gather_limit_bytes=0,  # has no effect without FSDP
             seed=1,
             identity=lambda num_steps: dict.fromkeys(ASPECTS, 1),
-            max_steps=1,
+            max_steps=9,
             tokenizer=None,
         )
 

@@ -294,12 +294,17 @@ def test_more_steps_are_named_as_a_change_of_the_schedule(tmp_path):
     assert longer.step == 4
 
 
-def test_a_run_is_not_resumed_beyond_its_last_step(tmp_path):
+@pytest.mark.parametrize("accepted", [(), ("schedule",)])
+def test_a_run_is_not_resumed_beyond_its_last_step(tmp_path, accepted):
     make_trainer(tmp_path, max_steps=4).train()
     record = (tmp_path / "run.json").read_text()
+    trainer = make_trainer(tmp_path, max_steps=2)
+    before = weights(trainer)
     with pytest.raises(ConfigError, match=r"max_steps=2.* step 4"):
-        make_trainer(tmp_path, max_steps=2).train(resume=True, accept_changes=["schedule"])
+        trainer.train(resume=True, accept_changes=accepted)
     assert (tmp_path / "run.json").read_text() == record
+    assert trainer.step == 0
+    assert equal(weights(trainer), before)
 
 
 def test_another_precision_or_world_size_warns(tmp_path):

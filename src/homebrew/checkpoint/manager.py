@@ -112,7 +112,8 @@ class CheckpointManager:
 
         Raises:
             ConfigError: The folder cannot be written to; it holds a run, and neither `resume` nor `overwrite` is
-                given; it holds a newer checkpoint than the one named; or `accept_changes` is given without `resume`.
+                given; it holds a newer checkpoint than the one named; the checkpoint's step is above `max_steps`; or
+                `accept_changes` is given without `resume`.
             LaunchError: The ranks have different settings.
             CheckpointError: A checkpoint is corrupt, or belongs to another run.
         """
@@ -132,6 +133,7 @@ class CheckpointManager:
             accept_changes,
             run=self._run,
             identity=self._identity,
+            max_steps=self._max_steps,
             has_trained=self._restored,
         )
         start = run_on_main(accelerator, load)

@@ -26,6 +26,7 @@ def load_run(
     *,
     run: RunState,
     identity: Identity,
+    max_steps: int,
     has_trained: bool,
 ) -> dict[str, Any]:
     """Find and check the checkpoint to resume from, and load its tensors into `files`. The run is not changed.
@@ -37,6 +38,7 @@ def load_run(
         accept_changes: Aspects in which the checkpoint's run may differ from this one.
         run: State of the run, with the guard in its initial state.
         identity: Result of `compatibility.run_identity`.
+        max_steps: Number of steps in the run.
         has_trained: Whether the model has been trained before.
 
     Returns:
@@ -44,8 +46,8 @@ def load_run(
         is one of the store's) as JSON values.
 
     Raises:
-        ConfigError: The store cannot be written to; it has checkpoints, and `resume` is False or names an older one; or
-            `resume` is a run's folder.
+        ConfigError: The store cannot be written to; it has checkpoints, and `resume` is False or names an older one;
+            `resume` is a run's folder; or the checkpoint's step is above `max_steps`.
         CheckpointError: There is no checkpoint at the path.
         CorruptCheckpoint: The checkpoint is invalid, or every one in the store is.
         ResumeMismatch: The checkpoint belongs to another run.
@@ -55,6 +57,11 @@ def load_run(
     if checkpoint is None:
         _warn_if_not_new(store.folder.parent, resume, has_trained=has_trained)
         return {"step": 0, "num_samples": 0, "optimizer": None, "in_store": False}
+    if checkpoint.step > max_steps:
+        raise ConfigError(
+            f"max_steps={max_steps}: the checkpoint is at step {checkpoint.step}. Set max_steps to at least "
+            f"{checkpoint.step}, or resume from an earlier checkpoint in another output_dir."
+        )
     ours = identity(checkpoint.step)
     changed = check_identity(checkpoint.identity, ours, accept_changes)
     _warn_if_not_bitwise(checkpoint, run.accelerator)

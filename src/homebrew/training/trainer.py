@@ -153,8 +153,8 @@ class Trainer:
 
         Raises:
             ConfigError: `output_dir` is not writable, is used by another run, or holds a run and neither `resume` nor
-                `overwrite` is given, or `resume` names a checkpoint older than the newest. Or this Trainer, or another
-                thread of this process, is training already.
+                `overwrite` is given, or `resume` names a checkpoint older than the newest. Or the checkpoint's step is
+                above `max_steps`. Or this Trainer, or another thread of this process, is training already.
             LaunchError: The ranks have different settings.
             CheckpointError: The checkpoint does not exist, is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
@@ -322,11 +322,6 @@ class Trainer:
         self._train_step.reset()  # clears gradients; PyTorch cannot load an optimizer's state while they exist
         self._guard.reset()
         self.step, self._num_samples = self._checkpoints.restore(resume, accept_changes, overwrite=overwrite)
-        if self.step > self.config.max_steps:
-            raise ConfigError(
-                f"max_steps={self.config.max_steps}: the checkpoint is at step {self.step}. Set max_steps to at least "
-                f"{self.step}, or resume from an earlier checkpoint."
-            )
         self.accelerator.step = 0  # Accelerate's count of micro-batches; an interrupted step leaves it in the middle
         self._wrapped.train()
         self.should_stop = False
