@@ -64,7 +64,7 @@ class TrainerParts:
     guard: NanGuard
     train_step: TrainStep
     mean_loss: Callable[..., tuple[float, int]]
-    """`evaluation.mean_loss` of the model. What is left is the dataset, and whether to stop."""
+    """`evaluation.mean_loss` of the model, with all arguments but the dataset and `should_stop`."""
     warm_up_model: Callable[[Batch], None]
     """Compiles the model for batches like the given one."""
     loader: StepLoader

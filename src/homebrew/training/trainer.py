@@ -355,7 +355,7 @@ class Trainer:
         return self.step >= self.config.max_steps or (every is not None and self.step % every == 0)
 
     def _has_unfinished_evaluation(self) -> bool:
-        """Return whether a stop signal broke off the evaluation of the step from which the run resumes."""
+        """Return whether the run resumes from a step whose evaluation is not logged, as a stop signal broke it off."""
         if self.eval_dataset is None or self.step == 0 or not self._is_due(self.config.eval_every):
             return False
         if not self._checkpoints.is_saved(self.step):  # the checkpoint is one of another folder
