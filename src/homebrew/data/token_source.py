@@ -131,7 +131,7 @@ class FileTokens:
             if not is_built_in(metadata.tokenizer):
                 raise DataError(
                     f"{paths[0]} was made by the custom tokenizer {metadata.tokenizer.get('name')!r}. Pass an object "
-                    f"of its class as tokenizer=."
+                    f"of its class to TokenDataset.from_shards."
                 )
             tokenizer = tokenizer_from_json(metadata.tokenizer)
         return cls(files, tokenizer)
