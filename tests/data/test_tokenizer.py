@@ -296,6 +296,20 @@ def test_a_model_cannot_be_used_with_a_tokenizer_of_another_library(use, form, l
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda tokenizer: TokenDataset.from_text("some text", 2, tokenizer=tokenizer),
+        lambda tokenizer: TokenDataset.from_tokens([1, 2, 3], 2, tokenizer=tokenizer),
+        lambda tokenizer: next(generate_text(GPT(GPTConfig.preset("baby")), tokenizer, "some text", 1)),
+    ],
+    ids=["from_text", "from_tokens", "generate_text"],
+)
+def test_a_class_is_not_a_tokenizer(use):
+    with pytest.raises(ConfigError, match=r"class ByteTokenizer\..* object"):
+        use(ByteTokenizer)
+
+
 def test_the_tokenizer_of_ids_may_be_named():
     assert TokenDataset.from_tokens([1, 2, 3], 2, tokenizer="bytes").tokenizer.name == "bytes"
 

@@ -204,6 +204,8 @@ def tokenizer_from_json(description: object) -> Tokenizer:
 
 def check_tokenizer(tokenizer: object) -> None:
     """Raise ConfigError if an object does not implement `Tokenizer`."""
+    if isinstance(tokenizer, type):  # has the methods, too
+        raise ConfigError(f"The tokenizer is the class {tokenizer.__name__}. Pass an object of this class.")
     if not isinstance(tokenizer, Tokenizer):
         names = (*Tokenizer.__annotations__, "encode", "decode", "decode_bytes", "to_json")
         missing = [name for name in names if not hasattr(tokenizer, name)]
