@@ -2,7 +2,7 @@ import math
 import sys
 
 import pytest
-from tiny_runs import RaiseAt, StopAt, make_trainer
+from tiny_runs import RaiseAt, StopAt, make_trainer, token_dataset
 
 from homebrew import CurvePlot
 from homebrew.errors import ConfigError
@@ -47,6 +47,13 @@ def test_resuming_a_finished_run_draws_nothing(tmp_path):
     train(tmp_path, min_seconds=math.inf)
     train(tmp_path, resume=True)
     assert picture(tmp_path) is None
+
+
+def test_a_resumed_run_that_only_evaluates_has_a_new_picture(tmp_path):
+    train(tmp_path)
+    before = picture(tmp_path)
+    train(tmp_path, resume=True, eval_dataset=token_dataset())
+    assert picture(tmp_path) != before
 
 
 def test_without_matplotlib_nothing_is_written_or_said(tmp_path, monkeypatch):

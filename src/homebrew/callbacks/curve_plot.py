@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from homebrew.callbacks.base import Callback
 from homebrew.io import atomic_replace, remove_leftovers
+from homebrew.metrics.step_metrics import EvalMetrics, StepMetrics
 from homebrew.user_warnings import warn
 
 if TYPE_CHECKING:
@@ -26,21 +27,28 @@ class CurvePlot(Callback):
 
     def __init__(self, min_seconds: float = 10.0) -> None:
         self.min_seconds = min_seconds
-        self._first_step: int | None = None  # during a run
+        self._has_new_metrics = False
         self._started_at = 0.0
 
     def on_train_begin(self, trainer: "Trainer") -> None:
-        """Record when and where the run starts."""
-        self._started_at, self._first_step = time.monotonic(), trainer.step
+        """Record when the run starts."""
+        self._started_at, self._has_new_metrics = time.monotonic(), False
         if trainer.is_main_process:
             remove_leftovers(Path(trainer.config.output_dir) / "curves.png")
 
+    def on_log(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+        """Record that the curves are longer."""
+        self._has_new_metrics = True
+
+    def on_evaluate(self, trainer: "Trainer", metrics: EvalMetrics) -> None:
+        """Record that the curves are longer."""
+        self._has_new_metrics = True
+
     def on_train_end(self, trainer: "Trainer") -> None:
         """Draw the picture."""
-        first_step, self._first_step = self._first_step, None
-        has_trained = first_step is not None and trainer.step > first_step
+        has_new_metrics, self._has_new_metrics = self._has_new_metrics, False
         has_ended = trainer.step >= trainer.config.max_steps or trainer.should_stop
-        if not (trainer.is_main_process and has_trained and has_ended):
+        if not (trainer.is_main_process and has_new_metrics and has_ended):
             return
         path = Path(trainer.config.output_dir) / "curves.png"
         is_long = time.monotonic() - self._started_at >= self.min_seconds
