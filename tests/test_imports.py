@@ -36,7 +36,7 @@ SLOW = """
 sympy torch._dynamo torch._inductor torch.fx.experimental.symbolic_shapes torch.distributed.checkpoint
 torch.distributed.fsdp torch.distributed.tensor huggingface_hub.hf_api huggingface_hub.errors tyro transformers
 """.split()
-"""What would take the import half as long again: the functions that need it import it. See `benchmarks/startup.py`."""
+"""What would take the import half as long again: the functions that need it import it."""
 
 
 def test_importing_costs_little_more_than_torch_and_accelerate():

@@ -140,16 +140,11 @@ def test_small_model(run, nanogpt, tmp_path):
 
 
 @pytest.mark.slow
-def test_imports(run):
-    (rows,) = run("startup", runs=1, model="")
-    assert [row["relative to torch, accelerate"] for row in rows][-1] == "1.000 ×"
-
-
-@pytest.mark.slow
-def test_first_steps(run):
-    options = {"runs": 0, "model": "baby", "block_size": 8, "micro_batch": 1, "tokens": 16}
+def test_first_steps(run, nanogpt):
+    options = {"model": "baby", "block_size": 8, "micro_batch": 1, "tokens": 16, "nanogpt": nanogpt}
     (rows,) = run("startup", **options)
-    assert [row["compile cache"] for row in rows] == ["cold", "warm", "warm again"]
+    assert [row["compile cache"] for row in rows] == ["cold", "warm"]
+    assert rows[0].keys() == {"compile cache", "homebrew Trainer", "nanoGPT", "speedup"}
 
 
 def test_generation(run):
@@ -256,6 +251,7 @@ def test_unknown_optimization_is_an_error(run):
         ("profile_step --model char --block-size 8 --micro-batch 1 --steps 0", "0 timed steps"),
         ("lora --model foo", "preset 'foo'"),
         ("ablation --without foo", "Unknown optimizations: foo"),
+        ("startup --rounds 0", "--rounds 0"),
     ],
 )
 def test_a_mistake_of_the_user_is_an_error_without_traceback(monkeypatch, tmp_path, command, message):
