@@ -10,6 +10,9 @@ from run_script import run_script
 
 from homebrew import GPT, GPTConfig, Sampling
 
+PROMPT, TOP_K = 16, 50
+"""Number of prompt tokens, and of the tokens from which each new one is sampled."""
+
 
 @dataclass
 class Options(RoundOptions):
@@ -19,16 +22,10 @@ class Options(RoundOptions):
     """Model preset."""
     batches: tuple[int, ...] = (1, 32)
     """Batch sizes."""
-    prompt: int = 16
-    """Prompt tokens."""
     new_tokens: int = 512
     """New tokens."""
     eager_tokens: int | None = None
     """New tokens for Transformers without compilation, which is slow; its time is scaled. Default: new_tokens."""
-    top_k: int = 50
-    """Sample from the k most likely tokens."""
-    compiled: bool = ON_GPU
-    """Also measure both with compilation."""
     rounds: int = 3
     steps: int = 1
 
@@ -41,17 +38,17 @@ def main(options: Options) -> None:
     for model in (baseline, padded):
         model.generation_config.eos_token_id = None  # random weights would stop early
         model.generation_config.pad_token_id = 0
-    ours = {"sampling": Sampling(top_k=options.top_k)}
-    hf = {"top_k": options.top_k, "do_sample": True, "use_cache": True}
+    ours = {"sampling": Sampling(top_k=TOP_K)}
+    hf = {"top_k": TOP_K, "do_sample": True, "use_cache": True}
     for batch in options.batches:
-        prompt = random_ids(batch * options.prompt, config.vocab_size).view(batch, -1).to(DEVICE)
+        prompt = random_ids(batch * PROMPT, config.vocab_size).view(batch, -1).to(DEVICE)
 
         def row(name: str, model: Any, about: str, count: int, inputs: Any = prompt, **kwargs: Any) -> Implementation:
             def run_steps(timer: StepTimer) -> None:
                 while not timer.tick():
                     with torch.no_grad():
                         output = model.generate(inputs, max_new_tokens=count, **kwargs)
-                    if (length := output.shape[1] - options.prompt) != count:
+                    if (length := output.shape[1] - PROMPT) != count:
                         raise SystemExit(f"{length} instead of {count} tokens were generated.")
                 timer.seconds *= options.new_tokens / count
 
@@ -63,13 +60,13 @@ def main(options: Options) -> None:
             row("homebrew", homebrew, "the defaults", count, **ours),
             row("Transformers", baseline, eager, options.eager_tokens or count, **hf),
         ]
-        if options.compiled:
+        if ON_GPU:
             static = 'cache_implementation="static", compiled with mode="reduce-overhead"; sdpa, padded vocabulary'
             compiled = row("homebrew, compile=True", homebrew, "compile=True", count, compile=True, **ours)
             name = "Transformers, static cache, compiled"
             theirs = row(name, padded, static, count, cache_implementation="static", **hf)
             implementations = [compiled, *implementations, theirs]
-        title = f"{options.model}, bfloat16, {DEVICE.type}: {batch} × ({options.prompt} + {options.new_tokens}) tokens"
+        title = f"{options.model}, bfloat16, {DEVICE.type}: {batch} × ({PROMPT} + {options.new_tokens}) tokens"
         report.measure(title, implementations, options, tokens=batch * options.new_tokens)
     report.finish()
 

@@ -1,7 +1,6 @@
 """LoRA fine-tuning of GPT-2: homebrew, and PEFT with Hugging Face's Trainer; full fine-tuning for comparison."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps
@@ -9,6 +8,9 @@ from implementations import hf_trainer, homebrew_trainer, random_ids
 from run_script import run_script
 
 from homebrew import GPT, GPTConfig, LoRAConfig, add_lora
+
+LORA = LoRAConfig(rank=8)
+"""The adapter of all rows, on c_attn and c_proj."""
 
 
 @dataclass
@@ -21,10 +23,6 @@ class Options(RoundOptions):
     """Tokens per sequence."""
     micro_batch: int = 16
     """Sequences per step."""
-    rank: int = 8
-    """Rank of the adapters on c_attn and c_proj."""
-    compile_modes: tuple[str, ...] = ("default", "reduce-overhead")
-    """Values of torch_compile_mode for PEFT's rows; "reduce-overhead" uses CUDA graphs."""
     steps: int = 20
     warmup: int = 3
 
@@ -44,32 +42,29 @@ def main(options: Options) -> None:
 
         return Implementation(name, build, "defaults")
 
-    def peft(mode: str) -> Implementation:
-        name = "PEFT + Hugging Face Trainer" + (f", {mode}" if mode != "default" else "")
-        settings = {"torch_compile_mode": mode} if ON_GPU else {}
-        return hf_trainer(name, config, ids, micro_batch=batch, adapt=partial(add_peft, options.rank), **settings)
-
+    name = "PEFT + Hugging Face Trainer"
+    graphs = {"torch_compile_mode": "reduce-overhead"} if ON_GPU else {}  # uses CUDA graphs
     implementations = [
-        homebrew("homebrew, LoRA", LoRAConfig(rank=options.rank)),
-        *(peft(mode) for mode in options.compile_modes),
+        homebrew("homebrew, LoRA", LORA),
+        hf_trainer(name, config, ids, micro_batch=batch, adapt=add_peft),
+        hf_trainer(f"{name}, reduce-overhead", config, ids, micro_batch=batch, adapt=add_peft, **graphs),
         homebrew("homebrew, full", None),
         hf_trainer("Hugging Face Trainer, full", config, ids, micro_batch=batch),
     ]
-    title = f"{options.model} on {DEVICE.type}: {batch} × {block} tokens per step, rank {options.rank}"
+    title = f"{options.model} on {DEVICE.type}: {batch} × {block} tokens per step, rank {LORA.rank}"
     report.measure(title, implementations, options, tokens=batch * block)
     report.finish()
 
 
-def add_peft(rank: int, model: Any) -> Any:
+def add_peft(model: Any) -> Any:
     """Add the same adapter with PEFT."""
     import peft
 
-    lora = LoRAConfig(rank=rank)
     peft_config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.scale * lora.rank,
-        target_modules=list(lora.target_modules),
-        lora_dropout=lora.dropout,
+        r=LORA.rank,
+        lora_alpha=LORA.scale * LORA.rank,
+        target_modules=list(LORA.target_modules),
+        lora_dropout=LORA.dropout,
         fan_in_fan_out=True,
         task_type="CAUSAL_LM",
     )

@@ -40,8 +40,6 @@ class Options:
     """Micro-batches per step."""
     steps: int = 2
     """Profiled steps."""
-    top: int = 15
-    """Number of kernels to list."""
     json: Path | None = None
     """JSON file for tables and raw times."""
 
@@ -62,7 +60,7 @@ def main(options: Options) -> None:
         total = sum(seconds for seconds, _ in kernels.values())
         title = f"{name}: {1000 * total / options.steps:.1f} ms/step in kernels"
         report.add(title, table("category", categories, total, options.steps))
-        report.add(f"{name}: kernels", table("kernel", kernels, total, options.steps)[: options.top])
+        report.add(f"{name}: kernels", table("kernel", kernels, total, options.steps)[:15])
         report.raw.append({"name": name, "categories": categories, "kernels": kernels})
     report.finish()
 

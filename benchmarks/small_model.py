@@ -53,8 +53,6 @@ class Options(RoundOptions):
     """Settings of homebrew's complete runs, "key=value,…": fields of TrainerConfig, or dropout. Default: nanoGPT's."""
     eval_every: int = 250
     """Steps between evaluations: of 200 random batches of each split in nanoGPT, of all validation data in homebrew."""
-    stride: int = 16
-    """Characters between the starts of homebrew's training windows; nanoGPT samples windows at random."""
     runs: int = 1
     """Complete runs per implementation."""
     train_homebrew: Path | None = None
@@ -125,7 +123,7 @@ def watch(command: list[str], working_directory: Path, *, folder: Path) -> tuple
 def homebrew_command(options: Options, folder: Path) -> tuple[list[str], Path]:
     """Return the command that runs homebrew's training, and its working directory."""
     arguments = ["--train-homebrew", folder / "run", "--ours", options.ours]
-    for name, value in options.named("batch", "max_steps", "eval_every", "stride").items():
+    for name, value in options.named("batch", "max_steps", "eval_every").items():
         arguments += [f"--{name.replace('_', '-')}", value]
     arguments += ["--text", options.text.resolve()] if options.text else []
     return [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)], Path.cwd()
@@ -149,7 +147,8 @@ def train_homebrew(options: Options, folder: Path) -> None:
     train_text, val_text = split_text(options)
     tokenizer = get_tokenizer("char", text=train_text + val_text)
     model = options.named() | {name: ours.pop(name) for name in {"dropout"} & ours.keys()}
-    train = TokenDataset.from_text(train_text, options.block_size, tokenizer=tokenizer, stride=options.stride)
+    # nanoGPT samples windows at random.
+    train = TokenDataset.from_text(train_text, options.block_size, tokenizer=tokenizer, stride=16)
     val = TokenDataset.from_text(val_text, options.block_size, tokenizer=tokenizer)
     settings = {"output_dir": folder, "micro_batch_size": options.batch, "eval_every": options.eval_every}
     settings |= {"max_steps": options.max_steps, "learning_rate": 1e-3, "betas": (0.9, 0.99)} | ours
