@@ -27,8 +27,8 @@ class Callback:
     ends the run.
 
     Raises:
-        ConfigError: A subclass has a method whose name begins with "on_" but is not an event, or that takes other
-            arguments than the event has.
+        ConfigError: A subclass has a method whose name begins with "on_" but is not an event, or whose arguments
+            differ from those of the event.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401 - as in `object`
@@ -92,7 +92,7 @@ class Callback:
         """Called with the steps whose updates were not applied since the previous call.
 
         Skipped steps are detected at the next log, evaluation or save. This event comes before any `NonFiniteError`
-        they cause.
+        that they cause.
         """
 
     def on_sample(self, trainer: "Trainer", samples: Sequence[TextSample]) -> None:

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 class CurvePlot(Callback):
     """Writes `curves.png` into `output_dir` at the end of a run, if matplotlib is installed.
 
-    It is one of the Trainer's own callbacks. No picture is written for a run that is interrupted or fails;
-    `homebrew plot` draws it. A picture that cannot be written is a warning.
+    It is one of the Trainer's built-in callbacks. No image is written for a run that is interrupted or fails; use
+    `homebrew plot`. An image that cannot be written causes a warning.
 
     Args:
-        min_seconds: The shortest run, in seconds, for which a picture is written, since drawing takes about a second.
-            An existing picture is always updated. Use `math.inf` to write none.
+        min_seconds: The shortest run, in seconds, for which an image is written, since drawing takes about a second.
+            An existing image is always updated. Use `math.inf` to write none.
     """
 
     def __init__(self, min_seconds: float = 10.0) -> None:

@@ -38,8 +38,8 @@ def load_corpus(name: str = "tinyshakespeare", *, path: Paths | None = None) -> 
 
     Args:
         name: "tinyshakespeare".
-        path: UTF-8 text file to read instead, a folder, of which all .txt and .md files are read, or a sequence
-            of such paths. Several texts are joined, each on a new line.
+        path: UTF-8 text file to read instead, or a folder (all its .txt and .md files), or a sequence of such
+            paths. Several texts are joined, each on a new line.
 
     Raises:
         DataError: If the name is unknown, or the text is not available.

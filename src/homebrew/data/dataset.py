@@ -35,7 +35,7 @@ _NAMES = ArgumentNames(
 
 
 class TokenDataset(WindowDataset):
-    """Windows of `block_size + 1` consecutive tokens. The inputs omit the last token, the targets the first.
+    """A dataset of windows of `block_size + 1` tokens: the inputs omit the last token, the targets the first.
 
     Use `from_text`, `from_file`, `from_dataset`, `from_tokens` or `from_shards` to create a dataset.
     """
@@ -103,8 +103,8 @@ class TokenDataset(WindowDataset):
         recognised by their content. Text files are tokenized as by `homebrew prepare`.
 
         Args:
-            path: Path of a file, of a folder, of which all .npy files or, if it has none, all .txt and .md files are
-                read, a pattern such as "fineweb/train_*.bin", or a sequence of them.
+            path: Path of a file, of a folder (all its .npy files or, if it has none, all its .txt and .md files), a
+                pattern such as "fineweb/train_*.bin", or a sequence of them.
             block_size: Sequence length of the inputs, in tokens.
             tokenizer: For text files, as in `from_text`; "gpt2" if None. For token files it is only needed for
                 nanoGPT's, which do not say which tokenizer made them.
@@ -135,8 +135,8 @@ class TokenDataset(WindowDataset):
     ) -> Self:
         """Create a dataset from the texts of another one, such as a Hugging Face `datasets.Dataset`.
 
-        The texts are separated as in `from_text`, and tokenized into memory. For more text than that, use `homebrew
-        prepare` and `from_shards`.
+        The texts are separated as in `from_text`, and the tokens are held in memory. For more text than fits there, use
+        `homebrew prepare` and `from_shards`.
 
         Args:
             dataset: Map-style or iterable dataset of dictionaries.
@@ -169,7 +169,7 @@ class TokenDataset(WindowDataset):
             ids: Token ids, (num_tokens,), integers.
             block_size: Sequence length of the inputs, in tokens.
             vocab_size: Size of the vocabulary. If None it is the largest id plus 1.
-            tokenizer: Tokenizer that made the ids, or its name. None for one of another library.
+            tokenizer: Tokenizer that made the ids, or its name. None for a tokenizer of another library.
             stride: As in `from_text`.
 
         Raises:
@@ -203,10 +203,10 @@ class TokenDataset(WindowDataset):
         """Create a dataset from token files, without loading them into memory. No window spans two files.
 
         Args:
-            paths: Path of a token file (see `from_file`), of a folder, of which all .npy files are read, a pattern such
-                as "fineweb/train_*.bin", or a sequence of them.
+            paths: Path of a token file (see `from_file`) or of a folder (all its .npy files), a pattern such as
+                "fineweb/train_*.bin", or a sequence of them.
             block_size: Sequence length of the inputs, in tokens.
-            tokenizer: Tokenizer that made the tokens, or its name. If None it is the one that the files name.
+            tokenizer: Tokenizer that made the tokens, or its name. If None, the one that the files name.
             stride: As in `from_text`.
             check: Whether to read each .npy file once and compare its SHA-256 with its metadata.
 

@@ -1,4 +1,4 @@
-"""`DictDataset`: samples with labels, of which the user states whether they are shifted."""
+"""`DictDataset`: samples with labels, for which the user states whether they are shifted."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tokenizers: the `Tokenizer` protocol, and those of homebrew: GPT-2's, bytes, characters and trained ones."""
+"""The `Tokenizer` protocol, and homebrew's tokenizers: GPT-2's, bytes, characters and trained ones."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence

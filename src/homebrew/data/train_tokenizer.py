@@ -38,8 +38,7 @@ def train_tokenizer(paths: Paths, output: str | Path, *, vocab_size: int) -> Byt
     The result depends only on the texts and `vocab_size`. Token 0 is "<|endoftext|>", then come the 256 bytes.
 
     Args:
-        paths: Path of a UTF-8 text file, of a folder, of which all .txt and .md files are read, or a sequence of
-            such paths.
+        paths: Path of a UTF-8 text file or of a folder (all its .txt and .md files), or a sequence of such paths.
         output: Path of the `.json` file to write, or of a folder in which to write `tokenizer.json`.
         vocab_size: Number of token ids, from 257 to 65,536. There are fewer, with a warning, if the texts have too few
             pairs that occur twice.

@@ -45,8 +45,8 @@ def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[G
             the adapter is used.
 
     Returns:
-        The model and its tokenizer. The tokenizer is None if the source has none, or one that is neither exported by
-        homebrew nor a byte-level BPE like GPT-2's, and for a custom one, with a warning.
+        The model and its tokenizer. The tokenizer is None if the source has no tokenizer, or one that is neither
+        exported by homebrew nor a byte-level BPE like GPT-2's. For a custom tokenizer it is None, with a warning.
 
     Raises:
         CheckpointError: The run has no valid checkpoint, or an adapter's base is missing or has other weights.

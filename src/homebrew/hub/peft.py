@@ -107,7 +107,7 @@ def load_adapter(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> None:
-    """Add a LoRA adapter that was saved by homebrew or PEFT to a model. Its parameters are trainable.
+    """Add a LoRA adapter saved by homebrew or PEFT to a model. The adapter's parameters are trainable.
 
     Args:
         model: Base model of the adapter, modified in place.

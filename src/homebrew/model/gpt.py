@@ -39,8 +39,8 @@ class GPT(nn.Module):
     Args:
         config: Sizes of the model.
         seed: Random seed for the initial weights. PyTorch's global random state is neither used nor changed.
-        init: How weights are drawn. "gpt2": as GPT-2's. "local": position embeddings start as sinusoids, and attention
-            heads look at nearby tokens, with which short runs reach a lower loss.
+        init: How to initialize the weights. "gpt2": as in GPT-2. "local": position embeddings start as sinusoids, and
+            attention heads look at nearby tokens, so that short runs reach a lower loss.
 
     Raises:
         ConfigError: `config` is not a `GPTConfig`, or `seed` or `init` is not valid.
@@ -225,7 +225,7 @@ class GPT(nn.Module):
             input_ids: Token ids: an integer tensor of shape (B, T), or a list of B lists of any lengths.
             max_new_tokens: Maximum number of tokens to add to each sequence.
             sampling: How to choose tokens. By default, sample from the model's distribution unchanged.
-            vocab_size: Ids from here on are not chosen, as they mean nothing to a tokenizer with this `vocab_size`.
+            vocab_size: Vocabulary size of the tokenizer, if smaller than the model's. Other ids are not generated.
             eos_token_id: Id that ends a sequence. It is part of the sequence.
             seed: Random seed for sampling. By default, each call differs.
             overflow: What to do when a sequence reaches `block_size` tokens: "slide" drops the older half of the

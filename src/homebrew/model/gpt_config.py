@@ -63,8 +63,8 @@ class GPTConfig:
     dropout: float = 0.0
     """Dropout probability for embeddings, attention weights and residual branches during training."""
     eos_token_id: int | None = field(default=None, compare=False)  # changes no computation of the model
-    """Id that ends a generated text. If None, it is the tokenizer's end-of-text token, if there is one; if -1, no id
-    does."""
+    """Id that ends a generated text. If None, it is the tokenizer's end-of-text token, if there is one. If -1, no id
+    ends a text."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):

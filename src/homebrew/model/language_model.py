@@ -1,4 +1,4 @@
-"""The protocol of the models that a Trainer can train, and what the Trainer needs to know of any of them."""
+"""The protocol of the models that a Trainer can train, and what the Trainer needs to know about each model."""
 
 import hashlib
 import inspect

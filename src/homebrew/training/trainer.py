@@ -54,13 +54,13 @@ class Trainer:
             dictionaries with `labels`.
         eval_dataset: A dataset of the same kind to evaluate on.
         config: Training configuration.
-        optimizer: Optimizer over the model's parameters, to use instead of the config's; or several, each over some of
-            the parameters. The config must then leave `optimizer`, `learning_rate`, `betas`, `muon_momentum` and
-            `weight_decay` at their defaults.
+        optimizer: Custom optimizer over the model's parameters; or several, each over some of the parameters. The
+            config must then leave `optimizer`, `learning_rate`, `betas`, `muon_momentum` and `weight_decay` at their
+            defaults.
         schedule: Function from the step to the multiplier of the learning rates that the optimizer has when `train()`
             is called. The config must then leave `lr_schedule`, `warmup_steps`, `decay_fraction` and `min_lr_ratio` at
             their defaults.
-        accelerator: Accelerator to use, with its precision and trackers, instead of one with the launcher's settings.
+        accelerator: Custom Accelerator, whose precision and trackers are used instead of the launcher's settings.
         callbacks: Callbacks that receive training events, after the built-in ones. A `ProgressDisplay`,
             `RunLogger` or `CurvePlot` among them replaces the built-in one.
         progress: Whether to show the progress display.
@@ -158,7 +158,7 @@ class Trainer:
             LaunchError: The ranks have different settings.
             CheckpointError: The checkpoint does not exist, is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
-            ModelError: An id is outside the model's vocabulary, which was not known before.
+            ModelError: An id is outside the model's vocabulary, whose size was not known before.
         """
         check_start(resume, overwrite=overwrite)
         with (
@@ -298,10 +298,10 @@ class Trainer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the model, with the evaluation weights, to use it without the Trainer. Every process calls this.
 
-        A GPT is saved in transformers' format, and another model by its own `save_pretrained` method. Of a model
-        without this method, the state dict is saved as `model.safetensors`, which `safetensors.torch.load_model` loads.
-        The tokenizer of the training dataset is saved for transformers' AutoTokenizer; for a custom one there is a
-        warning.
+        A GPT is saved in transformers' format, any other model by its own `save_pretrained` method. If a model has no
+        such method, its state dict is saved as `model.safetensors`, which `safetensors.torch.load_model` loads. The
+        tokenizer of the training dataset is saved for transformers' AutoTokenizer; a custom tokenizer is not saved,
+        with a warning.
 
         Raises:
             ModelError: The folder cannot be written, or holds a checkpoint.

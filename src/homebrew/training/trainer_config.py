@@ -22,7 +22,7 @@ class TrainerConfig:
     """Training configuration; the defaults are those of GPT-3's smallest model (Brown et al. 2020, appendix B).
 
     Raises:
-        ConfigError: Values are out of range; the message lists them. Or settings contradict each other.
+        ConfigError: Values are out of range or settings contradict each other. The message lists all problems.
     """
 
     output_dir: str | Path
@@ -55,8 +55,8 @@ class TrainerConfig:
     betas: tuple[float, float] | None = None
     """AdamW's decay of the first and second moments. Default: 0.9 and 0.95."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, such as 0.99. The average is evaluated, sampled and saved
-    in place of the last weights. It helps where the learning rate does not end at 0. Default: no average."""
+    """Decay of an exponential moving average of the weights, such as 0.99. Evaluation, samples and checkpoints use the
+    average instead of the last weights. It helps if the learning rate does not end at 0. Default: no average."""
     muon_momentum: float | None = None
     """Muon's decay of the gradients' running mean. Default: 0.95."""
     weight_decay: float | None = None
@@ -65,8 +65,8 @@ class TrainerConfig:
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this global norm. None, or infinity, disables clipping."""
     non_finite: NonFinitePolicy = "raise"
-    """If a loss or gradient norm is not finite: end the run, or skip the step. The update is never applied. In fp16,
-    where the gradient scaler depends on skipped steps, always "skip"."""
+    """What to do if a loss or gradient norm is not finite: "raise" ends the run, "skip" skips the step. The update is
+    never applied. In fp16, always "skip", because the gradient scaler depends on skipped steps."""
     non_finite_limit: int = 10
     """Maximum number of consecutive skipped steps."""
     loss_spike_zscore: float | None = None
@@ -78,12 +78,13 @@ class TrainerConfig:
     """"auto": bf16 or fp16 if the launcher was asked for it, else the precision of a custom `Accelerator`, else bf16 on
     hardware with native bfloat16, else "no" (float32). The launcher's "no" is its default and does not count."""
     compile: bool | Literal["auto"] = "auto"
-    """Whether to compile the model with torch.compile. "auto" compiles on CUDA: in short runs of a GPT only its
-    blocks, which takes a fraction of the time, and in short runs of a small one nothing. True compiles all of it."""
+    """Whether to compile the model with torch.compile. "auto" compiles on CUDA, except that short runs of a GPT
+    compile only its blocks, which takes a fraction of the time, and short runs of a small GPT compile nothing. True
+    compiles the whole model."""
     activation_checkpointing: bool = False
     """Store only each block's input for the backward pass and recompute the rest: less memory, a third slower."""
     collective_timeout_seconds: float = 600.0
-    """Timeout of collective operations, in seconds: how long a process waits for the others."""
+    """Timeout of collective operations, in seconds: the longest time that a process waits for the others."""
     eval_every: int | None = None
     """Steps between evaluations. Default: evaluate only at the end."""
     eval_batches: int | None = None
@@ -99,11 +100,11 @@ class TrainerConfig:
     """Number of newest checkpoints to keep. The one with the lowest validation loss is kept too and, with "wsd", the
     last one from before the decay, from which the run can be extended."""
     keep_every: int | None = None
-    """Keep checkpoints at multiples of this step permanently; a multiple of `save_every`."""
+    """Keep checkpoints permanently at multiples of this number of steps, which is a multiple of `save_every`."""
     gather_limit_bytes: int = 32_000_000_000
     """Under FSDP, the largest checkpoint, in bytes (12 per trainable parameter, with `ema_decay` 20), that rank 0
-    gathers and writes. Of a larger one, each rank writes its shards; `output_dir` must then be on a shared file system.
-    Both kinds load on any number of processes."""
+    gathers and writes. For a larger checkpoint, each rank writes its shards, and `output_dir` must be on a shared file
+    system. Both kinds load on any number of processes."""
     num_workers: int = 0
     """Data loader processes, for slow custom datasets. Evaluation always reads in the main process."""
     loader_timeout_seconds: float = 600.0
