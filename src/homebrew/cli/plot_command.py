@@ -14,18 +14,18 @@ from homebrew.io import absolute_path, atomic_replace, write_errors
 class Plot:
     """Draw the curves of runs: loss, learning rate, gradient norm and tokens/s. Needs matplotlib.
 
-    Several runs are drawn in one picture. Its legend says what differs between their settings.
+    Several runs are drawn in one image, with a legend of the settings that differ.
     """
 
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]] = ()
-    """Folders of runs, which may be in progress. Of a folder that is no run itself, the runs in it are drawn."""
+    """Folders of runs, or folders that contain runs. A run may be in progress."""
     output: Annotated[Path | None, arg(help_behavior_hint="(default: curves.png)")] = None
-    """Picture to write, a .png or .svg file. The default is written into the run's folder, of several runs into the
-    current one, and not if --html is given."""
+    """Image to write, a .png or .svg file. The default is written into the run's folder or, for several runs, into the
+    current folder. With --html, no image is written by default."""
     html: Annotated[Path | None, arg(help_behavior_hint="")] = None
-    """Page to write, an .html file with the curves, the run's settings and the samples of --sample-every."""
+    """HTML page to write, an .html file with the curves, the run's settings and the samples of --sample-every."""
     x: Literal["steps", "tokens", "seconds"] = "steps"
-    """What the curves are drawn against."""
+    """Unit of the x-axis."""
     log_x: bool = False
     """Make the x-axis logarithmic."""
 

@@ -49,7 +49,7 @@ class Train:
     samples: OmitArgPrefixes[SampleOptions]
     resume: bool = False
     """Resume from the newest valid checkpoint in --output-dir, or start from step 0 if there is none. Options that are
-    not given again are those of the run."""
+    not given are taken from the run."""
     overwrite: bool = False
     """Start a new run in an --output-dir that already holds one; the earlier run is moved to its subfolder old-1."""
     accept_changes: UseAppendAction[tuple[Aspect, ...]] = ()

@@ -81,7 +81,7 @@ class ModelOptions:
     """Embedding size, a multiple of --n-head."""
     block_size: Annotated[int | None, arg(help_behavior_hint="(default: the model's)")] = None
     """Maximum sequence length in tokens. With --init-from, the length of training sequences."""
-    dropout: Annotated[float | None, arg(help_behavior_hint="(default: the model's, of a new one 0)")] = None
+    dropout: Annotated[float | None, arg(help_behavior_hint="(default: the model's; 0 for a new model)")] = None
     """Dropout probability while training."""
     init: Init = "gpt2"
     """Initial weights of a new model: as GPT-2's, or with attention to nearby tokens, which helps short runs."""
@@ -191,8 +191,9 @@ class TrainerOptions(TrainerConfig):
     max_grad_norm: float | None = TrainerConfig.max_grad_norm
     """Gradients are clipped to this global norm. "inf" disables clipping."""
     compile: Annotated[bool | Literal["auto"], _COMPILE_OPTION] = TrainerConfig.compile
-    """Whether to compile the model with torch.compile. "auto" compiles on CUDA: in short runs of a GPT only its
-    blocks, which takes a fraction of the time, and in short runs of a small one nothing. "yes" compiles all of it."""
+    """Whether to compile the model with torch.compile. "auto" compiles on CUDA, except that short runs of a GPT
+    compile only its blocks, which takes a fraction of the time, and short runs of a small GPT compile nothing. "yes"
+    compiles the whole model."""
     eval_every: _Optional[int] = TrainerConfig.eval_every
     eval_batches: _Optional[int] = TrainerConfig.eval_batches
     log_with: _Optional[str] = TrainerConfig.log_with

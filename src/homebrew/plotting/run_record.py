@@ -87,7 +87,7 @@ class RunRecord:
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[RunRecord]:
-    """Read runs: those that are given, and for a folder that is no run, the runs in it.
+    """Read runs. A folder that is not a run stands for the runs in it.
 
     A run without a logged step is left out with a warning, unless no other has one.
 

@@ -13,7 +13,7 @@ from homebrew.errors import DataError
 from homebrew.io import absolute_path, strict_json
 
 PART_BYTES = 2**24
-"""Size of a part. Of a run that is killed, the parts that are not finished are lost."""
+"""Size of a part. If a run is killed, its unfinished parts are lost."""
 
 _MAX_SPANS = 1024
 """Maximum number of files in a part."""

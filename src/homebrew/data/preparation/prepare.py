@@ -58,14 +58,14 @@ def prepare(
     """Tokenize text files into one token file, or into shards.
 
     A text file is a document, and so is each line of a JSON Lines file and each row of a Parquet file. Documents are
-    separated by the tokenizer's end-of-text token, if it has one. The token files do not depend on `workers`. A call
-    that was interrupted continues if it is repeated.
+    separated by the tokenizer's end-of-text token, if it has one. The token files do not depend on `workers`. To
+    continue an interrupted call, repeat it.
 
     Args:
-        paths: Path of a file, of a folder, a pattern such as "texts/*.txt", or a sequence of them. Of a folder, files
+        paths: Path of a file, of a folder, a pattern such as "texts/*.txt", or a sequence of them. In a folder, files
             whose names end in .txt, .md, .jsonl, .ndjson, .json, .parquet, .gz or .zst are read. Any other file that is
-            named is a text.
-        output: Path of the `.npy` file to write. An existing token file, valid or damaged, is replaced.
+            named is read as text.
+        output: Path of the `.npy` file to write. An existing token file, valid or corrupt, is replaced.
         tokenizer: "gpt2", "bytes", "char" (the characters that occur in the texts), or the path of a `tokenizer.json`.
         text_field: Key or column of the text in JSON Lines and Parquet files.
         allow_special: Whether "<|endoftext|>" in a text separates documents. If not, it is text like any other.
