@@ -120,7 +120,7 @@ def test_a_finished_run_says_so(shown, tmp_path):
     for resume in (False, True):
         display = ProgressDisplay(Console(force_jupyter=True))
         Trainer(model, data, config=config, callbacks=[display]).train(resume=resume)
-    assert "already has all its steps" in shown[-1]["text/plain"]
+    assert "already finished" in shown[-1]["text/plain"]
     assert "first step…" not in shown[-1]["text/html"]
 
 

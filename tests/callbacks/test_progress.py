@@ -195,10 +195,10 @@ class Interrupt(Callback):
 
 
 def test_the_end_of_a_stopped_run_says_what_is_saved(tmp_path, capsys):
-    assert "stopped early; nothing is saved" in run_output(tmp_path / "a", capsys, Interrupt(1))
+    assert "stopped early; there is no checkpoint to resume" in run_output(tmp_path / "a", capsys, Interrupt(1))
     assert "stopped early; resume to continue from step 2" in run_output(tmp_path / "b", capsys, Interrupt(3))
     lost = run_output(tmp_path / "c", capsys, LosesCheckpoints(), ProgressDisplay(), Interrupt(3))
-    assert "stopped early; nothing is saved" in lost
+    assert "stopped early; there is no checkpoint to resume" in lost
 
 
 class LosesCheckpoints(Callback):
@@ -225,7 +225,7 @@ def test_resuming_says_where_and_that_a_run_is_finished(tmp_path, capsys):
     run_output(tmp_path, capsys, Interrupt(3))
     assert "resumes at step 2/4" in run_output(tmp_path, capsys, resume=True)
     output = run_output(tmp_path, capsys, resume=True)
-    assert "already has all its steps" in output
+    assert "already finished" in output
     assert "first step…" not in output
 
 

@@ -671,7 +671,7 @@ def test_an_id_outside_the_vocabulary_is_an_error_on_a_gpu(tmp_path):
     command = [sys.executable, "-c", script, tmp_path]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert "homebrew.errors.ModelError: The GPU met an index" in result.stderr, result.stderr
+    assert "homebrew.errors.ModelError: An index on the GPU is out of range" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("name", ["llama", "nanogpt", "mixed"])

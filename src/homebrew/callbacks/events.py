@@ -26,7 +26,7 @@ def emit_train_end(trainer: "Trainer", error: BaseException | None) -> None:
             if first is None:
                 first = raised
             else:
-                warn(f"{type(callback).__name__}.on_train_end failed too: {raised!r}")
+                warn(f"{type(callback).__name__}.on_train_end also failed: {raised!r}")
     if first is not None and first is not error:
         raise first
 

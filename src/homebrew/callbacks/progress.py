@@ -67,7 +67,7 @@ class ProgressDisplay(Callback):
         if is_finished:
             is_stable = trainer.config.lr_schedule == "wsd"
             how = "resume a checkpoint from before the decay" if is_stable else 'accept the change of "schedule"'
-            self._print(f"The run already has all its steps. To train longer, raise max_steps and {how}.")
+            self._print(f"The run is already finished. To train longer, raise max_steps and {how}.")
 
     def on_step_end(self, trainer: "Trainer") -> None:
         """Show that steps are taken before the first one is logged."""
@@ -113,7 +113,7 @@ class ProgressDisplay(Callback):
         self._view.stop()
         if trainer.step < trainer.config.max_steps:
             saved_step = max([self._first_step] + [step for step, path in self._saved if path.exists()])
-            saved = f"resume to continue from step {saved_step}" if saved_step else "nothing is saved"
+            saved = f"resume to continue from step {saved_step}" if saved_step else "there is no checkpoint to resume"
             self._print(f"step {trainer.step}/{trainer.config.max_steps} | stopped early; {saved}")
         if self._has_logged:
             for command in _curve_commands(trainer):

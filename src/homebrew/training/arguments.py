@@ -63,7 +63,7 @@ def check_arguments(
             "an nn.Module that follows LanguageModel, such as a GPT, or a GPTConfig",
         ),
         ("config", config, TrainerConfig, "a TrainerConfig. Pass TrainerConfig(output_dir=..., max_steps=...)"),
-        ("optimizer", optimizer, (Optimizer, list, tuple, NoneType), f"{_OPTIMIZER} Several go into a list"),
+        ("optimizer", optimizer, (Optimizer, list, tuple, NoneType), f"{_OPTIMIZER} Pass several as a list"),
         ("accelerator", accelerator, (Accelerator, NoneType), "an Accelerator. Pass None to build it from the config"),
         ("callbacks", callbacks, (list, tuple), "a list of Callbacks. Pass [] for none"),
         ("progress", progress, bool, "True or False. A custom ProgressDisplay belongs to callbacks"),
@@ -82,7 +82,7 @@ def check_arguments(
     for name, argument in (("optimizer", optimizer), ("schedule", schedule)):
         if argument is not None and (unused := config.changed(*_UNUSED_WITH[name])):
             raise ConfigError(
-                f"{unused}: not used with a custom {name}. Set the same in the {name}, and remove it from the config."
+                f"{unused}: not used with a custom {name}. Set the value in the {name}, and remove it from the config."
             )
     check_callbacks(callbacks)
     warn_of_warmup(config)
@@ -112,7 +112,8 @@ def check_model(model: nn.Module) -> None:
             continue
         if parameter.is_inference():
             raise ConfigError(
-                f"The model's {name} is a tensor without gradients of torch.inference_mode(). Build the model outside."
+                f"The model's {name} was created under torch.inference_mode() and cannot have gradients. Build the "
+                f"model outside of it."
             )
         if parameter.dtype == torch.float16:
             raise ConfigError(
@@ -243,8 +244,8 @@ def warn_of_warmup(config: TrainerConfig) -> None:
     if schedule.warmup_steps > schedule.decay_start:
         warn(
             f"The learning rate does not reach its peak: the default warm-up of lr_schedule='wsd' takes "
-            f"{schedule.warmup_steps} steps, but of max_steps={config.max_steps} only {schedule.decay_start} come "
-            f"before the decay. Set warmup_steps, for example to {config.max_steps // 8}."
+            f"{schedule.warmup_steps} steps, but the decay starts at step {schedule.decay_start} of "
+            f"max_steps={config.max_steps}. Set warmup_steps, for example to {config.max_steps // 8}."
         )
 
 
@@ -258,7 +259,7 @@ def check_guard_settings(config: TrainerConfig, *, uses_scaler: bool) -> None:
         )
     if limit and not (zscore or uses_scaler or config.non_finite == "skip"):
         raise ConfigError(
-            f"{limit} has no effect, as the first non-finite step ends the run. Set non_finite='skip', or remove it."
+            f"{limit} has no effect: the first non-finite step ends the run. Set non_finite='skip', or remove it."
         )
 
 
@@ -270,14 +271,14 @@ def check_start(resume: bool | str | Path, *, overwrite: bool) -> None:
             are disabled.
     """
     if not torch.is_grad_enabled():
-        raise ConfigError("Under torch.no_grad() or torch.inference_mode() nothing is trained. Call train() outside.")
+        raise ConfigError("train() was called under torch.no_grad() or torch.inference_mode(). Call it outside.")
     if not isinstance(resume, bool | str | Path) or resume == "":
         raise ConfigError(f"resume={resume!r}: must be True, False, or the path of a checkpoint.")
     if not isinstance(overwrite, bool):
         raise ConfigError(f"overwrite={overwrite!r}: must be True or False.")
     if overwrite and resume:
         raise ConfigError(
-            f"overwrite=True starts a new run, and resume={str(resume)!r} continues one. Use one of them."
+            f"overwrite=True starts a new run, and resume={str(resume)!r} continues one. Pass only one of them."
         )
 
 

@@ -47,7 +47,7 @@ def explain_device_asserts() -> Iterator[None]:
         if "device-side assert" not in str(error):
             raise
         raise ModelError(
-            "The GPU met an index that is out of range, most likely an id outside the model's vocabulary. Use the "
-            "tokenizer of the model; if its loss ignores another target than -100, set its attribute ignore_index. "
-            "Then restart the process, or the notebook's kernel: this one cannot use the GPU any more."
+            "An index on the GPU is out of range, most likely a token id outside the model's vocabulary. Use the "
+            "model's tokenizer; if the model's loss ignores another target than -100, set its attribute ignore_index. "
+            "Then restart the process, or the notebook's kernel: this process can no longer use the GPU."
         ) from error

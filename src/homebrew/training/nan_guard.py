@@ -120,9 +120,9 @@ class NanGuard:
             )
         if self._num_consecutive > self.limit:
             return skipped, NonFiniteError(
-                f"{self._num_consecutive} consecutive steps, the last of them step {step}, had a non-finite loss or "
-                f"gradient norm or a loss spike, more than non_finite_limit={self.limit}. Lower the learning rate, or "
-                f"check the data."
+                f"The last {self._num_consecutive} steps, up to step {step}, had a non-finite loss or gradient norm or "
+                f"a loss spike, which exceeds non_finite_limit={self.limit}. Lower the learning rate, or check the "
+                f"data."
             )
         return skipped, None
 

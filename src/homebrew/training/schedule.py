@@ -48,7 +48,7 @@ def multiplier_at(schedule: Schedule, step: int, peak: float = 1.0) -> float:
         )
     if not peak * multiplier <= _MAX_LEARNING_RATE:
         raise ConfigError(
-            f"schedule({step}) returned {multiplier:g}: multiplied by lr={peak:g}, the learning rate is not finite. "
+            f"schedule({step}) returned {multiplier:g}: the learning rate, this times lr={peak:g}, is not finite. "
             f"Correct the schedule or the optimizer's lr."
         )
     return multiplier

@@ -144,8 +144,8 @@ class TrainStep:
         module_ids, group_ids = self._identities()
         if group_ids != self._group_ids:
             raise TrainingError(
-                "The optimizer's parameter groups have changed since the Trainer was built, so that its checkpoints "
-                "would not fit. Build the optimizer with all groups, and a new Trainer to change them."
+                "The optimizer's parameter groups have changed since the Trainer was built, so its checkpoints would "
+                "no longer fit. Build the optimizer with all groups, or build a new Trainer after each change."
             )
         if module_ids != self._module_ids:
             before = {id(parameter): name for name, parameter in self._named_parameters.items()}
@@ -154,8 +154,8 @@ class TrainStep:
             if changed:
                 raise TrainingError(
                     f"The model's parameter {min(changed).removeprefix('module.')} has been added, replaced or removed "
-                    f"since the Trainer was built, which the optimizer does not know. Change values in place, for "
-                    f"example with load_state_dict(..., assign=False), or build a new Trainer."
+                    f"since the Trainer was built, but the optimizer still has the earlier parameters. Change values "
+                    f"in place, for example with load_state_dict(..., assign=False), or build a new Trainer."
                 )
             self._module_ids = module_ids
             self._pass.stop_capturing()
@@ -176,8 +176,8 @@ class TrainStep:
         if self._accelerator.distributed_type != DistributedType.NO or lora_layers(self._model):
             changed = next(name for name in self._named_parameters if name in trainable ^ self._trainable)
             raise TrainingError(
-                f"requires_grad of {changed.removeprefix('module.')} has changed since the Trainer was built. With "
-                f"DDP, FSDP or LoRA, set it before, and build a new Trainer to change it."
+                f"requires_grad of {changed.removeprefix('module.')} has changed since the Trainer was built, which is "
+                f"not supported with DDP, FSDP or LoRA. Set it before you build the Trainer."
             )
         check_trainable(self._model, self._optimizer)
         # Compiled code computes the gradients of the parameters that were trainable, and PyTorch 2.11 may run it again

@@ -155,15 +155,15 @@ class TrainerConfig:
         if _is_one_of(self.micro_batch_size, "auto") and self.global_batch_tokens is None:
             problems.append("micro_batch_size='auto': needs global_batch_tokens.")
         if self.decay_fraction is not None and self.lr_schedule != "wsd":
-            problems.append(f"decay_fraction={self.decay_fraction!r}: needs lr_schedule='wsd', remove it for others.")
+            problems.append(f"decay_fraction={self.decay_fraction!r}: needs lr_schedule='wsd'; otherwise remove it.")
         if self.muon_momentum is not None and self.optimizer != "muon":
-            problems.append(f"muon_momentum={self.muon_momentum!r}: needs optimizer='muon', remove it for others.")
+            problems.append(f"muon_momentum={self.muon_momentum!r}: needs optimizer='muon'; otherwise remove it.")
         if not problems and self.warmup_steps is not None and self.warmup_steps > self.max_steps:
             problems.append(f"warmup_steps={self.warmup_steps}: must be at most max_steps={self.max_steps}.")
         if not problems and self.keep_every is not None and (not self.save_every or self.keep_every % self.save_every):
             problems.append(
-                f"keep_every={self.keep_every}: must be a multiple of save_every={self.save_every}, as only the "
-                f"checkpoints that are saved can be kept."
+                f"keep_every={self.keep_every}: must be a multiple of save_every={self.save_every}, because only saved "
+                f"checkpoints can be kept."
             )
         if problems:
             raise ConfigError("Invalid settings:\n  " + "\n  ".join(problems))
@@ -202,7 +202,7 @@ _MAX_SEED = 4_000_000_000
 _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (
         "output_dir",
-        "a path, which is not empty",
+        "a path that is not empty",
         lambda value: isinstance(value, str | Path) and value != "" and "\0" not in str(value),
     ),
     (
