@@ -1,7 +1,7 @@
-"""What each optimization of homebrew contributes.
+"""Measure what each of homebrew's optimizations contributes.
 
 python benchmarks/ablation.py            # homebrew's Trainer, with one optimization switched off at a time
-python benchmarks/ablation.py --ladder   # a plain float32 loop, to which one optimization after the other is added
+python benchmarks/ablation.py --ladder   # a plain float32 loop, with one optimization added at a time
 """
 
 import gc
@@ -74,7 +74,7 @@ class Options(RoundOptions):
     without: tuple[str, ...] = (*KERNELS, "Triton loss kernel", "padded vocabulary")
     """Optimizations to switch off, one per row. Also: "flash attention", "compile", "CUDA graphs"."""
     ladder: bool = False
-    """Instead, add one optimization after the other to a plain loop with micro-batches of 8, and time 7 × `steps`."""
+    """Instead, add one optimization at a time to a plain loop with micro-batches of 8, and time 7 × `steps`."""
     model: str = "gpt2" if ON_GPU else "baby"
     """Model preset."""
     block_size: int = 1024 if ON_GPU else 128
@@ -89,7 +89,7 @@ class Options(RoundOptions):
 
 @contextmanager
 def switched_off(optimizations: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Run without some optimizations. Yields the fields of TrainerConfig that switch off the others among them."""
+    """Context manager that disables some optimizations: it replaces code, and yields fields for TrainerConfig."""
     replacements: dict[str, Any] = {}
     for optimization in optimizations:
         replacements |= OPTIMIZATIONS[optimization]
@@ -129,7 +129,7 @@ def ablate(options: Options, config: GPTConfig, report: Report) -> None:
 
 
 def climb(options: Options, config: GPTConfig, report: Report) -> None:
-    """Measure a plain loop, and add one optimization after the other. Each step is one micro-batch."""
+    """Measure a plain loop, and add one optimization at a time. Each step is one micro-batch."""
     rows: list[dict[str, str]] = []
     throughputs: list[float] = []
     enabled = set[str]()

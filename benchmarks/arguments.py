@@ -1,4 +1,4 @@
-"""Settings and models on the command line of several scripts."""
+"""Parsers for command-line options that several scripts share: settings and models."""
 
 import ast
 import re

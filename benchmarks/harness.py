@@ -1,6 +1,6 @@
 """Measure several implementations of the same task in one process, and print the results.
 
-The throughput of a machine drifts by a few percent within minutes, and differs more between machines. So the
+The throughput of a machine drifts by a few percent within minutes, and differs more between machines. Therefore the
 implementations are interleaved: each runs a few steps per round. A speedup is the median over rounds of the ratio of
 two measurements in the same round.
 """
@@ -89,7 +89,7 @@ class Implementation:
     build: Callable[[], RunSteps]
     """Load model and data. Not timed."""
     settings: str = ""
-    """What it runs with, printed below the table."""
+    """Settings, printed below the table."""
 
 
 @dataclass
@@ -115,7 +115,7 @@ class RoundOptions:
     steps: int = 5
     """Timed steps per implementation and round."""
     warmup: int = 1
-    """Steps before them that are not timed."""
+    """Steps before the timed ones."""
     json: Path | None = None
     """JSON file for tables and raw times."""
 

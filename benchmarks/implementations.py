@@ -51,7 +51,7 @@ def temporary_folder() -> Path:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Hide what is printed, and warnings."""
+    """Hide output and warnings."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         yield
 
@@ -87,7 +87,7 @@ class IsolatedAccelerate:
 
 
 class StopTraining(BaseException):
-    """Stops training without saving a checkpoint. For an `Exception` in an evaluation, the Trainer would save one."""
+    """Stops training without saving a checkpoint. The Trainer would save one for an `Exception` in an evaluation."""
 
 
 class _TimerCallback(Callback):
@@ -246,7 +246,7 @@ def hf_model(config: GPTConfig, *, pad_vocab: bool = True) -> Any:
     """Return Transformers' GPT-2 with random weights.
 
     With `pad_vocab`, the vocabulary is padded to a multiple of 64, which makes matrix products faster. The same call
-    pads pretrained weights.
+    also pads a pretrained model.
     """
     from transformers import AutoModelForCausalLM, GPT2Config
 

@@ -4,15 +4,15 @@ A variant is `name:key=value,key=value`, whose keys are fields of `TrainerConfig
 variants of a seed draw the same weights and read the same batches.
 
 With `plain=True` the model is GPT-2 in plain PyTorch: it has none of homebrew's kernels, and under autocast its
-residual stream, layer norms and loss are float32. A variant that differs from another only in that is compared with it
-at each evaluation: `--variants fast plain:plain=True`.
+residual stream, layer norms and loss are float32. Two variants that differ only in `plain` are compared at each
+evaluation: `--variants fast plain:plain=True`.
 
 Seconds are those of training steps, without compilation and evaluations. `timed_training.py` explains how they are
 measured.
 
 Every finished run is appended to `runs.jsonl` in the output folder. A run that is already there is not repeated, so an
-interrupted script continues where it was. With `--variants` and no values, the script only prints the tables of these
-runs, and draws `learning.png`: loss against steps and seconds. `homebrew plot OUTPUT/runs` draws the other curves.
+interrupted script continues where it stopped. With `--variants` and no values, the script only prints the tables of
+these runs and draws `learning.png`: loss against steps and seconds. `homebrew plot OUTPUT/runs` draws the other curves.
 """
 
 import json
@@ -95,7 +95,7 @@ class Variant:
     settings: dict[str, Any]
 
     def all_settings(self, options: Options) -> dict[str, Any]:
-        """Return the variant's settings, and those that it has from the options."""
+        """Return the variant's settings, and those that come from the options."""
         return {"max_steps": options.max_steps} | parse_settings(options.settings) | self.settings
 
     def trainer_config(self, options: Options, *, seed: int) -> TrainerConfig:
@@ -185,7 +185,7 @@ def load_data(options: Options) -> tuple[TokenDataset, TokenDataset, dict[str, A
 
 
 def train_missing(options: Options, variants: list[Variant], finished: list[Run], log: Path) -> list[Run]:
-    """Train the variants and seeds that have not been trained yet, all variants of a seed after each other."""
+    """Train the variants and seeds that have not been trained yet, seed by seed."""
     train, val, corpus = load_data(options)
     print(", ".join(f"{name}: {value}" for name, value in corpus.items()), file=sys.stderr)
     names = ("model", "block_size", "global_batch_tokens", "micro_batch_size", "eval_every", "eval_batches")

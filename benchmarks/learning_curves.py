@@ -102,7 +102,7 @@ def target_rows(variants: Variants, target: float, *, full_runs: Sequence[Run]) 
 
 
 def plain_pairs(variants: Variants) -> list[tuple[str, str]]:
-    """Return the names of the variants that differ only in `plain`, which is True in the second of each pair."""
+    """Return pairs of variants that differ only in `plain`, which is True in the second of each pair."""
 
     def key(name: str) -> dict[str, Any]:
         return {key: value for key, value in variants[name][0].settings.items() if key != "plain"}
@@ -112,7 +112,7 @@ def plain_pairs(variants: Variants) -> list[tuple[str, str]]:
 
 
 def difference_rows(fast: Sequence[Run], plain: Sequence[Run]) -> list[dict[str, str]]:
-    """Return a table row for each evaluation: how much two variants differ, and how much the seeds of the second."""
+    """Return a table row for each evaluation: the difference between two variants, and the spread over seeds."""
     by_seed = {run.seed: run.losses for run in plain}
     pairs = [(run.losses, by_seed[run.seed]) for run in fast if run.seed in by_seed]
     rows = []

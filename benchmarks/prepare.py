@@ -1,4 +1,4 @@
-"""Tokenizing text into a token file: `homebrew prepare`, and the way of nanoGPT's `prepare.py`."""
+"""Tokenizing text into a token file: `homebrew prepare`, and what nanoGPT's `prepare.py` does."""
 
 import contextlib
 import hashlib
@@ -84,7 +84,7 @@ def write_documents(path: Path, num_bytes: int) -> int:
 
 
 def prepare_as_nanogpt(text: Path, output: Path, workers: int) -> None:
-    """Do as nanoGPT's `data/openwebtext/prepare.py`, with fewer batches if there are few documents."""
+    """Tokenize as nanoGPT's `data/openwebtext/prepare.py` does, with fewer batches if there are few documents."""
     import tiktoken
     from datasets import disable_progress_bars, load_dataset
 

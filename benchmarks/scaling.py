@@ -119,7 +119,7 @@ def layout_of(run: dict[str, Any]) -> tuple[str, int]:
 def measure(options: Options, strategy: str, processes: int, model: str) -> dict[str, Any]:
     """Measure throughput, memory and time in collectives.
 
-    Independent processes start at the same time, each with its share of the tokens, and all count as the slowest.
+    Independent processes start at the same time, each with its share of the tokens. The slowest determines the result.
     """
     task = {"mode": "measure", "model": model}
     if strategy != "none":

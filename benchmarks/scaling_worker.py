@@ -102,8 +102,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 def losses(task: dict[str, Any]) -> dict[str, Any]:
     """Train the task's runs, each with its own Trainer; return losses and a hash of the weights by name.
 
-    A run has the name of its folder, and may have `stop_after`, a step, and `resume`, as in `Trainer.train`. A run that
-    resumes one of the same name adds to its losses.
+    A run has a `name`, which is that of its folder, and optionally `stop_after`, a step, and `resume`, as in
+    `Trainer.train`. The losses of a run that resumes one of the same name are appended to those of the earlier run.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required for deterministic matrix products
     torch.use_deterministic_algorithms(mode=True)  # the default kernels are not deterministic

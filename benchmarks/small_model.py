@@ -40,7 +40,7 @@ class Options(RoundOptions):
     nanogpt: Path | None = None
     """Folder with a clone of nanoGPT. Default: only homebrew is measured."""
     rounds: int = 7
-    """Number of rounds. 0 skips the step rate."""
+    """Number of rounds in which throughput is measured. 0 skips this."""
     steps: int = 200
     warmup: int = 10
     to_loss: float | None = None
@@ -142,7 +142,7 @@ class _PrintEvalLoss(Callback):
 
 
 def train_homebrew(options: Options, folder: Path) -> None:
-    """Train in homebrew with nanoGPT's settings, where `ours` has no other."""
+    """Train with homebrew, using nanoGPT's settings unless `ours` overrides them."""
     ours = parse_settings(options.ours)
     train_text, val_text = split_text(options)
     tokenizer = get_tokenizer("char", text=train_text + val_text)

@@ -20,7 +20,7 @@ from homebrew.errors import ConfigError
 
 @dataclass
 class Options:
-    """Measure processes from their start."""
+    """Measure the time from process start to the end of the first training step."""
 
     rounds: int = 1
     """Number of rounds. In each, an implementation starts with an empty cache, then with a warm one."""
@@ -39,8 +39,8 @@ class Options:
     json: Path | None = None
     """JSON file for tables and raw times."""
     first_step: float | None = None
-    """Internal: run a first step in this process, which was started at this time, and print the seconds. It is that of
-    nanoGPT if `nanogpt` is given."""
+    """Internal: time at which this process was started. It runs a first step, of nanoGPT if `nanogpt` is given, and
+    prints the seconds since then."""
 
 
 def main(options: Options) -> None:

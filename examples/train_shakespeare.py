@@ -27,9 +27,9 @@ class Options:
     """Text to train on: a file or a folder. Default: Tiny Shakespeare."""
     recipe: Literal["auto", "gpt2", "char", "notebook"] = "auto"
     """gpt2: GPT-2 small, for a GPU. char: a small character-level model, for a CPU. notebook: GPT-2 small with GPT-3's
-    batch of half a million tokens, which is more than Tiny Shakespeare has. auto: gpt2 on a GPU, char on a CPU."""
+    batch size of half a million tokens, more than Tiny Shakespeare has. auto: gpt2 on a GPU, char on a CPU."""
     optimizer: Literal["auto", "adamw", "muon"] = "auto"
-    """auto: Muon for char, otherwise AdamW. char can also use AdamW."""
+    """auto: Muon for char, AdamW for the others. Only char supports both."""
     output_dir: Path = Path("runs/shakespeare")
     """Folder for checkpoints, metrics and run.json."""
     max_steps: int | None = None
@@ -37,7 +37,7 @@ class Options:
     resume: bool = False
     """Resume from the newest valid checkpoint in the output folder."""
     overwrite: bool = False
-    """Start a new run in an output folder that holds one. The earlier run is moved to old-1, old-2, … in it."""
+    """Start a new run in an output folder that already holds one. The earlier run is moved to old-1, old-2, … in it."""
     seed: int = 42
     """Random seed for weights, train/validation split, data order and dropout."""
 
@@ -51,7 +51,7 @@ class Recipe:
     optimizer: Literal["adamw", "muon"]
     max_steps: int
     max_epochs: int | None = None
-    """A short text ends the run earlier: after this many epochs the model learns it by heart."""
+    """Maximum number of epochs. After more epochs, the model learns a short text by heart."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of `TrainerConfig`."""
 
@@ -97,7 +97,7 @@ RECIPES = {
     "gpt2": (_GPT2,),
     "notebook": (_NOTEBOOK,),
 }
-"""Recipes by name, the best optimizer first."""
+"""Recipes by name. The first of each name has the best optimizer."""
 
 
 def choose_recipe(name: str, optimizer: str) -> Recipe:
@@ -106,7 +106,7 @@ def choose_recipe(name: str, optimizer: str) -> Recipe:
     if optimizer == "auto":
         return RECIPES[name][0]
     if optimizer not in recipes:
-        raise SystemExit(f"--recipe {name} has no --optimizer {optimizer}. Use: {', '.join(recipes)}.")
+        raise SystemExit(f"--recipe {name} does not support --optimizer {optimizer}. Use: {', '.join(recipes)}.")
     return recipes[optimizer]
 
 
