@@ -192,7 +192,7 @@ class TrainerOptions(TrainerConfig):
     """Gradients are clipped to this global norm. "inf" disables clipping."""
     compile: Annotated[bool | Literal["auto"], _COMPILE_OPTION] = TrainerConfig.compile
     """Whether to compile the model with torch.compile. "auto" compiles on CUDA, except that short runs of a GPT
-    compile only its blocks, which takes a fraction of the time, and short runs of a small GPT compile nothing. "yes"
+    compile only its blocks, which takes less time, and short runs of a small GPT compile nothing. "yes"
     compiles the whole model."""
     eval_every: _Optional[int] = TrainerConfig.eval_every
     eval_batches: _Optional[int] = TrainerConfig.eval_batches

@@ -79,7 +79,7 @@ class TrainerConfig:
     hardware with native bfloat16, else "no" (float32). The launcher's "no" is its default and does not count."""
     compile: bool | Literal["auto"] = "auto"
     """Whether to compile the model with torch.compile. "auto" compiles on CUDA, except that short runs of a GPT
-    compile only its blocks, which takes a fraction of the time, and short runs of a small GPT compile nothing. True
+    compile only its blocks, which takes less time, and short runs of a small GPT compile nothing. True
     compiles the whole model."""
     activation_checkpointing: bool = False
     """Store only each block's input for the backward pass and recompute the rest: less memory, a third slower."""
