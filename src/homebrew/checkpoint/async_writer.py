@@ -7,7 +7,7 @@ from collections.abc import Callable
 class AsyncWriter:
     """Runs one write at a time in a background thread.
 
-    An error of the thread is kept until `wait`, `start` or `take_error` returns or raises it.
+    The error of a failed write is kept until `wait` or `start` raises it, or `take_error` returns it.
 
     A KeyboardInterrupt may end any method early: the write still runs, and the next call waits for it. This is why
     methods neither join the thread nor wait for an event. An interrupted `Thread.join` marks a live thread as ended,
@@ -22,7 +22,7 @@ class AsyncWriter:
     def start(self, write: Callable[[], object], *, name: str) -> None:
         """Call `write` in a thread of this name, after the previous write has finished.
 
-        If that has failed, its error is raised and `write` is not called.
+        If the previous write has failed, its error is raised and `write` is not called.
         """
         self.wait()
         claimed, ended = threading.Lock(), threading.Lock()

@@ -1,4 +1,4 @@
-"""The optimizer as it was built: what a checkpoint need not save, and what a second run of a Trainer starts from."""
+"""The optimizer as it was built: state that a checkpoint can omit, and from which a Trainer's second run starts."""
 
 import torch
 from accelerate import Accelerator
@@ -20,16 +20,16 @@ class BuiltOptimizer:
         self._optimizer = optimizer
         self._first = self._last = group_numbers(optimizer)
         self.settings = group_settings(optimizer)
-        """Result of `group_settings`. A checkpoint has only the settings that differ from them."""
+        """Result of `group_settings`. A checkpoint has only the settings that differ from these."""
         self.state = initial_state(model, optimizer)
-        """Result of `initial_state`: the state of parameters that a checkpoint has none of."""
+        """Result of `initial_state`. Parameters without state in a checkpoint get this state."""
 
     def end_run(self) -> None:
-        """Note the numbers in the parameter groups, so that `reset` can tell the run's changes from later ones."""
+        """Record the numbers in the parameter groups, so that `reset` can tell the run's changes from the user's."""
         self._last = group_numbers(self._optimizer)
 
     def reset(self, accelerator: Accelerator) -> None:
-        """Drop the state and the numbers of the last run, but not what the user has changed since; collective."""
+        """Restore the initial state and numbers, except numbers that the user has changed since; collective."""
         numbers = zip(self._first, self._last, group_numbers(self._optimizer), strict=True)
         groups = [{key: first[key] for key in first if last.get(key) == now.get(key)} for first, last, now in numbers]
         state = {"parameters": {}, "groups": groups}

@@ -38,7 +38,7 @@ def write_checkpoint(
     entries = dict(shards)
     for name, tensors in files.items():
         path, buffers = folder / f"{name}.safetensors", serialize(tensors)
-        read_header(io.BytesIO(buffers[0]), path, CheckpointError)  # what exceeds the reader's limits is not written
+        read_header(io.BytesIO(buffers[0]), path, CheckpointError)  # do not write what the reader would reject
         entries[path.name] = _write(path, *buffers)
     state_json = state_to_json(state, step, score)
     parse_json(state_json, folder / STATE, CheckpointError)

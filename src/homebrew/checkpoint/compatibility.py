@@ -1,4 +1,4 @@
-"""Whether a checkpoint may resume a run: the identity of a run, and the comparison of two."""
+"""Checks whether a run may resume from a checkpoint: the identity of a run, and the comparison of two identities."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -17,21 +17,21 @@ from homebrew.model.interfaces import interface_of
 from homebrew.model.lora import base_fingerprint, lora_layers
 from homebrew.optim.combined import members
 
-Schedule = Callable[[int], float]  # as `training.schedule.Schedule`, which this layer cannot import
+Schedule = Callable[[int], float]  # same as `training.schedule.Schedule`, which this layer cannot import
 """Maps a step to a multiplier of the learning rate."""
 Identity = Callable[[int], dict[str, Any]]
-"""Maps a number of steps to everything that determines them: one JSON value for each of `ASPECTS`."""
+"""Maps a number of steps to everything that determines these steps: one JSON value for each of `ASPECTS`."""
 
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
 _NUM_PROBES = 16
-"""Number of learning rates that are saved, for messages."""
+"""Number of learning rates that are saved for error messages."""
 
 _NUM_HASHED = 1000
 """Number of steps, at the start and evenly spaced, whose learning rates are compared by hash."""
 
 _NOT_SETTINGS = {"params", "param_names", "lr", "initial_lr", "fused", "foreach", "capturable", "differentiable"}
-"""Keys of a parameter group that are compared elsewhere, or change an optimizer's speed and not its result."""
+"""Keys of a parameter group that are compared elsewhere, or that change an optimizer's speed but not its result."""
 _HARMLESS_KEYS: Mapping[Aspect, set[str]] = {
     "model": {"dropout", "n_head", "class", "config", "dtype"},
     "adapter": {"alpha", "base_sha256", "dropout"},
@@ -52,11 +52,11 @@ def run_identity(
     seed: int,
     ema_decay: float | None = None,
 ) -> Identity:
-    """Return a function from a number of steps to everything that determines them.
+    """Return a function that maps a number of steps to everything that determines these steps.
 
     The schedule can be any function; it is identified by its learning rates at the first and at evenly spaced steps.
-    Only steps that have been taken count: a run can be extended if its schedule's past does not change. Therefore
-    `max_steps` is only shown, as the usual reason for other learning rates.
+    Only steps that have been taken count: a run can be extended if the learning rates of its past steps do not change.
+    Therefore `max_steps` is not compared, but only shown as the usual reason for different learning rates.
 
     Raises:
         DataError: The dataset's `fingerprint` is not a string.
@@ -83,12 +83,12 @@ def _learning_rates(schedule: Schedule, peaks: Sequence[float], num_steps: int) 
     probes = _evenly_spaced(num_steps, _NUM_PROBES)
     return {
         "learning rate": [[step, *(peak * schedule(step) for peak in peaks)] for step in probes],
-        "multipliers": _hash([f"{schedule(step):.6g}" for step in hashed]),  # rounded: libraries' cosines differ
+        "multipliers": _hash([f"{schedule(step):.6g}" for step in hashed]),  # rounded, as math libraries differ
     }
 
 
 def has_past(identity: Mapping[str, Any], schedule: Schedule, num_steps: int) -> bool:
-    """Return whether a checkpoint's identity has the first `num_steps` multipliers of a schedule."""
+    """Return whether a schedule has the multipliers that a checkpoint's run used in its first `num_steps` steps."""
     ours = _learning_rates(schedule, (), num_steps)
     return "multipliers" not in differing_keys(identity.get("schedule"), ours)
 
@@ -166,7 +166,7 @@ def check_accept_changes(accept_changes: Collection[str]) -> None:
 def check_ranks(accelerator: Accelerator, identity: Mapping[str, Any]) -> None:
     """Check that all ranks have the same `run_identity`; collective.
 
-    Otherwise their weights would differ: gradients are averaged, but each rank takes its own optimizer's steps.
+    Otherwise the ranks' weights would diverge: gradients are averaged, but each rank applies its own optimizer.
 
     Raises:
         LaunchError: On every rank, if the identities differ.
@@ -181,7 +181,12 @@ def check_ranks(accelerator: Accelerator, identity: Mapping[str, Any]) -> None:
 
 
 def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_changes: Collection[str]) -> set[Aspect]:
-    """Check that a checkpoint belongs to this run: its `run_identity`, any JSON object, must equal this run's.
+    """Check that a checkpoint belongs to this run: both must have the same `run_identity`.
+
+    Args:
+        saved: Identity in the checkpoint, which may be any JSON object.
+        ours: Identity of this run.
+        accept_changes: Aspects that may differ.
 
     Returns:
         The accepted aspects whose saved state is no longer valid.
@@ -208,9 +213,10 @@ def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_cha
 
 
 def _state_fits(aspect: Aspect, saved: Any, ours: Any) -> bool:  # noqa: ANN401 - JSON values
-    """Return whether saved state fits our settings. With more betas, for example, an optimizer has more state.
+    """Return whether saved state fits our settings: only `_HARMLESS_KEYS` differ, and have as many values as before.
 
-    The `config` of a model of transformers may have more or fewer fields: names and shapes are compared as well.
+    An optimizer with more betas, for example, has more state. The `config` of a transformers model may have more or
+    fewer fields, because the names and shapes of the weights are compared as well.
     """
     keys = differing_keys(saved, ours)
     return _HARMLESS_KEYS[aspect].issuperset(keys) and all(
@@ -219,7 +225,7 @@ def _state_fits(aspect: Aspect, saved: Any, ours: Any) -> bool:  # noqa: ANN401 
 
 
 def _differ(saved: object, ours: object) -> bool:
-    return saved != ours and differing_keys(saved, ours) != ["max_steps"]  # whose effect are other learning rates
+    return saved != ours and differing_keys(saved, ours) != ["max_steps"]  # max_steps only changes learning rates
 
 
 def differing_keys(saved: object, ours: object) -> list[str]:
@@ -234,13 +240,13 @@ def _differences(names: Iterable[Aspect], saved: Mapping[str, Any], ours: Mappin
 
 def _difference(saved: object, ours: object) -> str:
     if isinstance(saved, dict) and isinstance(ours, dict):
-        if saved.get("class") != ours.get("class"):  # the settings of another optimizer are others
+        if saved.get("class") != ours.get("class"):  # other classes have other settings
             saved, ours = {"class": saved.get("class")}, {"class": ours.get("class")}
         differences = {key: _difference(saved.get(key), ours.get(key)) for key in differing_keys(saved, ours)}
         shown = [f"{key} {difference}" for key, difference in differences.items() if difference]
         return ", ".join(shown or [f"{key} differ" for key in differences])
     if isinstance(ours, str) and ours.startswith("#"):
-        return ""  # a hash says nothing to a user
+        return ""  # a hash does not help the user
     if _is_curve(saved) and _is_curve(ours):
         return _curve_difference(saved, ours)  # type: ignore[arg-type]
     return f"was {saved!r}, is {ours!r}"

@@ -1,4 +1,4 @@
-"""Saves and restores a run: what the Trainer uses of this package."""
+"""Saves and restores a run. This is the part of the package that the Trainer uses."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -68,7 +68,7 @@ class CheckpointManager:
         self._max_steps = max_steps
         self._tokenizer = None if tokenizer is None else tokenizer.to_json()
         self._lock = RunLock(store.folder.parent)
-        self._is_locked = False  # equal on all ranks, while only rank 0 holds the lock
+        self._is_locked = False  # the same on all ranks, although only rank 0 holds the lock
         self._writer = AsyncWriter()
         multi_rank_fsdp = uses_fsdp(run.accelerator) and run.accelerator.num_processes > 1
         self._sharded = multi_rank_fsdp and checkpoint_bytes(run.model, run.optimizer) > gather_limit_bytes
@@ -87,7 +87,7 @@ class CheckpointManager:
             yield
             return
         try:
-            self._writer.close()  # a write whose wait was interrupted
+            self._writer.close()  # a write may be running if an earlier wait was interrupted
             run_on_main(self._accelerator, self._lock.acquire)
             self._is_locked = True
             yield
@@ -164,7 +164,7 @@ class CheckpointManager:
 
         Args:
             step: Optimizer steps taken.
-            num_samples: Position in the data; a run may have been resumed with another batch size.
+            num_samples: Position in the data. It does not follow from the step if the batch size was changed on resume.
             eval_loss: Evaluation loss at this step; the checkpoint with the lowest is kept.
 
         Raises:
@@ -193,7 +193,7 @@ class CheckpointManager:
         self._saved_step = step
 
     def _state(self, step: int, num_samples: int) -> dict[str, Any]:
-        """Return the contents of `state.json`: everything but tensors that is not a function of the step."""
+        """Return the contents of `state.json`: all state other than tensors that does not follow from the step."""
         numbers, unsupported = optimizer_json(self._run.model, self._run.optimizer, self._run.built.settings)
         if unsupported and not self._warned:
             self._warned = True

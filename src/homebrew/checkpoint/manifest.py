@@ -47,7 +47,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes, path: Path) -> Self:
-        """Parse and validate a manifest. If the folder of `path` is named after a step, the manifest must have it.
+        """Parse and validate a manifest. If the folder of `path` is named after a step, the steps must be equal.
 
         Raises:
             CorruptCheckpoint: The manifest is malformed, or of another format.
@@ -94,7 +94,7 @@ class Checkpoint:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Identity of the run, the result of `run_identity` or any other JSON object."""
+        """Identity of the run. It is not validated: it may be any JSON object, not only a result of `run_identity`."""
         identity = self.state.get("identity")
         return identity if isinstance(identity, dict) else {}
 
@@ -124,7 +124,7 @@ class Checkpoint:
         if path.parent == self.path:
             data = read_verified(path, self.manifest.files[files[0]])
             return parse_tensors(data, path, CorruptCheckpoint)
-        for file in files:  # again: the files are not read at the same time as they were verified
+        for file in files:  # again: the files may have changed since `open_checkpoint` verified them
             verify(self.path / file, self.manifest.files[file])
         max_bytes = sum(self.manifest.files[file].size for file in files)
         return load_shards(path.parent, {Path(file).name for file in files}, max_bytes=max_bytes)

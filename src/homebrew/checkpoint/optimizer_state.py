@@ -1,8 +1,8 @@
 """The state of an optimizer: tensors named after parameters, and plain numbers as JSON.
 
-PyTorch's `get_optimizer_state_dict` and `set_optimizer_state_dict` are not used. For an optimizer without state they
-take a step to create it, which changes the numbers of some optimizers and the weights of others; and they expect state
-for exactly the trainable parameters.
+PyTorch's `get_optimizer_state_dict` and `set_optimizer_state_dict` are not used. If an optimizer has no state yet,
+these functions take a step to create the state, which changes the numbers of some optimizers and the weights of others.
+They also expect state for exactly the trainable parameters.
 """
 
 import copy
@@ -30,8 +30,8 @@ _NOT_SAVED = ("params", "lr")
 def check_state(optimizer: torch.optim.Optimizer) -> None:
     """Raise ConfigError if an optimizer has state that a checkpoint cannot hold.
 
-    This is state in tensor subclasses, such as quantized moments; in tensors of other dtypes and layouts; in
-    containers of tensors; under keys that are not text; and in an inner optimizer.
+    Not supported are state in tensor subclasses, such as quantized moments; in tensors of other dtypes and layouts; in
+    containers of tensors; under keys that are not valid strings; and in an inner optimizer.
     """
     for member in members(optimizer):
         _check_state(member)
@@ -71,9 +71,9 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def initial_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """Copy the state that an optimizer has created when it was built, as Adagrad does, by parameter name.
+    """Copy the state that an optimizer created when it was built, as Adagrad does, by parameter name.
 
-    State at a later step than 0 is that of an earlier run, and not copied.
+    State with a step above 0 is from an earlier run and is not copied.
     """
     named = _named_states(model, optimizer)
     return {name: copy.deepcopy(values) for name, values in named.items() if not values.get("step")}
@@ -91,7 +91,7 @@ def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
 
 
 def group_numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, int | float]]:
-    """Return the plain numbers in each parameter group, some of which an optimizer may change, such as step counts."""
+    """Return the plain numbers in each parameter group. An optimizer may change some of them, such as step counts."""
     return [
         {key: value for key, value in group.items() if key not in _NOT_SAVED and isinstance(value, int | float)}
         for group in optimizer.param_groups
@@ -173,7 +173,7 @@ def load_optimizer_state(
     state: Mapping[str, Any],
     initial: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Replace an optimizer's state by one that `check_optimizer_state` has accepted; collective.
+    """Replace an optimizer's state with saved state that `check_optimizer_state` has accepted; collective.
 
     State that belongs to no parameter is kept. Parameters without saved state get their initial state.
 
@@ -200,7 +200,7 @@ def load_optimizer_state(
     state_dict["state"] = kept | {indices[id(named[name])]: values for name, values in states.items()}
     optimizer.load_state_dict(state_dict)  # moves tensors to the right device, but casts them to the weights' dtype
     fused = _fused_parameters(optimizer)
-    for name, values in states.items():  # restore the dtypes, as 256 + 1 = 256 in bfloat16
+    for name, values in states.items():  # restore the saved dtypes: in bfloat16, a step count stops at 256
         weight, loaded = named[name], optimizer.state[named[name]]
         is_fused = id(weight) in fused
         for key, value in values.items():

@@ -49,7 +49,7 @@ def load_run(
         ConfigError: The store cannot be written to; it has checkpoints, and `resume` is False or names an older one;
             `resume` is a run's folder; or the checkpoint's step is above `max_steps`.
         CheckpointError: There is no checkpoint at the path.
-        CorruptCheckpoint: The checkpoint is invalid, or every one in the store is.
+        CorruptCheckpoint: The checkpoint is invalid, or all checkpoints in the store are.
         ResumeMismatch: The checkpoint belongs to another run.
     """
     store.prepare()
@@ -68,11 +68,11 @@ def load_run(
     tensors, start = _load_state(checkpoint, changed, run)
     for key in differing_keys(checkpoint.identity.get("optimizer"), ours["optimizer"]):
         for group in start["optimizer"]["groups"]:
-            group.pop(key, None)  # this run's setting was accepted, even if the saved run has changed its own since
+            group.pop(key, None)  # use this run's accepted setting, not one that the saved run changed later
     files.update(tensors)
     in_store = checkpoint.path.resolve() == store.path(checkpoint.step).resolve()
     if in_store:
-        store.prune(checkpoint.step)  # the saved run may have been killed before it did
+        store.prune(checkpoint.step)  # the saved run may have been killed before it pruned
     return start | {"in_store": in_store}
 
 
@@ -85,8 +85,8 @@ def _find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Check
         newest, reasons = store.latest()
         if newest is None and reasons:
             raise CorruptCheckpoint(
-                f"No valid checkpoint in {store.folder}: {'; '.join(reasons)} To start over, move them away or choose "
-                f"another output_dir."
+                f"No valid checkpoint in {store.folder}: {'; '.join(reasons)} To start over, move the checkpoints away "
+                f"or choose another output_dir."
             )
         for reason in reasons:
             warn(f"Ignored an invalid checkpoint: {reason}")
@@ -131,7 +131,7 @@ def _warn_if_not_bitwise(checkpoint: Checkpoint, accelerator: Accelerator) -> No
     """Warn about differences that prevent a bitwise resume."""
     effects = {
         "mixed_precision": "Results will differ from those of the original run; check how the run was launched.",
-        "num_processes": "It reads the same samples, but sums in another order: results may not be bitwise equal.",
+        "num_processes": "Samples are the same, but sums are in another order: results may not be bitwise equal.",
     }
     for name, effect in effects.items():
         saved, ours = checkpoint.state.get(name), getattr(accelerator, name)
@@ -142,7 +142,7 @@ def _warn_if_not_bitwise(checkpoint: Checkpoint, accelerator: Accelerator) -> No
 def _load_state(
     checkpoint: Checkpoint, changed: Collection[Aspect], run: RunState
 ) -> tuple[TensorFiles, dict[str, Any]]:
-    """Load a checkpoint's tensors and numbers. State that accepted changes have made invalid is dropped.
+    """Load a checkpoint's tensors and numbers, without the state that accepted changes have made invalid.
 
     With another dataset or seed, the data is read from the start of the first epoch. With another dataset, the guard
     forgets past losses; with another seed, the random states are new. Another optimizer starts without state.

@@ -36,11 +36,13 @@ class RunLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Create the folder and take the lock, or warn if the file system has no locks. Without effect if it is held.
+        """Create the folder and acquire the lock, or warn if the file system has no locks.
+
+        Does nothing if this object already holds the lock.
 
         Raises:
-            ConfigError: The lock is held, by another process or by another `RunLock` of this one; or the folder cannot
-                be written to.
+            ConfigError: Another process, or another `RunLock` of this process, holds the lock; or the folder cannot be
+                written to.
         """
         if self._descriptor is not None:
             return
@@ -58,12 +60,12 @@ class RunLock:
             raise
         self._descriptor = descriptor
         _HELD.add(self)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds, but not the name of its holder
+        with contextlib.suppress(OSError):  # on a full disk, the lock is held but its holder is not recorded
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()} {socket.gethostname()}".encode())
 
     def release(self) -> None:
-        """Release the lock. Without effect if this process does not hold it."""
+        """Release the lock. Does nothing if this object does not hold it."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
@@ -73,12 +75,12 @@ class RunLock:
         """Close the lock file: in the process that took the lock, this releases it."""
         if self._descriptor is not None:
             _HELD.discard(self)
-            with contextlib.suppress(OSError):  # a run that failed ends with its own error
+            with contextlib.suppress(OSError):  # must not hide the error of a failed run
                 os.close(self._descriptor)
             self._descriptor = None
 
     def _lock(self, descriptor: int) -> None:
-        """Take the lock, warn, or raise ConfigError."""
+        """Acquire the lock. Warn if the file system has no locks, and raise ConfigError if the lock is held."""
         holder = b""
         for _ in range(_MAX_POLLS):
             try:
@@ -86,7 +88,7 @@ class RunLock:
             except (BlockingIOError, PermissionError):  # the latter from some network file systems
                 if holder := os.pread(descriptor, 300, 0):
                     break
-                time.sleep(_POLL_SECONDS)  # the holder is about to write its name, or to end
+                time.sleep(_POLL_SECONDS)  # the holder is about to write its name, or to release the lock
             except OSError as error:
                 warn(
                     f"The file system of output_dir={str(self._folder)!r} has no locks ({error.strerror}). Make sure "
@@ -148,7 +150,7 @@ _HELD: set[RunLock] = set()
 
 
 def _close_inherited() -> None:
-    """In a forked child, such as a loader worker, close the lock files: it must not hold the lock for its parent."""
+    """Close the lock files in a forked child, such as a loader worker, which would otherwise keep the lock."""
     for lock in tuple(_HELD):
         lock.close()
 

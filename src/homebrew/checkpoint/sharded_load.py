@@ -2,8 +2,8 @@
 
 A folder of shards is what `HuggingFaceStorageWriter(save_distributed=True)` writes: one safetensors file per rank, with
 the offsets of its shards in the file's metadata. There is no index file, so the reader of torch.distributed.checkpoint
-takes each tensor's size from its shards. What it does not check is checked here: that the shards cover their tensors,
-and that the full tensors are no larger than the files.
+takes each tensor's size from its shards. This module adds two checks that the reader lacks: the shards must cover their
+tensors, and the full tensors must not be larger than the files.
 """
 
 import math
@@ -25,7 +25,7 @@ def load_shards(folder: Path, files: Collection[str], *, max_bytes: int) -> dict
     Args:
         folder: Folder of shards.
         files: Names of its files, which have been verified.
-        max_bytes: Limit of the full tensors' size.
+        max_bytes: Maximum size of the full tensors.
 
     Raises:
         CorruptCheckpoint: The folder holds other safetensors files; a file is malformed; or the shards do not cover

@@ -1,6 +1,6 @@
 """The state of a run as named CPU tensors: weights, optimizer, update guard and random states.
 
-Names are those of the model without wrappers, whether it runs on one process or many, sharded or compiled.
+Names are those of the model without wrappers, also if the model is sharded or compiled, or runs on several processes.
 """
 
 import contextlib
@@ -58,10 +58,10 @@ class RunState:
         self.optimizer = optimizer
         self.guard = guard
         self.built = BuiltOptimizer(model, optimizer)
-        """The optimizer as it was built, which is the state of parameters without saved state."""
+        """The optimizer as it was built. Parameters without saved state get its state."""
 
     def constants(self) -> set[str]:
-        """Return the names of the saved weights that are not trained, such as a mask: they need not be finite."""
+        """Return the names of saved weights that are not trained, such as a mask, and therefore need not be finite."""
         return {name for name, tensor in _saved_weights(self.model).items() if not tensor.requires_grad}
 
     @torch.no_grad()
@@ -95,8 +95,8 @@ class RunState:
     def scatter(self, files: TensorFiles, optimizer_state: Mapping[str, Any], *, seed: int) -> None:
         """Restore the state from rank 0's `files`, which `check` has accepted.
 
-        Parameters without saved optimizer state get the one with which the optimizer was built. Ranks without a saved
-        random state are seeded with `seed`.
+        Parameters without saved optimizer state get the state that they had when the optimizer was built. Ranks without
+        a saved random state are seeded with `seed`.
         """
         accelerator, model = self.accelerator, self.model
         weights = _saved_weights(model)
@@ -146,7 +146,7 @@ class RunState:
         for file, tensors in files.items():
             if bad := find_non_finite(file, tensors, self.constants()):
                 raise CorruptCheckpoint(f"{path}: {bad} in {file} has values that are not finite.")
-        # Without state there is no file of shards.
+        # Sharded checkpoints of an optimizer without state have no optimizer files.
         check_optimizer_state(path, optimizer_state, files.get("optimizer", {}), self.model, self.optimizer)
         guard = dict(files["guard"])
         num_consecutive = guard.pop("num_consecutive", None)
@@ -159,16 +159,16 @@ class RunState:
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Return the size in bytes of the checkpoint of a run with Adam; Muon's has one momentum less for each matrix."""
+    """Return the size in bytes of a checkpoint with Adam's state; Muon saves one moment less for each matrix."""
     saved = 0 if _weights_name(model) == "adapter" else 1
     trained = _copies_of_trained(optimizer)
     return sum(p.numel() * p.element_size() * (trained if p.requires_grad else saved) for p in model.parameters())
 
 
 def _copies_of_trained(optimizer: torch.optim.Optimizer) -> int:
-    """Return how many tensors of its shape are saved for each trained parameter.
+    """Return how many tensors of a trained parameter's shape are saved for it.
 
-    These are the weights, Adam's two moments, and for an average of the weights the average and the training weights.
+    These are the parameter and Adam's two moments and, for averaged weights, the average and the training weights.
     """
     return 5 if isinstance(optimizer, AveragedOptimizer) else 3
 
@@ -198,7 +198,7 @@ def _check_savable(model: nn.Module) -> None:
 
 
 def _check_weights(path: Path, saved: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Check weights of floating dtypes, which may differ, and buffers of other dtypes, which may not."""
+    """Check weights. A floating-point dtype may differ from the model's, any other dtype may not."""
     buffers = {name: tensor for name, tensor in weights.items() if not tensor.is_floating_point()}
     for name, tensor in buffers.items():
         if name in saved and (saved[name].dtype, saved[name].shape) != (tensor.dtype, tensor.shape):
@@ -209,7 +209,7 @@ def _check_weights(path: Path, saved: Mapping[str, Tensor], weights: Mapping[str
 
 
 def _weights_name(model: nn.Module) -> str:
-    """Return the name of the weights' file; with LoRA, only the adapter is trained and saved."""
+    """Return the name of the weights' file: with LoRA, the adapter is saved instead of the full model."""
     return "adapter" if any(isinstance(module, LoRALinear) for module in model.modules()) else "model"
 
 
@@ -228,7 +228,7 @@ def _saved_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy_to_cpu(files: TensorFiles) -> TensorFiles:
-    """Replace each tensor by a copy on the CPU. From a GPU, all copies overlap, into pinned memory.
+    """Replace each tensor by a copy on the CPU. Copies from a GPU run asynchronously, into pinned memory.
 
     Tensors are replaced one by one, so that gathered tensors and their copies do not exist at the same time.
     """

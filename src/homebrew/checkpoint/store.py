@@ -36,7 +36,7 @@ class CheckpointStore:
 
     Args:
         output_dir: The run's folder.
-        keep_last: Number of newest checkpoints to keep, up to the one just saved; newer ones are never removed.
+        keep_last: Number of checkpoints to keep, counted back from the one just saved. Newer ones are never removed.
         keep_every: Also keep every checkpoint whose step is a multiple of this.
         keep_before: Also keep the newest checkpoint up to this step.
     """
@@ -86,7 +86,7 @@ class CheckpointStore:
         return sorted(self._folders())
 
     def _folders(self) -> dict[int, list[Path]]:
-        """Return the checkpoint folders of each step, the newer of two first."""
+        """Return the checkpoint folders of each step. If a step has two, the newer comes first."""
         folders: dict[int, list[Path]] = {}
         try:
             paths = sorted(self.folder.iterdir(), reverse=True)
@@ -157,7 +157,7 @@ class CheckpointStore:
         """Remove what interrupted saves and removals have left, and restore a checkpoint that was moved aside."""
         leftovers = [path for path in self.folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
         if leftovers:
-            fsync_directory(self.folder)  # before a checkpoint aside is removed, its successor's name must be on disk
+            fsync_directory(self.folder)  # a checkpoint set aside is removed only once its successor's name is on disk
         for path in leftovers:
             _, name, kind = path.name.split(".")
             if kind == "aside" and not os.path.lexists(self.folder / name):
@@ -187,8 +187,8 @@ class CheckpointStore:
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest valid checkpoint, or None, and the reason for each newer, invalid one.
 
-        The run may be in progress: a checkpoint that it removes after the folder was listed is not invalid, but the
-        folder is listed again.
+        The run may be in progress. If it removes a checkpoint after the folder was listed, that checkpoint does not
+        count as invalid: the folder is listed again.
         """
         folders = self._folders()
         while True:
@@ -256,7 +256,7 @@ def _remove(path: Path, rename_to: Path | None = None) -> None:
     try:
         if rename_to is not None:
             path.rename(rename_to)
-            fsync_directory(path.parent)  # else a power failure may undo the renaming, but not the removals
+            fsync_directory(path.parent)  # otherwise a power failure may undo the rename but not the removals
         remove_tree(rename_to or path)
     except OSError as error:
         warn(f"{path} could not be removed: {error.strerror}.")

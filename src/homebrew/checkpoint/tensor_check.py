@@ -12,7 +12,7 @@ from homebrew.errors import CorruptCheckpoint, NonFiniteError
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CorruptCheckpoint unless a file holds exactly the tensors of the expected shapes, of any floating dtype."""
+    """Raise CorruptCheckpoint unless a file has exactly the expected names and shapes, in any floating-point dtype."""
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise CorruptCheckpoint(f"{path} has no tensor {name}, which the model needs.")
@@ -27,12 +27,12 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 
 def is_savable(tensor: Tensor) -> bool:
-    """Return whether a tensor's dtype and layout can be saved, and it has values."""
+    """Return whether a tensor can be saved: its dtype and layout are supported, and it is not on the meta device."""
     return str(tensor.dtype) in SAFETENSORS_DTYPES and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def describe(tensor: Tensor) -> str:
-    """Return the properties for which a tensor may not be savable."""
+    """Describe a tensor by the properties that `is_savable` checks."""
     return f"{tensor.dtype} {type(tensor).__name__} ({tensor.layout}{', without values' if tensor.is_meta else ''})"
 
 
@@ -40,7 +40,8 @@ def find_non_finite(file: str, tensors: Mapping[str, Tensor], constants: Collect
     """Return the name of the first tensor that has a NaN, an infinity or a value above float32's range, or None.
 
     Random states (files `rng-0`, ...) and `constants`, such as a mask of -inf, may have any values. An optimizer's
-    state may be infinite, such as the smallest loss so far. Of sharded tensors, the local shard is checked.
+    state may be infinite but not NaN: the smallest loss so far, for example, starts at infinity. Of a sharded tensor,
+    only the local shard is checked.
     """
     if file.startswith("rng-"):
         return None
@@ -64,6 +65,6 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     local = local_shard(tensor)
     if local.is_floating_point():
-        # Training and inference load float64 as float32, where it may overflow. For float8, isfinite does not exist.
+        # Training and inference load float64 as float32, where it may overflow. isfinite does not support float8.
         local = local if local.element_size() in (2, 4) else local.float()
     return bool(local.isfinite().all())
