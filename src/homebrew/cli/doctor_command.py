@@ -154,7 +154,7 @@ def check_compilation(device: "torch.device") -> Finding:
             "compilation", "fails: no triton package", "Install triton, or train with --compile no (slower)."
         )
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        # Without compilation, too, the loss and the MLP use Triton kernels.
+        # The loss and the MLP use Triton kernels even without compilation.
         return Finding("compilation", "fails, also with --compile no: no C compiler", "Install one, such as gcc.")
     return Finding("compilation", "on")
 

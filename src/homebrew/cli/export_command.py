@@ -59,7 +59,7 @@ class Export:
             model.save_pretrained(self.folder, tokenizer)
             print(f"Exported and verified {self.folder}. Try it:")
             print(f"  {sample_command(self.folder, tokenizer)}")
-            if tokenizer is not None:  # which transformers' pipeline needs
+            if tokenizer is not None:  # transformers' pipeline needs a tokenizer
                 # The pipeline's default number of tokens is more than a small model's block size.
                 max_new_tokens = max(1, min(50, model.config.block_size // 2))
                 print(

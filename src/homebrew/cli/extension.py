@@ -23,10 +23,11 @@ def recorded_max_steps(output_dir: str | Path) -> int:
 
 
 def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
-    """Return how to extend the run in `output_dir` from a checkpoint from before its decay.
+    """Return how to extend the run in `config.output_dir`, from a checkpoint before the decay of the learning rate.
 
     Args:
-        config: Options of the run. If its `max_steps` is larger, it is the number of steps to extend the run to.
+        config: Options of the run. `config.max_steps` is the number of steps to extend the run to, if it is above
+            `max_steps`. Otherwise the advice is to double the number of steps.
         max_steps: Number of steps in the run.
     """
     from homebrew.checkpoint.compatibility import has_past
@@ -41,7 +42,7 @@ def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
     schedule = replace(config, max_steps=longer).schedule()
     kept = []
     for step in store.steps():
-        with suppress(CheckpointError):  # an invalid checkpoint is left out
+        with suppress(CheckpointError):  # invalid checkpoints are skipped
             if step <= decay_start and has_past(open_checkpoint(store.path(step)).identity, schedule, step):
                 kept.append(step)
     old, new = (shlex.quote(f"{config.output_dir}{suffix}") for suffix in ("", "-longer"))

@@ -62,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        is_closed_pipe = isinstance(error, BrokenPipeError)  # its reader, such as `head`, has exited
+        is_closed_pipe = isinstance(error, BrokenPipeError)  # the reader of the pipe, such as `head`, has exited
         if error.filename is not None or not (is_closed_pipe or is_disk_full(error)):
-            raise  # not of standard output
+            raise  # not an error of standard output
         # Replace standard output, otherwise Python prints an error when it flushes it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not is_closed_pipe:
@@ -90,7 +90,7 @@ def _run(arguments: Sequence[str]) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"{as_line(message)}\n"
     try:
         default = saved_options(arguments) or tyro.MISSING_NONPROP
-        # Parsed alone, so that errors refer to the help of the command.
+        # Parse only this command's options, so that errors refer to the command's help.
         prog = f"homebrew {name}"
         tyro.cli(command, prog=prog, args=words, default=default, config=_CONFIG, registry=OPTION_TYPES).run()
     except HomebrewError as error:
@@ -100,7 +100,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _exit_with_help(arguments: Sequence[str]) -> None:
-    """Print the help of all commands, or what is wrong with arguments that name none of them."""
+    """Exit with the help of all commands, or with an error for arguments that name no command."""
     tyro.cli(
         Command,
         prog="homebrew",

@@ -19,7 +19,7 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def open_dataset(files: Sequence[Path], block_size: int, tokenizer: "Tokenizer | str | Path | None") -> "TokenDataset":
-    """Open text files, with the given tokenizer, or token files, which may name theirs."""
+    """Open text files with the given tokenizer, or token files, which may name their own tokenizer."""
     from homebrew.data.dataset import TokenDataset
 
     if not files:
@@ -38,7 +38,7 @@ def open_eval_dataset(files: Sequence[Path], train_dataset: "TokenDataset") -> "
 
 
 def are_token_files(files: Sequence[Path]) -> bool:
-    """Return whether any of the files is a token file; then all must be."""
+    """Return whether any of the files is a token file. If one is, all must be."""
     from homebrew.data.token_formats import is_token_file
 
     return any(map(is_token_file, files))

@@ -30,14 +30,14 @@ class SavedModel:
     dtype: Dtype = "auto"
     """Data type of the weights. "auto" selects bfloat16 on a GPU with native bfloat16, otherwise float32."""
     tokenizer: Literal["auto", "gpt2", "bytes"] | Path = "auto"
-    """Tokenizer, or path of one that `homebrew tokenizer train` has written, for a model that does not record which
-    one it was trained with. "auto" uses the recorded one."""
+    """Tokenizer of a model that does not record it: a name, or the path of a tokenizer that `homebrew tokenizer train`
+    has written. "auto" uses the recorded tokenizer."""
 
     def open_model(self) -> tuple["GPT", "Tokenizer"]:
         """Load the model, in evaluation mode and on the device, and its tokenizer.
 
         Raises:
-            ConfigError: The device cannot be used, or the tokenizer is unknown or a different one.
+            ConfigError: The device cannot be used, or the tokenizer is unknown or differs from the recorded one.
         """
         import torch
 
@@ -77,7 +77,7 @@ def sample_command(folder: Path, tokenizer: "Tokenizer | None") -> str:
     """Return the command that samples from a model, for messages."""
     from homebrew.hub.tokenizer_files import HOMEBREW_FILE
 
-    is_recorded = tokenizer is not None or (folder / HOMEBREW_FILE).exists()  # that of an earlier export is kept
+    is_recorded = tokenizer is not None or (folder / HOMEBREW_FILE).exists()  # an earlier export's file is kept
     option = "" if is_recorded else " --tokenizer gpt2  (or the one that the model was trained with)"
     return f"homebrew sample {shlex.quote(str(folder))}{option}"
 

@@ -1,4 +1,4 @@
-"""The options of a command: suggestions for names that do not exist, and errors of the library in terms of options."""
+"""Names of a command's options: suggestions for unknown names, and translation of the library's error messages."""
 
 import dataclasses
 import difflib
@@ -58,7 +58,7 @@ def _field_names(command: type) -> Iterator[str]:
 
 
 def explain_unknown_name(arguments: Sequence[str], commands: Mapping[str, type]) -> str | None:
-    """Return a message about the first command or option that does not exist, or None if there is none.
+    """Return a message about the first command or option that does not exist, or None if all exist.
 
     Args:
         arguments: The words after `homebrew`.
@@ -85,7 +85,7 @@ def explain_unknown_name(arguments: Sequence[str], commands: Mapping[str, type])
 def in_terms_of_options(message: str, command: type) -> str:
     """Replace argument names in an error message by option names: "max_steps=0" becomes "--max-steps 0".
 
-    None is left out of allowed values: the command line does not take it.
+    "or None" is removed from lists of allowed values, because the command line does not accept None.
     """
     message = re.sub(r",? or None\b[^.;]*", "", message)
     call = r"train\((resume|overwrite)=True(?:, accept_changes=[(\[]([^)\]]*)[)\]])?\)"
@@ -95,7 +95,7 @@ def in_terms_of_options(message: str, command: type) -> str:
         message = re.sub(rf"{name}=True\b", option, message)
         message = re.sub(rf"{name}=(?=[\w'\"(\[-])", f"{option} ", message)
         message = re.sub(rf"{name}=", option, message)
-        if "-" in option[2:]:  # a name of one word may be the plain word
+        if "-" in option[2:]:  # a single word, such as "text", may be meant literally
             message = re.sub(rf"{name}(?![\w/'\"]|\.\w)", option, message)
     return message
 

@@ -1,4 +1,4 @@
-"""How options are parsed whose type tyro parses differently."""
+"""Rules for parsing option types, in place of tyro's own rules."""
 
 import dataclasses
 import typing
@@ -21,7 +21,7 @@ OPTION_TYPES = ConstructorRegistry()
 
 @OPTION_TYPES.primitive_rule
 def _optional(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
-    """Parse the type `X | None` as `X`, so that None, which only the default can be, is not among the choices."""
+    """Parse the type `X | None` as `X`: only the default can be None, so None must not be among the choices."""
     kinds = typing.get_args(type_info.type)
     if NoneType not in kinds:
         return None
@@ -33,7 +33,7 @@ def _optional(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | U
     def parse(words: list[str]) -> Any:  # noqa: ANN401 - of any type
         try:
             return spec.instance_from_str(words)
-        except ValueError:  # whose message names Python's types
+        except ValueError:  # tyro's message names Python types
             raise ValueError(f"{' '.join(words)!r} is not of the form {spec.metavar}") from None
 
     return dataclasses.replace(

@@ -15,7 +15,7 @@ from homebrew.io import absolute_path, local_path_or_name
 
 
 def command_line(train: Train) -> str:
-    """Return the `homebrew train` command of these options, with absolute paths and without those of resuming."""
+    """Return the `homebrew train` command of these options, with absolute paths and without options for resuming."""
     words = ["homebrew", "train", *(str(absolute_path(path)) for path in train.data.files)]
     for options in (train.data, train.model, train.trainer, train.samples):
         for field in dataclasses.fields(options):
@@ -29,7 +29,7 @@ def _option_words(name: str, value: object) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     items = value if isinstance(value, tuple) else [value]
     values = [str(absolute_path(item) if isinstance(item, Path) else item) for item in items]
-    if name in ("eval_data", "sample_prompt"):  # given once for each value, which may begin with a dash
+    if name in ("eval_data", "sample_prompt"):  # repeated for each value, with "=" in case it begins with a dash
         return [f"{option}={value}" for value in values]
     if name == "compile":
         return [option, "yes" if value else "no"]
@@ -37,7 +37,7 @@ def _option_words(name: str, value: object) -> list[str]:
 
 
 def saved_options(arguments: Sequence[str]) -> Train | None:
-    """Load the options of the run that a command line resumes: the defaults of that command line.
+    """Load the options of the run that a command line resumes. They become the defaults of the command line.
 
     Args:
         arguments: The command line's words after `homebrew`.
@@ -46,8 +46,8 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
         None if the command line does not resume a run, or resumes one that another program started.
 
     Raises:
-        ConfigError: `run.json` does not have options that the command line does not give either, or has another
-            --init-from or --init.
+        ConfigError: Options are neither in `run.json` nor on the command line, or the command line has another
+            --init-from or --init than `run.json`.
     """
     if list(arguments[:1]) != ["train"]:
         return None
@@ -77,14 +77,14 @@ def saved_options(arguments: Sequence[str]) -> Train | None:
     _check_initial_weights(given, train.model)
     if given.eval_data is not None:
         train.data.eval_data = ()  # otherwise the given files would be added
-        train.data.eval_fraction = DataOptions.eval_fraction  # another has no effect beside them
+        train.data.eval_fraction = DataOptions.eval_fraction  # the saved fraction has no effect with --eval-data
     if given.sample_prompt is not None:
         train.samples.sample_prompt = ()
     return train
 
 
 def _has_data(words: Sequence[str]) -> bool:
-    """Return whether a command line names data, or has a mistake, which its own parser explains."""
+    """Return whether a command line names data, or has a mistake, which is reported when it is parsed later."""
     try:
         return bool(_parse(words).data.files)
     except SystemExit:
@@ -93,7 +93,7 @@ def _has_data(words: Sequence[str]) -> bool:
 
 def _check_initial_weights(given: argparse.Namespace, saved: ModelOptions) -> None:
     """Raise an error for other initial weights, which would have no effect on a run that has started."""
-    is_adapter = saved.lora_rank is not None  # whose base may have moved
+    is_adapter = saved.lora_rank is not None  # its base may have moved
     if given.init_from is not None and not is_adapter and str(local_path_or_name(given.init_from)) != saved.init_from:
         option, value = "--init-from", given.init_from
     elif given.init is not None and given.init != saved.init:
@@ -119,7 +119,7 @@ def _parse(words: Sequence[str]) -> Train:
 
 
 def _parse_saved(command: str, output_dir: Path) -> Train:
-    """Parse a saved command. The folder is the one given now: the run may have been moved."""
+    """Parse a saved command. `output_dir` replaces the saved folder, because the run may have been moved."""
     try:
         train = _parse(shlex.split(command)[2:])
     except (ValueError, SystemExit, HomebrewError) as error:

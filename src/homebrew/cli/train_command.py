@@ -78,7 +78,7 @@ class Train:
         logger = RunLogger(command=command_line(self))
         trainer = Trainer(model, train_dataset, eval_dataset=eval_dataset, config=config, callbacks=[logger, *sampling])
         if trainer.is_main_process:
-            if files != list(self.data.files):  # of a folder or a pattern
+            if files != list(self.data.files):  # DATA has a folder or a pattern
                 _print(f"Data: {describe_files(files)}.")
             if choice is not None:
                 _print(choice)
@@ -199,6 +199,6 @@ class Train:
 
 
 def _print(text: str) -> None:
-    """Print to standard output, as the progress display does: nobody has to read it, and it may be closed."""
+    """Print in the background, as the progress display does: an unread or closed standard output stops nothing."""
     with closing(BackgroundStream(sys.stdout)) as stream:
         print(text, file=stream)

@@ -31,7 +31,7 @@ _COMPILE_OPTION = PrimitiveConstructorSpec(
 
 T = TypeVar("T")
 _Optional = Annotated[T | None, arg(help_behavior_hint="")]
-"""An option whose description says what happens without it."""
+"""An option whose help text says what happens if the option is not given."""
 
 
 @dataclass(kw_only=True)
@@ -48,9 +48,9 @@ class DataOptions:
     eval_fraction: float = 0.1
     """Fraction of DATA used for evaluation instead of training, chosen at random. 0 disables evaluation."""
     tokenizer: Literal["auto", "gpt2", "bytes", "char"] | Path = "auto"
-    """Tokenizer for text: a name, or the path of one that `homebrew tokenizer train` has written; or that of nanoGPT's
-    token files, which do not name it. For text, "auto" selects that of
-    --init-from, char with --preset char, and otherwise gpt2."""
+    """Tokenizer of DATA: a name, or the path of a tokenizer that `homebrew tokenizer train` has written. Required for
+    nanoGPT's token files, which do not name it. For text, "auto" selects the tokenizer of --init-from, char with
+    --preset char, and otherwise gpt2."""
 
     def check(self) -> None:
         """Check the fraction for evaluation.
@@ -103,7 +103,7 @@ class ModelOptions:
             self.preset = "gpt2" if not on_cpu else "char" if tokenizer in ("auto", "char", "bytes") else "baby"
 
     def new_config(self, **changes: int) -> GPTConfig:
-        """Return the shape of a new model. `changes` are set besides the fields given on the command line."""
+        """Return the configuration of a new model, with the fields given on the command line and `changes`."""
         names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return GPTConfig.preset(self.preset, **given | changes)
@@ -116,7 +116,7 @@ class ModelOptions:
             return None
         try:
             return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
-        except ConfigError as error:  # begins with the field's name, to which the option adds "lora"
+        except ConfigError as error:  # begins with the field's name; the option has the prefix "lora"
             raise ConfigError(f"lora_{error}") from error
 
     def check(self) -> None:
@@ -150,7 +150,7 @@ class SampleOptions:
     """Number of tokens to generate for each text."""
 
     def callbacks(self) -> "list[Callback]":
-        """Return the callback that generates the texts, if it is wanted.
+        """Return the callback that generates the texts, or an empty list without --sample-every.
 
         Raises:
             ConfigError: An option has no effect without another, or is out of range.
@@ -164,7 +164,7 @@ class SampleOptions:
         prompts, max_new_tokens = self.sample_prompt or ("",), self.sample_max_new_tokens
         try:
             return [SampleText(every=self.sample_every, prompts=prompts, max_new_tokens=max_new_tokens)]
-        except ConfigError as error:  # begins with the argument's name, to which the option adds "sample"
+        except ConfigError as error:  # begins with the argument's name; the option has the prefix "sample"
             raise ConfigError(f"sample_{error}") from error
 
 
@@ -204,7 +204,7 @@ class TrainerOptions(TrainerConfig):
     loader_timeout_seconds: Suppress[Fixed[float]] = TrainerConfig.loader_timeout_seconds
 
     def __post_init__(self) -> None:
-        """Leave the validation to `validated`: tyro would report an error without the name of the option."""
+        """Leave the validation to `validated`: tyro would report an error without the option's name."""
 
     def validated(self) -> TrainerConfig:
         """Return the configuration.
