@@ -1,8 +1,8 @@
 """Bounded readers of JSON and safetensors files, which may be corrupt or hostile.
 
-All files of checkpoints, model folders, adapters and token files that have a structure are read here, within the same
-limits: on size, and on the number of objects that are created from the file. Each function takes the class of the
-error that it raises.
+All structured files of checkpoints, model folders, adapters and token files are read here, within the same limits on
+their size and on the number of objects that are created from them. Each function takes the class of the error that it
+raises.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ SAFETENSORS_DTYPES = {
     "torch.float8_e4m3fn": "F8_E4M3",
     "torch.float8_e5m2": "F8_E5M2",
 }
-"""Names of the supported dtypes in safetensors files, by the names of PyTorch's."""
+"""The name in safetensors files of each supported PyTorch dtype."""
 
 _DTYPE_NAMES = frozenset(SAFETENSORS_DTYPES.values())
 Shapes = dict[str, tuple[int, ...]]
@@ -57,7 +57,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @contextlib.contextmanager
 def open_file(path: Path, error: type[HomebrewError]) -> Iterator[tuple[io.BufferedReader, int]]:
-    """Open a regular file, which is not a symbolic link, and yield it with its size in bytes."""
+    """Open a regular file, not a symbolic link, and yield it with its size in bytes."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             yield file, file.seek(0, io.SEEK_END) + file.seek(0)
@@ -85,7 +85,7 @@ def parse_json(data: bytes, source: Path | str, error: type[HomebrewError]) -> d
     """Parse a JSON object, UTF-8. `source` names it in error messages."""
     if len(data) > MAX_BYTES:
         raise error(f"{source} has {len(data):,} bytes; at most {MAX_BYTES:,} are expected.")
-    # Every value but the first follows one of these characters, so their number is a limit that needs no parsing.
+    # Every value but the first follows one of these characters, so counting them limits the values without parsing.
     if sum(map(data.count, (b"[", b"{", b",", b":"))) > MAX_JSON_VALUES:
         raise error(f"{source} has more than {MAX_JSON_VALUES:,} JSON values, which are not expected in such a file.")
     try:
@@ -142,7 +142,7 @@ def read_header(file: BinaryIO, path: Path, error: type[HomebrewError]) -> Shape
 def _safetensors_errors(path: Path, error: type[HomebrewError]) -> Iterator[None]:
     try:
         yield
-    # Besides its own error, the library raises those of PyTorch, for example for shapes such as (0, 2**62).
+    # The library raises not only its own error, but also PyTorch's, for example for shapes such as (0, 2**62).
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AssertionError, RuntimeError) as cause:
         if isinstance(cause, HomebrewError):
             raise
@@ -158,7 +158,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_depth(value: object) -> None:
-    """Reject deep nesting, which functions that recurse, such as `repr`, do not survive."""
+    """Reject deep nesting, on which recursive functions such as `repr` fail."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         if not level:

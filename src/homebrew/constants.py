@@ -1,4 +1,4 @@
-"""Facts that several packages share."""
+"""Constants that several packages share."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ Aspect = Literal["model", "adapter", "dataset", "optimizer", "schedule", "global
 """A property of a run that a checkpoint records; `accept_changes` names those that may differ on resume."""
 
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "curves.png", "run.json", "logs", "checkpoints")
-"""What a run writes to its folder, `checkpoints` last: without them, a folder does not count as holding a run."""
+"""Files and folders that a run writes. `checkpoints` is moved aside last: a folder without it does not hold a run."""
 
 TOKENIZER_FILE = "tokenizer.json"
 """Name of the file of a tokenizer, in a folder of texts, a run or an export."""

@@ -5,7 +5,7 @@ Each message says which value is wrong, which rule it breaks, and what to do abo
 HomebrewError
 ├── ConfigError            an option, or a combination of options, is invalid
 │   ├── ArgumentError      an argument does not exist
-│   └── LaunchError        the launch is invalid, or Accelerate sees other processes than the launcher started
+│   └── LaunchError        the launch is invalid, or Accelerate's number of processes is not the launcher's
 ├── DataError              text, tokens or a data file cannot be used
 │   └── TokenizerError     a tokenizer's vocabulary is not available
 ├── ModelError             weights or adapters do not fit the model, or the model cannot take an input
@@ -30,7 +30,7 @@ class ArgumentError(ConfigError, TypeError):
 
 
 class LaunchError(ConfigError):
-    """The launch is invalid, or Accelerate sees other processes than the launcher started."""
+    """The launch is invalid, or Accelerate's number of processes is not the launcher's."""
 
 
 class DataError(HomebrewError, ValueError):

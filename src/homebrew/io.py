@@ -19,7 +19,7 @@ _CHUNK_BYTES = 1 << 24
 
 
 def absolute_path(path: str | Path) -> Path:
-    """Return a path with the home directory for `~`, and independent of later changes of the working directory.
+    """Return an absolute path, which does not depend on later changes of the working directory, and expand `~`.
 
     Links are kept. Public functions call this, or `local_path_or_name`, once for each path that they are given.
 
@@ -39,16 +39,16 @@ def absolute_path(path: str | Path) -> Path:
 
 
 def local_path_or_name(source: str | Path) -> str | Path:
-    """Return the absolute path of an existing file or folder; keep a string that is none, such as a Hub repository."""
+    """Return the absolute path of a file or folder; keep a string that is not an existing path, such as a Hub name."""
     path = absolute_path(source)
     # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
     return path if isinstance(source, Path) or os.path.exists(path) else source  # noqa: PTH110
 
 
 def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file and return its descriptor. A link is not followed, and a pipe or a device does not block.
+    """Open a regular file and return its descriptor. Opening a pipe or a device fails instead of blocking.
 
-    Links in the directory part of the path are followed.
+    A link as the last part of the path is not followed; links in the directory part are.
 
     Args:
         path: Path of the file.
@@ -92,7 +92,7 @@ def atomic_replace(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         fsync_directory(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # it has been renamed; or the first error is the one to raise
+        with contextlib.suppress(OSError):  # it has been renamed, or the first error is the one to raise
             temporary.unlink()
 
 
@@ -160,14 +160,14 @@ def remove_tree(path: Path) -> None:
 
 
 def _close(descriptor: int) -> None:
-    """Close a synced file, or one whose write has failed with the error to raise: an error of its own adds nothing."""
+    """Close a file, ignoring errors: it has been synced, or its write has failed with an error that is raised."""
     with contextlib.suppress(OSError):
         os.close(descriptor)
 
 
 @contextlib.contextmanager
 def write_errors(path: Path, kind: type[HomebrewError], remedy: str) -> Iterator[None]:
-    """Turn an OSError into an error of another class, which names the file of the OSError or else `path`.
+    """Convert an OSError to an error of another class. The message names the OSError's file, if known, or `path`.
 
     Args:
         path: Path that the block writes to.
@@ -182,7 +182,7 @@ def write_errors(path: Path, kind: type[HomebrewError], remedy: str) -> Iterator
 
 @contextlib.contextmanager
 def _named_in_errors(path: Path) -> Iterator[None]:
-    """Set the `filename` of an OSError, which calls on a descriptor leave out, and which may be a temporary file."""
+    """Set the `filename` of an OSError: it is missing after calls on a descriptor, or names a temporary file."""
     try:
         yield
     except OSError as error:
@@ -193,7 +193,7 @@ def _named_in_errors(path: Path) -> Iterator[None]:
 def strict_json(value: object, **options: Any) -> str:  # noqa: ANN401 - those of json.dumps
     """Serialize to JSON that every parser reads.
 
-    JSON has no NaN and no infinity, which Python would write nevertheless. As in JavaScript, they become null.
+    JSON has no NaN and no infinity, although Python would write them. Here they become null, as in JavaScript.
     """
     return json.dumps(_without_non_finite(value), allow_nan=False, **options)  # noqa: TID251
 

@@ -1,4 +1,4 @@
-"""Errors for arguments that do not exist: they suggest names, also for those of other programs."""
+"""Errors for arguments that do not exist. They suggest names, also for the argument names of other programs."""
 
 import difflib
 import functools
@@ -16,15 +16,15 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class ArgumentNames:
-    """What arguments are called in other programs. The methods decorate functions that have such arguments."""
+    """Names of arguments in other programs. The methods decorate the functions that take the arguments."""
 
     other_names: Mapping[str, str] = field(default_factory=dict)
-    """Names in other programs, separated by spaces, of each argument."""
+    """Each argument's names in other programs, separated by spaces."""
     advice: Mapping[str, str] = field(default_factory=dict)
-    """What to do instead, for arguments of other programs without an equal counterpart."""
+    """Advice for arguments of other programs that have no direct counterpart."""
 
     def explain_unknown_arguments(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Let a function raise ArgumentError, with a suggestion, for keyword arguments that it does not have."""
+        """Make a function raise ArgumentError, with a suggestion, for keyword arguments that it does not have."""
         names = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
 
         @functools.wraps(function)
@@ -52,6 +52,6 @@ class ArgumentNames:
 
 
 def similar_names(name: str, names: Sequence[str], other_names: Mapping[str, str]) -> list[str]:
-    """Return the names that are called `name` in other programs, or else those that are spelled like it."""
+    """Return the `names` that other programs call `name` or, if there are none, those with a similar spelling."""
     meant = [known for known in names if name in other_names.get(known, "").split()]
     return meant or difflib.get_close_matches(name, names, n=2)
