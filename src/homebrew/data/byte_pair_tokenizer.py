@@ -1,4 +1,4 @@
-"""A byte-level byte-pair encoding of any vocabulary."""
+"""A byte-level byte-pair encoding with any vocabulary."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ MAX_TOKEN_BYTES = 128
 """Maximum length of a token. GPT-2's longest has 128 bytes. The time to check a token grows with its square."""
 
 _MAX_VOCABULARY_BYTES = 2**20
-"""Maximum length of all tokens together, with which a checkpoint's `state.json` can be read. GPT-2's have 0.3 MB."""
+"""Maximum total length of the tokens, so that a checkpoint's `state.json` can be read. GPT-2's tokens have 0.3 MB."""
 
 
 class BytePairTokenizer(TiktokenTokenizer):
@@ -21,11 +21,11 @@ class BytePairTokenizer(TiktokenTokenizer):
     Words are split as by GPT-2. "<|endoftext|>" in a text is encoded as ordinary text.
 
     Args:
-        tokens: Each token by its id, in the notation of GPT-2's vocabulary files. Tokens are the 256 bytes, merges of
+        tokens: Tokens in the order of their ids, in the notation of GPT-2's vocabulary files: the 256 bytes, merges of
             two tokens in the order of the merges, and "<|endoftext|>", if the tokenizer has it.
 
     Raises:
-        DataError: If the tokens are not those of a byte-level byte-pair encoding.
+        DataError: If the tokens do not form a byte-level byte-pair encoding.
     """
 
     name = "bpe"
@@ -43,7 +43,7 @@ class BytePairTokenizer(TiktokenTokenizer):
 
 
 def find_merges(ids: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the two tokens that are merged to each token of several bytes, by id.
+    """For each token of several bytes, in the order of ids, return the two tokens that are merged into it.
 
     The merges follow from the tokens: ids are in the order of the merges, so the pair that makes a token is what
     remains of its bytes after the merges of all lower ids.

@@ -20,10 +20,10 @@ class Collate:
     By default a batch is as long as its longest sample.
 
     Args:
-        vocab_size: Size of the model's vocabulary. None: ids are not checked.
-        block_size: Maximum number of tokens in a sample. None: any number.
-        lengths: Lengths of a batch, in ascending order. A batch is as long as the first that its longest sample fits
-            into. A compiled model is compiled once for each length that occurs, so it should see few of them.
+        vocab_size: Size of the model's vocabulary. If None, ids are not checked.
+        block_size: Maximum number of tokens in a sample. If None, any number is allowed.
+        lengths: Allowed lengths of a batch, in ascending order. A batch has the first length that its longest sample
+            fits into. A model is compiled once for each length that occurs, so there should be few.
     """
 
     vocab_size: int | None

@@ -26,7 +26,7 @@ def cache_dir() -> Path:
 
 
 def read_file(path: Path) -> bytes | None:
-    """Read a regular file or the one that a link leads to, or return None if that fails."""
+    """Read a regular file, following links, or return None if that fails."""
     try:
         with open_file(Path(os.path.realpath(path)), DataError) as (file, size):
             return file.read(size)

@@ -1,4 +1,4 @@
-"""Fast encoding of texts by gigatoken, an optional library with the ids of tiktoken at many times its throughput."""
+"""Fast encoding with gigatoken, an optional library that returns tiktoken's ids at many times its throughput."""
 
 import itertools
 import json
@@ -21,20 +21,20 @@ from homebrew.io import strict_json
 from homebrew.user_warnings import warn
 
 _MAX_CACHE_BYTES = 24 * 2**20
-"""Growth of the process after which the tokenizer is built again. gigatoken remembers every word that it has seen. In
-natural language and code these are few, but not in random data."""
+"""Growth of the process's memory after which the tokenizer is built again. gigatoken caches every word that it has
+seen. Natural language and code have few distinct words, but random data has many."""
 
 _CHARACTERS_BETWEEN_CHECKS = 2**20
 
 
 class FastEncoding:
-    """An encoding by gigatoken, in place of a `tiktoken.Encoding`.
+    """An encoding with gigatoken, used in place of a `tiktoken.Encoding`.
 
     Args:
         tokenizer_json: Contents of a `tokenizer.json` with the special token "<|endoftext|>" and no other.
         eot_token: Id of "<|endoftext|>".
-        reference: Returns the tokenizer by tiktoken. It encodes texts with new characters, which only one of the two
-            libraries may know as letters.
+        reference: Function that returns the tiktoken tokenizer. It encodes texts with new characters, which one of the
+            two libraries may not yet know as letters.
     """
 
     def __init__(self, tokenizer_json: str, eot_token: int, reference: Callable[[], TiktokenTokenizer]) -> None:
@@ -51,7 +51,7 @@ class FastEncoding:
         """Encode a text. "<|endoftext|>" is encoded as ordinary text."""
         if _has_unassigned(text):
             return self._reference().encode(text).astype(np.uint32)
-        # gigatoken encodes it as the special token, so it is cut where two words meet in any case: after "<|".
+        # gigatoken would encode "<|endoftext|>" as the special token. Cut it after "<|", where a word ends anyway.
         head, tail = END_OF_TEXT[:2], END_OF_TEXT[2:]
         parts = text.split(END_OF_TEXT)
         parts[:-1] = [part + head for part in parts[:-1]]
@@ -81,16 +81,16 @@ class FastEncoding:
     def _build(self) -> None:
         import gigatoken
 
-        self._tokenizer = None  # frees the memory of the last one
+        self._tokenizer = None  # free its memory before building the next one
         self._tokenizer = gigatoken.Tokenizer.from_json(self._json).backend
         self._num_characters, self._memory = 0, _memory()
 
 
 class FastTokenizer(TiktokenTokenizer):
-    """A byte-pair tokenizer that encodes by gigatoken.
+    """A byte-pair tokenizer that encodes with gigatoken.
 
     Args:
-        encoding: Encoding by gigatoken.
+        encoding: Encoding with gigatoken.
         description: `to_json` of the tokenizer.
     """
 
@@ -117,7 +117,7 @@ def has_fast_tokenizer(tokenizer: Tokenizer, samples: Iterable[str]) -> bool:
 
     Args:
         tokenizer: The tokenizer.
-        samples: Texts to compare the ids of. Those of all characters that are new since Unicode 3.2 are compared, too.
+        samples: Texts whose ids are compared. All characters that are new since Unicode 3.2 are compared, too.
     """
     if not isinstance(tokenizer, TiktokenTokenizer) or not _is_installed():
         return False
@@ -137,7 +137,7 @@ def has_fast_tokenizer(tokenizer: Tokenizer, samples: Iterable[str]) -> bool:
 def fast_tokenizer(description: dict[str, Any]) -> FastTokenizer | None:
     """Build a fast tokenizer from another one's `to_json`, or return None if it is not a byte-pair tokenizer.
 
-    Its ids have to be compared with the other one's.
+    The caller has to compare its ids with those of the other tokenizer, as `has_fast_tokenizer` does.
     """
     tokenizer: BytePairTokenizer | None = None
     match description["name"]:
@@ -154,7 +154,7 @@ def fast_tokenizer(description: dict[str, Any]) -> FastTokenizer | None:
             return None
     if end_of_text_id is None:
         return None
-    # GPT-2's is large, and most texts don't need it.
+    # The reference is built on first use: GPT-2's is large, and most texts do not need it.
     encoding = FastEncoding(strict_json(pipeline), end_of_text_id, lambda: tokenizer or GPT2Tokenizer())
     return FastTokenizer(encoding, description)
 
@@ -162,7 +162,7 @@ def fast_tokenizer(description: dict[str, Any]) -> FastTokenizer | None:
 def _has_unassigned(text: str) -> bool:
     """Return whether a text has characters that Python's version of Unicode has not assigned.
 
-    Python's version is older than those of gigatoken and tiktoken, which do not always have the same.
+    gigatoken and tiktoken have newer versions of Unicode than Python, and not always the same one.
     """
     if text.isascii() or text.replace("\n", "").isprintable():  # unassigned characters are not printable
         return False

@@ -26,7 +26,7 @@ MAX_RESIDENT_BYTES = 2 * 1024**3
 """Maximum size of a `TokenDataset` that is copied to the GPU's memory before training."""
 
 MAX_GATHERED_TOKENS = 2**18
-"""Maximum number of tokens gathered from a `TokenDataset` at a time. Several batches at a time save kernel launches."""
+"""Maximum number of tokens gathered from a `TokenDataset` at a time. Gathering many batches saves kernel launches."""
 
 SAMPLES_PER_BLOCK = 4096
 """Approximate number of samples in a `SampleBlock`. For a small model, computing one step's indices and copying them to
@@ -125,7 +125,7 @@ def eval_batches(
     collate: Collate,
     max_batches: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's batches for evaluation, in which every sample occurs on one rank.
+    """Yield this rank's batches for evaluation. Every sample is read on exactly one rank.
 
     All batches have the same number of samples, and all ranks the same number of batches. The last batches are padded
     with samples whose targets are `IGNORE_INDEX`. `max_batches` limits the number of batches on each rank.
@@ -180,7 +180,7 @@ def _read_batches(
         num_workers=num_workers,
         timeout=timeout_seconds,
         worker_init_fn=_ignore_signals,
-        # Without a generator of its own, the loader draws from the global one, and dropout would differ after a resume.
+        # Without this generator, the loader would draw from the global one, and dropout would differ after a resume.
         generator=torch.Generator(),
     )
     return _load_samples(data_loader, device)
@@ -206,11 +206,11 @@ def _load_samples(data_loader: DataLoader[Any], device: torch.device) -> Iterato
         if data_loader.num_workers:
             batches._shutdown_workers()
             for worker in batches._workers:
-                worker.kill()  # a worker stopped by SIGSTOP ignores SIGTERM, and this process would wait at its exit
+                worker.kill()  # a worker stopped by SIGSTOP ignores SIGTERM, and this process would wait for it at exit
 
 
 def _ignore_signals(_worker_id: int) -> None:
-    """Ignore the signals that Ctrl-C and schedulers send to all processes: the run needs its workers until it saved."""
+    """Ignore the signals that Ctrl-C and schedulers send to all processes: the run needs workers until it has saved."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -16,8 +16,8 @@ from homebrew.errors import DataError
 class SeededDataset(Dataset[Sample]):
     """Seeds the global random generators of Python, NumPy and PyTorch before each sample is read.
 
-    So random augmentation does not depend on the number of ranks or workers, or on a resume. Afterwards the generators
-    of this process are restored, so that the dataset does not affect the model's dropout.
+    Therefore random augmentation does not depend on the number of ranks or workers, or on a resume. Afterwards the
+    generators of this process are restored, so that the dataset does not affect the model's dropout.
 
     If the dataset implements `__getitems__`, the generators are seeded once per batch, by its first sample. Then the
     random numbers do depend on the micro-batch size and the number of ranks.
@@ -62,9 +62,10 @@ class SeededDataset(Dataset[Sample]):
 
 
 def _reads_batches(dataset_class: type) -> bool:
-    """Return whether a dataset is to be read with `__getitems__`: its class, or the nearest base, implements it.
+    """Return whether to read a dataset with `__getitems__`: its class, or the nearest base, implements the method.
 
-    A class that overrides only `__getitem__` is read one by one, and so is `Subset`, whose samples may be random.
+    If a class overrides only `__getitem__`, its samples are read one by one. So are those of a `Subset`, because they
+    may be random.
     """
     nearest = next(cls for cls in dataset_class.__mro__ if vars(cls).keys() & {"__getitem__", "__getitems__"})
     return "__getitems__" in vars(nearest) and nearest is not Subset

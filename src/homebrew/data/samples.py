@@ -92,14 +92,14 @@ def _from_columns(sample: Mapping[str, Any], name: str, labels_are_shifted: bool
                 f"{name}['attention_mask'] must be ones, then zeros for padding on the right: the model's attention is "
                 f"causal and supports no other mask. Set the tokenizer's padding_side to 'right', or do not pad."
             )
-        # An id of the padding may be outside the vocabulary.
+        # Padding ids may be outside the vocabulary.
         input_ids = input_ids.masked_fill(~is_real.to(input_ids.device), 0)
     is_shifted = key == "targets" or (key == "labels" and labels_are_shifted)
     return input_ids, targets if is_shifted else _shift(targets)
 
 
 def _check_other_columns(sample: Mapping[str, Any], name: str, length: int) -> None:
-    """Refuse other keys with a number per token, such as a misspelled mask. Others, such as a text, are ignored."""
+    """Reject other keys with a number per token, such as a misspelled mask. Keys such as a text are ignored."""
     for key in sample.keys() - (*_COLUMNS, *_UNUSED_COLUMNS):
         values = sample[key]
         is_sequence = isinstance(values, Sequence | np.ndarray | Tensor) and getattr(values, "ndim", 1) == 1
@@ -116,7 +116,7 @@ def _is_pair(sample: Any) -> bool:  # noqa: ANN401 - whatever a dataset returns
 
 
 def _as_ids(values: Any, name: str, rule: str = _SAMPLE_RULE) -> Tensor:  # noqa: ANN401
-    """Return ids as an int64 tensor, (T,). Error messages state the `rule` for what is called `name`."""
+    """Return ids as an int64 tensor, (T,). Error messages call the ids `name` and state the `rule` for them."""
     is_converted = isinstance(values, Tensor) and values.dtype == torch.int64 and values.layout == torch.strided
     if is_converted and values.dim() == 1 and not values.is_meta:
         return values  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """Read text files with error messages that name the file and the remedy.
 
-Text is read as it is: the characters CR and LF are not translated, so that the bytes tokenizer sees the file's bytes.
+Text is read as it is: CR and LF are not translated, so that the "bytes" tokenizer sees the file's bytes.
 """
 
 import codecs
@@ -27,7 +27,7 @@ _MAX_CONTROL_BYTES = 0.05
 """Share of control bytes above which a file that is not UTF-8 is binary. Compressed data has about 0.1."""
 
 _HEAD_BYTES = 8192
-"""Bytes at the start of a file by which its kind is described."""
+"""Number of bytes at the start of a file from which its kind is recognized."""
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """The first bytes of most UTF-16 files."""
@@ -40,13 +40,13 @@ def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file.
 
     Raises:
-        DataError: As `text_chunks`.
+        DataError: As in `text_chunks`.
     """
     return "".join(text_chunks(path, _BLOCK_BYTES))
 
 
 def text_chunks(path: str | Path, chunk_characters: int) -> Iterator[str]:
-    """Read a UTF-8 text file in chunks of at most `chunk_characters`. Which files are text does not depend on it.
+    """Read a UTF-8 text file in chunks of at most `chunk_characters`. Errors do not depend on the size of the chunks.
 
     Raises:
         DataError: If the file cannot be read, is not UTF-8, or is binary; or has JSON, whose markup would become part

@@ -1,4 +1,4 @@
-"""Resolve arguments to lists of files: a file, several, folders of them, or patterns such as `*.txt`."""
+"""Resolve arguments to lists of files. An argument is a file, a folder, a pattern such as `*.txt`, or several."""
 
 import glob
 import itertools
@@ -23,7 +23,7 @@ PREPARE_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".gz", ".zst")
 """Suffixes of the other files that `homebrew prepare` takes from a folder."""
 
 _SPLIT = re.compile(r"(.*)-(train|val)(-\d{5})?")
-"""Stem of a token file of one of the splits of `homebrew prepare`."""
+"""Stem of a token file of a split that `homebrew prepare --val-fraction` has written."""
 
 
 def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
@@ -35,7 +35,7 @@ def expand_paths(paths: Paths, *suffixes: str | tuple[str, ...]) -> list[Path]:
     Args:
         paths: Files, folders and patterns, such as "shards/train_*.bin".
         suffixes: Suffixes of the files to take from a folder. Only files with the first suffix that occurs are taken.
-            Those of a tuple count as one.
+            The suffixes in a tuple count as one.
 
     Raises:
         DataError: A folder has no such file or cannot be read; text files are taken from a folder that also has data
@@ -69,7 +69,7 @@ def describe_files(paths: Sequence[str | Path], *, kind: str = "file") -> str:
 
 
 def _matches(path: str | Path) -> Sequence[str | Path]:
-    """Return what a pattern matches. Any other path, also of a file whose name has brackets, is returned as it is."""
+    """Return the matches of a pattern. Any other path is returned as it is, even if its name has brackets."""
     if os.path.lexists(absolute_path(path)) or not glob.has_magic(str(path)):
         return [path]
     # Not the absolute path, since the name of the current folder may have brackets.
@@ -108,7 +108,7 @@ def _files_in(folder: Path, suffixes: Sequence[str | tuple[str, ...]]) -> list[P
 
 
 def _check_splits(folder: Path, files: Sequence[Path]) -> None:
-    """Raise DataError if the token files of a folder are both splits of `homebrew prepare --val-fraction`."""
+    """Raise DataError if the token files of a folder belong to both splits of `homebrew prepare --val-fraction`."""
     names = [_SPLIT.fullmatch(path.stem) for path in files]
     if {match[2] for match in names if match} == {"train", "val"}:
         prefix = next(match[1] for match in names if match)

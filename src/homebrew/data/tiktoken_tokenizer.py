@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encodings by tiktoken, with GPT-2's rules for splitting words, in chunks of bounded size."""
+"""Byte-level byte-pair encodings with tiktoken and GPT-2's rules for splitting words, in chunks of bounded size."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -17,15 +17,15 @@ _PATTERN = (  # splits a text into words before merging; Radford et al. 2019, in
 )
 
 CHUNK_CHARACTERS = 2**16
-"""Characters of a text that are encoded at a time. tiktoken's regular expression fails at a million spaces, and its
-memory is about 200 bytes per character."""
+"""Number of characters that are encoded at a time. tiktoken's regular expression fails at a million spaces, and
+tiktoken needs about 200 bytes of memory per character."""
 
 _NUM_HELD_BACK = 256
-"""Tokens at the end of a chunk that are encoded again with the next one. See `TiktokenTokenizer.encode_chunks`."""
+"""Number of tokens at the end of a chunk that are encoded again with the next chunk; see `encode_chunks`."""
 
 
 class Encoding(Protocol):
-    """What `TiktokenTokenizer` needs of a `tiktoken.Encoding`, or of an object in its place."""
+    """The part of `tiktoken.Encoding`'s interface that `TiktokenTokenizer` uses. `FastEncoding` has it, too."""
 
     @property
     def n_vocab(self) -> int:
@@ -69,10 +69,10 @@ class TiktokenTokenizer:
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[NDArray[np.int64]]:
         """Encode a text that is given in chunks, cut anywhere. The ids are those of the entire text.
 
-        The last tokens of a chunk may depend on the text that follows, so they are kept and encoded again with
-        the next chunk. The others are final: later words do not matter, and a later part of the same word changes
-        only a few tokens before it, since a merge depends only on earlier merges next to it. A word whose first
-        tokens are cut off keeps its other tokens.
+        The last tokens of a chunk may depend on the text that follows, so they are held back and encoded again with
+        the next chunk. The other tokens are final: later words do not affect them, and a later part of the same word
+        changes only the few tokens before it, since a merge depends only on earlier merges next to it. If the first
+        tokens of a word are cut off, its other tokens stay the same.
         """
         held_back: Sequence[int] | NDArray[np.uint32] = []
         for chunk in chunks:
@@ -108,7 +108,7 @@ def build_encoding(ids: Mapping[bytes, int], end_of_text_id: int | None) -> tikt
     """Build tiktoken's encoding of a vocabulary.
 
     Args:
-        ids: Id of each token of bytes. tiktoken merges the pair whose merge has the lowest id first.
+        ids: Id of each token, given as bytes. tiktoken merges the pair whose merge has the lowest id first.
         end_of_text_id: Id of "<|endoftext|>", or None if there is no such token.
     """
     special_tokens = {} if end_of_text_id is None else {END_OF_TEXT: end_of_text_id}

@@ -1,4 +1,4 @@
-"""Token files: reading those of `token_formats`, and writing ours, `book.npy` beside `book.json`, its metadata."""
+"""Read token files in the formats of `token_formats`, and write homebrew's format: `book.npy` beside `book.json`."""
 
 import hashlib
 import re
@@ -25,13 +25,13 @@ _CHUNK_TOKENS = 2**20
 
 _DIGEST_BLOCKS = 64
 _DIGEST_BLOCK_TOKENS = 2**15
-"""Size of the part of a file that its digest depends on, if the file has no metadata. Smaller files are read whole."""
+"""Number and size of the blocks that a file's digest depends on if it has no metadata. Smaller files are read fully."""
 
 
 class TokenFile:
     """A token file in one of the formats of `token_formats`, memory-mapped for reading.
 
-    `ids` are all ids, (num_tokens,), uint16 or uint32, read-only. Use `read` to have them checked.
+    `ids` are all ids, (num_tokens,), uint16 or uint32, read-only and not checked. `read` checks the ids it returns.
 
     Args:
         path: Path of the file. The JSON file of a `.npy` file is expected beside it.
@@ -70,7 +70,7 @@ class TokenFile:
 
     @property
     def digest(self) -> str:
-        """Hash of the ids: the SHA-256 in the metadata. Without metadata, it is that of blocks all over the file.
+        """Hash of the ids: the SHA-256 in the metadata or, without metadata, a hash of blocks all over the file.
 
         At most `_DIGEST_BLOCKS` blocks are read, so that a run on hundreds of GB starts at once.
         """
@@ -113,13 +113,13 @@ def write_tokens(
     """Write a token file atomically: its `.npy` file, then its JSON file.
 
     Args:
-        path: Path of the `.npy` file. An existing token file, valid or damaged, is replaced. Missing
-            directories are created.
+        path: Path of the `.npy` file. An existing token file, valid or corrupt, is replaced. Missing directories are
+            created.
         ids: Token ids, (num_tokens,), integers; or an iterable of such arrays, which are written one after another.
         vocab_size: Size of the vocabulary; all ids must be below it.
         tokenizer_json: `Tokenizer.to_json` of the tokenizer that made the ids.
         num_text_bytes: Size of the text in UTF-8 bytes.
-        count_text_bytes: Function that returns the size of the text of some ids, if `num_text_bytes` is not known.
+        count_text_bytes: Function that returns the size of the text of given ids, if `num_text_bytes` is not known.
         source: Description of the text's origin.
 
     Raises:
@@ -162,12 +162,12 @@ def write_tokens(
 
 
 def check_output_path(path: Path) -> None:
-    """Check that writing a token file overwrites nothing but a token file, which may be damaged, or an empty file."""
+    """Check that writing a token file overwrites nothing but a token file, which may be corrupt, or an empty file."""
     if path.suffix != ".npy":
         raise DataError(f"The token file {path} must end in .npy. Use the name {path.with_suffix('.npy')}.")
     metadata = metadata_path(path)
     text = read_bytes(metadata, DataError) if metadata.exists() else b""
-    if b'"metadata_sha256"' in text:  # the metadata is ours, so whatever is left of the array is, too
+    if b'"metadata_sha256"' in text:  # homebrew's metadata: the array, even if corrupt, belongs to it
         return
     is_array = _is_token_array(path)
     for existing, is_ours in ((path, is_array), (metadata, is_array and not _is_json(text))):

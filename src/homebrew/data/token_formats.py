@@ -3,7 +3,7 @@
 - homebrew's: `book.npy`, a NumPy array, beside `book.json`, its metadata. The array is one-dimensional, uint16 if
   `vocab_size` is at most 65,536 and uint32 otherwise. Any program that reads NumPy's format can read it.
 - llm.c's: a header of 256 int32, then ids of GPT-2's tokenizer, uint16, or of Llama 3's, uint32.
-- nanoGPT's: `train.bin`, uint16 ids without a header. Which tokenizer made them is not in the file.
+- nanoGPT's: `train.bin`, uint16 ids without a header. The file does not record the tokenizer.
 
 All are little-endian. Opening a file does not load it. The mapped pages count towards the process's memory (RssFile),
 but they are unmodified pages of the page cache, which the kernel drops when memory is short.
@@ -34,13 +34,13 @@ _LLMC_FORMATS: dict[bytes, tuple[str, tuple[int, ...], int, dict[str, Any] | Non
 
 
 def is_token_file(path: str | Path) -> bool:
-    """Return whether a file has token ids, by its first bytes and its name. `open_tokens` validates its content."""
+    """Return whether a file's first bytes and name are those of a token file. `open_tokens` validates its content."""
     start = _read_start(path)
     return start.startswith((NPY_MAGIC, *_LLMC_FORMATS)) or _is_headerless(Path(path), start)
 
 
 def named_tokenizer(path: str | Path) -> dict[str, Any] | None:
-    """Return the description of the tokenizer that a file names, or None if it names none, as a text or nanoGPT's."""
+    """Return the description of the tokenizer that a file names, or None: texts and nanoGPT's files name none."""
     if _read_start(path).startswith((NPY_MAGIC, *_LLMC_FORMATS)):
         return open_tokens(absolute_path(path))[1].tokenizer
     return None
@@ -54,8 +54,8 @@ def open_tokens(path: Path, vocab_size: int | None = None) -> tuple[TokenIds, To
         vocab_size: Size of the vocabulary, for a file that does not contain it.
 
     Returns:
-        The ids, (num_tokens,), uint16 or uint32, read-only, and the metadata: those of the JSON file, or what the
-        format says.
+        The ids, (num_tokens,), uint16 or uint32, read-only, and the metadata, from the JSON file or implied by the
+        format.
 
     Raises:
         DataError: If the file is not a valid token file, or its vocabulary is unknown.
@@ -81,7 +81,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def npy_header(dtype: np.dtype[Any], num_tokens: int) -> bytes:
     """Return the bytes before a one-dimensional array in NumPy's format 1.0, as `np.save` writes them.
 
-    They have the same length for any number of tokens, so that it can be filled in once it is known.
+    The header has the same length for any number of tokens, so the number can be filled in when it is known.
     """
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({num_tokens},), }}"
     start = NPY_MAGIC + b"\x01\x00" + (NPY_HEADER_BYTES - 10).to_bytes(2, "little")
@@ -101,7 +101,7 @@ def _open_npy(path: Path) -> tuple[TokenIds, TokenMetadata]:
     num_bytes = len(header) + num_tokens * dtype.itemsize
     with open_file(path, DataError) as (file, size):
         start = file.read(len(header))
-        # Compared rather than parsed: a changed length of the header would shift the ids, for example.
+        # The header is compared, not parsed: a corrupt header length, for example, would shift the ids.
         if start != header:
             position = next((i for i in range(len(start)) if start[i] != header[i]), len(start))
             problem = f"its header differs at byte {position}"
@@ -178,7 +178,7 @@ def _map(file: BufferedReader, dtype: np.dtype[Any], offset: int, num_tokens: in
 
 
 def _is_headerless(path: Path, start: bytes) -> bool:
-    """Return whether a file can be nanoGPT's. Its ids look neither like a text nor like a known format."""
+    """Return whether a file may be nanoGPT's: a `.bin` file that looks neither like text nor like a known format."""
     return path.suffix == ".bin" and not is_known_kind(start) and not is_text(start)
 
 

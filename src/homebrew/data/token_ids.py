@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TokenIds = NDArray[np.integer]
 
 TOKENIZE = "Tokenize a text with TokenDataset.from_text(text, …), or a file with TokenDataset.from_file(path, …)."
-"""What to do with a text that is given in place of token ids."""
+"""Advice for an error about a text that was given in place of token ids."""
 
 MAX_VOCAB_SIZE = 2**31
 """Token ids are int32 on the device."""
@@ -58,7 +58,7 @@ def as_token_ids(ids: "Tensor | TokenIds | Sequence[int]") -> TokenIds:
 
 
 def check_token_ids(ids: TokenIds, vocab_size: int) -> None:
-    """Check that token ids, of which there is at least one, are in the vocabulary."""
+    """Check that token ids are in the vocabulary. There must be at least one."""
     smallest, largest = int(ids.min()), int(ids.max())
     if smallest < 0 or largest >= min(vocab_size, MAX_VOCAB_SIZE):
         raise DataError(

@@ -12,7 +12,7 @@ from homebrew.io import strict_json
 
 FORMAT_VERSION = 1
 REMEDY = "Restore both files, or run `homebrew prepare` again."
-"""What to do about an invalid token file, for error messages."""
+"""Advice for errors about an invalid token file."""
 
 _FIELD_TYPES: dict[str, Any] = {
     "vocab_size": int,
@@ -81,7 +81,7 @@ class TokenMetadata:
         return metadata
 
     def check(self, path: Path) -> None:
-        """Check that these metadata, written to the JSON file `path`, can be read again."""
+        """Check that the metadata could be read again after writing them to the JSON file `path`."""
         _check_types(vars(self))
         try:
             self.parse(self.to_json().encode(), path)

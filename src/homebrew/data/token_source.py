@@ -1,4 +1,4 @@
-"""Token sources: where a `TokenDataset` reads its windows from, memory or token files."""
+"""Token sources: a `TokenDataset` reads its windows from memory or from token files."""
 
 import hashlib
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ class FileTokens:
         self._ids = [file.ids for file in files]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the files, which map their ids again, and not the ids."""
+        """Pickle the files without their ids. Unpickled files map their ids again."""
         return type(self), (self.files, self.tokenizer)
 
     @classmethod
@@ -107,7 +107,7 @@ class FileTokens:
             raise DataError("The list of token files is empty. Give the path of at least one.")
         named = named_tokenizer(paths[0])
         if named is not None and tokenizer == named.get("name"):
-            tokenizer = None  # that of the file, which for "char" has the alphabet
+            tokenizer = None  # use the file's, which has the alphabet of "char"
         elif named is not None and tokenizer == "char":
             raise _other_tokenizer(paths[0], named, "char")
         if tokenizer is not None:
@@ -150,7 +150,7 @@ class FileTokens:
         Raises:
             DataError: If an id is outside the vocabulary.
         """
-        # Few operations for each window: their overhead is larger than that of copying a thousand ids.
+        # Few operations per window: the overhead of one is larger than the time to copy a thousand ids.
         files = torch.searchsorted(self.offsets, starts, right=True) - 1
         positions = (starts - self.offsets[files]).tolist()
         windows = np.empty((len(starts), length), self._ids[0].dtype)
@@ -162,7 +162,7 @@ class FileTokens:
         return torch.from_numpy(windows.astype(np.int64))
 
     def to(self, device: torch.device) -> "MemoryTokens | FileTokens":
-        """Return the ids in the memory of another device, or this source if the device is the CPU."""
+        """Copy the ids to another device's memory. For the CPU, return this source, which reads from the files."""
         if device.type == "cpu":
             return self
         ids = np.concatenate([file.read(0, len(file)).astype(np.int32) for file in self.files])
@@ -177,7 +177,7 @@ def _other_tokenizer(path: Path, description: dict[str, Any], name: str) -> Data
 
 
 def _check_tokenizer(tokenizer: Tokenizer, file: TokenFile) -> None:
-    """Check that a tokenizer is that of a token file or, if it is not named there, has as many ids."""
+    """Check that a tokenizer is the one that a token file names or, if the file names none, has as many ids."""
     description, vocab_size = file.metadata.tokenizer, file.metadata.vocab_size
     if description is None and tokenizer.vocab_size != vocab_size:
         raise DataError(

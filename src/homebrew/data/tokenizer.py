@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
         """Decode token ids to UTF-8 bytes, which may start or end inside a character."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-serializable description, from which `tokenizer_from_json` builds the tokenizer."""
+        """Return a JSON-serializable description from which `tokenizer_from_json` builds the tokenizer."""
 
 
 class ByteTokenizer:
@@ -152,7 +152,7 @@ def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[str]) -> Iterator[NDArr
 
 
 def saved_tokenizer(description: object, path: Path, error: type[HomebrewError]) -> Tokenizer | None:
-    """Create the tokenizer that was saved with a model. A custom one is None, with a warning.
+    """Create the tokenizer that was saved with a model. For a custom tokenizer, warn and return None.
 
     Args:
         description: Any JSON value; valid if it is the result of a tokenizer's `to_json`.
@@ -204,7 +204,7 @@ def tokenizer_from_json(description: object) -> Tokenizer:
 
 def check_tokenizer(tokenizer: object) -> None:
     """Raise ConfigError if an object does not implement `Tokenizer`."""
-    if isinstance(tokenizer, type):  # has the methods, too
+    if isinstance(tokenizer, type):  # a class has the methods, too
         raise ConfigError(f"The tokenizer is the class {tokenizer.__name__}. Pass an object of this class.")
     if not isinstance(tokenizer, Tokenizer):
         names = (*Tokenizer.__annotations__, "encode", "decode", "decode_bytes", "to_json")
@@ -233,7 +233,7 @@ def dataset_tokenizer(dataset: object) -> Tokenizer | None:
 
 
 def default_prompt(tokenizer: Tokenizer) -> str:
-    """Return the prompt for generation without one: a newline, or the first token if there is no newline."""
+    """Return the prompt to use if none is given: a newline, or the first token if there is no newline."""
     return newline_for(tokenizer) or tokenizer.decode([0])
 
 

@@ -26,7 +26,7 @@ BYTE_LEVEL_BPE: dict[str, tuple[Any, ...]] = {
     "model.byte_fallback": (False, None),
     "model.ignore_merges": (False, None),
 }
-"""Fields of `tokenizer.json` that affect the ids or the decoded text, with the values in files of GPT-2's tokenizer."""
+"""Fields of `tokenizer.json` that affect the ids or the decoded text, with the values that GPT-2's tokenizer has."""
 
 OTHER_TOKENIZERS = (
     "Or encode the text with transformers and pass only the ids, to "
@@ -51,13 +51,13 @@ class Vocabulary(NamedTuple):
 
 
 def open_tokenizer_json(path: str | Path) -> BytePairTokenizer:
-    """Open a `tokenizer.json`, or that of a folder.
+    """Open a `tokenizer.json`, or the one in a folder.
 
     Raises:
         DataError: The file does not exist, is not valid, or has a tokenizer that is not a byte-level BPE with GPT-2's
             rules for splitting words.
     """
-    path = Path(os.path.realpath(absolute_path(path)))  # a snapshot of the Hub's cache consists of links
+    path = Path(os.path.realpath(absolute_path(path)))  # files in the Hub's cache are links
     if path.is_dir() and not (path / TOKENIZER_FILE).is_file():
         advice = (
             _ASK_FOR_TEXT
@@ -68,7 +68,7 @@ def open_tokenizer_json(path: str | Path) -> BytePairTokenizer:
     if path.is_dir():
         path = Path(os.path.realpath(path / TOKENIZER_FILE))
     data = read_bytes(path, DataError)
-    if path.suffix in (".pkl", ".pickle") or data.startswith(b"\x80"):  # the first byte of a pickle, in no JSON
+    if path.suffix in (".pkl", ".pickle") or data.startswith(b"\x80"):  # a pickle's first byte, which no JSON has
         raise DataError(
             f"{path} is a pickle, which can run any code when it is read, so it is not read. {_ASK_FOR_TEXT}"
         )
@@ -139,7 +139,7 @@ def check_tokenizer_path(path: Path) -> None:
 
 
 def pipeline_vocabulary(pipeline: Mapping[str, Any]) -> Vocabulary | None:
-    """Return the vocabulary of the contents of a `tokenizer.json`, or None if its model is of another kind."""
+    """Return the vocabulary in the contents of a `tokenizer.json`, or None if its model has none of this kind."""
     match pipeline:
         case {"model": {"vocab": dict(ids), **model}} if isinstance(merges := model.get("merges", []), list):
             pairs: list[Any] = [" ".join(pair) if _is_string_list(pair) else pair for pair in merges]

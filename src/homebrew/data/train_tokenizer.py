@@ -1,4 +1,4 @@
-"""Train a byte-level BPE on text files, by Hugging Face's tokenizers library."""
+"""Train a byte-level BPE on text files with Hugging Face's tokenizers library."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -23,13 +23,13 @@ _MAX_SIZE = 2**16
 """Maximum size of a trained vocabulary. A token file stores ids below it in two bytes."""
 
 _MIN_FREQUENCY = 2
-"""Occurrences of a pair that are needed to merge it. A token for what occurs once would never be learned."""
+"""Number of occurrences that a pair needs to be merged. A model could not learn a token that occurs once."""
 
 _LAST_WORD_BOUNDARY = re.compile(r"(?s:.*)\S(?=[ \t\r\n])")
-"""Up to the last place where a text can be cut: no word continues from a character into white space."""
+"""Matches up to the last place where a text can be cut: no word continues from another character into white space."""
 
 _LONG_WORD = re.compile(r"\S{128}|\s{128}")
-"""What is cut off as a word of its own: the library takes minutes for words of a million characters."""
+"""Pieces of long words are cut off as separate words: the library takes minutes for words of a million characters."""
 
 
 def train_tokenizer(paths: Paths, output: str | Path, *, vocab_size: int) -> BytePairTokenizer:

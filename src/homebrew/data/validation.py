@@ -16,7 +16,7 @@ from homebrew.data.token_ids import TOKENIZE
 from homebrew.errors import DataError, HomebrewError
 
 NUM_CHECKED = 8
-"""Number of samples of a dataset that are read before the first step, from the first to the last at equal distances."""
+"""Number of samples of a dataset that are read before the first step, evenly spaced from the first to the last."""
 
 _ATTRIBUTES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("vocab_size", "an integer of at least 1", lambda value: isinstance(value, Integral) and int(value) > 0),

@@ -81,7 +81,7 @@ class WindowDataset(Dataset[Sample]):
     def __getitem__(self, index: slice) -> Self: ...
 
     def __getitem__(self, index: int | slice) -> Sample | Self:
-        """Return a sample, or for a slice a dataset of its windows that shares the tokens."""
+        """Return a sample or, for a slice, a dataset of the windows in the slice, which shares the tokens."""
         if isinstance(index, slice):
             indices = np.arange(*index.indices(len(self)))  # a tensor's slice has no negative steps
             return self._with_starts(self.starts[torch.from_numpy(indices).to(self.device)])
@@ -140,14 +140,14 @@ class WindowDataset(Dataset[Sample]):
     def fingerprint(self) -> str:
         """Hash of the tokens, the windows and `block_size`. Datasets with equal fingerprints have equal samples.
 
-        Of large files without metadata, such as nanoGPT's, it depends on a part of the tokens only.
+        For large files without metadata, such as nanoGPT's, the hash depends on only a part of the tokens.
         """
         digest = hashlib.sha256(f"{self.block_size} {len(self.tokens)} {len(self)} {self.tokens.digest}\n".encode())
         digest.update(self.starts.cpu().numpy().data)
         return digest.hexdigest()
 
     def _with_starts(self, starts: Tensor) -> Self:
-        other = copy.copy(self)  # with the attributes of a subclass
+        other = copy.copy(self)  # keeps the attributes of a subclass
         other.__dict__.pop("fingerprint", None)
         other.starts = starts
         return other

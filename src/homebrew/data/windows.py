@@ -33,8 +33,8 @@ def split_starts(starts: Tensor, block_size: int, fraction: float, seed: int | N
         starts: Result of `window_starts`, in any order.
         block_size: Number of targets of a window.
         fraction: Fraction of the windows in the first set.
-        seed: Random seed for distributing the windows. If None, the text is cut in two, and windows that reach over
-            the cut are left out.
+        seed: Random seed for distributing the windows. If None, the text is cut in two, and windows that span the cut
+            are left out.
 
     Raises:
         DataError: If a set would be empty, or the windows overlap and `seed` is not None.

@@ -1,7 +1,7 @@
 """Documents: the texts in the files that `prepare` reads, each a stream of chunks.
 
-A text file is one document, and so is each line of a JSON Lines file and each row of a Parquet file. gzip and zstd are
-decompressed as the file is read. No file and no text file's document has to fit in memory.
+A text file is one document, and so is each line of a JSON Lines file and each row of a Parquet file. gzip and zstd
+files are decompressed while they are read. Neither a file nor the document in a text file has to fit in memory.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class Span(NamedTuple):
     path: str
     """Absolute path of the file."""
     start: int = 0
-    """First byte or, of a Parquet file, first row group."""
+    """First byte or, in a Parquet file, first row group."""
     stop: int | None = None
     """Byte or row group after the last. None for the end of the file."""
 
@@ -44,7 +44,7 @@ class Document(NamedTuple):
     text: str
     """The text or, if it is long, its beginning."""
     rest: Iterator[str] = iter(())
-    """The rest in chunks that are cut anywhere. They have to be read before the next document."""
+    """The rest in chunks that are cut anywhere. It has to be read before the next document."""
     is_continued: bool = False
     """Whether the document began in an earlier span, at the start of the same file."""
 
@@ -66,7 +66,7 @@ def read_documents(span: Span, text_field: str, *, split_at_end_of_text: bool) -
     """Read the documents of a span.
 
     Args:
-        span: What to read.
+        span: File, or part of a file, to read.
         text_field: Key or column of the text in JSON Lines and Parquet files.
         split_at_end_of_text: Whether "<|endoftext|>" in a text separates two documents.
 
@@ -85,7 +85,7 @@ def read_documents(span: Span, text_field: str, *, split_at_end_of_text: bool) -
 
 
 def document_beginning(path: str, num_characters: int) -> str:
-    """Return the first characters of a text file's document, which is not compressed."""
+    """Return the first characters of an uncompressed text file."""
     return next(_text_blocks(Span(path)), "")[:num_characters]
 
 
@@ -114,7 +114,7 @@ def _json_texts(span: Span, text_field: str) -> Iterator[str]:
             try:
                 text = _text_of(json.loads(line.decode()), text_field)
                 if b"\\u" in line:
-                    encode_utf8(text)  # raises for surrogates, which only an escape can make
+                    encode_utf8(text)  # raises for surrogates, which only a \u escape can produce
             except (ValueError, RecursionError) as error:
                 reason = error.reason if isinstance(error, UnicodeDecodeError) else str(error)
                 kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "valid"
@@ -187,7 +187,7 @@ def _split_all(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _split(chunks: Iterator[str]) -> Iterator[Iterator[str]]:
-    """Split a text at each "<|endoftext|>" into at least one piece. Each has to be read before the next."""
+    """Split a text at each "<|endoftext|>" into at least one piece. Each piece has to be read before the next."""
     text, start, is_last = "", 0, False
 
     def piece() -> Iterator[str]:
@@ -228,11 +228,11 @@ def _open(span: Span) -> Iterator[BinaryIO | io.BufferedIOBase]:
 
 @contextlib.contextmanager
 def _errors(path: str) -> Iterator[None]:
-    """Turn the errors of decompression and of pyarrow into `DataError`."""
+    """Convert the errors of decompression and of pyarrow to `DataError`."""
     try:
         yield
     except OSError as error:
-        if error.strerror is not None:  # by the system
+        if error.strerror is not None:  # raised by the system, not by a decoder
             raise read_error(path, error) from error
         raise _corrupt(path, error) from error
     except (EOFError, zlib.error) as error:

@@ -1,4 +1,4 @@
-"""Encodes the parts of an input and writes the token files, as far as an earlier run has not done so."""
+"""Encodes the parts of an input and writes the token files, except what an earlier run has done."""
 
 import contextlib
 import sys
@@ -31,18 +31,18 @@ def encode_and_write(
     """Encode the parts that are missing, and write the token files that are missing.
 
     Args:
-        state: Folder of the encoded parts, which this process has locked.
-        plan: What the token files depend on.
+        state: Folder of the encoded parts, locked by this process.
+        plan: Options and inputs that the token files depend on.
         parts: All parts of the input.
         settings: How to encode them.
-        writers: What writes the token files of each split.
+        writers: The writer of each split's token files.
         tokenizer: Tokenizer that makes the ids.
         source: Description of the input, for messages.
         workers: Number of processes.
         progress: Whether to show the progress, if standard error is a terminal.
 
     Returns:
-        The parts, of which only the counts are left.
+        The parts. Their ids have been removed, and only their counts are left.
 
     Raises:
         DataError: A file cannot be read or written, there is no text, or the earlier run has other options.
@@ -71,18 +71,18 @@ def encode_and_write(
 def _keep_shards(
     state: PrepareState, plan: RunPlan, writers: Writers, joined: JoinedParts, *, is_changed: bool
 ) -> None:
-    """Remove the shards of the earlier run that the changed parts are in, and write the plan of this run."""
+    """Remove the earlier run's shards that contain changed parts, and write the plan of this run."""
     has_shards = state.has_shards()
     for split, writer in writers.items():
         writer.remove_leftovers()
-        if has_shards and is_changed:  # the shards for validation are the last to be written
+        if has_shards and is_changed:  # validation shards are written after all training shards
             writer.remove_shards(joined.num_tokens(split) if split == "train" else 0)
     if is_changed:
         state.write_plan(plan, has_shards=has_shards)
 
 
 def _replace_shards(state: PrepareState, plan: RunPlan, writers: Writers) -> None:
-    """Remove the shards of a run that was completed, before the first one of this run appears."""
+    """Remove the shards of an earlier, completed run before the first shard of this run appears."""
     if not state.has_shards():
         for writer in writers.values():
             writer.remove_shards(0)
@@ -97,8 +97,8 @@ def _show_progress(
 
     Args:
         parts: All parts.
-        missing: Those that an earlier run has not encoded.
-        is_shown: Whether to show it. Nothing is shown if standard error is not a terminal.
+        missing: Parts that an earlier run has not encoded.
+        is_shown: Whether to show the bar. Nothing is shown if standard error is not a terminal.
     """
     if not (is_shown and sys.stderr.isatty()):
         yield lambda _: None

@@ -41,15 +41,15 @@ class EncodeSettings:
     tokenizer: dict[str, Any]
     """`Tokenizer.to_json` of the tokenizer."""
     is_fast: bool
-    """Whether to encode by gigatoken."""
+    """Whether to encode with gigatoken."""
     text_field: str
-    """Arguments of `prepare`, as all below."""
+    """This field and all below are arguments of `prepare`."""
     allow_special: bool
     val_fraction: float
 
     def options(self) -> dict[str, object]:
         """Return what the ids depend on, besides the input, in a form that can be compared."""
-        tokenizer = {key: value for key, value in self.tokenizer.items() if key != "alphabet"}  # is of the input
+        tokenizer = {key: value for key, value in self.tokenizer.items() if key != "alphabet"}  # part of the input
         description = strict_json(tokenizer, sort_keys=True)
         return {
             "tokenizer": f"{tokenizer['name']} ({hashlib.sha256(description.encode()).hexdigest()[:8]})",
@@ -93,11 +93,11 @@ class PartEncoder:
 
         Args:
             index: Index of the part.
-            spans: The part.
+            spans: Spans of the part.
 
         Returns:
-            The numbers of tokens and of documents of each split. Each document has the end-of-text token before it, if
-            there is one.
+            The numbers of tokens and of documents of each split. Each encoded document begins with the end-of-text
+            token, if the tokenizer has one.
 
         Raises:
             DataError: If a document cannot be read.
@@ -132,7 +132,7 @@ class PartEncoder:
         fraction = self._settings.val_fraction
         if not fraction:
             return "train", document
-        if document.is_continued:  # the first part of the file is longer than the key
+        if document.is_continued:  # the key is at the start of the file, in an earlier part
             key = document_beginning(span.path, _KEY_CHARACTERS)
         else:
             key = document.text
@@ -155,7 +155,7 @@ class _IdWriter:
         self._num_short_characters = 0
 
     def add(self, document: Document) -> None:
-        """Write a document, or remember it if it is short."""
+        """Write a document, or buffer it if it is short."""
         self.num_documents += not document.is_continued
         text, rest = document.text, list(itertools.islice(document.rest, 1))
         if isinstance(self._tokenizer, FastTokenizer) and not (rest or document.is_continued):
@@ -172,7 +172,7 @@ class _IdWriter:
             self._write(ids)
 
     def flush(self) -> None:
-        """Write the short documents."""
+        """Write the buffered short documents."""
         if self._short and isinstance(self._tokenizer, FastTokenizer):
             self._write(self._tokenizer.encode_documents(self._short))
             self._short, self._num_short_characters = [], 0
@@ -183,7 +183,7 @@ class _IdWriter:
 
 
 def _limit(chunks: Iterator[str]) -> Iterator[str]:
-    """Cut chunks that are too long."""
+    """Cut chunks that are longer than `CHUNK_CHARACTERS`."""
     for chunk in chunks:
         for start in range(0, len(chunk), CHUNK_CHARACTERS):
             yield chunk[start : start + CHUNK_CHARACTERS]

@@ -24,7 +24,7 @@ class JoinedParts:
     Args:
         state: Folder of the parts.
         num_parts: Number of parts.
-        writers: What writes the ids of each split that the documents are divided into.
+        writers: The writer of each split's token files.
         tokenizer: Tokenizer that makes the ids.
         source: Description of the input, for messages.
     """
@@ -46,7 +46,7 @@ class JoinedParts:
         self._num_read = self._num_removed = 0
 
     def incomplete(self, starts: Mapping[Split, int]) -> list[int]:
-        """Return the indices of the parts that are to be encoded.
+        """Return the indices of the parts that have to be encoded.
 
         Args:
             starts: Position of the first id of each split that will be read. The ids before it may have been removed.
@@ -54,7 +54,7 @@ class JoinedParts:
         for split, start in starts.items():
             end: float = -self._has_separator
             for i, counts in enumerate(self._counts):
-                end += counts[split] if counts else math.inf  # where the parts after it end is not known
+                end += counts[split] if counts else math.inf  # the ends of later parts are unknown
                 if end > start and not self._state.part(i).ids[split].exists():
                     self._counts[i] = None
         return [i for i, counts in enumerate(self._counts) if counts is None]
@@ -74,13 +74,13 @@ class JoinedParts:
         Args:
             split: The split.
             start: Number of ids to skip.
-            results: Counts of the parts that are not complete. The next part is read when its counts have come.
+            results: Counts of the parts that are not complete. A part is read once its counts have arrived.
 
         Raises:
             DataError: If all documents are empty, or a split has none.
         """
         self._num_read = self._num_removed = 0
-        skip = start + self._has_separator  # every document has one before it, also the first
+        skip = start + self._has_separator  # skip the separator before the first document
         for i, known in enumerate(self._counts):
             counts = next(results) if known is None else known
             self._counts[i] = counts
@@ -113,12 +113,12 @@ class JoinedParts:
             error = no_text_error(self._source)
         elif empty:
             error = DataError(
-                f"val_fraction splits the documents, and of the {sum(num_documents.values())} in {self._source}, none "
+                f"val_fraction splits the documents: of the {sum(num_documents.values())} in {self._source}, none "
                 f"with text is for {empty[0]}. Give more documents or another val_fraction, or prepare two files."
             )
         else:
             return
-        self._state.remove_parts()  # they are of no use for other arguments
+        self._state.remove_parts()  # a run with other arguments cannot use them
         if self._state.has_shards():
             for writer in self._writers.values():
                 writer.remove_shards(0)

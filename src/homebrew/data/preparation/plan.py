@@ -1,4 +1,4 @@
-"""The plan of `prepare`: its input in parts of bounded size, cut where the tokens of a text do not change."""
+"""The plan of `prepare`: cuts the input into parts of bounded size, at places that do not change a text's tokens."""
 
 import hashlib
 import re
@@ -19,19 +19,19 @@ _MAX_SPANS = 1024
 """Maximum number of files in a part."""
 
 _SEARCH_BYTES = 2**20
-"""Size of what is searched for a place to cut. If there is none, the part becomes longer."""
+"""Number of bytes that are searched for a place to cut. If there is no such place, the part becomes longer."""
 
 _WORD_END = re.compile(r"\S(?=[ \t\r\n])")
-"""A place where a text can be cut: GPT-2's words do not continue from another character into white space."""
+"""A place where a text can be cut: a GPT-2 word never continues from a non-space character into white space."""
 
 
 class Part:
     """A part of the input, which one process encodes.
 
-    `digest` is a hash of the spans, and of the size and the time of the last change of their files.
+    `digest` is a hash of the spans and of the sizes and modification times of their files.
 
     Args:
-        spans: The spans of the part, with the number of bytes to read of each.
+        spans: The spans of the part, each with the number of bytes to read.
     """
 
     def __init__(self, spans: Sequence[tuple[Span, int]]) -> None:
@@ -41,10 +41,10 @@ class Part:
         self.digest = hashlib.sha256(strict_json([self.spans, self._files]).encode()).hexdigest()[:16]
 
     def check_unchanged(self) -> None:
-        """Check that the files are those that were planned.
+        """Check that the files have not changed since the part was planned.
 
         Raises:
-            DataError: If one of them has changed.
+            DataError: If a file has changed.
         """
         for before, now in zip(self._files, self._stat_files(), strict=True):
             if before != now:
@@ -53,7 +53,7 @@ class Part:
                 )
 
     def _stat_files(self) -> list[tuple[str, int, int]]:
-        """Return the path, the size and the time of the last change of each file."""
+        """Return the path, size and modification time of each file."""
         files = []
         for path, *_ in self.spans:
             try:
@@ -69,7 +69,7 @@ def plan_parts(files: Iterable[str | Path], *, split_at_end_of_text: bool) -> li
 
     Args:
         files: Paths of the files.
-        split_at_end_of_text: Whether texts are cut between documents, which "<|endoftext|>" separates, and not inside.
+        split_at_end_of_text: Whether "<|endoftext|>" separates documents, so that texts are cut only there.
 
     Raises:
         DataError: If a file cannot be read, is not a regular file, or is a token file.
@@ -137,6 +137,6 @@ def _find_end_of_text(data: bytes) -> int | None:
 
 def _find_word_end(data: bytes) -> int | None:
     """Return where a word ends."""
-    text = data.lstrip(bytes(range(0x80, 0xC0))).decode(errors="surrogateescape")  # from the start of a character
+    text = data.lstrip(bytes(range(0x80, 0xC0))).decode(errors="surrogateescape")  # start at a whole character
     match = _WORD_END.search(text)
     return match and len(data) - len(text[match.end() :].encode(errors="surrogateescape"))

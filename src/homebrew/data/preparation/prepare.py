@@ -1,8 +1,8 @@
-"""Tokenize texts of any size into token files, by several processes.
+"""Tokenize texts of any size into token files, with several processes.
 
-The input is cut into parts (`plan`), each of which is encoded to files of its own (`encode_part`) by one of the
-processes (`workers`). These files are joined in the order of the input (`encode_and_write`), so the token files do
-not depend on the number of processes.
+The input is cut into parts (`plan`). A process (`workers`) encodes each part to separate files (`encode_part`). These
+files are joined in the order of the input (`encode_and_write`), so the token files do not depend on the number of
+processes.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from homebrew.integers import as_integer
 from homebrew.io import absolute_path
 
 _MIN_FAST_BYTES = 2**23
-"""Size of the input from which on the fast tokenizer saves more time than it takes to load."""
+"""Input size above which the fast tokenizer saves more time than it takes to load."""
 
 _NUM_SAMPLES = 8
 _SAMPLE_CHARACTERS = 2**15
@@ -36,7 +36,7 @@ _SAMPLE_CHARACTERS = 2**15
 
 
 class SplitSize(NamedTuple):
-    """What the token files of a split contain."""
+    """Size of the token files of a split."""
 
     num_documents: int
     num_tokens: int
@@ -69,10 +69,10 @@ def prepare(
         tokenizer: "gpt2", "bytes", "char" (the characters that occur in the texts), or the path of a `tokenizer.json`.
         text_field: Key or column of the text in JSON Lines and Parquet files.
         allow_special: Whether "<|endoftext|>" in a text separates documents. If not, it is text like any other.
-        val_fraction: Expected fraction of the documents that are written to token files of their own, for validation.
-            Which ones depends on a hash of the document's first 65,536 characters, and on nothing else. `book.npy`
-            becomes `book-train.npy` and `book-val.npy`.
-        shard_tokens: Number of tokens of a file. The files are `book-00000.npy`, `book-00001.npy`, …, of which the last
+        val_fraction: Expected fraction of the documents that are written to separate token files, for validation. The
+            split of a document depends only on a hash of its first 65,536 characters. `book.npy` becomes
+            `book-train.npy` and `book-val.npy`.
+        shard_tokens: Number of tokens in each file. The files are `book-00000.npy`, `book-00001.npy`, …; the last one
             may be shorter. If None, there is one file.
         workers: Number of processes. If None, it is the number of CPU cores that this process may use.
         progress: Whether to show the progress, if standard error is a terminal.
@@ -158,7 +158,7 @@ def _alphabet(parts: Sequence[Part], text_field: str) -> set[str]:
 
 
 def _samples(parts: Sequence[Part], text_field: str) -> Iterator[str]:
-    """Return the beginnings of texts all over the input."""
+    """Yield the beginnings of texts, spread over the whole input."""
     for part in parts[:: max(1, len(parts) // _NUM_SAMPLES)]:
         document = next(read_documents(part.spans[0], text_field, split_at_end_of_text=False), None)
         if document is not None:

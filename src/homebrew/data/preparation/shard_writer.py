@@ -43,11 +43,12 @@ class ShardWriter:
         """Remove the shards that an earlier run has written, except those of the first `num_tokens` tokens.
 
         Raises:
-            DataError: If one of them is not a token file. Then none is removed.
+            DataError: If a file with a shard's name is not a token file. Then no shard is removed.
         """
         if self.shard_tokens is None:
             return
-        # Only up to the first gap: a later number may be a date. The last one comes first, so a kill makes no gap.
+        # Stop at the first gap: a file with a later number may be the user's, such as a date. Remove the last shard
+        # first, so that a killed run leaves no gap.
         paths = map(self._path, itertools.count(num_tokens // self.shard_tokens))
         shards = list(itertools.takewhile(lambda path: path.exists() or metadata_path(path).exists(), paths))
         for shard in shards:
@@ -109,7 +110,7 @@ class ShardWriter:
 
 
 def _cut(arrays: Iterator[TokenIds], length: int | None) -> Iterator[Iterator[TokenIds]]:
-    """Cut a sequence of arrays into sequences of `length` ids, each of which is to be read before the next."""
+    """Cut a sequence of arrays into sequences of `length` ids. Each has to be read before the next."""
     rest = next(arrays, None)
 
     def ids() -> Iterator[TokenIds]:

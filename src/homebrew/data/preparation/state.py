@@ -1,7 +1,7 @@
 """The folder in which `prepare` keeps encoded parts until the token files are complete.
 
-A run that is killed leaves it behind, and the same command continues from it. It has the encoded parts, and `plan.json`
-with the options of the run and a hash of each part's input.
+If a run is killed, the folder remains, and the same command continues from it. The folder has the encoded parts, and
+`plan.json` with the options of the run and a hash of each part's input.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from homebrew.errors import DataError
 from homebrew.io import atomic_replace, make_directory, remove_leftovers, strict_json, write_errors
 
 _PART_FILE = re.compile(r"\.?(\d{6,})\.(?:json|train|val)(?:\.[0-9a-f]{8})?")
-"""A file of a part, or the temporary file that would have become one."""
+"""Name of a part's file, or of a temporary file that `atomic_replace` makes for it."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What the token files of a run depend on."""
+    """Everything that the token files of a run depend on."""
 
     options: Mapping[str, object]
     digests: Sequence[str]
@@ -45,10 +45,10 @@ class PrepareState:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder, and keep other processes from using it. Without a complete part, it is removed at the end.
+        """Create the folder, and lock it during the block. At the end, remove it unless it has a complete part.
 
         Raises:
-            DataError: If another process uses it, it cannot be created, or the block raises an `OSError`.
+            DataError: If another process uses the folder, it cannot be created, or the block raises an `OSError`.
         """
         with output_errors(self.folder):
             make_directory(self.folder)
@@ -70,8 +70,8 @@ class PrepareState:
         """Compare an earlier run that was not completed with the plan of this one.
 
         Returns:
-            The number of parts, from the first on, that can be used again. It is less than that of all parts unless
-            there is no change at all.
+            The number of parts at the start that can be used again. It is the number of all parts only if nothing has
+            changed.
 
         Raises:
             DataError: If the earlier run has other options.
@@ -89,20 +89,20 @@ class PrepareState:
             return len(plan.digests)
         pairs = zip(earlier["parts"], plan.digests, strict=False)
         equal = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-        return min(len(list(equal)), len(plan.digests) - 1)  # without those that followed, the last shard is another
+        return min(len(list(equal)), len(plan.digests) - 1)  # if later parts were dropped, the last shard changes
 
     def has_shards(self) -> bool:
         """Return whether the shards that exist belong to this run, and not to an earlier one that was completed."""
         return self._plan.exists() and bool(read_json(self._plan, DataError)["has_shards"])
 
     def write_plan(self, plan: RunPlan, *, has_shards: bool) -> None:
-        """Write the plan of this run. `has_shards` is what the method of this name will return."""
+        """Write the plan of this run. The method `has_shards` will return the argument of this name."""
         content = {"options": plan.options, "parts": plan.digests, "has_shards": has_shards}
         with atomic_replace(self._plan) as temporary:
             temporary.write_text(strict_json(content), encoding="utf-8")
 
     def remove_parts(self, first: int = 0) -> None:
-        """Remove the parts from `first` on, and what a killed run has left."""
+        """Remove the parts from `first` on, and the temporary files of killed runs."""
         for file in self.folder.iterdir():
             match = _PART_FILE.fullmatch(file.name)
             if match and (int(match[1]) >= first or file.name.startswith(".")):
@@ -114,12 +114,12 @@ class PrepareState:
             self.remove_parts()
             remove_leftovers(self._plan)
             self._plan.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it has files of the user
+            with contextlib.suppress(OSError):  # it has other files
                 self.folder.rmdir()
 
 
 def output_errors(path: Path) -> AbstractContextManager[None]:
-    """Turn an `OSError` into a `DataError` that names its file, or `path`."""
+    """Convert an `OSError` to a `DataError` that names the error's file, or `path`."""
     remedy = "Check the path, its permissions and the free disk space; the same command continues."
     return write_errors(path, DataError, remedy)
 
@@ -132,7 +132,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         is_locked = False
     except OSError:
         is_locked = True  # the file system has no locks
-    # The other process may have ended, and removed the folder, since it was opened.
+    # Since this process opened the folder, another one may have ended and removed it.
     if not is_locked or not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
         raise DataError(
             f"{folder} is in use by another process, which prepares the same output. Wait until it has ended, or "

@@ -2,7 +2,7 @@
 
 They are started as programs rather than forked: a fork of a process that uses a GPU or threads is not safe, and
 `multiprocessing` would run the user's script again. Parts and counts are exchanged as lines of JSON. A worker ends when
-its standard input is closed, so none survives a main process that is killed.
+its standard input is closed, so no worker survives if the main process is killed.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def encoding(
     Args:
         parts: Parts by their index.
         settings: How to encode them.
-        num_workers: Number of processes. With 1, the parts are encoded in this one.
+        num_workers: Number of processes. With 1, the parts are encoded in this process.
         on_part: Called after each part.
     """
     num_workers = min(num_workers, len(parts))
@@ -67,7 +67,7 @@ def encoding(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
-            worker.kill()  # the threads that wait for it end, too
+            worker.kill()  # also ends the thread that waits for its reply
         pool.shutdown()
         for worker in workers:
             worker.close()
@@ -99,7 +99,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | variables,
-            start_new_session=True,  # Ctrl-C ends the main process only, which stops the workers
+            start_new_session=True,  # Ctrl-C reaches only the main process, which stops the workers
         )
         self._first_line = strict_json(asdict(settings)).encode() + b"\n"
 
