@@ -102,8 +102,9 @@ def check_accelerator(
 def _register_exit_delay(accelerator: Accelerator) -> None:
     """Let gloo's threads release the tensors of the last collectives before Python exits.
 
-    They need the interpreter to do so, and abort the process if it is already shutting down (pytorch/pytorch#190489).
-    A collective cannot be used to wait for them: after an error the other ranks may be gone.
+    The threads need the interpreter for this, and abort the process if the interpreter is already shutting down
+    (pytorch/pytorch#190489). A collective cannot be used to wait for the threads: after an error the other ranks may be
+    gone.
     """
     if accelerator.num_processes > 1:
         atexit.unregister(_sleep_before_exit)  # registered once, however many Accelerators are built
@@ -115,7 +116,7 @@ def _sleep_before_exit() -> None:
 
 
 def _check_tracker(name: str) -> None:
-    """Raise for a tracker that Accelerate does not support, or would skip silently because it is not installed."""
+    """Raise ConfigError for a tracker that Accelerate does not support, or would silently skip if not installed."""
     supported, installed = LoggerType.list(), [str(tracker) for tracker in get_available_trackers()]
     available = installed + [custom for custom in LOGGER_TYPE_TO_CLASS if custom not in supported]
     if name in available or (name == "all" and installed):

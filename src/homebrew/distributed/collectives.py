@@ -27,7 +27,7 @@ def micro_batch_weights(accelerator: Accelerator, micro_batches: Sequence[Batch]
         (number of micro-batches,), float32; the sum over all ranks is 1.
     """
     if accelerator.num_processes == len(micro_batches) == 1:
-        return torch.ones(1, device=accelerator.device)  # no counting: a small model's step is short
+        return torch.ones(1, device=accelerator.device)  # counting takes too long in a small model's step
     counts = torch.stack([(targets != IGNORE_INDEX).sum() for _, targets in micro_batches])
     num_targets: Tensor = accelerator.reduce(counts.sum(), "sum")
     return counts / num_targets.clamp(min=1)
@@ -36,7 +36,7 @@ def micro_batch_weights(accelerator: Accelerator, micro_batches: Sequence[Batch]
 class FlagExchange:
     """Combines flags of all ranks without waiting for the device or for other ranks.
 
-    With several ranks, each call returns the flags of the call before: that all-reduce has completed by now, and every
+    With several ranks, each call returns the flags of the previous call, whose all-reduce has completed by then. Every
     rank reads the same result at the same step.
     """
 
@@ -84,7 +84,7 @@ def broadcast_bytes(accelerator: Accelerator, data: bytes) -> bytes:
 def broadcast_tensors(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield rank 0's tensors by name, one at a time, on every rank; the other ranks' are ignored; collective.
 
-    With several ranks they are copies on the device; with one, the tensors themselves.
+    With several ranks, the results are copies on the device. With one rank, they are the given tensors.
     """
     if accelerator.num_processes == 1:
         yield from tensors.items()

@@ -25,12 +25,12 @@ def configure_fsdp(accelerator: Accelerator, model: nn.Module) -> bool:
     """Make Accelerate's FSDP2 shard a model block by block and reduce gradients in float32; without FSDP, do nothing.
 
     Each block is an FSDP unit. In a GPT, the embeddings, the final norm and the head, which shares the embedding's
-    weight, belong to the root unit. If gathered weights are small, they are kept whatever the launch asks for:
-    gathering them again in each pass costs time, and frees little memory.
+    weight, belong to the root unit. Small gathered weights are kept, even if the launch asks to free them: gathering
+    them again in each pass takes time, and freeing them saves little memory.
 
     Returns:
-        Whether the launch asks for activation checkpointing. Accelerate's does not restore the random state, so the
-        recomputed dropout masks would differ: it is switched off, and the caller should use the model's own.
+        Whether the launch asks for activation checkpointing. Accelerate's checkpointing does not restore the random
+        state, so recomputed dropout masks would differ. It is switched off; the caller should use the model's own.
 
     Raises:
         LaunchError: If the launch uses options that are not supported, or FSDP2 cannot shard the model.
@@ -45,7 +45,7 @@ def configure_fsdp(accelerator: Accelerator, model: nn.Module) -> bool:
     check_shardable(model, tuple(block_types), casts_weights=plugin.mixed_precision_policy is not None)
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted(block_type.__name__ for block_type in block_types)
-    # It would leave the model on the meta device and untie the head; every rank has the weights anyway.
+    # This option would leave the model on the meta device and untie the head; every rank has the weights anyway.
     plugin.cpu_ram_efficient_loading = False
     if plugin.mixed_precision_policy is not None:
         # Accelerate's policy would reduce gradients, and return the loss, in the compute dtype.
@@ -88,10 +88,10 @@ def check_fsdp_options(accelerator: Accelerator, plugin: FullyShardedDataParalle
 
 
 def check_shardable(model: nn.Module, block_types: tuple[type[nn.Module], ...], *, casts_weights: bool) -> None:
-    """Raise LaunchError for a model that FSDP2 refuses only in the first step.
+    """Raise LaunchError for a model that FSDP2 would reject only in the first step.
 
-    These are weights that two blocks share, or a block and the rest of the model; and trainable weights of several
-    dtypes, unless Accelerate casts them to float32.
+    FSDP2 does not support weights that are shared by two blocks, or by a block and the rest of the model. Nor does it
+    support trainable weights of several dtypes, unless Accelerate casts them to float32.
     """
     units: dict[int, nn.Module] = {}
 
@@ -118,7 +118,7 @@ def check_shardable(model: nn.Module, block_types: tuple[type[nn.Module], ...], 
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Prepare a model and its optimizer with Accelerate, and shard the state that an optimizer has from the start.
+    """Prepare a model and its optimizer with Accelerate, and shard state that the optimizer already has.
 
     Under FSDP2, Accelerate replaces the parameters in the optimizer's groups, but not those in its state.
 
@@ -162,7 +162,7 @@ def keeps_weights_gathered(accelerator: Accelerator) -> bool:
 
 
 def reshard(accelerator: Accelerator, wrapped: nn.Module) -> None:
-    """Free the gathered weights after a forward pass without backward pass, so that the next gathers new weights."""
+    """Free the weights gathered by a forward pass without backward pass, so that the next pass gathers new ones."""
     if not uses_fsdp(accelerator):
         return
     from torch.distributed.fsdp import FSDPModule
@@ -183,9 +183,9 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def gather_like(shard: Tensor, parameter: Tensor) -> Tensor:
-    """Return the full tensor of which each rank has a shard, sharded as a parameter is; collective.
+    """Gather a full tensor from shards that are laid out like a parameter's; collective.
 
-    Tensors like an unsharded parameter are returned unchanged.
+    If the parameter is not sharded, the tensor is returned unchanged.
     """
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
@@ -215,7 +215,7 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the model, with its adapters and tied weights, whose parameters are on the meta device."""
+    """Return a copy of the model with its parameters on the meta device. Adapters and tied weights are kept."""
     parameters = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()

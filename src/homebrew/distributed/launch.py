@@ -1,4 +1,4 @@
-"""What the launcher was asked for: number of processes, engine, CPU threads."""
+"""Checks of the launcher's settings: number of processes, engine, CPU threads."""
 
 import os
 
@@ -18,7 +18,7 @@ def check_environment() -> None:
     """Check the launcher's environment variables before Accelerate reads them.
 
     Raises:
-        LaunchError: One is not an integer.
+        LaunchError: A variable is not an integer.
     """
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         try:
@@ -31,7 +31,7 @@ def check_environment() -> None:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raise if Accelerate would silently ignore the launcher's settings.
+    """Check that Accelerate does not silently ignore the launcher's settings.
 
     Raises:
         LaunchError: The number of processes is not the launcher's, or the engine or precision is not supported.
@@ -44,7 +44,8 @@ def check_launch(accelerator: Accelerator) -> None:
             f"ACCELERATE_USE_CPU=true and launch with --multi_gpu --num_processes {expected}; on GPUs, check that "
             f"torch.cuda.is_available() is True."
         )
-    # Asked for several processes, Accelerate's single-process launcher sets a rendezvous address, but no world size.
+    # If several processes were requested, Accelerate's single-process launcher sets a rendezvous address but no world
+    # size.
     if actual == 1 and "WORLD_SIZE" not in os.environ and _set_by_launcher("MASTER_ADDR", "MASTER_PORT"):
         raise LaunchError(
             "`accelerate launch` was asked for several processes but started one (it does so with --cpu, and with "
@@ -70,9 +71,9 @@ def check_launch(accelerator: Accelerator) -> None:
 
 
 def check_parallelism_sizes() -> None:
-    """Raise if the launch file's parallelism sizes do not multiply to the world size.
+    """Check that the product of the launch file's parallelism sizes is the world size.
 
-    Accelerate raises for this as well, but its error names neither the sizes nor the world size.
+    Accelerate checks this as well, but its error names neither the sizes nor the world size.
 
     Raises:
         LaunchError: The product of the sizes is not the world size.
@@ -89,9 +90,9 @@ def check_parallelism_sizes() -> None:
 
 
 def set_num_threads(accelerator: Accelerator) -> None:
-    """On a CPU, share the available cores among the local processes where `accelerate launch` set one thread for each.
+    """On a CPU, share the available cores among the local processes if `accelerate launch` set one thread for each.
 
-    A number of threads that the user chose is kept.
+    If the user chose the number of threads, it is kept.
     """
     if accelerator.device.type == "cpu" and _set_by_launcher("OMP_NUM_THREADS"):
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -99,9 +100,9 @@ def set_num_threads(accelerator: Accelerator) -> None:
 
 
 def _set_by_launcher(*names: str) -> bool:
-    """Return whether `accelerate launch` set one of these environment variables without being told its value.
+    """Return whether `accelerate launch` itself chose the value of one of these environment variables.
 
-    The launcher is the parent of this process. Its own environment holds what the user set.
+    The launcher is this process's parent. Variables that the user has set are in the launcher's environment, too.
     """
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # always set by `accelerate launch`
         return False

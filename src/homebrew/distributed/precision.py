@@ -1,4 +1,4 @@
-"""The run's precision: what was asked for, what the hardware supports, and who decided."""
+"""The run's precision: the requested one, what the hardware supports, and what decided it."""
 
 import os
 
@@ -15,7 +15,7 @@ def resolve_mixed_precision(requested: str) -> str:
     """Return the precision for a config's `mixed_precision`.
 
     "auto" is the launcher's precision if it is "bf16" or "fp16", otherwise "bf16" where the hardware supports it. The
-    launcher's "no" does not count: `accelerate launch` also sets it when nobody chose a precision.
+    launcher's "no" does not count: `accelerate launch` also sets it if the user chose no precision.
 
     Args:
         requested: "auto", "no", "bf16" or "fp16".
@@ -70,6 +70,6 @@ def check_precision(precision: str, device: str) -> None:
 
 
 def _launcher_precision() -> str | None:
-    """Return the precision that the launcher was asked for, or None if it was not asked for one."""
+    """Return the precision that was requested from the launcher, or None if none was requested."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return None if precision == "no" else precision

@@ -17,9 +17,9 @@ HANDLED_SIGNALS = tuple(signal.Signals[n] for n in ("SIGTERM", "SIGINT", "SIGHUP
 class SignalHandler:
     """Context manager that records signals, for the training loop to handle between steps.
 
-    A stop signal that has not been handled when the block ends takes effect then, unless an error ended the block. A
-    second SIGINT raises KeyboardInterrupt immediately; in a process forked by `notebook_launcher`, the third does.
-    Outside the main thread, where Python does not allow signal handlers, no signal is recorded.
+    If a stop signal has not been handled when the block ends, it takes effect then, unless an error ended the block.
+    A second SIGINT raises KeyboardInterrupt immediately; in a process forked by `notebook_launcher`, the third SIGINT
+    does. Outside the main thread, where Python does not allow signal handlers, no signal is recorded.
 
     Args:
         announce: Whether to print what the first SIGINT does.
@@ -66,7 +66,7 @@ class SignalHandler:
 def _is_nohup(number: signal.Signals) -> bool:
     """Return whether `nohup` made the process ignore this signal.
 
-    SIGINT is handled even if it is ignored: shells ignore it for every background job.
+    Only SIGHUP is checked. SIGINT is handled even if it is ignored: shells ignore it for every background job.
     """
     return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
@@ -74,15 +74,15 @@ def _is_nohup(number: signal.Signals) -> bool:
 def _signals_per_interrupt() -> int:
     """Return how often a process receives SIGINT when the user interrupts the run once.
 
-    A notebook sends it to its process group. If `notebook_launcher` has forked the process, PyTorch's elastic launcher
-    then sends it again. The processes of `torchrun` and `accelerate launch` have groups of their own.
+    A notebook sends SIGINT to its process group. If `notebook_launcher` has forked the process, PyTorch's elastic
+    launcher then sends it again. The processes of `torchrun` and `accelerate launch` have their own process groups.
     """
     is_forked = multiprocessing.parent_process() is not None
     return 2 if is_forked and "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def _announce_interrupt() -> None:
-    """Print what SIGINT does, from a signal handler: without locks or buffers, and only where printing cannot block."""
+    """Print what SIGINT does. This runs in a signal handler: it uses no locks or buffers, and must not block."""
     message = "Ctrl-C: saving after this step, then exiting. Press Ctrl-C again to exit without saving.\n"
     if _is_interactive() and "ipykernel" in sys.modules:
         message = "Interrupted: saving after this step, then stopping. Interrupt again to stop without saving.\n"
@@ -112,4 +112,4 @@ def exit_for_signal(number: signal.Signals) -> None:
 
 
 def _is_interactive() -> bool:
-    return hasattr(sys, "ps1")  # IPython sets it, too, also in a notebook
+    return hasattr(sys, "ps1")  # IPython sets it as well, also in a notebook
