@@ -1,4 +1,4 @@
-"""HellaSwag (Zellers et al. 2019): accuracy at choosing the right one of four endings for a context.
+"""HellaSwag (Zellers et al. 2019): accuracy in choosing the correct ending of a context from four candidates.
 
 The model's answer is the ending with the lowest loss, as in build-nanogpt: the lowest total loss for accuracy, the
 lowest mean loss per token for normalized accuracy. Evaluation harnesses that normalize by characters, or prompt for a
@@ -132,12 +132,12 @@ def ending_losses(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question
                 )
             sequences.append(torch.cat([context, ending_ids])[-max_length:])
             ending_lengths.append(len(ending_ids))
-    ids = pad_sequence(sequences, batch_first=True).to(model.device)  # (4B, T); attention is causal: padding is unseen
+    ids = pad_sequence(sequences, batch_first=True).to(model.device)  # (4B, T); causal attention ignores padding
     lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
     positions = torch.arange(1, ids.shape[1])
     is_ending = (positions < lengths) & (positions >= lengths - torch.tensor(ending_lengths)[:, None])  # (4B, T - 1)
     is_ending = is_ending.to(model.device)
-    with eval_mode(model), uncompiled(model):  # each batch has another length
+    with eval_mode(model), uncompiled(model):  # lengths differ between batches
         hidden = model.transformer(ids[:, :-1])[is_ending]  # (N, C): only endings need logits
     logits = F.linear(hidden, model.lm_head.weight[: model.config.vocab_size]).float()  # (N, V)
     losses = logits.new_zeros(is_ending.shape)

@@ -19,7 +19,7 @@ from homebrew.model.passes import eval_mode, uncompiled
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - not an error
-    """An evaluation was broken off."""
+    """An evaluation was stopped before its end."""
 
 
 @torch.no_grad()
@@ -37,10 +37,18 @@ def mean_loss(
 ) -> tuple[float, int]:
     """Compute the mean loss per target over a dataset. Must be called on all ranks.
 
-    The result does not depend on how the samples are divided among ranks: each target counts once. `model` is the
-    result of `Accelerator.prepare`; its training mode is restored afterwards. `max_batches` counts the micro-batches
-    of each rank. With `eager`, a compiled model runs without compilation, which saves compiling it for evaluation.
-    `should_stop` is called before each batch, and returns the same on all ranks.
+    The result does not depend on how the samples are divided among ranks: each target counts once.
+
+    Args:
+        accelerator: The run's Accelerator.
+        model: Result of `Accelerator.prepare`. Its training mode is restored afterwards.
+        dataset: Dataset to evaluate on.
+        micro_batch_size: Number of samples in a batch of one rank.
+        collate: Makes batches of samples.
+        max_batches: Maximum number of batches on each rank, or None for all.
+        eager: Whether to run a compiled model without compilation, which saves compiling it for evaluation.
+        loss_function: Computes the mean loss over the targets of a batch.
+        should_stop: Called before each batch. It must return the same value on all ranks.
 
     Returns:
         Mean loss in nats per target, and the number of targets over all ranks, ignored targets excluded.

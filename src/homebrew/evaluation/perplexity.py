@@ -97,7 +97,7 @@ def score_text(
     num_scored = torch.cat([torch.tensor([1]), starts[:-1] + window_length + 1])
     windows = ids.unfold(0, window_length + 1, 1)
     nats, num_tokens = 0.0, 0
-    with eval_mode(model), uncompiled(model):  # each text, and its last batch, have another shape
+    with eval_mode(model), uncompiled(model):  # shapes differ between texts, and in a text's last batch
         for start in progress(range(0, len(starts), batch_size)):
             batch = slice(start, start + batch_size)
             window = windows[starts[batch]]  # (B, window_length + 1)
