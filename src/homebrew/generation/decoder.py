@@ -12,7 +12,7 @@ from homebrew.model.cuda_capture import capture
 from homebrew.model.gpt import GPT
 
 _NUM_EAGER_STEPS = 2
-"""On a GPU, steps run kernel by kernel before the step is captured as a CUDA graph, so that lazy loading is done."""
+"""Number of steps that run eagerly on a GPU, so that kernels are loaded before the step is captured as a CUDA graph."""
 
 
 class Decoder:
@@ -46,9 +46,9 @@ class Decoder:
         self.vocab_size = vocab_size = vocab_size or model.config.vocab_size
         self.cache = KeyValueCache(model.config, batch_size, length, device=device, dtype=model.lm_head.weight.dtype)
         self.ids = torch.zeros(batch_size, 1, device=device, dtype=torch.int64)
-        """The token chosen last in each sequence, (B, 1)."""
+        """The last chosen token of each sequence, (B, 1)."""
         self.slot = torch.zeros(1, device=device, dtype=torch.int64)
-        """The cache slot of those tokens, (1,)."""
+        """The cache slot of the tokens in `ids`, (1,)."""
         self.noise = torch.ones(batch_size, vocab_size, device=device)
         self.seen: Tensor | None = None
         """Tokens that already occur in each sequence, (B, V), bool. None without a repetition penalty."""
@@ -78,7 +78,7 @@ class Decoder:
         return self.ids
 
     def step(self) -> Tensor:
-        """Read the tokens chosen last and choose the next ones. The result is as in `prefill`."""
+        """Read the last chosen tokens, choose the next ones, and return them as `prefill` does."""
         self._draw_noise()
         if self.ids.is_cuda and self._graph is None and self._num_steps == _NUM_EAGER_STEPS:
             self._graph = torch.cuda.CUDAGraph()

@@ -16,7 +16,7 @@ from homebrew.model.gpt import GPT
 from homebrew.model.passes import eval_mode
 
 Overflow = Literal["slide", "stop"]
-"""What to do when a sequence reaches `block_size` tokens: drop the older half of its context, or end it."""
+"""What to do when a sequence reaches `block_size` tokens: drop the older half of its context, or end the sequence."""
 
 Prompts = TypeVar("Prompts", Tensor, list[list[int]])
 """Token ids of a batch: a tensor of shape (B, T), or a list for each sequence."""
@@ -28,7 +28,7 @@ _CACHE_MULTIPLE = 64
 """The cache length is rounded up to a multiple of this, since attention kernels need aligned masks."""
 
 _STEPS_BETWEEN_CHECKS = 16
-"""On a GPU, steps between checks whether all sequences have ended. Each check waits for the device."""
+"""On a GPU, number of steps between checks whether all sequences have ended. Each check waits for the device."""
 
 
 def generate(
@@ -77,8 +77,8 @@ def stream_tokens(
     """Continue a batch of prompts, yielding one token of every sequence at a time.
 
     The model is in evaluation mode until the generator ends or is closed. `GPT.generate` documents the arguments and
-    errors. The prompts are B sequences of any lengths. With `overflow="slide"`, dropping the older half of a context
-    recomputes the cache for the other half, since learned position embeddings cannot shift.
+    errors. The prompts are B sequences of any lengths. With `overflow="slide"`, when the older half of a context is
+    dropped, the cache is recomputed for the other half, because learned position embeddings cannot be shifted.
 
     Yields:
         Ids of the new tokens, (B,), int64, with `FINISHED` for sequences that have ended.
@@ -171,7 +171,7 @@ def _as_integer(token: int) -> int:
 
 
 def _append_to_tensor(input_ids: Tensor, tokens: Iterable[Tensor], eos_token_id: int | None) -> Tensor:
-    """Append the result of `stream_tokens`, up to the step at which the last sequence ended."""
+    """Append the result of `stream_tokens`, up to the step at which all sequences had ended."""
     columns = list(tokens)
     if not columns:
         return input_ids

@@ -1,8 +1,8 @@
 """The key-value cache: keys and values of the tokens that a model has already processed.
 
 Pope et al. 2022, "Efficiently Scaling Transformer Inference". The buffers keep their sizes and addresses for an
-entire generation and positions are tensors, so that a CUDA graph or a compiled step can run for token after token
-without the host.
+entire generation, and positions are tensors. A CUDA graph or a compiled step can therefore generate every token without
+values from the host.
 
 Dimensions: B batch size, T number of new tokens, L number of cache slots, nh number of heads, hs head size.
 """

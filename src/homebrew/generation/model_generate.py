@@ -1,4 +1,4 @@
-"""Generation with the `generate` method that a model has, whatever its kind."""
+"""Text generation with a model's own `generate` method, for models of any kind."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +53,7 @@ def generate_ids(
         ids: Token ids of the prompt.
         max_new_tokens: Maximum number of tokens to add. A model of transformers adds no more than it has positions for.
         sampling: How to choose tokens. Default: sample from the model's distribution unchanged.
-        vocab_size: Size of the tokenizer's vocabulary; larger ids, which mean nothing to it, are left out.
+        vocab_size: Size of the tokenizer's vocabulary. Larger ids, which the tokenizer does not know, are left out.
         seed: Random seed for sampling. Default: each call differs.
 
     Returns:
@@ -61,23 +61,23 @@ def generate_ids(
 
     Raises:
         ConfigError: The model has no `generate` method, or it does not support the sampling options.
-        ModelError: The prompt does not fit in the model, or the method failed, or returned something else than the ids
-            with their continuation.
+        ModelError: The prompt does not fit in the model, or the method failed or did not return the ids with their
+            continuation.
     """
     if isinstance(model, GPT):
         (generated,) = model.generate([list(ids)], max_new_tokens, sampling=sampling, vocab_size=vocab_size, seed=seed)
         return [int(i) for i in generated]
     if not callable(getattr(model, "generate", None)):
         raise ConfigError(
-            f"{type(model).__name__} has no generate method, with which text is sampled. Add a method "
+            f"{type(model).__name__} has no generate method, which is needed to sample text. Add a method "
             f"generate(input_ids, max_new_tokens) that returns input_ids with their continuation."
         )
     max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
     sampling = Sampling() if sampling is None else sampling
-    is_transformers = is_transformers_model(model) and model.can_generate()  # else with a custom method
+    is_transformers = is_transformers_model(model) and model.can_generate()  # otherwise it has a custom method
     options = _transformers_options(model, sampling) if is_transformers else _options(model, sampling)
     limit = interface_of(model).block_size if is_transformers else None
-    if limit is not None:  # beyond it PyTorch fails, which on a GPU would end the process
+    if limit is not None:  # above it PyTorch fails, which on a GPU would abort the process
         if len(ids) > limit:
             raise ModelError(
                 f"{type(model).__name__} cannot generate after {len(ids)} tokens: it has {limit} positions. Shorten "
@@ -87,7 +87,7 @@ def generate_ids(
     device = next(model.parameters()).device
     prompt = torch.tensor([list(ids)], device=device)
     rng_devices = [device] if device.type == "cuda" else []
-    # Each token makes the sequence longer, for which a compiled model would be compiled again.
+    # Each token makes the sequence longer, and a compiled model would be compiled again for each length.
     with eval_mode(model), uncompiled(model), torch.no_grad(), torch.random.fork_rng(rng_devices):
         if seed is not None:
             torch.manual_seed(seed)
@@ -114,7 +114,7 @@ def _transformers_options(model: Any, sampling: Sampling) -> dict[str, Any]:  # 
         "do_sample": sampling.temperature > 0,
         "repetition_penalty": sampling.repetition_penalty,
         "return_dict_in_generate": False,
-        "pad_token_id": 0 if pad_token_id is None else pad_token_id,  # one sequence is not padded
+        "pad_token_id": 0 if pad_token_id is None else pad_token_id,  # not used, since there is one sequence
     }
     if sampling.temperature > 0:
         options |= {"temperature": sampling.temperature, "top_k": sampling.top_k or 0}
@@ -123,7 +123,7 @@ def _transformers_options(model: Any, sampling: Sampling) -> dict[str, Any]:  # 
 
 
 def _options(model: Any, sampling: Sampling) -> dict[str, Any]:  # noqa: ANN401
-    """Return nanoGPT's arguments of `generate`, as far as they are not at their defaults."""
+    """Return the arguments of nanoGPT's `generate` that differ from their defaults."""
     if Sampling(temperature=sampling.temperature, top_k=sampling.top_k) != sampling or sampling.temperature == 0:
         raise ConfigError(
             f"{type(model).__name__} generates with a temperature above 0 and top_k only. Remove the other options of "

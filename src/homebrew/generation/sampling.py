@@ -17,7 +17,7 @@ def _is_number(value: object) -> bool:
 
 
 def _factor(value: float) -> float:
-    """Return a factor of logits, bounded to where float32 neither overflows nor underflows."""
+    """Return a factor for logits, limited to a range in which float32 neither overflows nor underflows."""
     return float(min(max(value, 1e-20), 1e20))
 
 
@@ -99,7 +99,7 @@ class Sampling:
         if self.top_p is not None:
             ordered, order = logits.sort(descending=True)
             probabilities = ordered.softmax(-1)
-            excluded = probabilities.cumsum(-1) - probabilities >= float(self.top_p)  # more likely tokens suffice
+            excluded = probabilities.cumsum(-1) - probabilities >= float(self.top_p)  # top_p is reached without them
             excluded[..., 0] = False  # top_p may be 0 in float32
             logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
         if self.min_p is not None:

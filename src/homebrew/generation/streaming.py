@@ -1,4 +1,4 @@
-"""Streaming text generation: complete characters as soon as they are known, up to a stop string."""
+"""Streaming text generation: yields characters as soon as they are complete, up to a stop string."""
 
 import codecs
 import itertools
@@ -73,7 +73,7 @@ def generate_text(
 def decode_stream(chunks: Iterable[bytes], stop: Sequence[str] = ()) -> Iterator[str]:
     """Decode a stream of UTF-8 bytes, up to the first stop string.
 
-    The text is the same for any division into chunks: it ends where the first stop string starts. A character is
+    The text does not depend on the division into chunks, and ends where the first stop string starts. A character is
     yielded once all its bytes have arrived. Text that may be the beginning of a stop string is buffered. Bytes that
     are not valid UTF-8 become U+FFFD.
 
