@@ -88,7 +88,7 @@ def export_model(
 def verify_export(folder: str | Path, model: "GPT", reloaded: "GPT") -> None:
     """Check that a reloaded export has the model's configuration, bit-identical weights and the same logits.
 
-    The exported model's adapter may be merged or not. `reloaded` is on the CPU, in float32 and evaluation mode.
+    An adapter of `model` may be merged or not. `reloaded` is on the CPU, in float32 and evaluation mode.
     """
     remedy = "The disk may be full or failing: export to another disk."
     if reloaded.config != model.config:
@@ -102,7 +102,7 @@ def verify_export(folder: str | Path, model: "GPT", reloaded: "GPT") -> None:
     config = model.config
     ids = torch.arange(min(config.block_size, _NUM_COMPARED_TOKENS))[None] * 7919 % config.vocab_size
     with eval_mode(model), uncompiled(model):
-        # The class's forward, because model.forward may run under Accelerate's autocast.
+        # Call the class's forward, because model.forward may run under Accelerate's autocast.
         expected = type(model).forward(model, ids.to(model.device)).float().cpu()
     if not expected.isfinite().all():
         raise ModelError("The model's logits are not finite, although its weights are. Export an earlier checkpoint.")

@@ -37,7 +37,7 @@ _MODEL_FILES = (
 """Files downloaded from a Hub repository. Pickled weights are never downloaded."""
 
 CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
-"""Weights that transformers stores as Conv1D does, (in, out), which is the transpose of nn.Linear's."""
+"""Weights that transformers stores as Conv1D, (in, out), the transpose of nn.Linear's."""
 
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that DDP, torch.compile, FSDP and activation checkpointing add, at the start or after a dot."""
@@ -56,7 +56,7 @@ class TensorLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class PretrainedWeights:
-    """GPT-2 weights on disk whose names and main shapes have been checked, but whose tensors have not been read."""
+    """GPT-2 weights on disk. Names and main shapes have been checked, but no tensor has been read yet."""
 
     folder: Path
     """Folder with the files, for error messages."""
@@ -66,7 +66,7 @@ class PretrainedWeights:
     """Location of each tensor by state dict key of `GPT`."""
 
     def read(self, expected: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Read all tensors of the model, whose state dict is `expected`. Its tensors may be on the meta device.
+        """Read all tensors of the model with the state dict `expected`, whose tensors may be on the meta device.
 
         Returns:
             Tensors on the CPU with the names and shapes of `expected`. Rows of the vocabulary padding are zero, and
@@ -124,7 +124,7 @@ class PretrainedWeights:
 
 
 def _check_values(tensor: Tensor, location: TensorLocation, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in the given dtype, in which its values must be finite."""
+    """Convert a tensor to a dtype and check that its values are finite in this dtype."""
     path, key, _ = location
     if not tensor.is_floating_point():
         raise ModelError(f"{key} in {path} has dtype {tensor.dtype}. Weights must be floating-point.")
@@ -139,7 +139,7 @@ def find_model(
 ) -> tuple[Path, PretrainedConfig]:
     """Return the local folder of a GPT-2 and its tokenizer, and its configuration. A Hub repository is downloaded."""
     download = partial(local_folder, name_or_folder, revision=revision, local_files_only=local_files_only)
-    # The configuration is checked before the weights are downloaded, because those of another model may be huge.
+    # The configuration is checked before the weights are downloaded, because another model's weights may be huge.
     config = read_config(download((CONFIG_FILE, GENERATION_CONFIG_FILE)))
     return download(_MODEL_FILES), config
 
@@ -157,7 +157,7 @@ def open_pretrained(
     weights = PretrainedWeights(folder, config, _locate_tensors(_weight_files(folder)))
     if EMBEDDING not in weights.locations:
         raise _unknown_names(folder, [location.key for location in weights.locations.values()])
-    # The caller allocates a model of this configuration, so its sizes must be those of the tensors on disk.
+    # The caller allocates a model of this configuration, so the sizes must match the tensors on disk.
     num_layers = len({name.split(".")[2] for name in weights.locations if name.startswith("transformer.h.")})
     if num_layers != config["n_layer"]:
         raise ModelError(
@@ -222,7 +222,7 @@ def _locate_tensors(paths: Iterable[Path]) -> dict[str, TensorLocation]:
 
 
 def _unknown_names(folder: Path, keys: Iterable[str]) -> ModelError:
-    """Return the error for weights without a token embedding, which says what they have instead."""
+    """Return the error for weights without a token embedding. It names the tensors that were found instead."""
     for key in keys:
         if match := re.fullmatch(r"(.+?\.)((transformer\.)?wte|lm_head)\.weight", key):
             return ModelError(

@@ -33,7 +33,7 @@ SIZE_ALIASES = {
 """Other names of fields of GPT2Config. As in transformers, the alias wins over the field."""
 
 DROPOUT_FIELDS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-"""The three dropout fields of GPT2Config, for the single one of GPTConfig."""
+"""The three dropout fields of GPT2Config. GPTConfig has a single one."""
 
 FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -63,7 +63,7 @@ _FOREIGN_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 """Fields of other architectures and older versions that change the computation, with their supported values.
 
-transformers' GPT-2 ignores them, but weights that were trained with them are not those of a GPT-2.
+transformers' GPT-2 ignores these fields, but a model that was trained with them is not a GPT-2.
 """
 
 _DEFAULT_EOS_TOKEN_ID = 50_256
@@ -80,12 +80,12 @@ _KNOWN_GENERATION_FIELDS = frozenset(
 
 
 class PretrainedConfig(NamedTuple):
-    """What the configuration files of a model folder say about a GPT."""
+    """The contents of a model folder's configuration files."""
 
     fields: dict[str, Any]
     """Fields of `GPTConfig`. The sizes are integers that have not been compared with the weights."""
     warnings: list[str]
-    """Messages that name the settings which GPT does not have, and an export does not have either."""
+    """Warnings about settings that GPT does not have and that an export would lose."""
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -104,19 +104,19 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"Only GPT-2 (model_type 'gpt2') is supported."
         )
     values |= {name: values[alias] for name, alias in SIZE_ALIASES.items() if alias in values}
-    # Without defaults: the number of heads does not show in the weights, so a wrong one would go unnoticed.
+    # There are no defaults: the number of heads cannot be seen in the weights, so a wrong one would go unnoticed.
     if missing := [name for name in SIZE_FIELDS.values() if name not in values]:
         raise ModelError(f"{path} has no {', '.join(missing)}. Add the sizes that the model was trained with.")
     sizes = {name: values[hf_name] for name, hf_name in SIZE_FIELDS.items()}
     dropouts = {name: values.get(name, _DEFAULT_DROPOUT) for name in DROPOUT_FIELDS}
-    # transformers prefers the end of text of generation_config.json, if the file exists.
+    # transformers prefers the eos_token_id of generation_config.json, if the file exists.
     generation = None if generation_path is None else read_json(generation_path)
     eos = values.get("eos_token_id", _DEFAULT_EOS_TOKEN_ID) if generation is None else generation.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and len(eos) == 1 else eos
     if unsupported := _unsupported(values, sizes, dropouts, eos):
         raise ModelError(f"{path} has unsupported values: {', '.join(unsupported)}. Use another model.")
 
-    # transformers writes GPT-2's id even for a smaller vocabulary. Such an id ends no text.
+    # transformers writes GPT-2's id even for a smaller vocabulary, where it cannot occur and therefore ends no text.
     eos = NO_EOS if eos is None or not 0 <= eos < sizes["vocab_size"] else eos
     fields = {**sizes, "eos_token_id": eos, "dropout": float(max(dropouts.values()))}
     warnings = []
@@ -127,7 +127,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         )
     if len(set(dropouts.values())) > 1:
         warnings.append(
-            f"{path} has {_describe(dropouts)}. GPT has one dropout: training uses, and an export has, the highest."
+            f"{path} has {_describe(dropouts)}. GPT has only one dropout, so the highest is used and exported."
         )
     return PretrainedConfig(fields, warnings)
 

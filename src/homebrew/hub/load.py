@@ -62,7 +62,7 @@ def load_model(source: str | Path, *, base: str | Path | None = None) -> tuple[G
         except CorruptCheckpoint:
             if checkpoint.path.exists():
                 raise
-            return load_model(source, base=base)  # a run in progress has removed this checkpoint, and has a newer one
+            return load_model(source, base=base)  # a run in progress has replaced this checkpoint by a newer one
     elif _is_adapter(source):
         model, tokenizer = _load_peft_adapter(Path(source), base)
     else:
@@ -80,7 +80,7 @@ def load_checkpoint(checkpoint: Checkpoint, *, base: str | Path | None = None) -
     """Load the model and the tokenizer of a checkpoint.
 
     Returns:
-        The model on the CPU, in evaluation mode and float32, and the tokenizer, None if the run had none.
+        The model on the CPU, in evaluation mode and float32, and the tokenizer, or None if the run had none.
     """
     model = _adapted_model(checkpoint, base) if _ADAPTER_FILE in checkpoint.names else _full_model(checkpoint)
     description = checkpoint.state.get("tokenizer")
@@ -94,7 +94,7 @@ def _find_checkpoint(folder: Path) -> Checkpoint | None:
     # os.path instead of pathlib, which raises OSError for a name that is too long for the file system.
     if os.path.isdir(folder / "checkpoints"):  # noqa: PTH112
         return _newest_checkpoint(folder)
-    # A folder named like a checkpoint counts as one without its manifest too, so that the error says what is missing.
+    # A folder named like a checkpoint counts as one even without a manifest, so that the error says what is missing.
     has_checkpoint_name = folder.name.startswith("step-") and os.path.isdir(folder)  # noqa: PTH112
     has_manifest = os.path.isfile(folder / "manifest.json")  # noqa: PTH113
     return open_checkpoint(folder) if has_checkpoint_name or has_manifest else None
@@ -121,7 +121,7 @@ def _load_peft_adapter(folder: Path, base: str | Path | None) -> tuple[GPT, Toke
         if lora_layers(model):
             raise _only_an_adapter(source)
     load_adapter(model, folder)
-    if any(find_file(folder, name) for name in TOKENIZER_FILES):  # the base's tokenizer may be another one, or none
+    if any(find_file(folder, name) for name in TOKENIZER_FILES):  # the base may have another tokenizer or none
         tokenizer = read_tokenizer(folder, vocab_size=model.config.vocab_size)
     return model.eval(), tokenizer
 
@@ -131,7 +131,7 @@ def _base_source(adapter: Path, base: str | Path | None, recorded: object) -> It
     """Yield the location of an adapter's base model: `base`, or else the recorded one. The block loads the model.
 
     Raises:
-        CheckpointError: There is no location, it is that of an adapter, or the recorded base cannot be loaded.
+        CheckpointError: No location is given or recorded, it is an adapter, or the recorded base cannot be loaded.
     """
     source = base or recorded
     if not source or not isinstance(source, str | Path):
@@ -141,10 +141,10 @@ def _base_source(adapter: Path, base: str | Path | None, recorded: object) -> It
         )
     try:
         source = local_path_or_name(source)
-        if _is_adapter(source):  # an error rather than recursion, which might not end
+        if _is_adapter(source):  # do not recurse: adapters could refer to each other
             raise _only_an_adapter(source)
         yield source
-    except (ConfigError, ModelError) as error:  # a ConfigError for a text that is not a path
+    except (ConfigError, ModelError) as error:  # ConfigError: the text is not a valid path
         if base is not None:
             raise
         raise CheckpointError(
@@ -179,7 +179,7 @@ def _full_model(checkpoint: Checkpoint) -> GPT:
 
 
 def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
-    """Load the base model from its own location, and the adapter from the checkpoint."""
+    """Load the base model from its location, and the adapter from the checkpoint."""
     config, fingerprint = _adapter_config(checkpoint)
     with _base_source(checkpoint.path, base, checkpoint.state.get("base")) as source:
         model = _base_model(source)

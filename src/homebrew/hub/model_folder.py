@@ -1,4 +1,4 @@
-"""Model folders: local ones, snapshots of Hugging Face Hub repositories, and bounded reads of their files."""
+"""Model folders: local folders, snapshots of Hugging Face Hub repositories, and bounded reads of their files."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,10 +75,10 @@ def _download_snapshot(
 def find_file(folder: Path, name: str) -> Path | None:
     """Return the path of a regular file in a model folder, or None if the folder has no such file.
 
-    The path can be a link of the Hub cache from a snapshot to its blobs. Readers open what it resolves to.
+    In a snapshot of the Hub cache, the path is a link to a blob of the cache. Readers open the file it resolves to.
 
     Raises:
-        ModelError: The file is a symbolic link, other than one of the Hub cache.
+        ModelError: The file is a symbolic link that is not one of the Hub cache's.
     """
     path = folder / name
     if path.is_symlink() and _target(path).parent != _target(folder).parent.parent / "blobs":
@@ -88,10 +88,10 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 @contextmanager
 def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterator[None]:
-    """Create a folder, and convert errors that occur while files are written to it.
+    """Create a folder, and convert errors in writing its files to ModelError.
 
-    `forbidden_files` maps names of files that the folder must not contain to a description of such a folder. The new
-    files would overwrite that content, or would not be found beside it.
+    `forbidden_files` maps names of files that the folder must not contain to a description of a folder with such a
+    file. The new files would overwrite its content, or readers would find that content instead of the new files.
     """
     try:
         for name, description in forbidden_files.items():
@@ -122,5 +122,5 @@ def open_tensors(path: Path) -> AbstractContextManager[tuple[Any, Shapes]]:
 
 
 def _target(path: Path) -> Path:
-    """Return the absolute path without links. Unlike `Path.resolve`, never raises."""
+    """Return the absolute path without links. Unlike `Path.resolve`, this never raises."""
     return Path(os.path.realpath(path))

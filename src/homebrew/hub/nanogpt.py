@@ -1,4 +1,4 @@
-"""Reader for the checkpoints of nanoGPT's train.py."""
+"""Converter for the checkpoints of nanoGPT's train.py."""
 
 from collections.abc import Mapping
 from typing import Any

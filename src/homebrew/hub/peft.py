@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT's tensor names are those of homebrew with a prefix. A and B have the same layout in both libraries, although
-transformers stores the base's weights transposed.
+PEFT's tensor names are homebrew's names with a prefix. A and B have the same layout in both libraries, although
+transformers stores the weights of the base model transposed.
 """
 
 import re
@@ -34,13 +34,13 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 _SUPPORTED_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the base's weights unchanged; the others move a part to the adapter."""
+"""Values of `init_lora_weights` that leave the base's weights unchanged. Others move a part of them to the adapter."""
 
 _KNOWN_FIELDS = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "lora_dropout", "init_lora_weights"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        # Without effect on the computation: descriptions, and options of initializations and of other model types.
+        # No effect on the computation: descriptions, and options of initializations and of other model types.
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         *("fan_in_fan_out", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
         *("qalora_group_size", "megatron_config", "megatron_core", "ensure_weight_tying"),
@@ -176,7 +176,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _target_modules(
     model: nn.Module, values: Mapping[str, Any], tensor_names: Iterable[str], path: Path
 ) -> tuple[str, ...]:
-    """Return the `LoRAConfig.target_modules` that stand for exactly the layers that the adapter has."""
+    """Return the `LoRAConfig.target_modules` that select exactly the layers that the adapter has."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets, excluded = values.get("target_modules"), values.get("exclude_modules") or []
     blocks: Any = values.get("layers_to_transform")
@@ -191,7 +191,7 @@ def _target_modules(
             if layer in targets or (ends_with_any(layer, targets) and layer.startswith(prefixes))
         ]
         adapted = {layer for layer in selected if not ends_with_any(layer, excluded)}
-    else:  # a regular expression, which can take forever to match, or PEFT's default: the tensors show the layers
+    else:  # a regular expression, which may never finish matching, or PEFT's default: use the tensors' names
         adapted = {name.rpartition(".")[0] for name in tensor_names}
         targets = []
     if not adapted:

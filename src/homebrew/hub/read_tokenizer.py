@@ -17,21 +17,22 @@ from homebrew.hub.tokenizer_files import HOMEBREW_FILE, tokenizer_files
 from homebrew.hub.tokenizer_settings import unsupported_settings
 
 _OTHER = Vocabulary({}, [])
-"""Stands for the vocabulary of a tokenizer of another kind."""
+"""Placeholder for the vocabulary of a tokenizer of another kind."""
 
 _MAX_BYTES = 5 * 2**20
-"""Size up to which a `tokenizer.json` is read that homebrew has not written. GPT-2's has 3.6 MB; larger ones are those
-of other tokenizers."""
+"""Maximum size of a `tokenizer.json` that homebrew has not written. GPT-2's has 3.6 MB; larger files belong to other
+tokenizers and are not read."""
 
 
 def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     """Read the tokenizer of a model folder.
 
-    Tokenizers exported by homebrew are supported, GPT-2's, which is recognized by its vocabulary and merges, and any
+    Supported are tokenizers exported by homebrew; GPT-2's tokenizer, recognized by its vocabulary and merges; and any
     byte-level BPE in a `tokenizer.json` that `get_tokenizer` opens.
 
     Returns:
-        The tokenizer, or None if the folder has none or one of another kind, and for a custom one, with a warning.
+        The tokenizer, or None if the folder has none or one of another kind. For a custom tokenizer, None, with a
+        warning.
 
     Raises:
         ModelError: A file is invalid, the tokenizer is a variant of a supported one, such as one with added tokens,
@@ -49,7 +50,7 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     if tokenizer is None:
         return None
     if path is not None and vocabulary not in (None, _exported_vocabulary(tokenizer)):
-        raise ModelError(  # transformers has saved another tokenizer in the folder
+        raise ModelError(  # transformers may have saved another tokenizer here
             f"The tokenizer in {folder} has other tokens or merges than the tokenizer {tokenizer.name!r} in "
             f"{HOMEBREW_FILE}. Restore the tokenizer's files, or remove {HOMEBREW_FILE}."
         )
@@ -70,7 +71,7 @@ def read_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
 
 
 def _read_pipeline(folder: Path, max_bytes: int) -> dict[str, Any] | None:
-    """Read `tokenizer.json`, which AutoTokenizer prefers to other files too. {} stands for one that is too large."""
+    """Read `tokenizer.json`, which AutoTokenizer also prefers to other files. Return {} if the file is too large."""
     path = find_file(folder, TOKENIZER_FILE)
     if path is None:
         return None
@@ -86,7 +87,7 @@ def _byte_pair_tokenizer(pipeline: dict[str, Any]) -> BytePairTokenizer | None:
 
 
 def _read_vocabulary(folder: Path) -> Vocabulary | None:
-    """Read `vocab.json` and `merges.txt`. Returns None if the folder has none of them."""
+    """Read `vocab.json` and `merges.txt`. Return None if the folder has neither."""
     path, merges_path = find_file(folder, "vocab.json"), find_file(folder, "merges.txt")
     if path is not None and merges_path is not None:
         return Vocabulary(read_json(path), _split_merges(read_bounded_text(merges_path)))
@@ -97,13 +98,13 @@ def _is_gpt2(vocabulary: Vocabulary | None) -> bool:
     if vocabulary is None:
         return False
     ids = {END_OF_TEXT: GPT2Tokenizer.end_of_text_id, **vocabulary.ids}
-    is_as_large = len(ids) == GPT2Tokenizer.vocab_size  # otherwise, GPT-2's files are not needed
+    is_as_large = len(ids) == GPT2Tokenizer.vocab_size  # if not, do not read GPT-2's files
     return is_as_large and vocabulary._replace(ids=ids) == _exported_vocabulary(GPT2Tokenizer())
 
 
 def _exported_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Return the vocabulary of a tokenizer's exported files."""
-    if isinstance(tokenizer, GPT2Tokenizer):  # from its source, because to derive its merges takes seconds
+    if isinstance(tokenizer, GPT2Tokenizer):  # read its merges, because deriving them takes seconds
         source = gpt2_vocabulary_files()
         return Vocabulary(json.loads(source["encoder.json"]), _split_merges(source["vocab.bpe"].decode()))
     files = tokenizer_files(tokenizer, model_max_length=1, is_gpt=True)

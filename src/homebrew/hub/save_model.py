@@ -1,4 +1,4 @@
-"""Saves any model to a folder, in the format that its kind has."""
+"""Saves any model to a folder, in the format for its kind of model."""
 
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:  
 
     Args:
         model: A GPT; another model with a method `save_pretrained(folder)`, which is called; or any module, whose state
-            dict is saved as a safetensors file, tied weights once.
+            dict is saved as a safetensors file. Tied weights are saved once.
         folder: Output folder.
-        tokenizer: Tokenizer the model was trained with, or None. A custom one is not saved, with a warning.
+        tokenizer: Tokenizer the model was trained with, or None. For a custom tokenizer, a warning is issued instead.
 
     Raises:
         ModelError: The folder cannot be written, or holds a checkpoint.
@@ -56,14 +56,14 @@ def _save_weights(model: Any, folder: Path) -> None:  # noqa: ANN401
         return
     try:
         model.save_pretrained(folder)
-    except Exception as error:  # of the model's own code
+    except Exception as error:  # raised by the model's own code
         if isinstance(error, OSError):
             raise
         raise ModelError(f"{type(model).__name__}.save_pretrained failed: {error!r}.") from error
 
 
 def _is_opened_by_auto_tokenizer(folder: Path) -> bool:
-    """Return whether AutoTokenizer opens a tokenizer as it is. For Qwen2, it changes how texts are split."""
+    """Return whether AutoTokenizer opens a tokenizer unchanged. For Qwen2, it changes how texts are split."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:

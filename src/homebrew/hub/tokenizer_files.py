@@ -27,14 +27,15 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-"""All files that AutoTokenizer reads. A stale one of another tokenizer would change the ids."""
+"""All files that AutoTokenizer reads. A leftover file of another tokenizer would change the ids."""
 
 
 ANY_CHARACTER = r"[\s\S]"
 """Regular expression by which an exported `CharTokenizer` splits a text into characters."""
 
 UNKNOWN_CHARACTER = "<unk>"
-"""Its unknown token. As the vocabulary lacks it, an unknown character is an error, as in `CharTokenizer`."""
+"""Unknown token of an exported `CharTokenizer`. It is not in the vocabulary, so an unknown character is an error, as in
+`CharTokenizer`."""
 
 
 def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int | None, is_gpt: bool) -> dict[str, str]:
@@ -46,8 +47,8 @@ def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int | None, is_gp
         is_gpt: Whether the model is a `GPT`, which transformers opens with its GPT2Tokenizer.
 
     Raises:
-        ModelError: transformers cannot represent the tokenizer: tokens are neither all characters nor each the
-            merge of two others, or several have the same bytes.
+        ModelError: transformers cannot represent the tokenizer: its tokens are neither single characters nor merges of
+            two other tokens, or several tokens have the same bytes.
     """
     tokenizer_class, files = _vocabulary_files(tokenizer, is_gpt=is_gpt)
     special_token = None if tokenizer.end_of_text_id is None else END_OF_TEXT
@@ -62,7 +63,7 @@ def tokenizer_files(tokenizer: Tokenizer, *, model_max_length: int | None, is_gp
 
 
 def write_tokenizer_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write the files of a tokenizer, and remove those of another one, which would contradict it."""
+    """Write the files of a tokenizer, and remove other tokenizer files, which would contradict them."""
     for name, text in texts.items():
         with atomic_replace(folder / name) as path:
             path.write_bytes(text.encode())
@@ -76,7 +77,7 @@ def to_json(value: Mapping[str, Any]) -> str:
 
 
 def _vocabulary_files(tokenizer: Tokenizer, *, is_gpt: bool) -> tuple[str, dict[str, str]]:
-    """Return the class of transformers that reads a tokenizer, and the files with its vocabulary."""
+    """Return the name of the transformers class that reads a tokenizer, and the files with the vocabulary."""
     if isinstance(tokenizer, BytePairTokenizer):
         return "PreTrainedTokenizerFast", {TOKENIZER_FILE: format_tokenizer_json(tokenizer)}
     end_of_text_id = tokenizer.end_of_text_id

@@ -35,12 +35,12 @@ _CONFIG: dict[str, tuple[Any, ...]] = {
 
 
 def unsupported_settings(folder: Path, tokenizer: Tokenizer, pipeline: _Json) -> list[str]:
-    """Return the settings of a tokenizer in transformers' format by which it differs from `tokenizer`.
+    """Return the settings in which a folder's tokenizer, in transformers' format, differs from `tokenizer`.
 
     Args:
         folder: Folder with the tokenizer's files.
         tokenizer: Built-in tokenizer with the same vocabulary and merges.
-        pipeline: Contents of the folder's `tokenizer.json`, empty without one.
+        pipeline: Contents of the folder's `tokenizer.json`; empty if there is no such file.
     """
     config, special_tokens, added_tokens = (
         read_json(path) if (path := find_file(folder, name)) is not None else {}
@@ -75,7 +75,7 @@ def _added_tokens(pipeline: _Json, config: _Json, added_tokens: _Json) -> Iterat
 
 
 def _contents(value: object) -> list[str]:
-    """Return the texts of tokens: of one, which is a string or an object with `content`, or of several."""
+    """Return the texts of a token, which is a string or an object with `content`, or of a collection of tokens."""
     if isinstance(value, dict):
         return [value["content"]] if "content" in value else [text for v in value.values() for text in _contents(v)]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Errors for a folder that does not exist, or is not a model: they name the folders that may have been meant."""
+"""Error messages for a folder that does not exist, or is not a model. They name folders that may have been meant."""
 
 import contextlib
 import difflib
@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _MODEL_MARKS = ("checkpoints", "manifest.json", "config.json", "adapter_config.json")
-"""What makes a folder a run, a checkpoint, a model in transformers' format or an adapter in PEFT's."""
+"""Files by which to recognize a run, a checkpoint, a model in transformers' format or an adapter in PEFT's format."""
 _MAX_LISTED = 8
 
 
 def no_folder(name: str) -> str:
-    """Return the message that a folder does not exist, with the most similar name beside it as a suggestion."""
+    """Return the message that a folder does not exist. It suggests the sibling folder with the most similar name."""
     path = Path(name)
     close = difflib.get_close_matches(path.name, [folder.name for folder in _subfolders(path.parent)], n=1)
     return f"There is no folder {name}." + (f" Did you mean {path.parent / close[0]}?" if close else "")
 
 
 def not_a_model(folder: Path) -> str:
-    """Return the message for a folder that `load_model` cannot open, with the models in it, two levels deep."""
+    """Return the message for a folder that `load_model` cannot open. It lists the models in it, two levels deep."""
     found = [
         _shown(path)
         for subfolder in _subfolders(folder)
