@@ -27,8 +27,8 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "V100 PCIE": {"float16": 112},
 }
 _IRRELEVANT_TO_SPEED = re.compile(r"NVIDIA|TESLA|GEFORCE|SXM\d?|HBM3E?|\d+GB?")
-"""Words of a device name that do not change the peak. Any other word, such as "Laptop" or "MIG", makes it a different
-model, whose peak is unknown unless the table lists it."""
+"""Words of a device name that do not change the peak. With any other word, such as "Laptop" or "MIG", the device is a
+different model, whose peak is unknown unless the table lists it."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

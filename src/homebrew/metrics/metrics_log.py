@@ -14,7 +14,7 @@ from homebrew.io import open_regular, strict_json
 from homebrew.user_warnings import warn
 
 MAX_BYTES = 1 << 30
-"""Size of the largest log that a run appends to, about four million events."""
+"""Maximum size of a log that a run appends to, about four million events."""
 _MAX_LINE_BYTES = 1 << 16
 _LINE_START = b'{"event": '
 
@@ -64,7 +64,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file."""
-        with contextlib.suppress(OSError):  # events that were not written have been warned of
+        with contextlib.suppress(OSError):  # a warning has reported the events that were not written
             os.close(self._file)
 
     def _append(self, line: bytes) -> None:
@@ -95,8 +95,8 @@ class MetricsLog:
 def past_eval_losses(path: Path, step: int) -> dict[int, float]:
     """Read the losses of a run's evaluations up to a step, in order, by the step of the evaluation.
 
-    Evaluations that a resume discarded, because the run restarted from an earlier step, are not returned. A file that
-    does not exist has no losses.
+    If the run was resumed from an earlier step, evaluations after that step are discarded. A file that does not exist
+    has no losses.
     """
     losses: dict[int, float] = {}
     for event in read_events(path):
@@ -109,7 +109,7 @@ def past_eval_losses(path: Path, step: int) -> dict[int, float]:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the JSON object of each line. A file that does not exist has none, and other lines are ignored.
+    """Yield the JSON object of each line. Lines without one are ignored. A file that does not exist has no lines.
 
     Raises:
         OSError: The file cannot be opened or is not a regular file.

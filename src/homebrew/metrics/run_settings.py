@@ -8,7 +8,7 @@ Settings = dict[str, int | float | str | bool]
 def flatten_settings(nested: dict[str, Any], prefix: str = "") -> Settings:
     """Flatten nested dictionaries, and lists of them, to "a/b" keys with scalar values, as trackers require.
 
-    Settings that are None are left out, so that a tracker has numbers only for a setting that is a number.
+    Settings that are None are left out, so that a numeric setting has only numbers in a tracker.
     """
     flat: Settings = {}
     for key, value in nested.items():

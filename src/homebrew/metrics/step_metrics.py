@@ -43,7 +43,7 @@ class EvalMetrics:
     bits_per_byte: float | None
     """Loss in bits per byte of text, comparable across tokenizers; None if the size of the text is unknown."""
     num_tokens: int
-    """Number of targets; ignored ones are not counted."""
+    """Number of targets, without ignored targets."""
 
     @classmethod
     def from_loss(cls, *, step: int, loss: float, num_tokens: int, bytes_per_token: float | None) -> Self:

@@ -39,7 +39,7 @@ class ThroughputMeter:
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Start measuring after `step` steps, which are not part of the first measurement."""
+        """Start measuring after `step` steps. The first measurement does not include these steps."""
         self._started_at = self._measured_at = self._marked_at = _Timestamp(self._device)
         self._measured_step = step
         self._paused_seconds = 0.0
@@ -55,10 +55,10 @@ class ThroughputMeter:
         try:
             yield
         finally:
-            self._paused_seconds = paused_before + time.perf_counter() - start  # of nested contexts, count the outer
+            self._paused_seconds = paused_before + time.perf_counter() - start  # count only the outermost context
 
     def measure(self, step: int, *, loss: float, grad_norm: float, learning_rate: float) -> StepMetrics:
-        """Return the metrics of the step last marked; `step` steps had been taken when `mark` was called."""
+        """Return the metrics of the last marked step. `step` is the number of steps that had been taken at `mark`."""
         seconds = self._marked_at.seconds_since(self._measured_at) - self._paused_seconds
         tokens_per_second = self._tokens_per_step * (step - self._measured_step) / max(seconds, 1e-9)
         self._measured_at, self._measured_step, self._paused_seconds = self._marked_at, step, 0.0
@@ -77,7 +77,7 @@ class ThroughputMeter:
 
 
 class _Timestamp:
-    """A point in time: on CUDA, when the device reaches the work queued so far; elsewhere, now."""
+    """A point in time. On CUDA, it is when the device finishes the work queued so far; on other devices, now."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
