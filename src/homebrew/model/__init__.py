@@ -1,1 +1,1 @@
-"""The GPT-2 model: configuration, network, LoRA and the operations below them; and interfaces of other models."""
+"""The GPT-2 model: configuration, network, LoRA and operations; and interfaces to other models."""

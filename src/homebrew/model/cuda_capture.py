@@ -1,4 +1,4 @@
-"""Captures CUDA graphs safely beside other threads and garbage."""
+"""Captures CUDA graphs so that neither other threads nor garbage collection interfere."""
 
 import gc
 from collections.abc import Iterator
@@ -11,8 +11,9 @@ import torch
 def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
     """Capture the CUDA work of the context into a graph; nothing runs before the first replay.
 
-    Other threads, such as the checkpoint writer's, may use the GPU meanwhile. Garbage collection is off: destroying an
-    old CUDA graph or pinned buffer during a capture invalidates it, and PyTorch does not collect before a capture.
+    Other threads, such as the checkpoint writer's, may use the GPU meanwhile. Garbage collection is disabled: if it
+    destroyed an old CUDA graph or pinned buffer, the capture would be invalid. PyTorch does not collect garbage before
+    a capture.
     """
     was_enabled = gc.isenabled()
     gc.disable()

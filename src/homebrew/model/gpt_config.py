@@ -25,10 +25,10 @@ NO_EOS = -1
 """Value of `eos_token_id` for a model in which no id ends a text."""
 
 MAX_SIZE = 2**24
-"""Far above the size of any model. Products of sizes must not overflow int64."""
+"""Maximum of each size, far above that of any model. It ensures that products of sizes do not overflow int64."""
 
 Init = Literal["gpt2", "local"]
-"""How weights are drawn: as GPT-2's; or so that attention starts out looking at equal and nearby tokens."""
+"""How weights are initialized: as in GPT-2, or so that attention first looks at equal and at nearby tokens."""
 
 _PRESETS: dict[str, dict[str, int]] = {
     "char": {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 64},
@@ -114,6 +114,6 @@ class GPTConfig:
 
 
 def check_dropout(dropout: object) -> None:
-    """Check that a value is a probability that PyTorch's dropout takes."""
+    """Check that a value is a valid dropout probability: at least 0 and less than 1."""
     if isinstance(dropout, bool) or not (isinstance(dropout, int | float) and 0.0 <= dropout < 1.0):
         raise ConfigError(f"dropout={dropout!r} is not valid. Use a float of at least 0 and less than 1.")

@@ -1,4 +1,4 @@
-"""The hooks that a call of a module runs, which code that does not call it would leave out."""
+"""The hooks that run when a module is called. Code that uses a module's weights without calling it would skip them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,5 +12,5 @@ def module_hooks(module: nn.Module) -> list[Mapping[int, Any]]:
 
 
 def has_global_hooks() -> bool:
-    """Return whether there are hooks of all modules, such as those of FlopCounterMode."""
+    """Return whether there are global hooks, which run for all modules, such as FlopCounterMode's."""
     return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]

@@ -14,13 +14,14 @@ from homebrew.model.gpt_config import GPTConfig, Init
 _STD = 0.02
 _LOCAL_QUERY_SCALE = 1.5
 _INITIALIZERS = ("kaiming_uniform_", "normal_", "uniform_")
-"""Functions with which PyTorch's layers draw weights."""
+"""Functions that PyTorch's layers use to draw weights."""
 
 
 class UninitializedWeights(TorchFunctionMode):
-    """Builds linear layers and embeddings without drawing weights, for a model that draws its own.
+    """Builds linear layers and embeddings without drawing weights, for a model that draws its own weights.
 
-    PyTorch's would take as long again, use the global random state, and, on the meta device, import sympy.
+    Drawing PyTorch's default weights as well would double the time, use the global random state, and, on the meta
+    device, import sympy.
     """
 
     def __torch_function__(
@@ -30,7 +31,7 @@ class UninitializedWeights(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - what the function returns
-        """Call a function of PyTorch, unless it draws weights."""
+        """Call a PyTorch function, unless it draws weights."""
         return None if func.__name__ in _INITIALIZERS else func(*args, **kwargs or {})
 
 
@@ -39,10 +40,10 @@ def initialize(model: nn.Module, config: GPTConfig, generator: torch.Generator, 
     """Draw the weights of a GPT: normal with std 0.02, and 0.02 / sqrt(2 * n_layer) for residual projections.
 
     With "local", position embeddings are sinusoids instead (Vaswani et al. 2017), as large as those of GPT-2, and each
-    attention head starts out looking at one distance, see `look_back`.
+    attention head initially looks at one distance; see `look_back`.
 
     Raises:
-        ConfigError: There is no such `init`.
+        ConfigError: `init` is not valid.
     """
     if init not in get_args(Init):
         raise ConfigError(f"init={init!r:.100} is not valid. Use one of: {', '.join(get_args(Init))}.")
@@ -63,16 +64,17 @@ def initialize(model: nn.Module, config: GPTConfig, generator: torch.Generator, 
 
 
 def look_back(weight: Tensor, n_head: int) -> None:
-    """Let each head start out looking at one distance: head h at the tokens about h positions before.
+    """Initialize each head to look at one distance: head h attends to the tokens about h positions before.
 
-    Position embeddings have to be sinusoids: rotating their pairs of columns moves them by a distance. The key weights
-    of a head become its query weights, rotated by the head's distance. So of all position embeddings, a query matches
-    the one at that distance best. Token embeddings match those of the same token, as in "Mimetic initialization of
-    self-attention layers" (Trockman and Kolter 2023): a token attends most to itself, then to the head's distance.
+    Position embeddings have to be sinusoids: a rotation of their pairs of columns moves them by a distance. The key
+    weights of a head are set to its query weights, rotated by the head's distance. A query therefore matches the
+    position embedding at that distance best. Token embeddings match those of the same token, as in "Mimetic
+    initialization of self-attention layers" (Trockman and Kolter 2023): a token attends most to itself, then to the
+    token at the head's distance.
 
     Args:
-        weight: Weight of queries, keys and values, (3 * n_embd, n_embd), changed in place. Queries become 1.5 times as
-            large.
+        weight: Weight of queries, keys and values, (3 * n_embd, n_embd), changed in place. The query weights become 1.5
+            times as large.
         n_head: Number of heads.
     """
     width = weight.shape[1]
@@ -88,7 +90,10 @@ def look_back(weight: Tensor, n_head: int) -> None:
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """Return sines, in even columns, and cosines of positions, (length, width). Wavelengths are 2π to 20,000π."""
+    """Return sines (even columns) and cosines (odd columns) of positions, (length, width).
+
+    Wavelengths are 2π to 20,000π.
+    """
     columns = torch.arange(0, width, 2, dtype=torch.float32)  # a half-precision default dtype cannot count positions
     angles = torch.arange(length)[:, None] * 10_000.0 ** -(columns / width)  # (length, width / 2), rounded up
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]

@@ -18,7 +18,7 @@ def interface_of(model: nn.Module) -> ModelInterface:
 
 
 class GPTInterface(ModelInterface):
-    """A `GPT`, which knows most itself."""
+    """The interface of a `GPT`, which implements most of it itself."""
 
     supports_cuda_graphs = True
     micro_batch_tokens = 65_536
@@ -48,11 +48,11 @@ class GPTInterface(ModelInterface):
 
     @property
     def init(self) -> str | None:
-        """How the weights were drawn, or None if they were loaded."""
+        """How the weights were initialized, or None if they were loaded."""
         return self.model.init if self.model.source is None else None
 
     def num_fused_matrices(self, name: str) -> int:
-        """Return 3 for the projections to query, key and value."""
+        """Return 3 for the fused projections to query, key and value, and 1 for other weights."""
         return 3 if "c_attn" in name else 1
 
     def description(self) -> dict[str, Any]:

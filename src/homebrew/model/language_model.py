@@ -1,4 +1,4 @@
-"""The protocol of the models that a Trainer can train, and what the Trainer needs to know about each model."""
+"""The protocol of the models that a Trainer can train, and the Trainer's interface to a model."""
 
 import hashlib
 import inspect
@@ -19,7 +19,7 @@ that is 0 if all targets are ignored."""
 class LanguageModel(Protocol):
     """A model that a Trainer can train: an `nn.Module` that is called as below. transformers' models need no change.
 
-    A module may also have the following, all of which are optional:
+    A module may also have the following attributes and methods:
 
     - `ignore_index`: the target that its loss ignores, a negative integer. Default: -100, PyTorch's.
     - `config.vocab_size` and `config.block_size`: limits of the token ids and of the sequence length. If they are
@@ -43,7 +43,7 @@ class LanguageModel(Protocol):
 
 
 class ModelInterface:
-    """What the Trainer needs to know of a model. This class serves any module; subclasses serve particular kinds.
+    """The Trainer's interface to a model. This class is for any module; subclasses are for particular kinds of models.
 
     Args:
         model: Model without wrappers.
@@ -53,7 +53,7 @@ class ModelInterface:
     """Whether its forward and backward passes can be replayed as CUDA graphs."""
 
     micro_batch_tokens = 8_192
-    """Tokens of a micro-batch on a CUDA GPU, if the user sets no size. The logits of all of them are in memory."""
+    """Tokens in a micro-batch on a CUDA GPU, if the user sets no size. Memory must hold the logits of all tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -70,12 +70,12 @@ class ModelInterface:
 
     @property
     def init(self) -> str | None:
-        """How the weights were drawn, or None if that is not known."""
+        """How the weights were initialized, or None if that is not known."""
         return None
 
     @property
     def ragged_length(self) -> int | None:
-        """Length that samples of different lengths count as; None for that of the longest checked sample."""
+        """Length to assume for samples of different lengths. If None, the length of the longest checked sample."""
         return None
 
     @property
@@ -93,7 +93,7 @@ class ModelInterface:
         name = type(self.model).__name__
         try:
             signature = inspect.signature(self.model.forward)
-        except ValueError:  # that of a traced module is not known
+        except ValueError:  # a traced module has no signature
             return
         try:
             signature.bind("input_ids", "targets")
@@ -111,7 +111,7 @@ class ModelInterface:
             )
 
     def num_parameters(self) -> int:
-        """Return the number of parameters; tied ones count once."""
+        """Return the number of parameters. Tied parameters count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def flops_per_token(self, sequence_length: int) -> int:
@@ -129,7 +129,7 @@ class ModelInterface:
         return 1
 
     def description(self) -> dict[str, Any]:
-        """Return a JSON object that differs for models between which checkpoints cannot be exchanged."""
+        """Return a JSON object that differs between models that cannot load each other's checkpoints."""
         tensors = self.model.state_dict(keep_vars=True)
         shapes = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if isinstance(tensor, Tensor)]
         dtypes = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters()}
@@ -153,12 +153,15 @@ class ModelInterface:
         self.model.enable_activation_checkpointing()
 
     def loss_function(self) -> LossFunction:
-        """Return what computes the loss. Called under autocast, before the model is wrapped, sharded or compiled."""
+        """Return the function that computes the loss.
+
+        This is called under autocast, before the model is wrapped, sharded or compiled.
+        """
         ignore_index = getattr(self.model, "ignore_index", IGNORE_INDEX)
         if type(ignore_index) is not int or ignore_index >= 0:
             raise ConfigError(
                 f"The model's ignore_index is {ignore_index!r:.100}, but must be a negative integer: others are token "
-                f"ids, which the data may have as targets. Let its loss ignore -100, and remove the attribute."
+                f"ids, which may occur as targets. Make the model's loss ignore -100, and remove the attribute."
             )
 
         def call(model: Any, input_ids: Tensor, targets: Tensor) -> object:  # noqa: ANN401
@@ -171,8 +174,8 @@ class ModelInterface:
                     raise
                 raise ModelError(
                     f"An id is outside the model's vocabulary: input_ids are up to {int(input_ids.max())}, and targets "
-                    f"from {int(targets.min())} to {int(targets.max())}. Use the tokenizer of the model; if its loss "
-                    f"ignores another target than {ignore_index}, set its attribute ignore_index."
+                    f"from {int(targets.min())} to {int(targets.max())}. Use the tokenizer of the model. If its loss "
+                    f"ignores another target than {ignore_index}, set the model's attribute ignore_index."
                 ) from error
 
         return mean_over_targets(call)
@@ -186,9 +189,9 @@ def as_size(value: object) -> int | None:
 def mean_over_targets(call: Callable[[Any, Tensor, Tensor], object]) -> LossFunction:
     """Turn a call that returns a loss in any supported form into a `LossFunction`.
 
-    The mean over no targets is NaN in most models, also in the gradients. If all targets of a micro-batch are ignored,
-    the model gets token 0 as every target, and its loss is multiplied by 0: nothing waits for the device. A loss in
-    half precision is returned in float32, in which losses can be added.
+    If all targets of a micro-batch are ignored, the loss and the gradients of most models are NaN. Therefore every
+    target is then replaced by token 0, and the loss is multiplied by 0, without waiting for the device. A loss in half
+    precision is returned in float32, in which losses can be added.
     """
 
     def loss_function(model: Any, input_ids: Tensor, targets: Tensor) -> Tensor:  # noqa: ANN401
@@ -204,10 +207,10 @@ def mean_over_targets(call: Callable[[Any, Tensor, Tensor], object]) -> LossFunc
 
 
 def find_loss(output: object) -> Tensor:
-    """Return the loss in what a model returned.
+    """Return the loss from a model's output.
 
     Raises:
-        ModelError: There is none.
+        ModelError: The output has no loss.
     """
     if isinstance(output, Mapping):
         output = output.get("loss", output)
@@ -220,10 +223,10 @@ def find_loss(output: object) -> Tensor:
 
 
 def check_loss(loss: object) -> Tensor:
-    """Return the loss that a model's `forward(input_ids, targets)` returned, which may be of any type.
+    """Return the result of a model's `forward(input_ids, targets)`, after checking that it is a loss.
 
     Raises:
-        ModelError: It is not a floating-point scalar.
+        ModelError: The result is not a floating-point scalar tensor.
     """
     if isinstance(loss, Tensor) and loss.shape == () and loss.is_floating_point():
         return loss

@@ -20,16 +20,16 @@ from homebrew.model.gpt_config import check_dropout
 from homebrew.model.other_names import LORA_NAMES
 
 MAX_RANK = 2**16
-"""Far above any useful rank. Memory for a larger one, such as from a typing error, could not be allocated."""
+"""Maximum rank, far above any useful one. A larger rank, such as a typo, would need more memory than available."""
 
 MAX_ALPHA = 1e6
-"""Far above any useful scale. A larger alpha from a file could turn finite weights into infinities."""
+"""Maximum alpha, far above any useful one. A larger alpha from a file could turn finite weights into infinities."""
 
 TARGET_MODULES = ("c_attn", "c_proj", "c_fc", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 """Supported values of `LoRAConfig.target_modules`. "c_proj" matches the layer in both attention and MLP."""
 
 _BLOCK_TARGET = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)", re.ASCII)
-"""Values of `LoRAConfig.target_modules` for the layer of one block."""
+"""Values of `LoRAConfig.target_modules` for a layer of one block."""
 
 
 @LORA_NAMES.explain_unknown_fields
@@ -122,7 +122,7 @@ class LoRALinear(nn.Linear):
 
 
 def ends_with_any(module_name: str, targets: Iterable[str]) -> bool:
-    """Return whether a qualified name is or ends with one of the names of `targets`, as PEFT matches them."""
+    """Return whether a qualified name is or ends with one of the names in `targets`, as in PEFT."""
     return any(f".{module_name}".endswith(f".{target}") for target in targets)
 
 
@@ -202,7 +202,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 def check_adapter_fits(model: nn.Module, config: LoRAConfig, state: Mapping[str, Tensor]) -> None:
     """Check that an adapter can be added and loaded, before `add_lora` allocates memory for it.
 
-    The configuration may come from a file, whose rank can be any number.
+    The configuration may come from a file, in which the rank can be any number.
     """
     expected = {}
     for name, linear in _target_layers(model, config).items():

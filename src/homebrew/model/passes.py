@@ -1,4 +1,7 @@
-"""Context managers for passes of a model outside of training: in evaluation mode, uncompiled, or without a trace."""
+"""Context managers for forward passes outside of training: in evaluation mode, uncompiled, or as a trial.
+
+A trial leaves the model and the random states as they were.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +27,7 @@ _open_contexts: dict[nn.Module, _OpenContexts] = {}
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module in evaluation mode, and restore the previous mode of each submodule on exit.
 
-    Contexts of a module may overlap, as those of two text streams do: the modes are restored when the last one ends.
+    Contexts of a module may overlap, for example during two text streams. The end of the last one restores the modes.
     """
     contexts = _open_contexts.setdefault(module, _OpenContexts({m: m.training for m in module.modules()}))
     contexts.count += 1
@@ -42,9 +45,9 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run a model without compilation, although it, or modules of it, are compiled in place.
+    """Run a model without compilation, even if the model or some of its modules are compiled in place.
 
-    For passes of shapes that do not occur in training, each of which would be compiled first.
+    Use this for shapes that do not occur in training, since each new shape would be compiled first.
     """
     calls = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     for module in calls:
@@ -60,7 +63,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 def trial(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, and restore its modes and buffers and the random states on exit.
 
-    Inside, the mode may be changed. Gradients are the caller's.
+    The block may change the mode. Gradients are not restored.
     """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     buffers = [
@@ -76,5 +79,5 @@ def trial(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for module, name, buffer, value in buffers:
                     module._buffers[name] = buffer  # forward may have assigned a new tensor
-                    if not buffer.equal(value):  # expanded ones cannot be written to
+                    if not buffer.equal(value):  # an expanded buffer cannot be written to
                         buffer.copy_(value)

@@ -1,7 +1,7 @@
 """The transformer of GPT-2: attention, MLP, blocks and embeddings.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned position
-embeddings, tanh GELU. Modules and parameters have the names they have in Hugging Face's GPT-2.
+embeddings, tanh GELU. Modules and parameters have the same names as in Hugging Face's GPT-2.
 
 Dimensions: B batch size, T sequence length, C embedding dimension (`n_embd`), nh number of heads, hs head size
 (C / nh).
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         x = x.to(compute_dtype(x))
         x = F.dropout(x, self.dropout, self.training)
         for index, block in enumerate(self.h):
-            # With a cache, a compiled block runs uncompiled: each length of prompt and cache would be compiled.
+            # With a cache, a compiled block runs uncompiled: otherwise each new prompt or cache length is compiled.
             x = block(x, None) if cache is None else block._call_impl(x, cache.layer(index))  # type: ignore[no-untyped-call]
         hidden: Tensor = self.ln_f(x)
         return hidden

@@ -1,4 +1,4 @@
-"""What the Trainer needs to know of transformers' causal language models. transformers itself is not imported."""
+"""The Trainer's interface to transformers' causal language models. transformers itself is not imported."""
 
 import inspect
 import json
@@ -24,7 +24,7 @@ _VOLATILE_OF_ADAPTERS = (
     "tokenizer_name_or_path",
     "revision",
 )
-"""The same of PEFT's configurations."""
+"""Such fields of PEFT's configurations."""
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -33,11 +33,11 @@ def is_transformers_model(model: nn.Module) -> bool:
 
 
 class TransformersInterface(ModelInterface):
-    """A causal language model of transformers, whose loss is transformers' own.
+    """A causal language model of transformers, trained with transformers' own loss function.
 
     The targets are already shifted. Most models pass `shift_labels` on to their loss function, which then does not
-    shift `labels`. For the others, the same loss function is called with their logits. A subclass whose `forward` takes
-    `targets` follows `LanguageModel`, and is called as any module.
+    shift `labels`. For other models, the loss function is called here, with their logits. A subclass whose `forward`
+    takes `targets` follows `LanguageModel`, and is called like any module.
     """
 
     @property
@@ -72,13 +72,13 @@ class TransformersInterface(ModelInterface):
             super().check()
         elif not is_causal or self.model.get_output_embeddings() is None:
             raise ConfigError(
-                f"{name} is not a causal language model (loss_type {loss_type!r}). Load the model by "
+                f"{name} is not a causal language model (loss_type {loss_type!r}). Load the model with "
                 f"transformers.AutoModelForCausalLM."
             )
         if any(adapter.is_prompt_learning for adapter in getattr(self.model, "peft_config", {}).values()):
             raise ConfigError(
-                f"{name} learns a prompt of PEFT, which is not supported: its tokens are no part of the data. Use an "
-                f"adapter that changes weights, such as PEFT's LoraConfig."
+                f"{name} uses PEFT's prompt learning, which is not supported: prompt tokens are not part of the data. "
+                f"Use an adapter that changes weights, such as PEFT's LoraConfig."
             )
         if len(set(getattr(self.model, "hf_device_map", {}).values())) > 1:
             raise ConfigError(
@@ -87,7 +87,7 @@ class TransformersInterface(ModelInterface):
             )
 
     def description(self) -> dict[str, Any]:
-        """Return the configuration, as far as it differs from the default, besides the class and the weights."""
+        """Return the class, the weights' names and shapes, and the configuration where it differs from the default."""
         values: dict[str, Any] = json.loads(strict_json(json.loads(self.model.config.to_json_string(use_diff=True))))
         config = {name: value for name, value in values.items() if name not in _VOLATILE}
         if adapters := getattr(self.model, "peft_config", {}):
@@ -108,11 +108,11 @@ class TransformersInterface(ModelInterface):
             self.model.gradient_checkpointing_enable(options)
 
     def loss_function(self) -> LossFunction:
-        """Return what computes the loss.
+        """Return the function that computes the loss.
 
         Raises:
             ModelError: The model cannot be called.
-            ConfigError: Its attention is not causal.
+            ConfigError: The model's attention is not causal, or the loss of its experts is not supported.
         """
         if self._takes_targets:
             return super().loss_function()
@@ -123,7 +123,7 @@ class TransformersInterface(ModelInterface):
             is_balanced = "output_router_logits" in names and getattr(self._config, "output_router_logits", False)
 
             def call(model: Any, input_ids: Tensor, targets: Tensor) -> object:  # noqa: ANN401
-                # The auxiliary loss that balances experts is not evaluated.
+                # Evaluation excludes the auxiliary loss that balances experts.
                 router = {"output_router_logits": False} if is_balanced and not model.training else {}
                 return model(input_ids=input_ids, labels=targets, shift_labels=targets, **options, **router)
         else:
@@ -142,7 +142,7 @@ class TransformersInterface(ModelInterface):
         return mean_over_targets(call)
 
     def _takes_shift_labels(self, options: dict[str, Any]) -> bool:
-        """Return whether the model's loss is that of `shift_labels`, as a call with all `labels` ignored shows.
+        """Return whether the model's loss uses `shift_labels`. A call in which all `labels` are ignored shows it.
 
         Raises:
             ModelError: The call fails.
@@ -155,27 +155,27 @@ class TransformersInterface(ModelInterface):
             with trial(model), torch.no_grad():
                 try:
                     outputs = model(input_ids=ids, labels=labels, shift_labels=ids, **options)
-                except TypeError:  # an unknown argument
+                except TypeError:  # the model has no such argument
                     outputs = model(input_ids=ids, **options)
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} cannot compute the loss of two tokens: {error!r:.200}. Call the model on "
                 f"token ids, model(input_ids=ids, labels=ids), to find the cause."
             ) from error
-        outputs = outputs if isinstance(outputs, Mapping) else {}  # a tuple, with return_dict=False
+        outputs = outputs if isinstance(outputs, Mapping) else {}  # a tuple if return_dict=False
         loss, logits = outputs.get("loss"), outputs.get("logits")
         is_rounded = torch.is_autocast_enabled(device.type) or next(model.parameters()).dtype != torch.float32
         tolerance = 2e-2 if is_rounded else 1e-3
         if logits is not None and (logits[0, 0] - logits[1, 0]).abs().max() > tolerance * logits.abs().max():
             raise ConfigError(
-                f"{type(model).__name__} attends to later tokens, which are those to predict. Build the model as a "
+                f"{type(model).__name__} attends to later tokens, which it has to predict. Build the model as a "
                 f"decoder, such as with is_decoder=True in its configuration."
             )
         return loss is not None and bool(loss.isfinite() and loss)
 
 
 def _adapter_settings(adapter: Any) -> dict[str, Any]:  # noqa: ANN401 - a PeftConfig
-    """Return the settings of one of PEFT's adapters as JSON, as far as they differ from the default."""
+    """Return the settings of a PEFT adapter that differ from their defaults, as JSON."""
     values = {name: value for name, value in adapter.to_dict().items() if name not in _VOLATILE_OF_ADAPTERS}
     changed = {n: v for n, v in values.items() if v not in (getattr(type(adapter), n, None), {}, [])}
     settings: dict[str, Any] = json.loads(

@@ -1,16 +1,16 @@
-"""Operations of the model, each faster or smaller than its plain PyTorch version and equal to it in result.
+"""Operations of the model. Each is faster or needs less memory than plain PyTorch, and computes the same result.
 
 - `attention`: causal attention for training. It selects the fastest backend of PyTorch's scaled dot-product
   attention (Dao et al. 2022, "FlashAttention"), or matrix products for short bfloat16 sequences on a CPU.
 - `chunked_loss`: the language-model head with its cross-entropy loss, a chunk of tokens at a time. The logits of
-  all tokens are the largest tensor of a training step and never exist at once (as in llm.c's fused classifier and
-  Hsu et al. 2024, "Liger Kernel").
+  all tokens would be the largest tensor of a training step, but never exist at once (as in llm.c's fused classifier
+  and Hsu et al. 2024, "Liger Kernel").
 - `mlp`: the MLP. Only its first matrix product is saved for the backward pass, which recomputes the GELU.
 - `linear`: the linear layers of attention.
 - `matmul`: matrix products on an NVIDIA GPU, with the fastest algorithm of `cublaslt`, which binds NVIDIA's library.
-- `triton_kernels`: the CUDA kernels of loss and MLP, for what is limited by memory bandwidth. Softmax,
-  loss and gradient of the logits take one kernel (Milakov and Gimelshein 2018, "Online normalizer calculation for
-  softmax"), and so do GELU, its gradient and the bias gradient (Hendrycks and Gimpel 2016, "Gaussian Error Linear
+- `triton_kernels`: CUDA kernels for the parts of loss and MLP that are limited by memory bandwidth. One kernel
+  computes softmax, loss and gradient of the logits (Milakov and Gimelshein 2018, "Online normalizer calculation for
+  softmax"), another the GELU, its gradient and the bias gradient (Hendrycks and Gimpel 2016, "Gaussian Error Linear
   Units"). Without a GPU or Triton, plain PyTorch is used.
 - `autocast`: the dtype that autocast selects.
 """
@@ -23,5 +23,5 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Return whether operations on `x` use Triton kernels, which need a GPU. Triton is only imported if they do."""
+    """Return whether operations on `x` use Triton kernels, which need a GPU. This function does not import Triton."""
     return x.is_cuda and _HAS_TRITON

@@ -1,9 +1,9 @@
 """The language-model head with its cross-entropy loss, in chunks of tokens.
 
-The logits are the largest tensor of a training step: GPT-2 has 50,304 per token. Here the head runs on a chunk of
-tokens at a time. The softmax's gradient is written over the chunk's logits and multiplied out at once, so that only
-the gradients of the head's input and weight remain for the backward pass (the idea of llm.c's fused classifier and
-of Hsu et al. 2024, "Liger Kernel").
+The logits of all tokens would be the largest tensor of a training step: GPT-2 has 50,304 per token. Here the head runs
+on a chunk of tokens at a time. The gradient of the logits overwrites the chunk's logits and is at once multiplied by
+the head's weight and input, so that only the gradients of input and weight remain for the backward pass (the idea of
+llm.c's fused classifier and of Hsu et al. 2024, "Liger Kernel").
 
 Dimensions: N number of tokens (B·T), n tokens in a chunk, C embedding dimension, V vocabulary size.
 """
@@ -22,10 +22,10 @@ CHUNK_TOKENS = 16_384
 """Tokens per chunk. GPT-2's logits then take 1.6 GB in bfloat16, and the matrix products are large."""
 
 FROZEN_CHUNK_TOKENS = 4_096
-"""Tokens per chunk if the head is frozen, as under LoRA. With no weight gradient to sum, smaller chunks are as fast."""
+"""Tokens per chunk if the head is frozen, as with LoRA. Without a weight gradient, smaller chunks are as fast."""
 
 CPU_CHUNK_LOGITS = 128 * 50_304
-"""Logits per chunk on a CPU. Fewer make the matrix products inefficient; many more do not fit the caches."""
+"""Logits per chunk on a CPU. With fewer, matrix products are inefficient; many more do not fit into the caches."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -103,7 +103,7 @@ class _Buffers:
     def __init__(self, hidden: Tensor, weight: Tensor, vocab_size: int) -> None:
         self.logits = hidden.new_empty(len(hidden), len(weight))
         self.float32 = hidden.new_empty(len(hidden), 0 if uses_triton(hidden) else vocab_size, dtype=torch.float32)
-        self.product = hidden.new_empty(0)  # the first matrix product that needs it sets its shape
+        self.product = hidden.new_empty(0)  # the first torch.mm(out=...) sets its shape
 
 
 def _add_matmul_inplace(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> None:
@@ -118,7 +118,7 @@ def _add_matmul_inplace(total: Tensor, a: Tensor, b: Tensor, buffer: Tensor) -> 
 
 def _allocate_grads(hidden: Tensor, weight: Tensor, grad_hidden: bool, grad_weight: bool) -> tuple[Tensor, Tensor]:
     d_hidden = hidden.new_empty(hidden.shape if grad_hidden else (0,))
-    sum_dtype = torch.promote_types(weight.dtype, torch.float32)  # of the chunks' gradients of the weight
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32)  # for the sum over the chunks' weight gradients
     d_weight = weight.new_empty(weight.shape if grad_weight else (0,), dtype=sum_dtype)
     return d_hidden, d_weight
 
@@ -139,9 +139,9 @@ def _backward(
     grad_total: Tensor,
     *_: None,
 ) -> tuple[Tensor | None, ...]:
-    """Multiply the saved gradients by the loss's gradient, in float32: a bfloat16 factor would bias them all.
+    """Multiply the saved gradients by the loss's gradient, in float32: a factor in bfloat16 would bias all gradients.
 
-    Autograd casts the products to the inputs' dtypes, and ignores that of an input which needs no gradient.
+    Autograd casts the products to the inputs' dtypes, and ignores the product for an input that needs no gradient.
     """
     d_hidden, d_weight = (saved.float() * grad_total for saved in ctx.saved_tensors)
     return d_hidden, d_weight, None, None, None, None

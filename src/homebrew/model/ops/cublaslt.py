@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 32 * 2**20
-"""Memory that an algorithm may use."""
+"""Maximum workspace memory of an algorithm."""
 
 MAX_ALGORITHMS = 8
-"""Algorithms to ask the heuristic for."""
+"""Number of algorithms to request from the heuristic."""
 
 ALIGNMENT = 16
-"""Bytes by which the first element and the rows of every operand must be aligned."""
+"""Alignment in bytes of the first element and of the rows of every operand."""
 
 _DTYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType: CUDA_R_16F, CUDA_R_16BF
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
 _DESC_TRANSA, _DESC_TRANSB, _DESC_EPILOGUE, _DESC_BIAS_POINTER = 3, 4, 7, 8  # cublasLtMatmulDescAttributes_t
 _EPILOGUE_DEFAULT, _EPILOGUE_BIAS = 1, 4
-_PREF_MAX_WORKSPACE_BYTES, _PREF_MIN_ALIGNMENTS = 1, (5, 6, 7, 8)  # the latter of A, B, C and D
+_PREF_MAX_WORKSPACE_BYTES, _PREF_MIN_ALIGNMENTS = 1, (5, 6, 7, 8)  # alignments of A, B, C and D
 
 
 class Algorithm(ctypes.Structure):
@@ -64,7 +64,7 @@ class Layout(NamedTuple):
 class Product:
     """A matrix product out = a @ b, or a @ b + bias, of given layouts.
 
-    cuBLASLt's matrices are stored by columns. Read so, `out` is its own transpose, bᵀ @ aᵀ: `b` is the first operand.
+    cuBLASLt's matrices are column-major: it sees `out` as its transpose, bᵀ @ aᵀ. Therefore `b` is the first operand.
     """
 
     def __init__(self, a: Layout, b: Layout, dtype: torch.dtype, *, with_bias: bool) -> None:
@@ -96,7 +96,7 @@ class Product:
         _call("MatmulDescSetAttribute", self._description, c_int(attribute), byref(value), c_size_t(sizeof(value)))
 
     def find_algorithms(self) -> list[Algorithm]:
-        """Return the algorithms that the heuristic proposes for the current device, the presumably fastest first."""
+        """Return the algorithms that the heuristic proposes for the current device, ordered by expected speed."""
         preference, found = c_void_p(), (Algorithm * MAX_ALGORITHMS)()
         _call("MatmulPreferenceCreate", byref(preference))
         values = {_PREF_MAX_WORKSPACE_BYTES: c_size_t(WORKSPACE_BYTES)}
@@ -115,7 +115,7 @@ class Product:
 
 @cache
 def is_available() -> bool:
-    """Return whether PyTorch was built for CUDA, and its cuBLASLt is found."""
+    """Return whether PyTorch was built for CUDA, and its cuBLASLt library is found."""
     try:
         _library()
     except OSError:
@@ -124,7 +124,7 @@ def is_available() -> bool:
 
 
 def _layout(x: Layout, dtype: torch.dtype) -> c_void_p:
-    """Describe a matrix to cuBLASLt, which takes its rows for columns."""
+    """Describe a matrix to cuBLASLt. A row-major matrix is described as its column-major transpose."""
     rows, columns = (x.rows, x.columns) if x.transposed else (x.columns, x.rows)
     layout = c_void_p()
     sizes = (c_uint64(rows), c_uint64(columns), c_int64(x.stride))
@@ -140,12 +140,12 @@ def _call(function: str, *arguments: object) -> None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Return the library, which PyTorch has loaded."""
+    """Return the cuBLASLt library that PyTorch has loaded."""
     if torch.version.cuda is None:
         raise OSError("PyTorch was not built for CUDA.")
     return ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.partition('.')[0]}")
 
 
 def _handle() -> c_void_p:
-    """Return the current device's handle of cuBLAS, which is also one of cuBLASLt."""
+    """Return the current device's cuBLAS handle, which is also a cuBLASLt handle."""
     return c_void_p(torch.cuda.current_blas_handle())  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a linear layer, with the fastest matrix products if it is a plain one and is trained.
+    """Apply a linear layer. In training, a plain layer uses the fastest matrix products.
 
     Args:
         layer: Linear layer from C to F features, which may have an adapter.
@@ -43,7 +43,7 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("homebrew::linear", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute the linear layer of rows, (n, C) to (n, F)."""
+    """Apply a linear layer to rows, (n, C) to (n, F)."""
     out = x.new_empty(x.shape[0], weight.shape[0])
     return matmul_into(out, x, weight.to(x.dtype).T, bias.to(x.dtype))
 
@@ -59,17 +59,17 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of a linear layer's input and weight.
 
-    They are one operator because `torch.compile` may compute an input of several operators for each of them.
+    This is one operator because `torch.compile` may compute an input again for each operator that reads it.
 
     Args:
         d_y: Gradient for the output, (n, F).
         x: Input, (n, C). Not needed if the weight needs no gradient.
         weight: Weight, (F, C).
         needs_x: Whether the input needs a gradient.
-        needs_weight: Whether the weight needs one.
+        needs_weight: Whether the weight needs a gradient.
 
     Returns:
-        Both gradients, in the dtype of `d_y`. One that is not needed is an empty tensor.
+        Both gradients, in the dtype of `d_y`. A gradient that is not needed is an empty tensor.
     """
     d_x, d_weight = _allocate_grads(d_y, weight, needs_x, needs_weight)
     if needs_x:

@@ -1,8 +1,8 @@
 """Matrix products with the fastest of cuBLASLt's algorithms.
 
-PyTorch takes the algorithm that cuBLASLt's heuristic ranks first. For many of GPT-2's shapes another one of its first
-eight is faster, by up to a sixth on an H200. They are timed when a shape first occurs, as cuDNN's benchmark mode does
-for convolutions.
+PyTorch uses the algorithm that cuBLASLt's heuristic ranks first. For many of GPT-2's shapes, another of the first eight
+algorithms is faster, by up to a sixth on an H200. When a shape first occurs, the algorithms are timed, as in cuDNN's
+benchmark mode for convolutions.
 """
 
 import math
@@ -15,10 +15,10 @@ from torch import Tensor
 from homebrew.model.ops.cublaslt import Algorithm, Layout, Product, is_available
 
 _ROUNDS = 5
-"""How often each algorithm is timed. Its shortest time counts."""
+"""Number of times that each algorithm is timed. The shortest time counts."""
 
 _MAX_PRODUCTS = 256
-"""Kinds of products to tune. GPT-2 needs some 20. With ever new shapes, timing would take longer than it saves."""
+"""Maximum number of products to tune. GPT-2 needs about 20. With ever new shapes, tuning costs more than it saves."""
 
 _products: dict[Hashable, "_TunedProduct | None"] = {}
 """Products by the layout, dtype and device of their operands. None: cuBLASLt has no algorithm."""
@@ -28,7 +28,7 @@ _products: dict[Hashable, "_TunedProduct | None"] = {}
 def matmul(a: Tensor, b: Tensor, transpose_a: bool = False) -> Tensor:
     """Compute a @ b, or a.T @ b. Not differentiable.
 
-    `torch.compile` copies a transposed matrix that it passes to a custom operator. Therefore there is a flag.
+    There is a flag because `torch.compile` copies transposed matrices that are passed to a custom operator.
 
     Args:
         a: Matrix, (n, k), or (k, n) if `transpose_a`.
@@ -67,14 +67,14 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -
 def is_tunable(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether products of this dtype use the fastest algorithm.
 
-    Two processes may find different algorithms, so PyTorch computes what has to be reproducible.
+    Two processes may find different algorithms, so PyTorch is used if deterministic algorithms are required.
     """
     is_half = dtype in (torch.float16, torch.bfloat16)
     return device.type == "cuda" and is_half and not torch.are_deterministic_algorithms_enabled()
 
 
 def _product_for(a: Tensor, b: Tensor, *, with_bias: bool) -> "_TunedProduct | None":
-    """Return the product for such operands, or None if PyTorch has to compute it."""
+    """Return the product for operands like these, or None if PyTorch has to compute it."""
     if not (is_tunable(a.device, a.dtype) and is_available()):
         return None
     a_layout, b_layout = Layout.of(a), Layout.of(b)
@@ -89,7 +89,7 @@ def _product_for(a: Tensor, b: Tensor, *, with_bias: bool) -> "_TunedProduct | N
 
 
 class _TunedProduct:
-    """A product that times its algorithms at the first call, and keeps the fastest."""
+    """A product that times its algorithms in the first call, and then uses the fastest."""
 
     def __init__(self, a: Layout, b: Layout, dtype: torch.dtype, *, with_bias: bool) -> None:
         self.product = Product(a, b, dtype, with_bias=with_bias)
@@ -98,7 +98,7 @@ class _TunedProduct:
 
     def run(self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> None:
         """Write the product into `out` on the current stream."""
-        if self.fastest is None and not torch.cuda.is_current_stream_capturing():  # in a capture nothing can be timed
+        if self.fastest is None and not torch.cuda.is_current_stream_capturing():  # a capture cannot be timed
             self.fastest = self._find_fastest(a, b, out, bias)
         self.product.run(self.fastest or self.algorithms[0], a, b, out, bias)
 

@@ -1,8 +1,7 @@
 """The MLP, fused on a GPU.
 
-The hidden layer of GPT-2's MLP holds its widest activations, 4·C values per token. Only the first matrix product is
-saved for the backward pass. There, one kernel recomputes the GELU and computes its gradient and the gradient of the
-first bias.
+The hidden layer of the MLP has GPT-2's widest activations, 4·C values per token. Only the first matrix product is saved
+for the backward pass, in which one kernel recomputes the GELU and computes its gradient and the first bias's gradient.
 """
 
 from typing import Any
@@ -38,9 +37,9 @@ def mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> 
 
 @torch.library.custom_op("homebrew::mlp", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _mlp(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the output (n, C) of rows (n, C), and the first product, (n, F), which is the GELU's input less `b_in`.
+    """Compute the output (n, C) of rows (n, C), and the first product (n, F), the GELU's input without the bias.
 
-    The bias is added by the GELU's kernels: a matrix product that adds one is slower.
+    The GELU's kernels add the bias `b_in`, because a matrix product that adds a bias is slower.
     """
     from homebrew.model.ops.triton_kernels import gelu
 

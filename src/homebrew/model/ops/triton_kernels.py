@@ -1,9 +1,9 @@
 """Triton kernels for operations limited by memory bandwidth: the head's cross-entropy and the MLP's GELU.
 
-Imported only if a tensor is on a GPU and Triton is installed.
+This module is imported only if a tensor is on a GPU and Triton is installed.
 """
 
-# Triton interprets the annotations of a kernel, and its constants are written in capitals.
+# Triton interprets a kernel's annotations, and a kernel's constants are written in capitals.
 # ruff: noqa: ANN001, ANN202, N803
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
@@ -16,7 +16,7 @@ LOSS_BLOCK = 4096
 """Columns per block of `cross_entropy_inplace`, 4 for each thread."""
 
 LOSS_UNROLL = 3
-"""Blocks that share one rescaling of the running sum. A fifth fewer exponentials than rescaling after each block."""
+"""Number of blocks per rescaling of the running sum. Rescaling every block would take a quarter more exponentials."""
 
 GELU_BLOCK = (4, 1024)
 """Rows and columns per program of `gelu`."""
@@ -25,7 +25,7 @@ GELU_BACKWARD_BLOCK = (16, 128)
 """Rows and columns per block of `gelu_backward`."""
 
 GELU_ROWS = 256
-"""Rows that one program of `gelu_backward` processes, accumulating the sum of each column."""
+"""Number of rows that one program of `gelu_backward` processes and sums by column."""
 
 
 def cross_entropy_inplace(
@@ -140,7 +140,7 @@ def gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def gelu_backward(x: Tensor, bias: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the tanh GELU of x + bias, its gradient for `x`, and the sum of that gradient over the rows.
+    """Compute the tanh GELU of x + bias, the gradient for `x`, and the sum of this gradient over the rows.
 
     Args:
         x: Matrix, (n, F), contiguous.
@@ -191,7 +191,7 @@ def _gelu_kernel(x, bias, y, num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BL
     y += offset
     offsets = rows * num_columns + columns
     shift = tl.load(bias + columns, mask=columns < num_columns).to(tl.float32)  # once for all rows
-    # As in the backward kernel: what is read only once should not evict y, which the next product reads.
+    # As in the backward kernel, x is read only once and should not evict y, which the next product reads.
     loaded = tl.load(x + offsets, mask=inside, eviction_policy="evict_first")
     value = loaded.to(tl.float32) + shift
     tl.store(y + offsets, (value * tl.sigmoid(_sigmoid_argument(value))).to(loaded.dtype), mask=inside)
@@ -224,7 +224,7 @@ def _gelu_backward_kernel(
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
         inside = (first_row + rows < num_rows) & (columns < num_columns)
         offsets = rows * num_columns + columns
-        # Every value is read only once, so it should not evict others from the cache.
+        # Every value is read only once and should not evict other data from the cache.
         loaded = tl.load(x + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
         value = loaded.to(tl.float32) + shift
         gradient = tl.load(d_y + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
