@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, to evaluate and save in place of the weights themselves."""
+"""An exponential moving average of the weights, which is evaluated and saved in place of the weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,26 +11,26 @@ from homebrew.errors import ConfigError
 from homebrew.optim.combined import CombinedOptimizer, has_modes, parameters_of
 
 _START_STEPS = 9
-"""At step t the decay is at most t / (t + 9), so that a short run's average forgets its first weights."""
+"""At step t the decay is at most t / (t + 9), so that the average of a short run forgets the initial weights."""
 
 
 class AveragedOptimizer(CombinedOptimizer):
     """Optimizers that also average the weights: average = decay · average + (1 - decay) · weight after each step.
 
-    It has the modes of schedule-free optimizers: `eval()` replaces the weights by their average, and the Trainer
-    restores them after `train()`.
+    It has the modes of schedule-free optimizers: `eval()` replaces the weights by their average. After `train()`, the
+    Trainer restores the training weights.
 
     Args:
-        optimizers: Optimizers, no two of which have a parameter in common.
-        decay: Decay of the average, below 1. The average is over about the last 1 / (1 - decay) steps; at the start,
-            over about a tenth of the steps taken.
+        optimizers: Optimizers without common parameters.
+        decay: Decay of the average, below 1. The average covers about the last 1 / (1 - decay) steps and, at the start
+            of a run, about a tenth of the steps taken.
 
     Raises:
-        ConfigError: A parameter is in two optimizers, or an optimizer has modes itself.
+        ConfigError: A parameter is in two optimizers, or an optimizer already has `train()` and `eval()`.
     """
 
     found_inf: Tensor | None = None
-    """If set, a scalar on the device: the next steps change nothing if it is 1."""
+    """If set, a scalar on the device. While it is 1, steps change nothing."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], decay: float) -> None:
         super().__init__(optimizers)
@@ -41,7 +41,7 @@ class AveragedOptimizer(CombinedOptimizer):
                     f"twice. Remove ema_decay."
                 )
         for parameter in parameters_of(self):
-            for key in ("average", "num_averaged"):  # those of an earlier run
+            for key in ("average", "num_averaged"):  # from an earlier run
                 self.state.get(parameter, {}).pop(key, None)
         self._decay = decay
 
@@ -65,13 +65,13 @@ class AveragedOptimizer(CombinedOptimizer):
         weights = [local_shard(parameter) for parameter in parameters]
         counts = [state[parameter]["num_averaged"] for parameter in parameters]
         is_applied = torch.ones_like(counts[0]) if self.found_inf is None else 1 - self.found_inf
-        # Lists of tensors: PyTorch would read a single one on the host.
+        # A list of tensors, because PyTorch would read a single tensor's value on the host.
         torch._foreach_add_(counts, [is_applied] * len(counts))
         weight = is_applied * (_START_STEPS / (_START_STEPS + counts[0])).clamp(min=1 - self._decay)
         torch._foreach_lerp_(averages, weights, [weight.to(average.dtype) for average in averages])
 
     def train(self) -> None:
-        """Do nothing: after this, `OptimizerModes` restores the training weights."""
+        """Do nothing. `OptimizerModes` restores the training weights after this call."""
 
     @torch.no_grad()
     def eval(self) -> None:

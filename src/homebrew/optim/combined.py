@@ -11,12 +11,12 @@ from homebrew.errors import ConfigError
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
-    """Optimizers that share a model's parameters, behind the interface of one.
+    """Several optimizers for different parameters of a model, with the interface of one optimizer.
 
-    Each member keeps its own parameter groups and state. The combined optimizer shows them as its own.
+    Each member keeps its own parameter groups and state. The combined optimizer presents them as its own.
 
     Args:
-        optimizers: Optimizers, no two of which have a parameter in common.
+        optimizers: Optimizers without common parameters.
 
     Raises:
         ConfigError: A parameter is in two optimizers.
@@ -40,13 +40,13 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Do nothing: PyTorch's constructor sets an empty list."""
+        """Do nothing. This setter exists because PyTorch's constructor sets an empty list."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse the group: it is not known which optimizer should have it. PyTorch's constructor may add groups.
+        """Reject the group, because it is not known which optimizer it is for. PyTorch's constructor may add groups.
 
         Raises:
-            ConfigError: The optimizers have been combined.
+            ConfigError: The optimizers have already been combined.
         """
         if self.optimizers:
             raise ConfigError("A combined optimizer cannot add a parameter group. Add it to one of the optimizers.")
@@ -60,7 +60,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Let each optimizer load its part of what `state_dict` returned. State of no parameter is kept."""
+        """Let each optimizer load its part of a `state_dict`. State that belongs to no parameter is kept."""
         groups = iter(state_dict["param_groups"])
         for optimizer in self.optimizers:
             own = list(islice(groups, len(optimizer.param_groups)))
@@ -71,7 +71,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 
 class _States(MutableMapping[Any, Any]):
-    """The states of several optimizers as one mapping. A parameter without state is not in it."""
+    """The states of several optimizers as one mapping. Parameters without state are not in the mapping."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
@@ -95,18 +95,18 @@ class _States(MutableMapping[Any, Any]):
 
     def _containing(self, key: Any) -> MutableMapping[Any, Any]:  # noqa: ANN401
         for optimizer in self._optimizers:
-            if key in optimizer.state:  # looking it up would create it
+            if key in optimizer.state:  # a lookup would create the state
                 return optimizer.state
         raise KeyError(key)
 
 
 def combine(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-    """Return a combined optimizer, or the only one of the sequence."""
+    """Return a combined optimizer, or the optimizer itself if the sequence has only one."""
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
 
 
 def members(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return the members of a combined optimizer, or a list of the optimizer itself."""
+    """Return the members of a combined optimizer, or a list with any other optimizer itself."""
     return optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else [optimizer]
 
 
@@ -116,7 +116,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def class_names(optimizer: torch.optim.Optimizer) -> str:
-    """Return the name of an optimizer's class, or the different ones of a combined optimizer, for messages."""
+    """Return the name of an optimizer's class, or the different class names of a combined optimizer, for messages."""
     return " and ".join(dict.fromkeys(type(member).__name__ for member in members(optimizer)))
 
 

@@ -12,7 +12,7 @@ from homebrew.distributed.fsdp import gather_like, local_shard, shard_like
 from homebrew.errors import ConfigError
 
 _MAX_BATCH_ELEMENTS = 2**25
-"""Elements of the matrices that are orthogonalized together: temporary tensors then take some 500 MB."""
+"""Maximum number of elements that are orthogonalized together. Temporary tensors then take about 500 MB."""
 
 
 class Muon(torch.optim.Muon):
@@ -22,14 +22,14 @@ class Muon(torch.optim.Muon):
     as one matrix; an update that is not finite is skipped on the device; matrices may be sharded by FSDP2; learning
     rates may be tensors on the device, which a CUDA graph needs; on a CPU the iteration runs in `cpu_dtype`.
 
-    A parameter group may have `num_matrices`: the number of matrices of equal size that its parameters consist of, one
-    below the other, such as those of query, key and value. They are orthogonalized separately.
+    A parameter group may have `num_matrices`: the number of matrices of equal size that are stacked along dimension 0
+    in each of its parameters, such as those of query, key and value. These matrices are orthogonalized separately.
     """
 
     cpu_dtype = torch.float32
-    """Dtype of the iteration on a CPU. On one with native bfloat16, that takes half the time."""
+    """Dtype of the iteration on a CPU. On a CPU with native bfloat16, bfloat16 takes half the time."""
     found_inf: Tensor | None = None
-    """If set, a scalar on the device: the next steps change nothing if it is 1, as in PyTorch's fused optimizers."""
+    """If set, a scalar on the device. While it is 1, steps change nothing, as in PyTorch's fused optimizers."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
@@ -81,7 +81,7 @@ class Muon(torch.optim.Muon):
         torch._foreach_add_(weights, update.unbind())
 
     def _orthogonalize(self, update: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Orthogonalize a batch of updates (n, A, B). Those of sharded parameters are gathered, and sharded again."""
+        """Orthogonalize a batch of updates (n, A, B). Sharded updates are gathered first, and then sharded again."""
         settings = {key: group[key] for key in ("ns_coefficients", "ns_steps", "eps")}
         settings["dtype"] = self.cpu_dtype if update.device.type == "cpu" else torch.bfloat16
         is_sharded = hasattr(parameter, "device_mesh")
