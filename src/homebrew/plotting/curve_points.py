@@ -1,4 +1,4 @@
-"""The points of a curve: smoothed, and those of a long curve that can be seen."""
+"""The points of a curve: smoothing, and selection of the visible points of a long curve."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,13 +6,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 _NUM_COLUMNS = 1000
-"""Number of columns of a panel. matplotlib cannot draw all points of a long curve."""
+"""Number of columns that a panel is divided into. matplotlib cannot draw all points of a long curve."""
 
 
 def smoothed(values: Floats) -> Floats:
-    """Return means over neighbors, about 2 % of the curve on each side, with more weight on near ones. NaN is left out.
+    """Return means over neighbors, about 2 % of the curve on each side, ignoring NaN. Near neighbors have more weight.
 
-    Near the end, the right side has fewer neighbors; near the beginning, where the loss falls fast, both sides do.
+    Near the end, the right side has fewer neighbors. Near the beginning, where the loss falls fast, both sides do.
     """
     return _moving_mean(_moving_mean(values, len(values) // 80), len(values) // 80)
 
@@ -31,7 +31,7 @@ def _moving_mean(values: Floats, width: int) -> Floats:
 
 
 def visible_points(positions: Floats, values: Floats, *, log_x: bool) -> tuple[Floats, Floats]:
-    """Return the points of a curve that can be seen: of a long one, the lowest and the highest of each column."""
+    """Return the visible points of a curve. In a long curve, these are the lowest and the highest of each column."""
     if len(values) <= 2 * _NUM_COLUMNS:
         return positions, values
     is_drawn = np.isfinite(positions) & np.isfinite(values) & (positions > 0)
@@ -41,6 +41,6 @@ def visible_points(positions: Floats, values: Floats, *, log_x: bool) -> tuple[F
     x = np.log(positions) if log_x else positions
     columns = (x - x[0]) // max((x[-1] - x[0]) / _NUM_COLUMNS, 1e-300)
     order = np.lexsort((values, columns))
-    last = np.flatnonzero(np.diff(columns[order]))  # the highest of each column but the last one
+    last = np.flatnonzero(np.diff(columns[order]))  # positions of the highest points, except in the last column
     index = np.unique(np.concatenate([[0, len(x) - 1], order[[0, -1]], order[last], order[last + 1]]))
     return positions[index], values[index]

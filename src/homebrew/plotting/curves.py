@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#06b6d4", "#ec4899", "#84cc16")
 """Colors of the runs, for a light and a dark background."""
 DASHES = ("solid", (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))
-"""Line styles of the runs: the first for the first runs, one of each color, and so on. Validation losses are dashed."""
+"""Line styles of the runs: the first eight runs have the first style and different colors, and so on. Validation losses
+are dashed."""
 MAX_RUNS = len(COLORS) * len(DASHES)
 
 _STYLE = {
@@ -46,7 +47,7 @@ _STYLE = {
 }
 _TEXT_COLORS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 _PLACEHOLDER = "#010203"
-"""Drawn in place of the page's text color, which a figure does not know."""
+"""Placeholder for the page's text color, which is not known when the figure is drawn."""
 _MAX_MARKS = 500
 _MAX_POINTS_WITH_MARKERS = 40
 
@@ -59,7 +60,7 @@ def curves_image(
     Args:
         runs: At most `MAX_RUNS` runs.
         kind: Format of the picture.
-        x: What the curves are drawn against.
+        x: Unit of the x-axis.
         log_x: Whether the x-axis is logarithmic.
 
     Raises:
@@ -103,7 +104,7 @@ def panel_svg(panel: Panel, runs: Sequence[RunRecord], *, x: XAxis = "steps", lo
 def _figure(
     size: tuple[float, float], runs: Sequence[RunRecord], style: dict[str, Any] | None = None
 ) -> "Iterator[Figure]":
-    """Yield an empty figure, in matplotlib's default style and ours."""
+    """Yield an empty figure in matplotlib's default style, changed by `_STYLE` and `style`."""
     if len(runs) > MAX_RUNS:
         raise ConfigError(f"{len(runs)} runs are too many for one plot. Pass at most {MAX_RUNS}.")
     try:
@@ -154,7 +155,7 @@ def _draw(axes: "Axes", panel: Panel, runs: Sequence[RunRecord], x: XAxis, *, lo
 def _draw_steps(
     axes: "Axes", panel: Panel, run: RunRecord, positions: Floats, style: dict[str, Any], *, log_x: bool
 ) -> list[Floats]:
-    """Draw the curve of the logged steps, and return the values to show."""
+    """Draw the curve of the logged steps, and return the values that the axis has to include."""
     values = run.steps[panel.column]
     curve = smoothed(values) if panel.is_noisy else values
     shown = [curve]

@@ -1,4 +1,4 @@
-"""A page about runs: their curves, facts and samples. It is one file, which loads nothing and runs no script."""
+"""A page about runs: curves, a summary, samples and settings. It is one file without scripts or external resources."""
 
 import math
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def html_page(runs: Sequence[RunRecord], *, x: XAxis = "steps", log_x: bool = Fa
 
     Args:
         runs: One or more runs.
-        x: What the curves are drawn against.
+        x: Unit of the x-axis.
         log_x: Whether the x-axis is logarithmic.
 
     Raises:
@@ -93,7 +93,7 @@ def _legend(labels: Sequence[str]) -> str:
 
 
 def _summary(run: RunRecord) -> dict[str, str]:
-    """Return what there is to say about a run in a few numbers."""
+    """Return the summary of a run: names of a few numbers and their values."""
     last = {name: float(run.steps[name][-1]) for name in ("step", "num_tokens", "elapsed_seconds")}
     max_steps = run.settings.get("config/max_steps")
     of_all = f" of {max_steps:,}" if isinstance(max_steps, int) else ""
@@ -140,7 +140,7 @@ def _table(columns: Sequence[dict[str, str]], names: Sequence[str], *, bold: Seq
 
 
 def _samples(run: RunRecord, name: str, *, is_only: bool) -> str:
-    """Return the samples of a run by step, the latest first; of many steps, some at equal distances."""
+    """Return the samples of a run by step, the latest first. If there are too many steps, every nth is shown."""
     by_step = [(step, list(samples)) for step, samples in groupby(run.samples, key=lambda sample: sample.step)]
     if not by_step:
         return ""

@@ -1,4 +1,4 @@
-"""The panels of a figure: one for each quantity, with its axes."""
+"""The panels of a figure, one for each quantity, and their axes."""
 
 import math
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ class Panel:
     is_noisy: bool = False
     """Whether to smooth the curve, with the logged values faint behind it."""
     log_ratio: float = math.inf
-    """The axis is logarithmic if the largest value is more than this many times the smallest."""
+    """The axis is logarithmic if the ratio of the largest to the smallest value is above this."""
     starts_at_zero: bool = False
-    """Whether a linear axis starts at 0. The values compared by `log_ratio` are then the largest of each run."""
+    """Whether a linear axis starts at 0. If so, `log_ratio` compares the largest values of the runs."""
 
 
 LOSS = Panel("Loss (nats per token)", "loss", is_noisy=True, log_ratio=2)
@@ -88,7 +88,7 @@ def scale_y(axes: "Axes", panel: Panel, curves: Sequence[Floats]) -> None:
 
 
 def _log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Return the multiples of powers of ten that have a tick: as many as there is room for."""
+    """Return the multiples of powers of ten that get a tick: as many as there is room for."""
     powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)))
     for multiples in _LOG_TICKS:
         ticks = np.outer(powers, multiples)

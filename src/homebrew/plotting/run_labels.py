@@ -1,4 +1,4 @@
-"""What to call several runs in a legend: their folders, and what differs between their settings."""
+"""Labels of runs in a legend: their folders, and the settings that differ between them."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from homebrew.metrics.run_settings import Settings
 from homebrew.plotting.run_record import RunRecord
 
 _COMPARED = ("optimizer/class", "config/", "model/", "train_dataset/", "mixed_precision", "device", "num_processes")
-"""Beginnings of the names of settings that tell runs apart, the most telling first."""
+"""Prefixes of the names of settings that distinguish runs, the most informative first."""
 _NOT_COMPARED = frozenset(
     """
     config/output_dir config/log_every config/log_with config/eval_every config/eval_batches config/save_every
@@ -30,7 +30,7 @@ def run_names(runs: Sequence[RunRecord]) -> list[str]:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         folders = [Path(os.path.normpath(run.folder)) for run in runs]
-        common = os.path.commonpath([folder.parent for folder in folders])  # one may be in another
+        common = os.path.commonpath([folder.parent for folder in folders])  # a run's folder may be inside another's
         names = [os.path.relpath(folder, common) for folder in folders]
     return [_shortened(name, _MAX_NAME) for name in names]
 
@@ -40,7 +40,7 @@ def run_labels(runs: Sequence[RunRecord]) -> list[str]:
     names = run_names(runs)
     differing: dict[str, str] = {}
     for key in differing_settings([run.settings for run in runs if run.settings]):
-        differing.setdefault(_shown_name(key), key)  # of two with one name, the more telling one
+        differing.setdefault(_shown_name(key), key)  # of two settings with the same shown name, the more informative
     labels = []
     for name, run in zip(names, runs, strict=True):
         values = {shown: run.settings[key] for shown, key in differing.items() if key in run.settings}
@@ -52,14 +52,14 @@ def run_labels(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def differing_settings(settings: Sequence[Settings]) -> list[str]:
-    """Return the names of the settings in which runs differ, the most telling first."""
+    """Return the names of the settings in which runs differ, the most informative first."""
     names = dict.fromkeys(name for run in settings for name in run)
     differing = [name for name in names if name not in _NOT_COMPARED and len({run.get(name) for run in settings}) > 1]
     return [name for beginning in _COMPARED for name in differing if name.startswith(beginning)]
 
 
 def printable(text: str) -> str:
-    """Replace line endings by newlines, and the characters that neither a terminal nor XML should get."""
+    """Replace CR LF by newlines, and characters that are not safe in a terminal or not valid in XML."""
     return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
@@ -72,5 +72,5 @@ def _value(value: float | str) -> str:
 
 
 def _shortened(text: str, length: int) -> str:
-    """Return the end of a text, which tells paths apart."""
+    """Shorten a text to its end, in which paths differ most."""
     return text if len(text) <= length else f"…{text[1 - length :]}"

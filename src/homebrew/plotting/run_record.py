@@ -1,4 +1,4 @@
-"""What a run has recorded in its folder, each step once."""
+"""Reads the logs in a run's folder, each step once."""
 
 import math
 import os
@@ -45,7 +45,7 @@ class Rows:
         return np.array(self._values).reshape(len(self), len(self._columns))[:, self._columns.index(column)]
 
     def append(self, step: int, *others: float) -> None:
-        """Add a row. Earlier rows of this step or a later one are removed: the run has taken these steps again."""
+        """Add a row. Existing rows of this step and later steps are removed: the run has repeated these steps."""
         self.cut(step - 1)
         self._values.extend((step, *others))
 
@@ -57,7 +57,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has recorded, without the steps that it has taken again after a resume."""
+    """The logs of a run. If steps were repeated after a resume, only the repetition is included."""
 
     folder: Path
     settings: Settings = field(default_factory=dict)
@@ -77,11 +77,11 @@ class RunRecord:
         return Path(os.path.normpath(self.folder)).name
 
     def positions(self, x: XAxis, steps: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return where steps are on an x-axis; between logged steps, tokens and seconds are interpolated."""
+        """Return the positions of steps on an x-axis. Between logged steps, tokens and seconds are interpolated."""
         return steps if x == "steps" else np.interp(steps, self.steps["step"], self.steps[_X_COLUMNS[x]])
 
     def restart(self, step: int) -> None:
-        """Discard what was recorded after a step, from which the run starts over."""
+        """Discard what was recorded after a step from which the run was resumed or restarted."""
         for rows in (self.steps, self.evaluations, self.skipped, self.resumes):
             rows.cut(step)
 
@@ -89,10 +89,10 @@ class RunRecord:
 def read_runs(folders: Iterable[str | Path]) -> list[RunRecord]:
     """Read runs. A folder that is not a run stands for the runs in it.
 
-    A run without a logged step is left out with a warning, unless no other has one.
+    Runs without logged steps are left out with a warning. If no run has logged steps, an error is raised.
 
     Raises:
-        DataError: As for `find_runs` and `read_run`.
+        DataError: As in `find_runs` and `read_run`.
     """
     found = find_runs(folders)
     runs, errors = [], []
@@ -113,7 +113,7 @@ class EmptyRunError(DataError):
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
-    """Return the folders of runs: those that are given, and for a folder that is no run, the runs in it.
+    """Return the folders of runs. A given folder that is not a run is replaced by the runs in it.
 
     Raises:
         DataError: A folder does not exist, or neither is a run nor contains one.
@@ -135,7 +135,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read what a run has recorded; it may still be in progress.
+    """Read the logs of a run, which may still be in progress.
 
     Raises:
         DataError: A file cannot be read or is too large.
@@ -160,7 +160,7 @@ def _is_run(folder: Path) -> bool:
 
 def _read_metrics(run: RunRecord, path: Path) -> None:
     _check_size(path)
-    seconds = 0.0  # that earlier processes of this run have taken
+    seconds = 0.0  # training time in earlier processes of this run
     for event in read_events(path):
         match event:
             case {"event": "begin" | "resume" as kind, "step": int(start)} if _is_step(start):
