@@ -87,7 +87,7 @@ def parse_json(data: bytes, source: Path | str, error: type[HomebrewError]) -> d
         raise error(f"{source} has {len(data):,} bytes; at most {MAX_BYTES:,} are expected.")
     # Every value but the first follows one of these characters, so counting them limits the values without parsing.
     if sum(map(data.count, (b"[", b"{", b",", b":"))) > MAX_JSON_VALUES:
-        raise error(f"{source} has more than {MAX_JSON_VALUES:,} JSON values, which are not expected in such a file.")
+        raise error(f"{source} has more than {MAX_JSON_VALUES:,} JSON values; at most that many are expected.")
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique_keys)
         _check_depth(value)

@@ -462,7 +462,7 @@ def test_an_exhausted_iterator_in_the_dataset_is_named(num_workers):
         (lambda ids: (ids + 1000, ids), "A batch has input_ids from .* to .*, but the model's vocabulary is 0 to 999"),
         (lambda ids: (ids, ids - 100), "targets from -"),
         (lambda ids: (ids.repeat(3), ids.repeat(3)), "A sample has 12 tokens, but the model's block_size is 8"),
-        (lambda ids: (ids, ids[1:]), "sample 7 has 4 input_ids, 3 targets, but must be of equal length"),
+        (lambda ids: (ids, ids[1:]), "sample 7 has 4 input_ids, 3 targets, but these must be of equal length"),
         (lambda ids: (ids.float(), ids), "sample 7 is .* but must be"),
         (lambda ids: None, "sample 7 is None, but must be"),
     ],

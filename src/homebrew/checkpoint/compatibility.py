@@ -106,8 +106,8 @@ def _fingerprint(dataset: Dataset[Any]) -> str:
     fingerprint = getattr(dataset, "fingerprint", f"{len(dataset)} samples")  # type: ignore[arg-type]
     if not isinstance(fingerprint, str):
         raise DataError(
-            f"train_dataset.fingerprint is {fingerprint!r:.100}, but must be a string that differs for other samples. "
-            f"Change or remove the attribute."
+            f"train_dataset.fingerprint is {fingerprint!r:.100}, but must be a string that identifies the dataset's "
+            f"samples. Change or remove the attribute."
         )
     return fingerprint
 

@@ -94,8 +94,8 @@ def resolve_tokenizer(source: str, saved: "Tokenizer | None", requested: str | P
         if requested == "auto":
             raise ConfigError(
                 f"The tokenizer of {source} is unknown or not supported. If the model was trained with GPT-2's or the "
-                f"byte tokenizer, pass --tokenizer gpt2 or --tokenizer bytes; if with one of its own, pass the path of "
-                f"its tokenizer.json."
+                f"byte tokenizer, pass --tokenizer gpt2 or --tokenizer bytes. If it was trained with another one, pass "
+                f"the path of that tokenizer's tokenizer.json."
             )
         return get_tokenizer(requested)
     if requested != "auto" and not is_requested(saved, requested):

@@ -66,7 +66,7 @@ class TokenDataset(WindowDataset):
             DataError: If the text is empty, shorter than one window, or not valid Unicode.
         """
         if not isinstance(text, Iterable):
-            raise DataError(f"The text is of type {type(text).__name__}, but must be a string, or several.")
+            raise DataError(f"The text is of type {type(text).__name__}, but must be a string or several strings.")
         texts = [text] if isinstance(text, str | bytes | bytearray) else list(text)
         if not any(texts):
             raise DataError("The text is empty. Give a text to train on.")

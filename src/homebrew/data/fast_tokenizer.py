@@ -127,8 +127,8 @@ def has_fast_tokenizer(tokenizer: Tokenizer, samples: Iterable[str]) -> bool:
     for text in itertools.chain([_new_characters()], samples):
         if not np.array_equal(fast.encode_documents([text])[1:], tokenizer.encode(text)):
             warn(
-                "gigatoken gives a text other ids than tiktoken, so the slower tiktoken is used. Update gigatoken and "
-                "tiktoken, or uninstall gigatoken to silence this warning."
+                "gigatoken gives a text different ids than tiktoken, so the slower tiktoken is used. Update both "
+                "libraries, or uninstall gigatoken to silence this warning."
             )
             return False
     return True

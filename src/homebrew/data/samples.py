@@ -149,7 +149,7 @@ def _check_lengths(columns: Mapping[str, Tensor], name: str) -> None:
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) != 1:
         counts = ", ".join(f"{length} {key}" for key, length in lengths.items())
-        raise DataError(f"{name} has {counts}, but must be of equal length. Change the dataset's __getitem__.")
+        raise DataError(f"{name} has {counts}, but these must be of equal length. Change the dataset's __getitem__.")
     if 0 in lengths.values():
         raise DataError(f"{name} has no tokens. Remove empty samples, for example with the dataset's filter.")
 

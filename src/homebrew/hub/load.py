@@ -136,8 +136,8 @@ def _base_source(adapter: Path, base: str | Path | None, recorded: object) -> It
     source = base or recorded
     if not source or not isinstance(source, str | Path):
         raise CheckpointError(
-            f"{adapter} contains only an adapter and does not record its base model. Pass base=, the folder, run or "
-            f"repository of the base model."
+            f"{adapter} contains only an adapter and does not record its base model. Pass base= with the folder, run "
+            f"or repository of the base model."
         )
     try:
         source = local_path_or_name(source)
@@ -148,13 +148,13 @@ def _base_source(adapter: Path, base: str | Path | None, recorded: object) -> It
         if base is not None:
             raise
         raise CheckpointError(
-            f"The base model of the adapter in {adapter} cannot be loaded. If it has moved, pass base=, its new "
-            f"location. {error}"
+            f"The base model of the adapter in {adapter} cannot be loaded. If it has moved, pass base= with its "
+            f"new location. {error}"
         ) from error
 
 
 def _only_an_adapter(base: str | Path) -> CheckpointError:
-    return CheckpointError(f"{base} contains only an adapter. Pass base=, a model without an adapter.")
+    return CheckpointError(f"{base} contains only an adapter. Pass base= with a model that has no adapter.")
 
 
 def _full_model(checkpoint: Checkpoint) -> GPT:
@@ -187,7 +187,7 @@ def _adapted_model(checkpoint: Checkpoint, base: str | Path | None) -> GPT:
     if (actual := base_fingerprint(model)) != fingerprint:
         raise CheckpointError(
             f"The weights of {source} have SHA-256 {actual}, but the adapter in {checkpoint.path} was trained on "
-            f"{fingerprint}. Pass base=, the model the adapter was trained on."
+            f"{fingerprint}. Pass base= with the model that the adapter was trained on."
         )
     path = checkpoint.path / f"{_ADAPTER_FILE}.safetensors"
     tensors = checkpoint.tensors(_ADAPTER_FILE)

@@ -170,7 +170,7 @@ def _text_of(value: object, text_field: str) -> str:
         raise ValueError(f"it is a {type(value).__name__}")
     if text_field not in value:
         names = ", ".join(map(repr, value))
-        raise ValueError(f"it has no field {text_field!r}, but {names:.200}; set text_field to that of the text")
+        raise ValueError(f"it has no field {text_field!r}, but {names:.200}; set text_field to the text's field")
     return _check_text(value[text_field], f"its {text_field!r}")
 
 
