@@ -105,7 +105,7 @@ class FileTokens:
         """
         if not paths:
             raise DataError("The list of token files is empty. Give the path of at least one.")
-        named = named_tokenizer(paths[0])
+        named = named_tokenizer(paths[0]) if isinstance(tokenizer, str) else None
         if named is not None and tokenizer == named.get("name"):
             tokenizer = None  # use the file's, which has the alphabet of "char"
         elif named is not None and tokenizer == "char":
