@@ -75,7 +75,8 @@ class TokenDataset(WindowDataset):
             raise DataError(
                 f"The text {texts[0]!r} is the path of a file. Use TokenDataset.from_file({texts[0]!r}, …)."
             )
-        tokenizer = as_tokenizer(tokenizer, text="".join(texts))
+        alphabet_text = "".join(texts) if str(tokenizer) == "char" else None
+        tokenizer = as_tokenizer(tokenizer, text=alphabet_text)
         end = tokenizer.end_of_text_id
         separator = np.array([] if end is None else [end], dtype=np.int64)
         _, *parts = [part for text in texts for part in (separator, tokenizer.encode(text))]
