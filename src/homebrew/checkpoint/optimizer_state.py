@@ -20,7 +20,7 @@ from homebrew.checkpoint.tensor_check import describe, is_savable
 from homebrew.distributed.collectives import broadcast_tensors
 from homebrew.distributed.fsdp import shard_like
 from homebrew.errors import ConfigError, CorruptCheckpoint, ResumeMismatch
-from homebrew.optim.combined import members
+from homebrew.optim.combined import members, parameters_of
 
 _SEPARATOR = "//"
 _NOT_SAVED = ("params", "lr")
@@ -150,7 +150,7 @@ def check_optimizer_state(
                 f"{path / 'optimizer.safetensors'}: {name} has shape {shapes.get(name)}, but {saved.get(name)} was "
                 f"saved. Resume from another checkpoint."
             )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = set(map(id, parameters_of(optimizer)))
     parameters = {name: p for name, p in model.named_parameters() if id(p) in held}
     owners = {name.partition(_SEPARATOR)[0] for name in saved} | state["parameters"].keys()  # type: ignore[index]
     if unknown := sorted(owners - parameters.keys()):
@@ -186,7 +186,7 @@ def load_optimizer_state(
         initial: Result of `initial_state`, before the first step.
     """
     named = dict(model.named_parameters())
-    indices = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    indices = {id(p): i for i, p in enumerate(parameters_of(optimizer))}
     states: dict[str, dict[str, Any]] = {
         name: {key: _from_json(number) for key, number in numbers.items()}
         for name, numbers in state["parameters"].items()
