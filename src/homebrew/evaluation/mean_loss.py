@@ -33,7 +33,7 @@ def mean_loss(
     max_batches: int | None,
     eager: bool,
     loss_function: LossFunction,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] | None = None,
 ) -> tuple[float, int]:
     """Compute the mean loss per target over a dataset. Must be called on all ranks.
 
@@ -48,7 +48,7 @@ def mean_loss(
         max_batches: Maximum number of batches on each rank, or None for all.
         eager: Whether to run a compiled model without compilation, which saves compiling it for evaluation.
         loss_function: Computes the mean loss over the targets of a batch.
-        should_stop: Called before each batch. It must return the same value on all ranks.
+        should_stop: Called before each batch, if given. It must return the same value on all ranks.
 
     Returns:
         Mean loss in nats per target, and the number of targets over all ranks, ignored targets excluded.
@@ -70,7 +70,7 @@ def mean_loss(
             collate=collate,
             max_batches=max_batches,
         ):
-            if stopped := should_stop():
+            if should_stop is not None and (stopped := should_stop()):
                 break
             num_targets = (targets != IGNORE_INDEX).sum()
             loss = loss_function(model, input_ids, targets).to(dtype)

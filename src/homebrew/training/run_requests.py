@@ -43,7 +43,7 @@ class RunRequests:
         if writer_failed:
             self._checkpoints.wait()  # raises the error, on every rank
         received, self._received = self._received, set()
-        for number in filter(received.__contains__, HANDLED_SIGNALS):
+        for number in sorted(received, key=HANDLED_SIGNALS.index):
             trainer.save()
             if ends_run(number):
                 self._checkpoints.wait()

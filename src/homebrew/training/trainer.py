@@ -125,7 +125,7 @@ class Trainer:
         self._needs_warm_up = self.compile_mode != "none"
         self._num_samples = 0  # position in the data; not a function of the step after a resume with accepted changes
         self._is_running = False
-        self._should_stop_evaluation: Callable[[], bool] = _never
+        self._should_stop_evaluation: Callable[[], bool] | None = None
         self._last_evaluation: tuple[int, float] | None = None  # step and loss
         self._emit("on_init_end")
 
@@ -390,14 +390,10 @@ class Trainer:
         try:
             return self.evaluate()
         finally:
-            self._should_stop_evaluation = _never
+            self._should_stop_evaluation = None
 
     def _emit(self, event: str, *arguments: object) -> None:
         """Call a method of every callback; training is paused, except in the events that happen while the GPU works."""
         overlaps = event in ("on_step_end", "on_log", "on_step_skipped")
         with nullcontext() if overlaps else self._paused():
             emit(self, event, *arguments)
-
-
-def _never() -> bool:
-    return False
