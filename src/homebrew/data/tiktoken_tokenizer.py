@@ -69,8 +69,8 @@ class TiktokenTokenizer:
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[NDArray[np.int64]]:
         """Encode a text that is given in chunks, cut anywhere. The ids are those of the entire text.
 
-        The last tokens of a chunk may depend on the text that follows, so they are held back and encoded again with
-        the next chunk. The other tokens are final: later words do not affect them, and a later part of the same word
+        The last tokens of a chunk may depend on the text that follows. They are not yielded, but encoded again with the
+        next chunk. The other tokens are final: later words do not affect them, and a later part of the same word
         changes only the few tokens before it, since a merge depends only on earlier merges next to it. If the first
         tokens of a word are cut off, its other tokens stay the same.
         """
