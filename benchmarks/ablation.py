@@ -13,9 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from command_line import run_script
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps, StepTimer
 from implementations import adamw, device_batches, homebrew_trainer, plain_loop, random_ids
-from run_script import run_script
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from command_line import run_script
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, StepTimer
 from implementations import hf_model, random_ids
-from run_script import run_script
 
 from homebrew import GPT, GPTConfig, Sampling
 

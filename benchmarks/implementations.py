@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from command_line import parse_settings
 from harness import DEVICE, ON_GPU, Implementation, RunSteps, StepTimer
 from torch import Tensor, nn
 
@@ -28,6 +29,12 @@ from homebrew.training.optimizer import decay_groups
 Batches = Iterator[tuple[Tensor, Tensor]]
 SETTINGS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95)}
 """AdamW settings of all implementations."""
+
+
+def model_config(text: str, **changes: Any) -> GPTConfig:
+    """Return the configuration of a model: a preset with changes, such as "gpt2:n_layer=6,n_head=6,n_embd=384"."""
+    preset, _, text = text.partition(":")
+    return GPTConfig.preset(preset, **(parse_settings(text) | changes))
 
 
 def random_ids(count: int, vocab_size: int, seed: int = 0) -> Tensor:

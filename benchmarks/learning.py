@@ -24,10 +24,10 @@ from typing import Any
 import learning_curves as curves
 import torch
 from ablation import KERNELS, switched_off
-from arguments import model_config, parse_settings
+from command_line import parse_settings, run_script
 from harness import Report, describe_machine
+from implementations import model_config
 from learning_curves import Run
-from run_script import run_script
 from source_corpus import build_source_corpus
 from timed_training import train_and_record
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from command_line import run_script
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps
 from implementations import hf_trainer, homebrew_trainer, random_ids
-from run_script import run_script
 
 from homebrew import GPT, GPTConfig, LoRAConfig, add_lora
 

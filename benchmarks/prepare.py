@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from run_script import run_script
+from command_line import run_script
 
 # What only one of the two needs is imported where it is used, so that it does not count for the other.
 

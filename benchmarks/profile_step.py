@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablation import KERNELS, trainer_without
+from command_line import run_script
 from harness import ON_GPU, Report, RunSteps, StepTimer, synchronize
 from implementations import random_ids
-from run_script import run_script
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 

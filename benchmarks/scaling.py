@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import run_script
 from harness import GIB, Report, RoundOptions
-from run_script import run_script
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
 

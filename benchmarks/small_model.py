@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import throughput
-from arguments import parse_settings
+from command_line import command_of, parse_settings, run_script
 from harness import ON_GPU, Report, RoundOptions, format_number
-from run_script import run_script
 
 from homebrew import Callback, EvalMetrics, GPTConfig, TokenDataset, Trainer, TrainerConfig, get_tokenizer, load_corpus
 
@@ -122,11 +121,8 @@ def watch(command: list[str], working_directory: Path, *, folder: Path) -> tuple
 
 def homebrew_command(options: Options, folder: Path) -> tuple[list[str], Path]:
     """Return the command that runs homebrew's training, and its working directory."""
-    arguments = ["--train-homebrew", folder / "run", "--ours", options.ours]
-    for name, value in options.named("batch", "max_steps", "eval_every").items():
-        arguments += [f"--{name.replace('_', '-')}", value]
-    arguments += ["--text", options.text.resolve()] if options.text else []
-    return [sys.executable, str(Path(__file__).resolve()), *map(str, arguments)], Path.cwd()
+    values = options.named("ours", "text", "batch", "max_steps", "eval_every")
+    return command_of(__file__, train_homebrew=folder / "run", **values), Path.cwd()
 
 
 def split_text(options: Options) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from operator import truediv
 from pathlib import Path
 from statistics import median
 
+from command_line import command_of, run_script
 from harness import Report, StepTimer
 from implementations import homebrew_trainer, nanogpt, random_ids
-from run_script import run_script
 
 from homebrew import GPT, GPTConfig
 from homebrew.errors import ConfigError
@@ -72,9 +71,7 @@ def time_first_step(options: Options, cache: Path, nanogpt: Path | None) -> floa
     """Run a first step, of homebrew or nanoGPT, in a new process with its compile cache in `cache`."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
     values = {name: getattr(options, name) for name in ("model", "block_size", "tokens", "micro_batch", "max_steps")}
-    values = {name: value for name, value in (values | {"nanogpt": nanogpt}).items() if value is not None}
-    arguments = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, __file__, *arguments, "--first-step", repr(time.time())]
+    command = command_of(__file__, **values, nanogpt=nanogpt, first_step=time.time())
     process = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True, check=False)
     if process.returncode:
         raise SystemExit(process.stderr[-3000:])

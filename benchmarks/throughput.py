@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from arguments import model_config
+from command_line import run_script
 from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps, use_cpu_time
 from implementations import (
     adamw,
@@ -11,11 +11,11 @@ from implementations import (
     hf_trainer,
     homebrew_trainer,
     llmc,
+    model_config,
     nanogpt,
     plain_loop,
     random_ids,
 )
-from run_script import run_script
 
 from homebrew import GPT, GPTConfig
 from homebrew.distributed.precision import has_native_bf16

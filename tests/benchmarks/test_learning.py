@@ -107,7 +107,7 @@ def test_summary_has_mean_and_standard_deviation(curves, run):
 
 
 def test_values_are_literals_or_strings():
-    parse = importlib.import_module("arguments").parse_settings
+    parse = importlib.import_module("command_line").parse_settings
     assert parse("betas=(0.9, 0.95),learning_rate=6e-4, min_lr_ratio=0.0,mixed_precision=no") == {
         "betas": (0.9, 0.95),
         "learning_rate": 6e-4,
