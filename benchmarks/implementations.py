@@ -24,6 +24,7 @@ from harness import DEVICE, ON_GPU, Implementation, RunSteps, StepTimer
 from torch import Tensor, nn
 
 from homebrew import GPT, Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
+from homebrew.distributed.precision import has_native_bf16
 from homebrew.training.optimizer import decay_groups
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -179,6 +180,20 @@ def plain_loop(
 def adamw(model: nn.Module, *, fused: bool = True) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only."""
     return torch.optim.AdamW(decay_groups(model.parameters(), 0.1), **SETTINGS, fused=fused)
+
+
+def bare_loop(config: GPTConfig, ids: Tensor, *, micro_batch: int, accumulation: int) -> Implementation:
+    """Return a plain loop around homebrew's model."""
+
+    def build() -> RunSteps:
+        model = GPT(config).to(DEVICE)
+        mode = "reduce-overhead" if ON_GPU and accumulation == 1 else None
+        batches = device_batches(ids, config.block_size, micro_batch)
+        settings = {"accumulation": accumulation, "mode": mode, "autocast": has_native_bf16()}
+        return plain_loop(model, adamw(model), batches, **settings)
+
+    settings = "the same model, on batches that are on the device; it never reads the loss"
+    return Implementation("bare loop", build, settings)
 
 
 # --- nanoGPT

@@ -4,21 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import run_script
-from harness import DEVICE, ON_GPU, Implementation, Report, RoundOptions, RunSteps, use_cpu_time
-from implementations import (
-    adamw,
-    device_batches,
-    hf_trainer,
-    homebrew_trainer,
-    llmc,
-    model_config,
-    nanogpt,
-    plain_loop,
-    random_ids,
-)
+from harness import DEVICE, Implementation, Report, RoundOptions, use_cpu_time
+from implementations import bare_loop, hf_trainer, homebrew_trainer, llmc, model_config, nanogpt, random_ids
 
 from homebrew import GPT, GPTConfig
-from homebrew.distributed.precision import has_native_bf16
 from homebrew.errors import ConfigError
 
 
@@ -64,32 +53,20 @@ def measure(config: GPTConfig, options: Options, report: Report, *, name: str) -
 
 def implementations(config: GPTConfig, options: Options) -> list[Implementation]:
     """Return homebrew first, then the alternatives."""
-    block, batch = config.block_size, options.micro_batch
-    sizes = {"micro_batch": batch, "accumulation": options.tokens // (batch * block)}
+    micro_batch = options.micro_batch
+    sizes = {"micro_batch": micro_batch, "accumulation": options.tokens // (micro_batch * config.block_size)}
     ids = random_ids(max(8 * options.tokens, 200_000), config.vocab_size)
-
-    def trainer() -> RunSteps:
-        return homebrew_trainer(GPT(config), ids, global_batch_tokens=options.tokens)
-
-    def bare_loop() -> RunSteps:
-        model, count = GPT(config).to(DEVICE), sizes["accumulation"]
-        mode = "reduce-overhead" if ON_GPU and count == 1 else None
-        batches = device_batches(ids, block, batch)
-        return plain_loop(model, adamw(model), batches, accumulation=count, mode=mode, autocast=has_native_bf16())
-
+    padding = f"defaults, which pad the vocabulary to {config.padded_vocab_size:,}"
+    unpadded = f"Hugging Face Trainer, vocabulary of {config.vocab_size:,}"
     every = {
         "homebrew": Implementation(
-            "homebrew Trainer", trainer, f"defaults, which pad the vocabulary to {config.padded_vocab_size:,}"
+            "homebrew Trainer", lambda: homebrew_trainer(GPT(config), ids, global_batch_tokens=options.tokens), padding
         ),
-        "bare": Implementation(
-            "bare loop", bare_loop, "the same model, on batches that are on the device; it never reads the loss"
-        ),
+        "bare": bare_loop(config, ids, **sizes),
         "nanogpt": nanogpt(options.nanogpt, config, ids, bias=True, **sizes),
         "nanogpt-no-bias": nanogpt(options.nanogpt, config, ids, bias=False, **sizes),
         "hf": hf_trainer("Hugging Face Trainer", config, ids, **sizes),
-        "hf-unpadded": hf_trainer(
-            f"Hugging Face Trainer, vocabulary of {config.vocab_size:,}", config, ids, pad_vocab=False, **sizes
-        ),
+        "hf-unpadded": hf_trainer(unpadded, config, ids, pad_vocab=False, **sizes),
         "llmc": llmc(options.llmc, config, ids, flags=options.llmc_flags, **sizes),
     }
     if unknown := set(options.only) - every.keys():
