@@ -1,14 +1,8 @@
 """Train with several optimizers and schedules on the same data, and compare their learning curves.
 
-A variant is `name:key=value,key=value`, whose keys are fields of `TrainerConfig`, `dropout`, `init`, or `plain`. All
-variants of a seed draw the same weights and read the same batches.
-
-With `plain=True` the model is GPT-2 in plain PyTorch: it has none of homebrew's kernels, and under autocast its
-residual stream, layer norms and loss are float32. Two variants that differ only in `plain` are compared at each
-evaluation: `--variants fast plain:plain=True`.
-
-Seconds are those of training steps, without compilation and evaluations. `timed_training.py` explains how they are
-measured.
+All variants of a seed draw the same weights and read the same batches. With `plain=True` the model is GPT-2 in plain
+PyTorch: it has none of homebrew's kernels, and under autocast its residual stream, layer norms and loss are float32.
+Two variants that differ only in `plain` are compared at each evaluation: `--variants fast plain:plain=True`.
 
 Every finished run is appended to `runs.jsonl` in the output folder. A run that is already there is not repeated, so an
 interrupted script continues where it stopped. With `--variants` and no values, the script only prints the tables of
@@ -27,11 +21,10 @@ from ablation import KERNELS, switched_off
 from command_line import parse_settings, run_script
 from harness import Report, describe_machine
 from implementations import model_config
-from learning_curves import Run
-from source_corpus import build_source_corpus
-from timed_training import train_and_record
+from learning_curves import Run, train_and_record
+from training_data import Data, shakespeare, source_code
 
-from homebrew import GPT, NonFiniteError, TokenDataset, TrainerConfig, get_tokenizer, load_corpus
+from homebrew import GPT, NonFiniteError, TrainerConfig
 from homebrew.cli.open_datasets import open_dataset, open_eval_dataset
 from homebrew.errors import ConfigError
 from homebrew.io import strict_json
@@ -158,20 +151,12 @@ def read_runs(log: Path) -> list[Run]:
     return list({(run.variant, run.seed): run for run in runs}.values())
 
 
-def load_data(options: Options) -> tuple[TokenDataset, TokenDataset, dict[str, Any]]:
+def load_data(options: Options) -> Data:
     """Return training data, validation data and a description of the corpus."""
     if options.corpus == "source":
-        source = build_source_corpus(options.output, max_tokens=options.source_tokens)
-        train, val = (source.dataset(split, options.block_size) for split in ("train", "validation"))
-        return train, val, source.description
+        return source_code(options.output, options.block_size, max_tokens=options.source_tokens)
     if options.corpus == "shakespeare":
-        corpus = load_corpus("tinyshakespeare", path=options.text)
-        split, tokenizer = int(0.9 * len(corpus.text)), get_tokenizer("char", text=corpus.text)
-        train, val = (
-            TokenDataset.from_text(text, options.block_size, tokenizer=tokenizer, stride=stride)
-            for text, stride in ((corpus.text[:split], options.stride), (corpus.text[split:], None))
-        )
-        description: dict[str, Any] = {"corpus": corpus.source, "sha256": corpus.sha256}
+        train, val, description = shakespeare(options.text, options.block_size, stride=options.stride)
     else:
         train = open_dataset([Path(options.corpus)], options.block_size, "gpt2")
         if options.val_file is None:

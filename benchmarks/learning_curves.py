@@ -1,12 +1,18 @@
-"""Learning curves of several variants: the best of them, steps and seconds to a target loss, tables and a plot."""
+"""Learning curves of several variants: training, steps and seconds to a target loss, tables and a plot."""
 
+import gc
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from harness import GIB, format_number
+import torch
+from harness import GIB, ON_GPU, format_number
+from implementations import IsolatedAccelerate, StopTraining
+
+from homebrew import GPT, Callback, EvalMetrics, StepMetrics, TokenDataset, Trainer, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class Run:
     losses: list[float]
     """Validation losses in nats per token."""
     seconds: list[float]
-    """Seconds of training steps, from step 0."""
+    """Seconds of training steps, from step 0, without compilation and evaluations."""
     peak_bytes: int | None
     """Peak GPU memory in bytes."""
     variant: str
@@ -33,6 +39,66 @@ class Run:
         steps = first_reached(self.steps, self.losses, target)
         seconds = first_reached(self.seconds, self.losses, target)
         return None if steps is None or seconds is None else (steps, seconds)
+
+
+def train_and_record(model: GPT, train: TokenDataset, val: TokenDataset, config: TrainerConfig) -> dict[str, Any]:
+    """Train once without checkpoints. Return the measured fields of `Run`.
+
+    `config.log_every` has to be `config.eval_every`.
+    """
+    recorder = _Recorder()
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with suppress(StopTraining), IsolatedAccelerate():
+            Trainer(model, train, val, config=config, callbacks=[recorder], progress=False).train(overwrite=True)
+    finally:
+        if ON_GPU:
+            torch.compiler.reset()  # frees compiled code and the memory of CUDA graphs
+            gc.collect()
+            torch.cuda.empty_cache()
+    steps, losses = list(recorder.losses), list(recorder.losses.values())
+    seconds = training_seconds(recorder.seconds, steps)
+    return {"steps": steps, "losses": losses, "seconds": seconds, "peak_bytes": recorder.peak_bytes}
+
+
+def training_seconds(logged: dict[int, float], steps: Sequence[int]) -> list[float]:
+    """Return the seconds of training from step 0 to each evaluation.
+
+    In the steps up to the first evaluation, the optimizer's kernels are still compiled and CUDA graphs are captured, so
+    each of these steps counts as the mean of the later steps.
+
+    Args:
+        logged: Seconds from step 0 to each logged step.
+        steps: Steps of the evaluations, at least two. Each is a logged step.
+    """
+    first, last = steps[0], steps[-1]
+    per_step = (logged[last] - logged[first]) / (last - first)
+    return [first * per_step + logged[step] - logged[first] for step in steps]
+
+
+class _Recorder(Callback):
+    """Records validation losses and seconds."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}
+        """Seconds from step 0 to each logged step, by the Trainer's throughput meter, which reads the GPU's own clock
+        and leaves out evaluations and the compilation before the first step."""
+        self.peak_bytes: int | None = None
+        self._seconds = 0.0
+        self._num_tokens = 0
+
+    def on_log(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self._seconds += (metrics.num_tokens - self._num_tokens) / metrics.tokens_per_second
+        self._num_tokens = metrics.num_tokens
+        self.seconds[metrics.step] = self._seconds
+        self.peak_bytes = metrics.memory_bytes
+
+    def on_evaluate(self, trainer: Trainer, metrics: EvalMetrics) -> None:
+        self.losses[metrics.step] = metrics.loss
+        if metrics.step == trainer.config.max_steps:
+            raise StopTraining
 
 
 Variants = dict[str, list[Run]]

@@ -20,8 +20,9 @@ import numpy as np
 import throughput
 from command_line import command_of, parse_settings, run_script
 from harness import ON_GPU, Report, RoundOptions, format_number
+from training_data import shakespeare
 
-from homebrew import Callback, EvalMetrics, GPTConfig, TokenDataset, Trainer, TrainerConfig, get_tokenizer, load_corpus
+from homebrew import Callback, EvalMetrics, GPTConfig, Trainer, TrainerConfig
 
 
 @dataclass
@@ -125,13 +126,6 @@ def homebrew_command(options: Options, folder: Path) -> tuple[list[str], Path]:
     return command_of(__file__, train_homebrew=folder / "run", **values), Path.cwd()
 
 
-def split_text(options: Options) -> tuple[str, str]:
-    """Return the first 90 % of the text, and the rest."""
-    text = load_corpus("tinyshakespeare", path=options.text).text
-    split = int(0.9 * len(text))
-    return text[:split], text[split:]
-
-
 class _PrintEvalLoss(Callback):
     def on_evaluate(self, trainer: Trainer, metrics: EvalMetrics) -> None:
         print(f"step {metrics.step}: val loss {metrics.loss:.4f}", flush=True)
@@ -140,16 +134,13 @@ class _PrintEvalLoss(Callback):
 def train_homebrew(options: Options, folder: Path) -> None:
     """Train with homebrew, using nanoGPT's settings unless `ours` overrides them."""
     ours = parse_settings(options.ours)
-    train_text, val_text = split_text(options)
-    tokenizer = get_tokenizer("char", text=train_text + val_text)
     model = options.named() | {name: ours.pop(name) for name in {"dropout"} & ours.keys()}
-    # nanoGPT samples windows at random.
-    train = TokenDataset.from_text(train_text, options.block_size, tokenizer=tokenizer, stride=16)
-    val = TokenDataset.from_text(val_text, options.block_size, tokenizer=tokenizer)
+    # The windows overlap, because nanoGPT samples windows at random.
+    train, val, _ = shakespeare(options.text, options.block_size, stride=16)
     settings = {"output_dir": folder, "micro_batch_size": options.batch, "eval_every": options.eval_every}
     settings |= {"max_steps": options.max_steps, "learning_rate": 1e-3, "betas": (0.9, 0.99)} | ours
     config = TrainerConfig(**{"warmup_steps": min(100, settings["max_steps"] // 10)} | settings)
-    model_config = GPTConfig(vocab_size=tokenizer.vocab_size, **model)
+    model_config = GPTConfig(vocab_size=train.vocab_size, **model)
     Trainer(model_config, train, val, config=config, callbacks=[_PrintEvalLoss()]).train()
 
 
@@ -157,12 +148,11 @@ def nanogpt_command(options: Options, folder: Path) -> tuple[list[str], Path]:
     """Return the command that runs nanoGPT's train.py in a copy with the data, and its working directory."""
     clone = folder / "nanoGPT"
     shutil.copytree(options.nanogpt or Path(), clone, ignore=shutil.ignore_patterns(".git"))
-    train_text, val_text = split_text(options)
-    tokenizer = get_tokenizer("char", text=train_text + val_text)
+    train, val, _ = shakespeare(options.text, options.block_size, stride=None)
     data = clone / "data" / "shakespeare_char"
-    for name, text in (("train", train_text), ("val", val_text)):
-        np.asarray(tokenizer.encode(text), dtype=np.uint16).tofile(data / f"{name}.bin")
-    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": tokenizer.vocab_size}))
+    for name, dataset in (("train", train), ("val", val)):
+        dataset.tokens.ids.numpy().astype(np.uint16).tofile(data / f"{name}.bin")
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": train.vocab_size}))
     settings = options.named() | dict.fromkeys(("max_iters", "lr_decay_iters"), options.max_steps)
     settings |= {"batch_size": options.batch, "eval_interval": options.eval_every}
     if not ON_GPU:

@@ -24,8 +24,8 @@ def learning():
 
 
 @pytest.fixture
-def source_corpus():
-    return importlib.import_module("source_corpus")
+def training_data():
+    return importlib.import_module("training_data")
 
 
 @pytest.fixture
@@ -59,10 +59,9 @@ def test_target_is_reached_where_a_curve_first_meets_it(curves):
     assert curves.first_reached([20, 40, 60, 80], [4.0, 2.0, 5.0, 1.0], 3.0) == 30
 
 
-def test_steps_with_compilation_count_as_the_mean_of_the_later_steps():
-    timed_training = importlib.import_module("timed_training")
-    log = [(1, 30.0), (20, 50.0), (40, 20.0), (60, 22.0), (65, 3.0)]  # 45 steps in 45 seconds after step 20
-    assert timed_training.training_seconds(log, untimed_steps=20) == {1: 1.0, 20: 20.0, 40: 40.0, 60: 62.0, 65: 65.0}
+def test_steps_with_compilation_count_as_the_mean_of_the_later_steps(curves):
+    logged = {1: 30.0, 20: 80.0, 40: 100.0, 60: 122.0, 65: 125.0}  # 45 steps in 45 seconds after step 20
+    assert curves.training_seconds(logged, [20, 40, 60, 65]) == [20.0, 40.0, 62.0, 65.0]
 
 
 def test_best_adamw_has_the_lowest_mean_final_loss(curves, run):
@@ -153,37 +152,39 @@ def packages(tmp_path):
     return root
 
 
-def test_source_corpus_does_not_depend_on_the_number_of_workers(source_corpus, packages, tmp_path):
+def test_source_code_does_not_depend_on_the_number_of_workers(training_data, packages, tmp_path):
     one, two = (
-        source_corpus.build_source_corpus(tmp_path / str(workers), max_tokens=1000, root=packages, workers=workers)
+        training_data.source_code(tmp_path / str(workers), 1, max_tokens=1000, root=packages, workers=workers)
         for workers in (1, 2)
     )
-    assert one.description == two.description
-    assert one.description["files"] == 6
-    tokenizer = one.dataset("train", 1).tokenizer
+    train, _, description = one
+    assert description == two[2]
+    assert description["files"] == 6
     texts = {
-        split: tokenizer.decode(np.load(tmp_path / "1" / f"source-{split}.npy")) for split in ("train", "validation")
+        split: train.tokenizer.decode(np.load(tmp_path / "1" / f"source-{split}.npy"))
+        for split in ("train", "validation")
     }
     assert texts["train"] == "<|endoftext|>".join(["a = 1\n", "a = 2\n", "b = 0\n", "b = 1\n", "b = 2\n"])
     assert texts["validation"] == "a = 0\n"
 
 
-def test_source_corpus_stops_at_max_tokens(source_corpus, packages, tmp_path):
-    corpus = source_corpus.build_source_corpus(tmp_path / "corpus", max_tokens=12, root=packages, workers=1)
-    assert corpus.description["files"] == 3  # of 4 tokens each
+def test_source_code_stops_at_max_tokens(training_data, packages, tmp_path):
+    *_, description = training_data.source_code(tmp_path / "corpus", 1, max_tokens=12, root=packages, workers=1)
+    assert description["files"] == 3  # of 4 tokens each
     files = (tmp_path / "corpus" / "source-files.txt").read_text()
     assert files == "6 a/m0.py\n6 a/m1.py\n6 a/m2.py\n"
 
 
-def test_source_corpus_is_built_again_only_if_the_files_differ(source_corpus, packages, tmp_path, monkeypatch):
-    first = source_corpus.build_source_corpus(tmp_path / "corpus", max_tokens=1000, root=packages, workers=1)
+def test_source_code_is_tokenized_again_only_if_the_files_differ(training_data, packages, tmp_path, monkeypatch):
+    def describe():
+        return training_data.source_code(tmp_path / "corpus", 1, max_tokens=1000, root=packages, workers=1)[2]
+
+    first = describe()
     with monkeypatch.context() as context:
-        context.setattr(source_corpus, "get_context", None)
-        again = source_corpus.build_source_corpus(tmp_path / "corpus", max_tokens=1000, root=packages, workers=1)
-    assert again == first
+        context.setattr(training_data, "get_context", None)
+        assert describe() == first
     (packages / "b" / "new.py").write_text("new = True\n")
-    changed = source_corpus.build_source_corpus(tmp_path / "corpus", max_tokens=1000, root=packages, workers=1)
-    assert changed.description["files"] == 7
+    assert describe()["files"] == 7
 
 
 @pytest.fixture

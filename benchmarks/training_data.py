@@ -1,8 +1,7 @@
-"""Training data that every machine has: the Python source code of the installed packages, as GPT-2 tokens."""
+"""Training data of the benchmarks: Tiny Shakespeare, and the Python source code of the installed packages."""
 
 import hashlib
 import json
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -11,55 +10,72 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from homebrew import TokenDataset, get_tokenizer
+from homebrew import TokenDataset, get_tokenizer, load_corpus
 from homebrew.cores import num_available_cores
 from homebrew.data.text_file import read_text
 from homebrew.data.token_file import write_tokens
 from homebrew.errors import DataError
 from homebrew.io import strict_json
 
+Data = tuple[TokenDataset, TokenDataset, dict[str, Any]]
+"""Training data, validation data and a description of the corpus."""
+
 VALIDATION_EVERY = 200
-"""The first file and every 200th after it are validation data."""
+"""The first source file and every 200th after it are validation data."""
 
 
-@dataclass(frozen=True)
-class SourceCorpus:
-    """Two token files in a folder, and what is in them."""
+def shakespeare(path: Path | None, block_size: int, *, stride: int | None) -> Data:
+    """Return the characters of Tiny Shakespeare, the last 10 % for validation. `stride` is that of the training data.
 
-    folder: Path
-    description: dict[str, Any]
-    """Number of files and tokens, and hashes: of the list of files (`source-files.txt`) and of both token files."""
+    By default, the text is downloaded and cached.
+    """
+    corpus = load_corpus("tinyshakespeare", path=path)
+    tokenizer = get_tokenizer("char", text=corpus.text)
+    split = int(0.9 * len(corpus.text))
+    train = TokenDataset.from_text(corpus.text[:split], block_size, tokenizer=tokenizer, stride=stride)
+    val = TokenDataset.from_text(corpus.text[split:], block_size, tokenizer=tokenizer)
+    return train, val, {"corpus": corpus.source, "sha256": corpus.sha256}
 
-    def dataset(self, split: str, block_size: int) -> TokenDataset:
-        """Open "train" or "validation"."""
-        return TokenDataset.from_shards(self.folder / f"source-{split}.npy", block_size)
 
-
-def build_source_corpus(
-    folder: Path, *, max_tokens: int, root: Path | None = None, workers: int | None = None
-) -> SourceCorpus:
-    """Tokenize all `.py` files below `root` into `folder`, or return what an earlier call has written.
+def source_code(
+    folder: Path, block_size: int, *, max_tokens: int, root: Path | None = None, workers: int | None = None
+) -> Data:
+    """Tokenize all `.py` files below `root` into `folder`, or open what an earlier call has written.
 
     Files are read in the order of their relative paths, until `max_tokens` is reached. Empty files and files that are
     not UTF-8 text are left out. "<|endoftext|>" separates two files. The result does not depend on the number of
     processes. By default, `root` is the site-packages folder of PyTorch, and there is a process for each core.
+
+    The description has the number of files and tokens, and hashes: of the list of files, which is written to
+    `source-files.txt`, and of both token files.
     """
     root = Path(torch.__file__).parents[1] if root is None else root
-    candidates = _list_files(root)
+    files = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in root.rglob("*.py") if path.is_file()]
+    candidates = sorted((path, size) for path, size in files if size)
     key = {"max_tokens": max_tokens, "candidates_sha256": _sha256(candidates)}
     record = folder / "source-corpus.json"
-    if record.exists():
-        saved = json.loads(record.read_text(encoding="utf-8"))
-        if saved["key"] == key:
-            return SourceCorpus(folder, saved["description"])
+    saved = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    if saved.get("key") != key:
+        description = _tokenize(folder, root, candidates, max_tokens, workers or num_available_cores())
+        saved = {"key": key, "description": description}
+        record.write_text(strict_json(saved, indent=2) + "\n", encoding="utf-8")
+    train, val = (
+        TokenDataset.from_shards(folder / f"source-{split}.npy", block_size) for split in ("train", "validation")
+    )
+    return train, val, saved["description"]
 
+
+def _tokenize(
+    folder: Path, root: Path, candidates: list[tuple[str, int]], max_tokens: int, workers: int
+) -> dict[str, Any]:
+    """Write the token files and the list of files, and return the description."""
     tokenizer = get_tokenizer("gpt2")
     separator = np.array([tokenizer.end_of_text_id], dtype=np.uint16)
     parts: dict[str, list[NDArray[np.uint16]]] = {"train": [], "validation": []}
     files: list[tuple[str, int]] = []
     num_tokens = 0
     # Not forked: a fork copies the locks that other threads hold.
-    with get_context("spawn").Pool(workers or num_available_cores()) as pool:
+    with get_context("spawn").Pool(workers) as pool:
         encoded = pool.imap(_encode, [root / path for path, _ in candidates], chunksize=32)
         for file, ids in zip(candidates, encoded, strict=True):
             if ids is None:
@@ -79,14 +95,7 @@ def build_source_corpus(
         source = "source code of the installed packages"
         metadata = write_tokens(folder / f"source-{name}.npy", arrays, **about, source=source)
         description |= {f"{name}_tokens": metadata.num_tokens, f"{name}_sha256": metadata.sha256}
-    record.write_text(strict_json({"key": key, "description": description}, indent=2) + "\n", encoding="utf-8")
-    return SourceCorpus(folder, description)
-
-
-def _list_files(root: Path) -> list[tuple[str, int]]:
-    """Return the relative path and the size in bytes of each `.py` file that is not empty, sorted by path."""
-    files = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in root.rglob("*.py") if path.is_file()]
-    return sorted((path, size) for path, size in files if size)
+    return description
 
 
 def _lines(files: list[tuple[str, int]]) -> bytes:
