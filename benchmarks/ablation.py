@@ -125,7 +125,7 @@ def ablate(options: Options, config: GPTConfig, report: Report) -> None:
     report.metadata["all kernels"] = ", ".join(KERNELS)
     title = f"{options.model} on {DEVICE.type}: {options.tokens:,} tokens per step, micro-batch {options.micro_batch}"
     flops = GPT(config).flops_per_token()
-    report.measure(title, implementations, options, tokens=options.tokens, flops_per_token=flops)
+    report.measure(title, implementations, options, tokens=options.tokens, flops=flops)
 
 
 def climb(options: Options, config: GPTConfig, report: Report) -> None:

@@ -33,30 +33,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@dataclass
 class StepTimer:
-    """Measure the mean time of a step.
+    """Measure the mean time of a step."""
 
-    Args:
-        warmup: Number of steps that are not timed, at least 1.
-        steps: Number of timed steps after them, at least 1.
-
-    Raises:
-        ConfigError: `warmup` or `steps` is less than 1.
-    """
-
+    warmup: int
+    """Number of steps that are not timed, at least 1."""
+    steps: int
+    """Number of timed steps after them, at least 1."""
+    num_steps: int = 0
+    started_at: float = 0.0
+    """When the last step of the warm-up was complete, set by its `tick`."""
+    seconds: float = 0.0
+    """Mean seconds per step, set by the last `tick`."""
     now: ClassVar[Callable[[], float]] = perf_counter
     """Clock in seconds."""
 
-    def __init__(self, warmup: int, steps: int) -> None:
-        if min(warmup, steps) < 1:
-            raise ConfigError(f"{warmup} warm-up steps and {steps} timed steps: both must be at least 1.")
-        self.warmup = warmup
-        self.steps = steps
-        self.num_steps = 0
-        self.started_at = 0.0
-        """When the last step of the warm-up was complete, set by its `tick`."""
-        self.seconds = 0.0
-        """Mean seconds per step, set by the last `tick`."""
+    def __post_init__(self) -> None:
+        if min(self.warmup, self.steps) < 1:
+            raise ConfigError(f"{self.warmup} warm-up steps and {self.steps} timed steps: both must be at least 1.")
 
     def tick(self) -> bool:
         """Count a step. Return whether it was the last one."""
@@ -216,19 +211,13 @@ class Report:
         self.tables.append((title, rows))
 
     def measure(
-        self,
-        title: str,
-        implementations: Iterable[Implementation],
-        options: RoundOptions,
-        *,
-        tokens: int,
-        flops_per_token: float | None = None,
+        self, title: str, implementations: list[Implementation], options: RoundOptions, *, tokens: int, flops: float = 0
     ) -> None:
         """Measure implementations, homebrew's first, with `tokens` per step, and add a table of throughputs.
 
-        With the model's `flops_per_token`, the table has the MFU.
+        With the model's `flops` per token, the table has the MFU.
         """
-        if flops_per_token:
+        if flops:
             peak = measure_matmul_flops()
             self.metadata["matrix products"] = f"{peak / 1e12:.2f} TFLOP/s"
         measurements = measure_interleaved(implementations, options)
@@ -243,8 +232,8 @@ class Report:
                 "ms per step": format_number(1000 * seconds),
                 "speedup": f"{speedup(measurements[0], measurement):.3f} ×",
             }
-            if flops_per_token:
-                row["MFU"] = f"{flops_per_token * tokens / seconds / peak:.1%}"
+            if flops:
+                row["MFU"] = f"{flops * tokens / seconds / peak:.1%}"
             if measurement.peak_bytes is not None:
                 row["peak GiB"] = f"{measurement.peak_bytes / GIB:.1f}"
             rows.append(row)

@@ -48,7 +48,7 @@ def measure(config: GPTConfig, options: Options, report: Report, *, name: str) -
     """Add the table of one model to the report."""
     title = f"{name} on {DEVICE.type}: {options.tokens:,} tokens per step, sequences of {config.block_size}"
     flops = GPT(config).flops_per_token()
-    report.measure(title, implementations(config, options), options, tokens=options.tokens, flops_per_token=flops)
+    report.measure(title, implementations(config, options), options, tokens=options.tokens, flops=flops)
 
 
 def implementations(config: GPTConfig, options: Options) -> list[Implementation]:
