@@ -207,7 +207,17 @@ def nanogpt(
     def build() -> RunSteps:
         if ON_GPU:
             torch.set_float32_matmul_precision("high")
-        model, optimizer = nanogpt_model(folder, config, bias=bias)
+        if folder is None or not (folder / "model.py").exists():
+            raise SystemExit("Pass a folder with a clone of nanoGPT: --nanogpt FOLDER.")
+        spec: Any = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+        fields = {name: getattr(config, name) for name in names}
+        vocab_size = 50_304 if config.vocab_size == 50_257 else config.vocab_size
+        with silent():
+            model = module.GPT(module.GPTConfig(vocab_size=vocab_size, bias=bias, **fields)).to(DEVICE)
+            optimizer = model.configure_optimizers(0.1, SETTINGS["lr"], SETTINGS["betas"], DEVICE.type)
         batches = nanogpt_batches(ids, config.block_size, micro_batch)
         return plain_loop(model, optimizer, batches, accumulation=accumulation, read_loss_every=10)
 
@@ -215,21 +225,6 @@ def nanogpt(
     biases = "" if bias else "; no biases, its default, which is not GPT-2"
     settings = f"as its README recommends: {speed}; GPT-2's vocabulary padded to 50,304{biases}"
     return Implementation(f"nanoGPT, {bias=}", build, settings)
-
-
-def nanogpt_model(folder: Path | None, config: GPTConfig, *, bias: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return nanoGPT's model and optimizer."""
-    if folder is None or not (folder / "model.py").exists():
-        raise SystemExit("Pass a folder with a clone of nanoGPT: --nanogpt FOLDER.")
-    spec: Any = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    names = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
-    fields = {name: getattr(config, name) for name in names}
-    vocab_size = 50_304 if config.vocab_size == 50_257 else config.vocab_size
-    with silent():
-        model = module.GPT(module.GPTConfig(vocab_size=vocab_size, bias=bias, **fields)).to(DEVICE)
-        return model, model.configure_optimizers(0.1, SETTINGS["lr"], SETTINGS["betas"], DEVICE.type)
 
 
 def nanogpt_batches(ids: Tensor, block_size: int, micro_batch: int) -> Batches:

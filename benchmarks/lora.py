@@ -33,22 +33,19 @@ def main(options: Options) -> None:
     batch, block = options.micro_batch, config.block_size
     ids = random_ids(max(32 * batch * block, 10_000), config.vocab_size)
 
-    def homebrew(name: str, lora: LoRAConfig | None) -> Implementation:
-        def build() -> RunSteps:
-            model = GPT(config)
-            if lora is not None:
-                add_lora(model, lora)
-            return homebrew_trainer(model, ids, micro_batch_size=batch)
-
-        return Implementation(name, build, "defaults")
+    def homebrew(lora: LoRAConfig | None) -> RunSteps:
+        model = GPT(config)
+        if lora is not None:
+            add_lora(model, lora)
+        return homebrew_trainer(model, ids, micro_batch_size=batch)
 
     name = "PEFT + Hugging Face Trainer"
     graphs = {"torch_compile_mode": "reduce-overhead"} if ON_GPU else {}  # uses CUDA graphs
     implementations = [
-        homebrew("homebrew, LoRA", LORA),
+        Implementation("homebrew, LoRA", lambda: homebrew(LORA), "defaults"),
         hf_trainer(name, config, ids, micro_batch=batch, adapt=add_peft),
         hf_trainer(f"{name}, reduce-overhead", config, ids, micro_batch=batch, adapt=add_peft, **graphs),
-        homebrew("homebrew, full", None),
+        Implementation("homebrew, full", lambda: homebrew(None), "defaults"),
         hf_trainer("Hugging Face Trainer, full", config, ids, micro_batch=batch),
     ]
     title = f"{options.model} on {DEVICE.type}: {batch} × {block} tokens per step, rank {LORA.rank}"
