@@ -34,12 +34,6 @@ class Run:
     """What all variants have in common: model, batch and corpus."""
     machine: str
 
-    def reached(self, target: float) -> tuple[float, float] | None:
-        """Return the step and the seconds at which the validation loss reached a target, or None."""
-        steps = first_reached(self.steps, self.losses, target)
-        seconds = first_reached(self.seconds, self.losses, target)
-        return None if steps is None or seconds is None else (steps, seconds)
-
 
 def train_and_record(model: GPT, train: TokenDataset, val: TokenDataset, config: TrainerConfig) -> dict[str, Any]:
     """Train once without checkpoints. Return the measured fields of `Run`.
@@ -155,10 +149,11 @@ def target_rows(variants: Variants, target: float, *, full_runs: Sequence[Run]) 
     total_seconds = mean(run.seconds[-1] for run in full_runs)
     rows = []
     for name, runs in variants.items():
-        reached = [point for run in runs if (point := run.reached(target)) is not None]
-        row = {"variant": name, "reached by": f"{len(reached)} of {len(runs)}"}
-        # The mean of some of the seeds would leave out the worst.
-        steps, seconds = zip(*reached, strict=True) if len(reached) == len(runs) else ((), ())
+        steps = [step for run in runs if (step := first_reached(run.steps, run.losses, target)) is not None]
+        seconds = [time for run in runs if (time := first_reached(run.seconds, run.losses, target)) is not None]
+        row = {"variant": name, "reached by": f"{len(steps)} of {len(runs)}"}
+        if len(steps) < len(runs):  # the mean of some of the seeds would leave out the worst
+            steps, seconds = [], []
         row["steps"] = with_spread(steps, ".1f")
         row["steps ratio"] = with_spread([value / total_steps for value in steps], ".3f")
         row["seconds"] = with_spread(seconds, ".1f")
