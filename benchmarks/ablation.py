@@ -40,7 +40,10 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int)
 OPTIMIZATIONS: dict[str, dict[str, Any]] = {
     # What replaces each optimization: by name in homebrew, or as a field of TrainerConfig.
     "compile": {"compile": False},
-    "flash attention": {"homebrew.model.transformer.causal_attention": explicit_attention},
+    "flash attention": {
+        "homebrew.model.ops.attention.causal_attention": explicit_attention,
+        "homebrew.model.ops.attention.uses_cudnn": lambda _: False,
+    },
     "padded vocabulary": {
         "homebrew.model.gpt_config.GPTConfig.padded_vocab_size": property(lambda config: config.vocab_size)
     },
@@ -52,8 +55,10 @@ OPTIMIZATIONS: dict[str, dict[str, Any]] = {
         "homebrew.model.ops.linear.is_tunable": lambda *_: False,
         "homebrew.model.ops.matmul.is_tunable": lambda *_: False,
     },
+    "packed gradients": {"homebrew.model.ops.attention.uses_cudnn": lambda _: False},
     "cuDNN attention": {
-        "homebrew.model.ops.attention.TRAINING_ATTENTION": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        "homebrew.model.ops.attention.TRAINING_ATTENTION": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+        "homebrew.model.ops.attention.uses_cudnn": lambda _: False,
     },
     "CUDA graphs": {"homebrew.training.compile.LAUNCH_BOUND_FLOPS": 0.0},
 }
@@ -71,7 +76,7 @@ GPU_RUNGS = {"TF32", "micro-batch 64", "fused MLP", "cuDNN attention", "timed ma
 class Options(RoundOptions):
     """Measure tokens/s and peak memory without each optimization."""
 
-    without: tuple[str, ...] = (*KERNELS, "Triton loss kernel", "padded vocabulary")
+    without: tuple[str, ...] = (*KERNELS, "packed gradients", "Triton loss kernel", "padded vocabulary")
     """Optimizations to switch off, one per row. Also: "flash attention", "compile", "CUDA graphs"."""
     ladder: bool = False
     """Instead, add one optimization at a time to a plain loop with micro-batches of 8, and time 7 × `steps`."""

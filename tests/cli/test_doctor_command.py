@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from homebrew.cli.doctor_command import _EXTRAS, check_compilation, run_checks
+from homebrew.cli.doctor_command import _EXTRAS, check_attention, check_compilation, run_checks
 
 
 def test_doctor_shows_what_a_run_would_use(invoke, monkeypatch, tmp_path):
@@ -28,7 +28,7 @@ def test_doctor_knows_all_extras_and_says_that_they_are_installed(tmp_path, monk
     extras = {
         name: [re.match(r"[\w-]+", requirement)[0] for requirement in requirements]
         for name, requirements in project["optional-dependencies"].items()
-        if name not in ("docs", "test")
+        if name not in ("docs", "hopper", "test")
     }
     assert extras == _EXTRAS
     monkeypatch.setattr("homebrew.cli.doctor_command.installed_version", lambda _: "1.0")
@@ -68,3 +68,26 @@ def test_requirements_of_compilation_on_a_gpu(monkeypatch, has_triton, has_compi
     assert finding.value.startswith(value)
     assert fix in finding.fix
     assert bool(fix) == bool(finding.fix)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "version", "works", "value", "fix"),
+    [
+        ("cpu", None, None, None, None, None),
+        ("cuda", (8, 0), None, None, None, None),
+        ("cuda", (9, 0), None, None, "not installed", "hopper"),
+        ("cuda", (9, 0), "1.2", True, "1.2", ""),
+        ("cuda", (9, 0), "1.2", False, "1.2 does not work with cuDNN 91900", "another version"),
+    ],
+)
+def test_attention_is_checked_on_hopper_gpus(monkeypatch, device, capability, version, works, value, fix):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91900)
+    monkeypatch.setattr("homebrew.cli.doctor_command.installed_version", lambda _: version)
+    monkeypatch.setattr("homebrew.model.ops.cudnn_attention.is_available", lambda _: works)
+    findings = list(check_attention(torch.device(device)))
+    assert len(findings) == (value is not None)
+    for finding in findings:
+        assert finding.value.endswith(value)
+        assert fix in finding.fix
+        assert bool(fix) == bool(finding.fix)

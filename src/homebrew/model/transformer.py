@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.lora import LoRALinear
-from homebrew.model.ops.attention import causal_attention
+from homebrew.model.ops.attention import self_attention
 from homebrew.model.ops.autocast import compute_dtype
 from homebrew.model.ops.linear import apply_linear, is_plain
 from homebrew.model.ops.mlp import mlp
@@ -44,14 +44,11 @@ class CausalSelfAttention(nn.Module):
         """
         B, T, C = x.shape
         qkv = apply_linear(self.c_attn, x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.unbind(2)  # (B, T, nh, hs) each
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs)
-        if cache is not None:
-            y = cache.attend(q, k, v)
+        if cache is None:
+            y = self_attention(qkv, dropout=self.dropout, training=self.training)  # (B, T, nh, hs)
         else:
-            y = causal_attention(q, k, v, dropout=self.dropout, training=self.training)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return F.dropout(apply_linear(self.c_proj, y), self.dropout, self.training)
+            y = cache.attend(*(x.transpose(1, 2) for x in qkv.unbind(2))).transpose(1, 2)
+        return F.dropout(apply_linear(self.c_proj, y.reshape(B, T, C)), self.dropout, self.training)
 
 
 class MLP(nn.Module):

@@ -2,6 +2,8 @@
 
 - `attention`: causal attention for training. It selects the fastest backend of PyTorch's scaled dot-product
   attention (Dao et al. 2022, "FlashAttention"), or matrix products for short bfloat16 sequences on a CPU.
+- `cudnn_attention`: cuDNN's attention with one gradient for queries, keys and values, which saves a copy. Used on
+  Hopper GPUs if `nvidia-cudnn-frontend` is installed.
 - `chunked_loss`: the language-model head with its cross-entropy loss, a chunk of tokens at a time. The logits of
   all tokens would be the largest tensor of a training step, but never exist at once (as in llm.c's fused classifier
   and Hsu et al. 2024, "Liger Kernel").

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from homebrew.model.ops.cudnn_attention import cudnn_attention, uses_cudnn
+
 TRAINING_ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -17,6 +19,23 @@ TRAINING_ATTENTION = [
 
 MAX_UNFUSED_CPU_LENGTH = 256
 """Up to this sequence length, PyTorch's fused bfloat16 kernel on a CPU is slower than separate operations."""
+
+
+def self_attention(qkv: Tensor, *, dropout: float, training: bool) -> Tensor:
+    """Compute causal attention.
+
+    Args:
+        qkv: Queries, keys and values, (B, T, 3, nh, hs).
+        dropout: Probability of a weight to be dropped. Only used in training.
+        training: Whether the model is in training mode.
+
+    Returns:
+        Tensor of shape (B, T, nh, hs).
+    """
+    if training and dropout == 0.0 and torch.is_grad_enabled() and uses_cudnn(qkv):
+        return cudnn_attention(qkv)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, nh, T, hs) each
+    return causal_attention(q, k, v, dropout=dropout, training=training).transpose(1, 2)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: float, training: bool) -> Tensor:
