@@ -19,9 +19,18 @@ def exact(q, k, v):
 
 
 class StandInPlan:
-    """Computes the gradients by their formulas, and writes them where cuDNN would."""
+    """Computes the gradients by their formulas, and writes them where cuDNN would.
+
+    cuDNN gets addresses only, and relies on the strides that the plan was built for.
+    """
+
+    def __init__(self, shape, *_):
+        _, T, _, nh, hs = shape
+        packed, separate = (T * 3 * nh * hs, hs, 3 * nh * hs, 1), (T * nh * hs, hs, nh * hs, 1)
+        self.strides = [*[packed] * 3, *[separate] * 2, (nh * T, T, 1, 1), *[packed] * 3]
 
     def run(self, *operands):
+        assert [x.stride() for x in operands] == self.strides
         q, k, v, y, d_y = (x.float() for x in operands[:5])
         scale = q.shape[-1] ** -0.5
         later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
@@ -42,11 +51,12 @@ def cudnn(monkeypatch):
         return "cuda"
 
     def forward(q, k, v):
+        assert {x.stride(-1) for x in (q, k, v)} == {1}  # as cuDNN requires
         y = exact(q, k, v).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
         return y, torch.zeros(*q.shape[:-1], 1)
 
     monkeypatch.setattr(cudnn_attention, "_forward", forward)
-    monkeypatch.setattr(cudnn_attention, "_backward_plan", lambda *_: StandInPlan())
+    monkeypatch.setattr(cudnn_attention, "_backward_plan", StandInPlan)
     monkeypatch.setattr(attention, "uses_cudnn", lambda _: True)
     return "cpu"
 
@@ -69,13 +79,23 @@ def attend(qkv):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", [64, 65, 200])
-def test_output_and_gradient_are_exact(cudnn, length, dtype, compiled):
+def test_output_and_gradient_are_exact(cudnn, monkeypatch, length, dtype, compiled):
+    monkeypatch.setattr(attention, "causal_attention", None)  # PyTorch's attention is not used
     qkv = random_qkv(cudnn, length, dtype)
     function = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=False) if compiled else attend
     expected = output_and_gradient(lambda x: exact(*x.transpose(1, 3).unbind(2)).transpose(1, 2), qkv)
     for actual, true in zip(output_and_gradient(function, qkv), expected, strict=True):
         torch.testing.assert_close(actual.float(), true.float(), atol=0.02 * true.abs().max().item(), rtol=0)
     assert output_and_gradient(function, qkv)[1].is_contiguous()
+
+
+def test_layouts_other_than_the_linear_layers(cudnn):
+    qkv = random_qkv(cudnn, 64)
+    d_y = torch.randn(64, 2, 4, 32).to(qkv).transpose(0, 1)
+    expected = torch.autograd.grad(attend(qkv), qkv, d_y.contiguous())[0]
+    strided = qkv.detach().mT.contiguous().mT.requires_grad_()
+    actual = torch.autograd.grad(attend(strided), strided, d_y)[0]
+    torch.testing.assert_close(actual.float(), expected.float(), atol=0.02 * expected.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"training": False}])

@@ -66,7 +66,7 @@ def cudnn_attention(qkv: Tensor) -> Tensor:
 @torch.library.custom_op("homebrew::attention", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the output (B, T, nh, hs), and the logarithm of each softmax's denominator, (B, nh, T, 1), float32."""
-    y, log_sum_exp = _forward(*_heads(qkv))
+    y, log_sum_exp = _forward(*_heads(qkv.contiguous()))
     return y.transpose(1, 2).contiguous(), log_sum_exp
 
 
@@ -92,9 +92,8 @@ def _(_d_y: Tensor, qkv: Tensor, _y: Tensor, _log_sum_exp: Tensor) -> Tensor:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    y, log_sum_exp, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *(q, k, v), attn_bias=None, compute_log_sumexp=True, is_causal=True
-    )
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    y, log_sum_exp, *_ = attend(q, k, v, attn_bias=None, compute_log_sumexp=True, is_causal=True)
     return y, log_sum_exp
 
 
