@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from homebrew import GPT, GPTConfig, LoRAConfig, add_lora
 from homebrew.model.ops import attention, cudnn_attention
 from homebrew.model.ops.attention import self_attention
 
@@ -61,9 +62,9 @@ def cudnn(monkeypatch):
     return "cpu"
 
 
-def random_qkv(device, length, dtype=torch.bfloat16):
+def random_qkv(device, length, dtype=torch.bfloat16, head_size=32):
     generator = torch.Generator().manual_seed(length)
-    return torch.randn(2, length, 3, 4, 32, generator=generator).to(device, dtype).requires_grad_()
+    return torch.randn(2, length, 3, 4, head_size, generator=generator).to(device, dtype).requires_grad_()
 
 
 def output_and_gradient(attend, qkv):
@@ -96,6 +97,30 @@ def test_layouts_other_than_the_linear_layers(cudnn):
     strided = qkv.detach().mT.contiguous().mT.requires_grad_()
     actual = torch.autograd.grad(attend(strided), strided, d_y)[0]
     torch.testing.assert_close(actual.float(), expected.float(), atol=0.02 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("checkpointing", "lora"), [(False, False), (True, True)])
+def test_gradients_of_a_gpt(cudnn, monkeypatch, compiled, checkpointing, lora):
+    def gradients(*, compiled):
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=128, dropout=0.0))
+        if lora:
+            add_lora(model, LoRAConfig())
+        if checkpointing:
+            model.enable_activation_checkpointing()
+        model.to(cudnn).train()
+        if compiled:
+            model.compile(dynamic=False)
+        ids = torch.arange(2 * 64, device=cudnn).view(2, 64) % 7
+        with torch.autocast(cudnn, torch.bfloat16):
+            loss = model(ids, ids)
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    actual = gradients(compiled=compiled)
+    monkeypatch.setattr(attention, "uses_cudnn", lambda _: False)
+    for name, expected in gradients(compiled=False).items():
+        assert (actual[name] - expected).norm() <= 0.05 * expected.norm(), name
 
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"training": False}])
@@ -174,8 +199,9 @@ def test_fake_outputs_have_the_layout_of_real_ones(cudnn):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gradients_are_those_of_pytorch(cudnn, monkeypatch):
-    qkv = random_qkv(cudnn, 256)
+@pytest.mark.parametrize("head_size", [8, 40, 64, 128])
+def test_the_gradients_are_those_of_pytorch(cudnn, monkeypatch, head_size):
+    qkv = random_qkv(cudnn, 256, head_size=head_size)
     actual = output_and_gradient(attend, qkv)
     monkeypatch.setattr(attention, "uses_cudnn", lambda _: False)
     for a, b in zip(actual, output_and_gradient(attend, qkv), strict=True):
