@@ -32,6 +32,7 @@ def self_attention(qkv: Tensor, *, dropout: float, training: bool) -> Tensor:
     Returns:
         Tensor of shape (B, T, nh, hs).
     """
+    # Only its backward pass is faster than PyTorch's, so it is not used without gradients.
     if training and dropout == 0.0 and torch.is_grad_enabled() and uses_cudnn(qkv):
         return cudnn_attention(qkv)
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, nh, T, hs) each

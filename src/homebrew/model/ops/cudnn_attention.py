@@ -19,9 +19,9 @@ MIN_LENGTH = 64
 
 
 def uses_cudnn(qkv: Tensor) -> bool:
-    """Return whether `cudnn_attention` supports its input here.
+    """Return whether `cudnn_attention` supports this input, on its device.
 
-    The backward pass adds in an order that varies, so PyTorch is used if deterministic algorithms are required.
+    It is not used if deterministic algorithms are required, because the backward pass adds in an order that varies.
     """
     _, T, _, _, hs = qkv.shape
     is_half = qkv.dtype in (torch.float16, torch.bfloat16)
