@@ -160,8 +160,9 @@ def test_inputs_that_cudnn_supports(monkeypatch, changes, expected):
 
 
 @pytest.mark.parametrize("installed", ["of this version", "of another version", "not"])
+@pytest.mark.parametrize("capability", [cudnn_attention.HOPPER, (10, 0)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_package_is_used_where_it_works(monkeypatch, compiled, installed):
+def test_the_package_is_used_where_it_works(monkeypatch, compiled, capability, installed):
     def create_handle():
         if installed == "of another version":
             raise RuntimeError
@@ -170,7 +171,7 @@ def test_the_package_is_used_where_it_works(monkeypatch, compiled, installed):
     package = SimpleNamespace(create_handle=create_handle) if installed != "not" else None
     monkeypatch.setitem(sys.modules, "cudnn", package)
     monkeypatch.setattr(cudnn_attention, "_BackwardPlan", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: cudnn_attention.HOPPER)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     for function in ("_can_build_plan", "_backward_plan", "_handle"):
         getattr(cudnn_attention, function).cache_clear()
@@ -180,13 +181,16 @@ def test_the_package_is_used_where_it_works(monkeypatch, compiled, installed):
 
     if compiled:
         add_one_if_available = torch.compile(add_one_if_available, fullgraph=True, backend="eager")
-    assert add_one_if_available(torch.zeros(1)).item() == (installed == "of this version")
+    is_used = installed == "of this version" and capability == cudnn_attention.HOPPER
+    assert add_one_if_available(torch.zeros(1)).item() == is_used
     for function in ("_can_build_plan", "_backward_plan", "_handle"):
         getattr(cudnn_attention, function).cache_clear()
 
 
-def test_fake_outputs_have_the_layout_of_real_ones(cudnn):
+@pytest.mark.parametrize("strided", [False, True])
+def test_fake_outputs_have_the_layout_of_real_ones(cudnn, strided):
     qkv = random_qkv(cudnn, 64)
+    qkv = qkv.detach().mT.contiguous().mT if strided else qkv
     with torch.no_grad():
         real = cudnn_attention._attention(qkv)
         real = (*real, cudnn_attention._attention_backward(real[0], qkv, *real))
