@@ -77,7 +77,7 @@ def test_requirements_of_compilation_on_a_gpu(monkeypatch, has_triton, has_compi
         ("cuda", (8, 0), None, None, None, None),
         ("cuda", (9, 0), None, None, "not installed", "hopper"),
         ("cuda", (9, 0), "1.2", True, "1.2", ""),
-        ("cuda", (9, 0), "1.2", False, "1.2 does not work with cuDNN 91900", "another version"),
+        ("cuda", (9, 0), "1.2", False, "1.2 does not work with cuDNN 91900", "hopper"),
     ],
 )
 def test_attention_is_checked_on_hopper_gpus(monkeypatch, device, capability, version, works, value, fix):

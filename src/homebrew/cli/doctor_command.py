@@ -168,16 +168,15 @@ def check_attention(device: "torch.device") -> Iterator[Finding]:
 
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
         return
-    package = "nvidia-cudnn-frontend"
+    package, install = "nvidia-cudnn-frontend", "in the cloned repository: pip install -e '.[hopper]'"
     version = installed_version(package)
     if version is None:
-        fix = "Optional, about 1 % faster, in the cloned repository: pip install -e '.[hopper]'"
-        yield Finding("attention", f"{package} not installed", fix)
+        yield Finding("attention", f"{package} not installed", f"Optional, about 1 % faster, {install}")
     elif is_available(device.index or 0):
         yield Finding("attention", f"{package} {version}")
     else:
-        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        yield Finding("attention", f"{package} {version} does not work with cuDNN {cudnn}", "Install another version.")
+        value = f"{package} {version} does not work with cuDNN {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
+        yield Finding("attention", value, f"Install another version, {install}")
 
 
 def _check_data() -> Iterator[Finding]:
