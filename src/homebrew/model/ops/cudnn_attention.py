@@ -45,7 +45,7 @@ def _can_build_plan(device_index: int) -> bool:
     try:
         with torch.cuda.device(device_index):
             _backward_plan((1, MIN_LENGTH, 3, 1, 64), torch.bfloat16, device_index)
-    except Exception:
+    except Exception:  # the package is not installed, or made for another version of cuDNN
         return False
     return True
 
