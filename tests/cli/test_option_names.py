@@ -100,6 +100,12 @@ def test_known_names_pass(arguments):
         ("train(resume=True, accept_changes=('seed',))", "--resume --accept-changes seed"),
         ('train(resume=True, accept_changes=["seed"])', "--resume --accept-changes seed"),
         ("accept_changes=['x']: must be known.", "--accept-changes ['x']: must be known."),
+        # Python code stays.
+        (
+            "Open it with TokenDataset.from_file('a.bin', …, tokenizer='gpt2'), or set tokenizer='gpt2'.",
+            "Open it with TokenDataset.from_file('a.bin', …, tokenizer='gpt2'), or set --tokenizer 'gpt2'.",
+        ),
+        ("The batch (micro_batch_size=4) is too large.", "The batch (--micro-batch-size 4) is too large."),
         # None, which the command line does not take.
         ("eval_every=0: must be at least 1, or None.", "--eval-every 0: must be at least 1."),
         ("seed=0: must be 1, or None; betas=1: bad.", "--seed 0: must be 1; --betas 1: bad."),

@@ -85,12 +85,19 @@ def explain_unknown_name(arguments: Sequence[str], commands: Mapping[str, type])
 def in_terms_of_options(message: str, command: type) -> str:
     """Replace argument names in an error message by option names: "max_steps=0" becomes "--max-steps 0".
 
-    "or None" is removed from lists of allowed values, because the command line does not accept None.
+    "or None" is removed from lists of allowed values, because the command line does not accept None. Python code, such
+    as "from_file('a.bin', tokenizer='gpt2')", stays as it is.
     """
     message = re.sub(r",? or None\b[^.;]*", "", message)
     call = r"train\((resume|overwrite)=True(?:, accept_changes=[(\[]([^)\]]*)[)\]])?\)"
     message = re.sub(call, _options_of_call, message)
-    for option in option_names(command):
+    parts = re.split(r"(\b\w+\([^()]*\))", message)  # every second part is a call
+    parts[::2] = [_replace_names(part, option_names(command)) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _replace_names(message: str, options: Sequence[str]) -> str:
+    for option in options:
         name = rf"(?<![\w/.'\"-]){option[2:].replace('-', '_')}"  # not within a path or a quotation
         message = re.sub(rf"{name}=True\b", option, message)
         message = re.sub(rf"{name}=(?=[\w'\"(\[-])", f"{option} ", message)
