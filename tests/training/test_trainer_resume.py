@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -323,11 +324,21 @@ def test_another_precision_or_world_size_warns(tmp_path):
 
 
 def test_corrupt_checkpoints_are_an_error_and_not_a_new_run(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_every=1).train()
+    for step in (1, 2):
+        file = checkpoint_path(tmp_path, step) / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        CorruptCheckpoint, match=r"00002/model\.safetensors.*\w\. .*00001/model\.safetensors.*\. To start"
+    ):
+        make_trainer(tmp_path, max_steps=2, save_every=1).train(resume=True)
+
+
+def test_another_model_is_not_also_reported_as_another_optimizer(tmp_path):
     make_trainer(tmp_path, max_steps=2).train()
-    file = checkpoint_path(tmp_path, 2) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors"):
-        make_trainer(tmp_path, max_steps=2).train(resume=True)
+    trainer = make_trainer(tmp_path, max_steps=2, model=replace(CONFIG, n_layer=3))
+    with pytest.raises(ResumeMismatch, match=r"another run:\n  model: n_layer was \d, is 3\.\nUse the settings"):
+        trainer.train(resume=True)
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,9 @@ def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_cha
     has_other_weights = not unfit.isdisjoint(("model", "adapter"))
     refused = [name for name in differing if name not in accept_changes]
     if refused or has_other_weights:
-        lines = _differences(differing, saved, ours)
+        # The optimizer of another model has other parameters, which says nothing new.
+        is_implied = has_other_weights and differing_keys(saved.get("optimizer"), ours["optimizer"]) == ["parameters"]
+        lines = _differences([name for name in differing if name != "optimizer" or not is_implied], saved, ours)
         remedy = (
             "or choose a new output_dir: the saved weights do not fit this model."
             if has_other_weights

@@ -85,7 +85,7 @@ def _find_checkpoint(store: CheckpointStore, resume: bool | str | Path) -> Check
         newest, reasons = store.latest()
         if newest is None and reasons:
             raise CorruptCheckpoint(
-                f"No valid checkpoint in {store.folder}: {'; '.join(reasons)} To start over, move the checkpoints away "
+                f"No valid checkpoint in {store.folder}: {' '.join(reasons)} To start over, move the checkpoints away "
                 f"or choose another output_dir."
             )
         for reason in reasons:
