@@ -103,7 +103,7 @@ def only_tensorboard(monkeypatch):
     [
         ("wandb", r"log_with='wandb': the tracker is not installed. Run `pip install wandb`. .*: tensorboard\."),
         ("tensorbord", r"log_with='tensorbord': Accelerate has no such tracker. Choose one of .*: tensorboard\."),
-        (["tensorboard"], r"log_with=\['tensorboard'\]: Accelerate has no such tracker"),
+        (["tensorboard"], r"log_with=\['tensorboard'\]: must be the name of one tracker, or 'all'"),
     ],
 )
 def test_unavailable_tracker(tmp_path, only_tensorboard, name, message):

@@ -121,7 +121,9 @@ def _check_tracker(name: str) -> None:
     available = installed + [custom for custom in LOGGER_TYPE_TO_CLASS if custom not in supported]
     if name in available or (name == "all" and installed):
         return
-    if name == "all":
+    if not isinstance(name, str):
+        reason = "must be the name of one tracker, or 'all'. For several, pass a custom Accelerator with its trackers"
+    elif name == "all":
         reason = "no tracker is installed. Run for example `pip install tensorboard`"
     elif name in supported:
         reason = f"the tracker is not installed. Run `pip install {name}`"
