@@ -125,7 +125,7 @@ def test_optimizers_that_lack_or_share_a_parameter_are_an_error(tmp_path):
         make_trainer(tmp_path, model=model, optimizer=[muon])
     with pytest.raises(ConfigError, match="Give each parameter to one optimizer"):
         make_trainer(tmp_path, model=model, optimizer=[muon, adamw, torch.optim.SGD(model.parameters(), lr=0.1)])
-    with pytest.raises(ConfigError, match="optimizer has an item 3"):
+    with pytest.raises(ConfigError, match=r"optimizer\[1\] is 3, but must be a torch"):
         make_trainer(tmp_path, model=model, optimizer=[muon, 3])
 
 

@@ -65,7 +65,12 @@ def check_arguments(
         ("config", config, TrainerConfig, "a TrainerConfig. Pass TrainerConfig(output_dir=..., max_steps=...)"),
         ("optimizer", optimizer, (Optimizer, list, tuple, NoneType), f"{_OPTIMIZER} Pass several as a list"),
         ("accelerator", accelerator, (Accelerator, NoneType), "an Accelerator. Pass None to build it from the config"),
-        ("callbacks", callbacks, (list, tuple), "a list of Callbacks. Pass [] for none"),
+        (
+            "callbacks",
+            callbacks,
+            (list, tuple),
+            "a list of Callbacks. Put a single one in a list, and pass [] for none",
+        ),
         ("progress", progress, bool, "True or False. A custom ProgressDisplay belongs to callbacks"),
     )
     for name, value, types, rule in rules:
@@ -136,9 +141,9 @@ def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """
     if not optimizers:
         raise ConfigError("optimizer is an empty list. Pass None for the optimizer that the config names.")
-    for optimizer in optimizers:
+    for index, optimizer in enumerate(optimizers):
         if not isinstance(optimizer, Optimizer):
-            raise ConfigError(f"optimizer has an item {_describe(optimizer)}, but each must be {_OPTIMIZER}")
+            raise ConfigError(f"optimizer[{index}] is {_describe(optimizer)}, but must be {_OPTIMIZER}")
         check_optimizer(optimizer)
 
 
@@ -193,10 +198,10 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
     Raises:
         ConfigError: An item is not a Callback, or occurs twice.
     """
-    for callback in callbacks:
+    for index, callback in enumerate(callbacks):
         if not isinstance(callback, Callback):
             raise ConfigError(
-                f"callbacks has an item {_describe(callback)}, but must be a list of Callbacks. Derive the class from "
+                f"callbacks[{index}] is {_describe(callback)}, but must be a Callback. Derive the class from "
                 f"homebrew.Callback, and pass an instance."
             )
     if len({id(callback) for callback in callbacks}) < len(callbacks):
