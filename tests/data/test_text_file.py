@@ -177,6 +177,6 @@ def test_line_endings_are_not_translated(tmp_path, text, tokenizer):
 def test_json_lines_are_not_read_as_text(tmp_path, name, read):
     (tmp_path / "a.txt").write_text("To be, or not to be")
     (tmp_path / name).write_text('{"text": "To be, or not to be"}\n' * 20)
-    with pytest.raises(DataError, match=rf"{name}' has JSON.*homebrew prepare"):
+    with pytest.raises(DataError, match=rf"{name}' has JSON. Write its texts to a .txt file or, .*homebrew prepare"):
         read(tmp_path / name)
     assert not (tmp_path / "own.json").exists()

@@ -54,8 +54,8 @@ def text_chunks(path: str | Path, chunk_characters: int) -> Iterator[str]:
     """
     if Path(path).suffix.lower() in JSON_SUFFIXES:
         raise DataError(
-            f"{str(path)!r} has JSON. Tokenize its texts with `homebrew prepare` and use the result, or give the text "
-            f"in a .txt file."
+            f"{str(path)!r} has JSON. Write its texts to a .txt file or, to train a model on them, tokenize them with "
+            f"`homebrew prepare` and use the result."
         )
     try:
         with absolute_path(path).open("rb") as file:
