@@ -157,6 +157,20 @@ def test_a_split_with_an_empty_part_raises(fraction):
         counting().split(fraction)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fraction": "0.9"}, "fraction='0.9' is not valid. Use a number between 0 and 1."),
+        ({"fraction": None}, "fraction=None is not valid"),
+        ({"fraction": 0.5, "seed": "a"}, "seed='a' is not valid. Use an integer"),
+        ({"fraction": 0.5, "seed": 1.5}, "seed=1.5 is not valid"),
+    ],
+)
+def test_a_split_with_arguments_of_other_types_raises(arguments, message):
+    with pytest.raises(DataError, match=message):
+        counting().split(**arguments)
+
+
 def test_a_split_of_overlapping_windows_with_an_empty_part_raises():
     with pytest.raises(DataError, match="leaves one of the two datasets empty"):
         TokenDataset.from_tokens(range(30), 10, stride=1).split(0.2, seed=None)

@@ -1,10 +1,12 @@
 """Windows of consecutive tokens: where they start, and how they are split into two datasets."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from homebrew.errors import DataError
-from homebrew.integers import as_integer
+from homebrew.integers import SEED_RANGE, as_integer
 
 
 def window_starts(num_tokens: int, block_size: int, stride: int | None) -> Tensor:
@@ -37,8 +39,12 @@ def split_starts(starts: Tensor, block_size: int, fraction: float, seed: int | N
             are left out.
 
     Raises:
-        DataError: If a set would be empty, or the windows overlap and `seed` is not None.
+        DataError: If an argument is not valid, a set would be empty, or the windows overlap and `seed` is not None.
     """
+    if isinstance(fraction, bool) or not isinstance(fraction, Real):
+        raise DataError(f"fraction={fraction!r:.100} is not valid. Use a number between 0 and 1.")
+    if seed is not None:
+        seed = as_integer("seed", seed, *SEED_RANGE, error=DataError)
     empty_error = DataError(
         f"fraction={fraction!r} of {len(starts)} windows leaves one of the two datasets empty. Choose a fraction "
         f"between 0 and 1, or give more text."
