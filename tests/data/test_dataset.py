@@ -171,6 +171,17 @@ def test_a_split_with_arguments_of_other_types_raises(arguments, message):
         counting().split(**arguments)
 
 
+def test_an_error_names_the_file_without_enough_text(tmp_path):
+    for name, text in (("empty.txt", ""), ("short.txt", "abc")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=r"There is no text in the file .*empty\.txt\. Give a text\."):
+        TokenDataset.from_file(tmp_path / "empty.txt", 4, tokenizer="bytes")
+    with pytest.raises(DataError, match=r"There are 3 tokens in the file .*short\.txt, but one window needs"):
+        TokenDataset.from_file(tmp_path / "short.txt", 4, tokenizer="bytes")
+    with pytest.raises(DataError, match="There are 3 tokens in column 'text' of a list with 1 rows, but"):
+        TokenDataset.from_dataset([{"text": "abc"}], 4, tokenizer="bytes")
+
+
 def test_a_split_of_overlapping_windows_with_an_empty_part_raises():
     with pytest.raises(DataError, match="leaves one of the two datasets empty"):
         TokenDataset.from_tokens(range(30), 10, stride=1).split(0.2, seed=None)
@@ -185,7 +196,7 @@ def test_a_split_rounds_to_the_nearest_number_of_windows():
     ("ids", "message"),
     [
         ([], "There are 0 tokens"),
-        ([1, 2], "There are 2 tokens, but one window needs block_size . 1 = 5"),
+        ([1, 2], "There are 2 tokens in the data, but one window needs block_size . 1 = 5"),
         (torch.rand(20), "are float32"),
         (torch.ones(20, dtype=torch.bool), "are bool"),
         (torch.zeros(4, 5, dtype=torch.int64), r"are int64 of shape \(4, 5\)"),
@@ -359,7 +370,7 @@ def test_incompatible_token_files_raise(tmp_path):
     for other, message in (("b.npy", "vocab_size=60"), ("c.npy", "tokenizer=.'name': 'bytes'")):
         with pytest.raises(DataError, match=message):
             TokenDataset.from_shards([tmp_path / "a.npy", tmp_path / other], 4)
-    with pytest.raises(DataError, match="There are 20 tokens"):
+    with pytest.raises(DataError, match=r"There are 20 tokens in the token file .*a\.npy, but"):
         TokenDataset.from_shards([tmp_path / "a.npy"], 20)
     with pytest.raises(DataError, match="list of token files is empty"):
         TokenDataset.from_shards([], 20)
@@ -464,7 +475,7 @@ def test_the_texts_of_a_dataset_are_tokenized_as_several_texts(make, options, to
         ("book.txt", "Row 0"),
         ({"train": [{"text": "abc"}]}, "keys 'train'.*Choose one"),
         (7, "int.*map-style"),
-        ([], "text is empty"),
+        ([], "no text in column 'text' of a list with 0 rows"),
     ],
 )
 def test_a_dataset_without_texts_raises(dataset, message):

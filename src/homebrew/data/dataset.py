@@ -66,10 +66,15 @@ class TokenDataset(WindowDataset):
             DataError: If the text is empty, shorter than one window, or not valid Unicode.
         """
         if not isinstance(text, Iterable):
-            raise DataError(f"The text is of type {type(text).__name__}, but must be a string or several strings.")
+            raise DataError(
+                f"The text is of type {type(text).__name__}, but must be a string or several strings. "
+                f"To read a file, use TokenDataset.from_file."
+            )
         texts = [text] if isinstance(text, str | bytes | bytearray) else list(text)
         if not any(texts):
-            raise DataError("The text is empty. Give a text to train on.")
+            raise DataError(
+                f"There is no text in {source}. Give a text." if source else "The text is empty. Give a text."
+            )
         num_text_bytes = sum(len(encode_utf8(text)) for text in texts)
         if len(texts) == 1 and len(texts[0]) < 256 and os.path.isfile(texts[0]):  # noqa: PTH113 - takes any string
             raise DataError(
@@ -80,9 +85,9 @@ class TokenDataset(WindowDataset):
         end = tokenizer.end_of_text_id
         separator = np.array([] if end is None else [end], dtype=np.int64)
         _, *parts = [part for text in texts for part in (separator, tokenizer.encode(text))]
-        dataset = cls.from_tokens(
-            np.concatenate(parts), block_size, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, stride=stride
-        )
+        ids = np.concatenate(parts)
+        check_not_empty(window_starts(len(ids), block_size, stride), len(ids), block_size, source)
+        dataset = cls.from_tokens(ids, block_size, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, stride=stride)
         dataset.num_text_bytes = num_text_bytes
         dataset.source = source
         return dataset
@@ -181,7 +186,7 @@ class TokenDataset(WindowDataset):
             tokenizer = as_tokenizer(tokenizer)
         array = as_token_ids(ids)
         starts = window_starts(len(array), block_size, stride)
-        check_not_empty(starts, len(array), block_size)
+        check_not_empty(starts, len(array), block_size, None)
         vocab_size = as_integer(
             "vocab_size", int(array.max()) + 1 if vocab_size is None else vocab_size, 1, MAX_VOCAB_SIZE, error=DataError
         )
@@ -222,7 +227,8 @@ class TokenDataset(WindowDataset):
             for offset, file in zip(tokens.offsets, files, strict=True)
         ]
         starts = torch.cat(starts_by_file)
-        check_not_empty(starts, max(map(len, files)), block_size)
+        description = describe_files([file.path for file in files], kind="token file")
+        check_not_empty(starts, max(map(len, files)), block_size, description)
         sizes = [file.metadata.num_text_bytes for file in files]
         origin = f" (from {metadata.source})" if metadata.source else ""
         return cls(
@@ -232,5 +238,5 @@ class TokenDataset(WindowDataset):
             vocab_size=metadata.vocab_size,
             tokenizer=tokens.tokenizer,
             num_text_bytes=None if None in sizes else sum(filter(None, sizes)),
-            source=describe_files([file.path for file in files], kind="token file") + origin,
+            source=description + origin,
         )

@@ -19,12 +19,12 @@ def window_starts(num_tokens: int, block_size: int, stride: int | None) -> Tenso
     return torch.arange(0, max(0, num_tokens - block_size), stride)
 
 
-def check_not_empty(starts: Tensor, num_tokens: int, block_size: int) -> None:
-    """Raise DataError if there are no windows, because `num_tokens` are fewer than one window needs."""
+def check_not_empty(starts: Tensor, num_tokens: int, block_size: int, source: str | None) -> None:
+    """Raise DataError if there are no windows, because the `num_tokens` of `source` are fewer than one window needs."""
     if len(starts) == 0:
         raise DataError(
-            f"There are {num_tokens} tokens, but one window needs block_size + 1 = {block_size + 1}. Give more text, "
-            f"or use a smaller block_size."
+            f"There are {num_tokens} tokens in {source or 'the data'}, but one window needs block_size + 1 = "
+            f"{block_size + 1}. Give more text, or use a smaller block_size."
         )
 
 
