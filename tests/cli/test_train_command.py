@@ -104,6 +104,15 @@ def test_pretrained_weights_are_trained_and_resumed_with_another_dropout(run, te
     assert "resumes at step 1/2" in invoke(*resume, "--max-steps", 2)
 
 
+@pytest.mark.parametrize(
+    ("options", "rate"), [([], "5e-5"), (["--lora-rank", 2], "1e-3"), (["--learning-rate", 1e-4], None)]
+)
+def test_a_lower_learning_rate_is_advised_for_pretrained_weights(run, text, tmp_path, invoke, options, rate):
+    output = invoke("train", text, "--output-dir", tmp_path / "run", "--init-from", run, "--max-steps", 1, *options)
+    assert ("try --learning-rate" in output) == (rate is not None)
+    assert rate is None or f"try --learning-rate {rate}." in output
+
+
 def test_initial_weights_are_an_option(text, tmp_path, invoke, tiny):
     options = ["--max-steps", 1, "--learning-rate", 1e-9, "--init", "local", *tiny]
     invoke("train", text, "--output-dir", tmp_path / "run", *options)

@@ -1,7 +1,9 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from homebrew.training.learning_rates import LearningRates
+from homebrew.training.learning_rates import LearningRates, warn_of_tiny_multipliers
 
 
 def build(in_tensor=True):
@@ -51,3 +53,13 @@ def test_groups_without_a_peak_are_left_alone(num_groups):
     del optimizer.param_groups[num_groups:]
     learning_rates.set(0)
     assert rates(optimizer) == [1.0, 2.0, 7.0][:num_groups]
+
+
+@pytest.mark.parametrize(
+    ("peak", "multiplier", "warns"),
+    [(6e-4, 6e-4, True), (6e-4, 0.0, True), (1.0, 6e-4, False), (6e-4, 1.0, False), (1e-6, 1.0, False)],
+)
+def test_a_schedule_that_returns_no_multiplier_causes_a_warning(peak, multiplier, warns):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=peak)
+    with pytest.warns(UserWarning, match="not the learning rate itself") if warns else nullcontext():
+        warn_of_tiny_multipliers(optimizer, lambda step: multiplier if step > 50 else 0.0, 1_000)

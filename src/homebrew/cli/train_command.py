@@ -68,7 +68,7 @@ class Train:
         sampling = self.samples.callbacks()
         files = data_files(self.data.files)
         pretrained, tokenizer = self._load_pretrained()
-        choice = None if pretrained else self._choose_defaults(files)
+        choice = self._learning_rate_advice(config) if pretrained else self._choose_defaults(files)
         train_dataset, eval_dataset = self._open_datasets(files, pretrained, tokenizer)
         model = pretrained or GPT(
             self.model.new_config(vocab_size=train_dataset.vocab_size), seed=config.seed, init=self.model.init
@@ -134,6 +134,16 @@ class Train:
         if self.model.dropout is not None:
             model.set_dropout(self.model.dropout)
         return model, tokenizer
+
+    def _learning_rate_advice(self, config: "TrainerConfig") -> str | None:
+        """Return advice if pretrained weights would be trained with the default learning rate of a new model."""
+        if self.resume or self.trainer.learning_rate is not None:
+            return None
+        rate = "5e-5" if self.model.lora_rank is None else "1e-3"
+        return (
+            f"Learning rate: {config.effective('learning_rate'):g}, the default for a new model. For the pretrained "
+            f"weights of --init-from, try --learning-rate {rate}."
+        )
 
     def _choose_defaults(self, files: Sequence[Path]) -> str | None:
         """Replace the "auto" of a new model's preset and tokenizer.

@@ -65,12 +65,7 @@ def check_arguments(
         ("config", config, TrainerConfig, "a TrainerConfig. Pass TrainerConfig(output_dir=..., max_steps=...)"),
         ("optimizer", optimizer, (Optimizer, list, tuple, NoneType), f"{_OPTIMIZER} Pass several as a list"),
         ("accelerator", accelerator, (Accelerator, NoneType), "an Accelerator. Pass None to build it from the config"),
-        (
-            "callbacks",
-            callbacks,
-            (list, tuple),
-            "a list of Callbacks. Put a single one in a list, and pass [] for none",
-        ),
+        ("callbacks", callbacks, (list, tuple), "a list of Callbacks. Pass [callback] for one, and [] for none"),
         ("progress", progress, bool, "True or False. A custom ProgressDisplay belongs to callbacks"),
     )
     for name, value, types, rule in rules:

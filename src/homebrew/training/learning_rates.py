@@ -6,6 +6,9 @@ from torch import Tensor
 from homebrew.training.schedule import Schedule, multiplier_at
 from homebrew.user_warnings import warn
 
+_TINY_MULTIPLIER, _TINY_RATE = 1e-2, 1e-5
+"""A run whose multipliers and learning rates are all smaller hardly learns anything."""
+
 
 class LearningRates:
     """Sets the learning rate of each parameter group to its peak times the schedule's multiplier.
@@ -58,3 +61,23 @@ class LearningRates:
                 group["lr"].fill_(peak * multiplier)
             else:
                 group["lr"] = peak * multiplier
+
+
+def warn_of_tiny_multipliers(optimizer: torch.optim.Optimizer, schedule: Schedule, max_steps: int) -> None:
+    """Warn if a schedule seems to return the learning rate itself, or 0 at every step.
+
+    Args:
+        optimizer: Optimizer whose learning rates are multiplied.
+        schedule: Function from the step to the multiplier, which is called for a hundred steps of the run.
+        max_steps: Number of steps of the run.
+
+    Raises:
+        ConfigError: As `multiplier_at`.
+    """
+    peak = max(float(group["lr"]) for group in optimizer.param_groups)
+    largest = max(multiplier_at(schedule, step, peak) for step in range(0, max_steps, max(1, max_steps // 100)))
+    if largest < _TINY_MULTIPLIER and largest * peak < _TINY_RATE:
+        warn(
+            f"schedule returned at most {largest:g}, so the learning rate is at most {largest * peak:g}. The schedule "
+            f"must return the multiplier of the optimizer's learning rate, {peak:g}, not the learning rate itself."
+        )

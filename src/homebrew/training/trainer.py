@@ -34,7 +34,7 @@ from homebrew.training.argument_names import explain_unknown_arguments
 from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.device_errors import explain_device_asserts, explain_out_of_memory
 from homebrew.training.global_settings import exclusive_training
-from homebrew.training.learning_rates import LearningRates
+from homebrew.training.learning_rates import LearningRates, warn_of_tiny_multipliers
 from homebrew.training.parts import build_callbacks
 from homebrew.training.run_requests import RunRequests
 from homebrew.training.schedule import Schedule
@@ -115,6 +115,8 @@ class Trainer:
         self._meta_copy = parts.meta_copy
         self._modes = parts.modes
         self._learning_rates = LearningRates(self.optimizer, self.schedule)
+        if schedule is not None:
+            warn_of_tiny_multipliers(self.optimizer, schedule, config.max_steps)
         self._guard = parts.guard
         self._train_step = parts.train_step
         self._mean_loss = parts.mean_loss
