@@ -85,12 +85,15 @@ class TokenDataset(WindowDataset):
         end = tokenizer.end_of_text_id
         separator = np.array([] if end is None else [end], dtype=np.int64)
         _, *parts = [part for text in texts for part in (separator, tokenizer.encode(text))]
-        ids = np.concatenate(parts)
-        check_not_empty(window_starts(len(ids), block_size, stride), len(ids), block_size, source)
-        dataset = cls.from_tokens(ids, block_size, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer, stride=stride)
-        dataset.num_text_bytes = num_text_bytes
-        dataset.source = source
-        return dataset
+        return cls._from_ids(
+            np.concatenate(parts),
+            block_size,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer,
+            stride=stride,
+            num_text_bytes=num_text_bytes,
+            source=source,
+        )
 
     @classmethod
     @_NAMES.explain_unknown_arguments
@@ -184,16 +187,39 @@ class TokenDataset(WindowDataset):
         """
         if tokenizer is not None:
             tokenizer = as_tokenizer(tokenizer)
+        return cls._from_ids(ids, block_size, vocab_size=vocab_size, tokenizer=tokenizer, stride=stride)
+
+    @classmethod
+    def _from_ids(
+        cls,
+        ids: Tensor | NDArray[np.integer] | Sequence[int],
+        block_size: int,
+        *,
+        vocab_size: int | None,
+        tokenizer: Tokenizer | None,
+        stride: int | None,
+        num_text_bytes: int | None = None,
+        source: str | None = None,
+    ) -> Self:
+        """Create a dataset as `from_tokens` does, of ids whose text and source may be known."""
         array = as_token_ids(ids)
         starts = window_starts(len(array), block_size, stride)
-        check_not_empty(starts, len(array), block_size, None)
+        check_not_empty(starts, len(array), block_size, source)
         vocab_size = as_integer(
             "vocab_size", int(array.max()) + 1 if vocab_size is None else vocab_size, 1, MAX_VOCAB_SIZE, error=DataError
         )
         check_token_ids(array, vocab_size)
         # int32 is the smallest dtype that both PyTorch's indexing and the CUDA kernels support.
         tokens = MemoryTokens(torch.from_numpy(array.astype(np.int32)))
-        return cls(tokens, starts, block_size=block_size, vocab_size=vocab_size, tokenizer=tokenizer)
+        return cls(
+            tokens,
+            starts,
+            block_size=block_size,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            num_text_bytes=num_text_bytes,
+            source=source,
+        )
 
     @classmethod
     @_NAMES.explain_unknown_arguments
