@@ -92,7 +92,8 @@ def in_terms_of_options(message: str, command: type) -> str:
     call = r"train\((resume|overwrite)=True(?:, accept_changes=[(\[]([^)\]]*)[)\]])?\)"
     message = re.sub(call, _options_of_call, message)
     parts = re.split(r"(\b\w+\([^()]*\))", message)  # every second part is a call
-    parts[::2] = [_replace_names(part, option_names(command)) for part in parts[::2]]
+    options = option_names(command)
+    parts[::2] = [_replace_names(part, options) for part in parts[::2]]
     return "".join(parts)
 
 
