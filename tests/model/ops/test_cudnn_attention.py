@@ -159,6 +159,18 @@ def test_inputs_that_cudnn_supports(monkeypatch, changes, expected):
         assert cudnn_attention.uses_cudnn(qkv) == expected
 
 
+@pytest.fixture
+def nothing_cached():
+    """Forget before and after a test whether cuDNN is available."""
+    cached = cudnn_attention._can_build_plan, cudnn_attention._backward_plan, cudnn_attention._handle
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_cached")
 @pytest.mark.parametrize("installed", ["of this version", "of another version", "not"])
 @pytest.mark.parametrize("capability", [cudnn_attention.HOPPER, (10, 0)])
 @pytest.mark.parametrize("compiled", [False, True])
@@ -173,8 +185,6 @@ def test_the_package_is_used_where_it_works(monkeypatch, compiled, capability, i
     monkeypatch.setattr(cudnn_attention, "_BackwardPlan", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    for function in ("_can_build_plan", "_backward_plan", "_handle"):
-        getattr(cudnn_attention, function).cache_clear()
 
     def add_one_if_available(x):
         return x + cudnn_attention.is_available(0)
@@ -183,8 +193,6 @@ def test_the_package_is_used_where_it_works(monkeypatch, compiled, capability, i
         add_one_if_available = torch.compile(add_one_if_available, fullgraph=True, backend="eager")
     is_used = installed == "of this version" and capability == cudnn_attention.HOPPER
     assert add_one_if_available(torch.zeros(1)).item() == is_used
-    for function in ("_can_build_plan", "_backward_plan", "_handle"):
-        getattr(cudnn_attention, function).cache_clear()
 
 
 @pytest.mark.parametrize("strided", [False, True])
