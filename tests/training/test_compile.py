@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,14 +171,20 @@ print(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
 
 
 @pytest.mark.slow
-def test_another_process_finds_the_traced_graphs(tmp_path):
+def test_another_process_finds_the_traced_graphs_of_the_same_operators(tmp_path):
     """Also with the operators of a GPU, in PyTorch instead of Triton."""
-    paths = [str(ROOT / "src"), str(ROOT / "tests" / "support")]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
-    hits = [
-        subprocess.run(
-            [sys.executable, "-c", _COUNT_CACHED_GRAPHS], env=environment, capture_output=True, text=True, check=True
-        ).stdout.split()[-1]
-        for _ in range(2)
-    ]
-    assert hits == ["0", "1"]
+    package = tmp_path / "src" / "homebrew"
+    shutil.copytree(ROOT / "src" / "homebrew", package)
+    paths = [str(package.parent), str(ROOT / "tests" / "support")]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | cache | {"PYTHONPATH": os.pathsep.join(paths)}
+
+    def count_hits():
+        command = [sys.executable, "-c", _COUNT_CACHED_GRAPHS]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return int(process.stdout.split()[-1])
+
+    assert [count_hits(), count_hits()] == [0, 1]
+    with (package / "model" / "ops" / "mlp.py").open("a") as file:
+        file.write("# another version\n")
+    assert count_hits() == 0
