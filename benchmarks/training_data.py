@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,10 @@ def _tokenize(
     parts: dict[str, list[NDArray[np.uint16]]] = {"train": [], "validation": []}
     files: list[tuple[str, int]] = []
     num_tokens = 0
-    # Not forked: a fork copies the locks that other threads hold.
-    with get_context("spawn").Pool(workers) as pool:
-        encoded = pool.imap(_encode, [root / path for path, _ in candidates], chunksize=32)
+    # Not forked: a fork copies the locks that other threads hold. And not a `Pool`: it can hang if it is terminated
+    # before its last result (python/cpython#96995).
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        encoded = pool.map(_encode, [root / path for path, _ in candidates], chunksize=32)
         for file, ids in zip(candidates, encoded, strict=True):
             if ids is None:
                 continue
@@ -86,6 +88,7 @@ def _tokenize(
             num_tokens += len(ids)
             if num_tokens >= max_tokens:
                 break
+        pool.shutdown(cancel_futures=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "source-files.txt").write_bytes(_lines(files))
