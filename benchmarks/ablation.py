@@ -50,10 +50,9 @@ OPTIMIZATIONS: dict[str, dict[str, Any]] = {
     "bfloat16 residual": {"homebrew.model.transformer.compute_dtype": lambda x: x.dtype},
     "fused head and loss": {"homebrew.model.gpt.linear_cross_entropy": plain_loss},
     "Triton loss kernel": {"homebrew.model.ops.chunked_loss.uses_triton": lambda _: False},
-    "fused MLP": {"homebrew.model.ops.mlp.uses_triton": lambda _: False},
+    "GELU in matrix products": {"homebrew.model.ops.mlp.is_tunable": lambda *_: False},
     "timed matrix products": {
-        "homebrew.model.ops.linear.is_tunable": lambda *_: False,
-        "homebrew.model.ops.matmul.is_tunable": lambda *_: False,
+        f"homebrew.model.ops.{module}.is_tunable": lambda *_: False for module in ("linear", "matmul", "mlp")
     },
     "packed gradients": {"homebrew.model.ops.attention.uses_cudnn": lambda _: False},
     "cuDNN attention": {
@@ -62,21 +61,21 @@ OPTIMIZATIONS: dict[str, dict[str, Any]] = {
     },
     "CUDA graphs": {"homebrew.training.compile.LAUNCH_BOUND_FLOPS": 0.0},
 }
-KERNELS = ("cuDNN attention", "bfloat16 residual", "fused head and loss", "fused MLP", "timed matrix products")
+KERNELS = ("cuDNN attention", "bfloat16 residual", "fused head and loss", "timed matrix products")
 """Without these, the model is GPT-2 in plain PyTorch. Under autocast its residual stream and loss are float32."""
+_PARTS = ("GELU in matrix products", "packed gradients")  # of timed matrix products and cuDNN attention
 RUNGS = (
     *("float32", "TF32", "bfloat16", "compile", "flash attention", "padded vocabulary", "fused AdamW"),
-    *("bfloat16 residual", "fused head and loss", "micro-batch 64", "fused MLP", "cuDNN attention"),
-    "timed matrix products",
+    *("bfloat16 residual", "fused head and loss", "micro-batch 64", "cuDNN attention", "timed matrix products"),
 )
-GPU_RUNGS = {"TF32", "micro-batch 64", "fused MLP", "cuDNN attention", "timed matrix products"}
+GPU_RUNGS = {"TF32", "micro-batch 64", "cuDNN attention", "timed matrix products"}
 
 
 @dataclass
 class Options(RoundOptions):
     """Measure tokens/s and peak memory without each optimization."""
 
-    without: tuple[str, ...] = (*KERNELS, "packed gradients", "Triton loss kernel", "padded vocabulary")
+    without: tuple[str, ...] = (*KERNELS, *_PARTS, "Triton loss kernel", "padded vocabulary")
     """Optimizations to switch off, one per row. Also: "flash attention", "compile", "CUDA graphs"."""
     ladder: bool = False
     """Instead, add one optimization at a time to a plain loop with micro-batches of 8, and time 7 × `steps`."""

@@ -13,12 +13,3 @@ def cross_entropy_inplace(logits, targets, vocab_size, with_gradient, ignore_ind
         logits[is_scored, :vocab_size] = values[is_scored].softmax(-1).to(logits.dtype)
         logits[is_scored, targets[is_scored]] -= 1.0
     return total
-
-
-def gelu(x, bias):
-    return F.gelu(x.float() + bias, approximate="tanh").to(x.dtype)
-
-
-def gelu_backward(x, bias, d_y):
-    d_x = torch.ops.aten.gelu_backward(d_y.float(), x.float() + bias, approximate="tanh")
-    return gelu(x, bias), d_x.to(x.dtype), d_x.sum(0)

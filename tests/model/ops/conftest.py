@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch_kernels
 
-from homebrew.model.ops import chunked_loss, mlp
+from homebrew.model.ops import chunked_loss, linear, mlp
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,8 @@ def _no_compiled_code():
 
 @pytest.fixture
 def kernels_on_cpu(monkeypatch):
-    """Let the operations call their kernels on a CPU too, in PyTorch instead of Triton."""
+    """Let the operations call their kernels on a CPU too, in PyTorch instead of Triton and cuBLASLt."""
     monkeypatch.setitem(sys.modules, "homebrew.model.ops.triton_kernels", torch_kernels)
-    for module in (chunked_loss, mlp):
-        monkeypatch.setattr(module, "uses_triton", lambda x: True)
+    monkeypatch.setattr(chunked_loss, "uses_triton", lambda x: True)
+    for module in (linear, mlp):
+        monkeypatch.setattr(module, "is_tunable", lambda device, dtype: True)

@@ -12,9 +12,8 @@ from homebrew.model.ops.linear import apply_linear, is_plain
 
 
 @pytest.fixture(autouse=True)
-def tunable_on_cpu(monkeypatch):
+def operators_on_cpu(kernels_on_cpu):
     """Use the layer's operators on a CPU too."""
-    monkeypatch.setattr("homebrew.model.ops.linear.is_tunable", lambda device, dtype: True)
 
 
 def random_layer(frozen=""):
@@ -138,6 +137,6 @@ def test_dynamic_shapes_share_one_graph():
 def test_operators_pass_opcheck():
     x, layer, d_y = torch.randn(3, 8, requires_grad=True), random_layer(), torch.randn(3, 24)
     torch.library.opcheck(torch.ops.homebrew.linear.default, (x, layer.weight, layer.bias))
-    for needs in ((True, True), (True, False), (False, True)):
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         arguments = (d_y, x.detach(), layer.weight.detach(), *needs)
         torch.library.opcheck(torch.ops.homebrew.linear_backward.default, arguments)

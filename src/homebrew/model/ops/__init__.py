@@ -7,13 +7,12 @@
 - `chunked_loss`: the language-model head with its cross-entropy loss, a chunk of tokens at a time. The logits of
   all tokens would be the largest tensor of a training step, but never exist at once (as in llm.c's fused classifier
   and Hsu et al. 2024, "Liger Kernel").
-- `mlp`: the MLP. Only its first matrix product is saved for the backward pass, which recomputes the GELU.
 - `linear`: the linear layers of attention.
+- `mlp`: the MLP, whose matrix products also compute the GELU and its gradient (Hendrycks and Gimpel 2016, "Gaussian
+  Error Linear Units").
 - `matmul`: matrix products on an NVIDIA GPU, with the fastest algorithm of `cublaslt`, which binds NVIDIA's library.
-- `triton_kernels`: CUDA kernels for the parts of loss and MLP that are limited by memory bandwidth. One kernel
-  computes softmax, loss and gradient of the logits (Milakov and Gimelshein 2018, "Online normalizer calculation for
-  softmax"), another the GELU, its gradient and the bias gradient (Hendrycks and Gimpel 2016, "Gaussian Error Linear
-  Units"). Without a GPU or Triton, plain PyTorch is used.
+- `triton_kernels`: a CUDA kernel that computes softmax, loss and gradient of the logits (Milakov and Gimelshein 2018,
+  "Online normalizer calculation for softmax"). Without a GPU or Triton, plain PyTorch is used.
 - `autocast`: the dtype that autocast selects.
 """
 

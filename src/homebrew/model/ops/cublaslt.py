@@ -6,6 +6,7 @@ below are those of NVIDIA's header `cublasLt.h`.
 
 import ctypes
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
+from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
 
@@ -24,8 +25,20 @@ ALIGNMENT = 16
 _DTYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType: CUDA_R_16F, CUDA_R_16BF
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
 _DESC_TRANSA, _DESC_TRANSB, _DESC_EPILOGUE, _DESC_BIAS_POINTER = 3, 4, 7, 8  # cublasLtMatmulDescAttributes_t
-_EPILOGUE_DEFAULT, _EPILOGUE_BIAS = 1, 4
+_DESC_EPILOGUE_AUX_POINTER, _DESC_EPILOGUE_AUX_LD = 11, 12
 _PREF_MAX_WORKSPACE_BYTES, _PREF_MIN_ALIGNMENTS = 1, (5, 6, 7, 8)  # alignments of A, B, C and D
+
+
+class Epilogue(IntEnum):
+    """What a kernel does with a product before writing it, cublasLtEpilogue_t. It may use a vector and a matrix."""
+
+    NOTHING = 1
+    ADD_BIAS = 4
+    """Add the vector to each row."""
+    GELU = 164
+    """Add the vector to each row, write the sum into the matrix, and apply the tanh GELU."""
+    GELU_GRADIENT = 192
+    """Multiply with the derivative of the tanh GELU at the values of the matrix."""
 
 
 class Algorithm(ctypes.Structure):
@@ -62,25 +75,31 @@ class Layout(NamedTuple):
 
 
 class Product:
-    """A matrix product out = a @ b, or a @ b + bias, of given layouts.
+    """A matrix product out = a @ b of given layouts, with an epilogue.
 
     cuBLASLt's matrices are column-major: it sees `out` as its transpose, bᵀ @ aᵀ. Therefore `b` is the first operand.
     """
 
-    def __init__(self, a: Layout, b: Layout, dtype: torch.dtype, *, with_bias: bool) -> None:
+    def __init__(self, a: Layout, b: Layout, dtype: torch.dtype, epilogue: Epilogue) -> None:
         """Describe the product to cuBLASLt."""
         self._description = c_void_p()
         _call("MatmulDescCreate", byref(self._description), c_int(_COMPUTE_FLOAT32), c_int(_FLOAT32))
         self._describe(_DESC_TRANSA, c_int(b.transposed))
         self._describe(_DESC_TRANSB, c_int(a.transposed))
-        self._describe(_DESC_EPILOGUE, c_uint32(_EPILOGUE_BIAS if with_bias else _EPILOGUE_DEFAULT))
+        self._describe(_DESC_EPILOGUE, c_uint32(epilogue))
+        if epilogue in (Epilogue.GELU, Epilogue.GELU_GRADIENT):
+            self._describe(_DESC_EPILOGUE_AUX_LD, c_int64(b.columns))
         self._a, self._b = (_layout(x, dtype) for x in (a, b))
         self._out = _layout(Layout(a.rows, b.columns, b.columns, transposed=False), dtype)
 
-    def run(self, algorithm: Algorithm, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> None:
-        """Write the product into `out` on the current stream."""
-        if bias is not None:
-            self._describe(_DESC_BIAS_POINTER, c_void_p(bias.data_ptr()))
+    def run(
+        self, algorithm: Algorithm, a: Tensor, b: Tensor, out: Tensor, vector: Tensor | None, matrix: Tensor | None
+    ) -> None:
+        """Write the product into `out` on the current stream. Vector and matrix are those of the epilogue."""
+        if vector is not None:
+            self._describe(_DESC_BIAS_POINTER, c_void_p(vector.data_ptr()))
+        if matrix is not None:
+            self._describe(_DESC_EPILOGUE_AUX_POINTER, c_void_p(matrix.data_ptr()))
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=out.device)
         one, zero = byref(c_float(1)), byref(c_float(0))  # out = 1 · a @ b + 0 · out
         a_data, b_data, out_data, workspace_data = (c_void_p(x.data_ptr()) for x in (a, b, out, workspace))
@@ -92,7 +111,7 @@ class Product:
             c_void_p(torch.cuda.current_stream().cuda_stream),
         )
 
-    def _describe(self, attribute: int, value: "c_int | c_uint32 | c_void_p") -> None:
+    def _describe(self, attribute: int, value: "c_int | c_int64 | c_uint32 | c_void_p") -> None:
         _call("MatmulDescSetAttribute", self._description, c_int(attribute), byref(value), c_size_t(sizeof(value)))
 
     def find_algorithms(self) -> list[Algorithm]:
@@ -113,9 +132,17 @@ class Product:
         return [] if status else [algorithm for algorithm in found[: count.value] if algorithm.state == 0]
 
 
-@cache
 def is_available() -> bool:
-    """Return whether PyTorch was built for CUDA, and its cuBLASLt library is found."""
+    """Return whether PyTorch was built for CUDA and cuBLASLt is found. `torch.compile` does not trace this function."""
+    return _can_load()
+
+
+# This is what torch.compiler.assume_constant_result does, which would import all of torch.compile.
+is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _can_load() -> bool:
     try:
         _library()
     except OSError:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from homebrew.model.hooks import has_global_hooks, module_hooks
+from homebrew.model.ops import cublaslt
 from homebrew.model.ops.autocast import compute_dtype
 from homebrew.model.ops.matmul import is_tunable, matmul_into
 
@@ -55,9 +56,9 @@ def _(x: Tensor, weight: Tensor, _bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("homebrew::linear_backward", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def linear_backward(
-    d_y: Tensor, x: Tensor | None, weight: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of a linear layer's input and weight.
+    d_y: Tensor, x: Tensor | None, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of a linear layer's input, weight and bias.
 
     This is one operator because `torch.compile` may compute an input again for each operator that reads it.
 
@@ -67,26 +68,42 @@ def linear_backward(
         weight: Weight, (F, C).
         needs_x: Whether the input needs a gradient.
         needs_weight: Whether the weight needs a gradient.
+        needs_bias: Whether the bias needs a gradient.
 
     Returns:
-        Both gradients, in the dtype of `d_y`. A gradient that is not needed is an empty tensor.
+        The gradients, the first two in the dtype of `d_y`, that of the bias in float32. A gradient that is not needed
+        is an empty tensor.
     """
-    d_x, d_weight = _allocate_grads(d_y, weight, needs_x, needs_weight)
+    d_x, d_weight, d_bias = _allocate_grads(d_y, weight, needs_x, needs_weight, needs_bias)
     if needs_x:
         matmul_into(d_x, d_y, weight.to(d_y.dtype))
     if needs_weight and x is not None:
         matmul_into(d_weight, d_y.T, x)
-    return d_x, d_weight
+    if needs_bias:
+        d_bias = _column_sums(d_y)
+    return d_x, d_weight, d_bias
 
 
 @linear_backward.register_fake
-def _(d_y: Tensor, _x: Tensor | None, weight: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
-    return _allocate_grads(d_y, weight, needs_x, needs_weight)
+def _(
+    d_y: Tensor, _x: Tensor | None, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate_grads(d_y, weight, needs_x, needs_weight, needs_bias)
 
 
-def _allocate_grads(d_y: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
+def _allocate_grads(
+    d_y: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     d_x = d_y.new_empty((d_y.shape[0], weight.shape[1]) if needs_x else (0,))
-    return d_x, d_y.new_empty(weight.shape if needs_weight else (0,))
+    d_weight = d_y.new_empty(weight.shape if needs_weight else (0,))
+    return d_x, d_weight, d_y.new_empty(weight.shape[0] if needs_bias else 0, dtype=torch.float32)
+
+
+def _column_sums(x: Tensor) -> Tensor:
+    """Sum a matrix over its rows, (n, F) to (F,), in float32."""
+    if x.is_cuda and cublaslt.is_available():  # a product with a row of ones is faster than PyTorch's sum
+        return torch.mm(x.new_ones(1, x.shape[0]), x, out_dtype=torch.float32).flatten()
+    return x.sum(0, dtype=torch.float32)
 
 
 def _setup_context(
@@ -102,9 +119,8 @@ def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN4
     """Compute the gradients of the inputs that need one. Autograd casts each to its input's dtype."""
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    d_x, d_weight = linear_backward(d_y, x, weight, needs_x, needs_weight)
-    d_bias = d_y.sum(0, dtype=torch.float32) if needs_bias else None
-    return d_x if needs_x else None, d_weight if needs_weight else None, d_bias
+    d_x, d_weight, d_bias = linear_backward(d_y, x, weight, needs_x, needs_weight, needs_bias)
+    return d_x if needs_x else None, d_weight if needs_weight else None, d_bias if needs_bias else None
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)

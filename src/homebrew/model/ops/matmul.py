@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from homebrew.model.ops.cublaslt import Algorithm, Layout, Product, is_available
+from homebrew.model.ops.cublaslt import Algorithm, Epilogue, Layout, Product, is_available
 
 _ROUNDS = 5
 """Number of times that each algorithm is timed. The shortest time counts."""
@@ -24,29 +24,6 @@ _products: dict[Hashable, "_TunedProduct | None"] = {}
 """Products by the layout, dtype and device of their operands. None: cuBLASLt has no algorithm."""
 
 
-@torch.library.custom_op("homebrew::matmul", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-def matmul(a: Tensor, b: Tensor, transpose_a: bool = False) -> Tensor:
-    """Compute a @ b, or a.T @ b. Not differentiable.
-
-    There is a flag because `torch.compile` copies transposed matrices that are passed to a custom operator.
-
-    Args:
-        a: Matrix, (n, k), or (k, n) if `transpose_a`.
-        b: Matrix, (k, m), of the same dtype.
-        transpose_a: Whether to transpose `a`.
-
-    Returns:
-        The product, (n, m), of the same dtype.
-    """
-    a = a.T if transpose_a else a
-    return matmul_into(a.new_empty(a.shape[0], b.shape[1]), a, b)
-
-
-@matmul.register_fake
-def _(a: Tensor, b: Tensor, transpose_a: bool = False) -> Tensor:
-    return a.new_empty(a.shape[1] if transpose_a else a.shape[0], b.shape[1])
-
-
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Write a @ b, or a @ b + bias, into `out`, and return it.
 
@@ -56,11 +33,28 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -
         b: Matrix, (k, m), of the same dtype. It may be transposed, too.
         bias: Vector to add to each row, (m,), of the same dtype.
     """
-    product = _product_for(a, b, with_bias=bias is not None)
-    if product is None:
+    if not _compute(out, a, b, Epilogue.NOTHING if bias is None else Epilogue.ADD_BIAS, bias):
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-    with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
-        product.run(a, b, out, bias)
+    return out
+
+
+def matmul_gelu_into(out: Tensor, pre_gelu: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """Write a @ b + bias into `pre_gelu` and its tanh GELU into `out`, and return `out`.
+
+    The arguments are as in `matmul_into`, and `pre_gelu` is as `out`.
+    """
+    if not _compute(out, a, b, Epilogue.GELU, bias, pre_gelu):
+        torch.ops.aten.gelu.out(torch.addmm(bias, a, b, out=pre_gelu), approximate="tanh", out=out)
+    return out
+
+
+def matmul_gelu_backward_into(out: Tensor, a: Tensor, b: Tensor, pre_gelu: Tensor) -> Tensor:
+    """Write the gradient for `pre_gelu`, if a @ b is the gradient for its tanh GELU, into `out`, and return it.
+
+    The arguments are as in `matmul_gelu_into`.
+    """
+    if not _compute(out, a, b, Epilogue.GELU_GRADIENT, None, pre_gelu):
+        torch.ops.aten.gelu_backward.grad_input(a @ b, pre_gelu, approximate="tanh", grad_input=out)
     return out
 
 
@@ -69,21 +63,33 @@ def is_tunable(device: torch.device, dtype: torch.dtype) -> bool:
 
     Two processes may find different algorithms, so PyTorch is used if deterministic algorithms are required.
     """
-    is_half = dtype in (torch.float16, torch.bfloat16)
-    return device.type == "cuda" and is_half and not torch.are_deterministic_algorithms_enabled()
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return not torch.are_deterministic_algorithms_enabled() and is_available()
 
 
-def _product_for(a: Tensor, b: Tensor, *, with_bias: bool) -> "_TunedProduct | None":
+def _compute(
+    out: Tensor, a: Tensor, b: Tensor, epilogue: Epilogue, vector: Tensor | None = None, matrix: Tensor | None = None
+) -> bool:
+    """Compute the product if cuBLASLt can, and return whether it can."""
+    product = _product_for(a, b, epilogue)
+    if product is not None:
+        with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
+            product.run(a, b, out, vector, matrix)
+    return product is not None
+
+
+def _product_for(a: Tensor, b: Tensor, epilogue: Epilogue) -> "_TunedProduct | None":
     """Return the product for operands like these, or None if PyTorch has to compute it."""
-    if not (is_tunable(a.device, a.dtype) and is_available()):
+    if not is_tunable(a.device, a.dtype):
         return None
     a_layout, b_layout = Layout.of(a), Layout.of(b)
     if a_layout is None or b_layout is None:
         return None
-    key = (a_layout, b_layout, a.dtype, a.device, with_bias)
+    key = (a_layout, b_layout, a.dtype, a.device, epilogue)
     if key not in _products and len(_products) < _MAX_PRODUCTS:
         with torch.cuda.device(a.device):
-            product = _TunedProduct(a_layout, b_layout, a.dtype, with_bias=with_bias)
+            product = _TunedProduct(a_layout, b_layout, a.dtype, epilogue)
         _products[key] = product if product.algorithms else None
     return _products.get(key)
 
@@ -91,18 +97,18 @@ def _product_for(a: Tensor, b: Tensor, *, with_bias: bool) -> "_TunedProduct | N
 class _TunedProduct:
     """A product that times its algorithms in the first call, and then uses the fastest."""
 
-    def __init__(self, a: Layout, b: Layout, dtype: torch.dtype, *, with_bias: bool) -> None:
-        self.product = Product(a, b, dtype, with_bias=with_bias)
+    def __init__(self, a: Layout, b: Layout, dtype: torch.dtype, epilogue: Epilogue) -> None:
+        self.product = Product(a, b, dtype, epilogue)
         self.algorithms = self.product.find_algorithms()
         self.fastest: Algorithm | None = None
 
-    def run(self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> None:
-        """Write the product into `out` on the current stream."""
+    def run(self, *operands: Any) -> None:  # noqa: ANN401 - those of `Product.run`
+        """Write the product on the current stream."""
         if self.fastest is None and not torch.cuda.is_current_stream_capturing():  # a capture cannot be timed
-            self.fastest = self._find_fastest(a, b, out, bias)
-        self.product.run(self.fastest or self.algorithms[0], a, b, out, bias)
+            self.fastest = self._find_fastest(*operands)
+        self.product.run(self.fastest or self.algorithms[0], *operands)
 
-    def _find_fastest(self, *operands: Any) -> Algorithm:  # noqa: ANN401 - those of `run`
+    def _find_fastest(self, *operands: Any) -> Algorithm:  # noqa: ANN401
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         milliseconds = [math.inf] * len(self.algorithms)
         for _ in range(_ROUNDS):

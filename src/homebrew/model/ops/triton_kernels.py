@@ -1,4 +1,4 @@
-"""Triton kernels for operations limited by memory bandwidth: the head's cross-entropy and the MLP's GELU.
+"""Triton kernel for the head's cross-entropy.
 
 This module is imported only if a tensor is on a GPU and Triton is installed.
 """
@@ -17,15 +17,6 @@ LOSS_BLOCK = 4096
 
 LOSS_UNROLL = 3
 """Number of blocks per rescaling of the running sum. Rescaling every block would take a quarter more exponentials."""
-
-GELU_BLOCK = (4, 1024)
-"""Rows and columns per program of `gelu`."""
-
-GELU_BACKWARD_BLOCK = (16, 128)
-"""Rows and columns per block of `gelu_backward`."""
-
-GELU_ROWS = 256
-"""Number of rows that one program of `gelu_backward` processes and sums by column."""
 
 
 def cross_entropy_inplace(
@@ -122,117 +113,3 @@ def _cross_entropy_kernel(
             tl.debug_barrier()  # the target's probability is stored before it is replaced by its gradient
             target_gradient = tl.exp2(target_logit * log2_e - log2_total) - 1.0
             tl.store(logits + target, target_gradient.to(logits.dtype.element_ty), mask=in_vocab)
-
-
-def gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Compute the tanh GELU of x + bias.
-
-    Args:
-        x: Matrix, (n, F), contiguous.
-        bias: Vector to add to each row, (F,).
-    """
-    rows, columns = x.shape
-    y = torch.empty_like(x)
-    programs = triton.cdiv(rows, GELU_BLOCK[0]) * triton.cdiv(columns, GELU_BLOCK[1])
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _gelu_kernel[(programs,)](x, bias, y, rows, columns, BLOCK_ROWS=GELU_BLOCK[0], BLOCK_COLUMNS=GELU_BLOCK[1])
-    return y
-
-
-def gelu_backward(x: Tensor, bias: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the tanh GELU of x + bias, the gradient for `x`, and the sum of this gradient over the rows.
-
-    Args:
-        x: Matrix, (n, F), contiguous.
-        bias: Vector to add to each row, (F,).
-        d_y: Gradient for the GELU's output, (n, F), contiguous.
-
-    Returns:
-        GELU(x + bias), (n, F), the gradient for x, (n, F), and its column sums, (F,), float32, which are the gradient
-        for the bias.
-    """
-    rows, columns = x.shape
-    y, d_x = torch.empty_like(x), torch.empty_like(x)
-    num_parts = triton.cdiv(rows, GELU_ROWS)
-    sums = torch.empty(num_parts, columns, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _gelu_backward_kernel[(triton.cdiv(columns, GELU_BACKWARD_BLOCK[1]), num_parts)](
-            x,
-            bias,
-            d_y,
-            y,
-            d_x,
-            sums,
-            rows,
-            columns,
-            ROWS=GELU_ROWS,
-            BLOCK_ROWS=GELU_BACKWARD_BLOCK[0],
-            BLOCK_COLUMNS=GELU_BACKWARD_BLOCK[1],
-            num_warps=8,
-        )
-    return y, d_x, sums.sum(0)
-
-
-@triton.jit
-def _sigmoid_argument(x):
-    """Return u in GELU(x) = x·sigmoid(u). This is the tanh GELU, since (1 + tanh(u/2)) / 2 = sigmoid(u)."""
-    return 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
-
-
-@triton.jit
-def _gelu_kernel(x, bias, y, num_rows, num_columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    blocks_per_row = tl.cdiv(num_columns, BLOCK_COLUMNS)
-    columns = (tl.program_id(0) % blocks_per_row) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    first_row = (tl.program_id(0) // blocks_per_row) * BLOCK_ROWS
-    rows = tl.arange(0, BLOCK_ROWS)[:, None]
-    inside = (first_row + rows < num_rows) & (columns < num_columns)
-    offset = first_row.to(tl.int64) * num_columns
-    x += offset
-    y += offset
-    offsets = rows * num_columns + columns
-    shift = tl.load(bias + columns, mask=columns < num_columns).to(tl.float32)  # once for all rows
-    # As in the backward kernel, x is read only once and should not evict y, which the next product reads.
-    loaded = tl.load(x + offsets, mask=inside, eviction_policy="evict_first")
-    value = loaded.to(tl.float32) + shift
-    tl.store(y + offsets, (value * tl.sigmoid(_sigmoid_argument(value))).to(loaded.dtype), mask=inside)
-
-
-@triton.jit
-def _gelu_backward_kernel(
-    x,
-    bias,
-    d_y,
-    y,
-    d_x,
-    sums,
-    num_rows,
-    num_columns,
-    ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    first_row = tl.program_id(1) * ROWS
-    offset = first_row.to(tl.int64) * num_columns
-    x += offset
-    d_y += offset
-    y += offset
-    d_x += offset
-    shift = tl.load(bias + columns, mask=columns < num_columns).to(tl.float32)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
-    for start in tl.range(0, ROWS, BLOCK_ROWS, num_stages=3):
-        rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
-        inside = (first_row + rows < num_rows) & (columns < num_columns)
-        offsets = rows * num_columns + columns
-        # Every value is read only once and should not evict other data from the cache.
-        loaded = tl.load(x + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
-        value = loaded.to(tl.float32) + shift
-        gradient = tl.load(d_y + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        gate = tl.sigmoid(_sigmoid_argument(value))
-        slope = 1.5957691216057308 + 0.21406445 * value * value  # the argument's derivative
-        gradient *= gate * (1.0 + value * (1.0 - gate) * slope)
-        tl.store(y + offsets, (value * gate).to(loaded.dtype), mask=inside)
-        tl.store(d_x + offsets, gradient.to(loaded.dtype), mask=inside)
-        total += gradient
-    part = tl.program_id(1) * num_columns + columns
-    tl.store(sums + part, tl.sum(total, axis=0)[None, :], mask=columns < num_columns)
