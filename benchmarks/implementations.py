@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from homebrew import GPT, Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.distributed.precision import has_native_bf16
+from homebrew.training.global_settings import separate_compile_cache
 from homebrew.training.optimizer import decay_groups
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -153,6 +154,7 @@ def plain_loop(
         autocast: Whether to use bfloat16 autocast.
         read_loss_every: Steps between reading the loss, which waits for the device. 0: never.
     """
+    separate_compile_cache()
     # Static shapes: otherwise the shapes of several implementations in one process would make them dynamic.
     forward = torch.compile(model, mode=mode, dynamic=False) if compile_model else model
     count = 0

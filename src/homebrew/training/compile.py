@@ -16,7 +16,7 @@ from homebrew.model.language_model import LossFunction
 from homebrew.model.lora import lora_layers
 from homebrew.model.passes import trial
 from homebrew.training.batch_size import BatchPlan
-from homebrew.training.global_settings import configure_compiler
+from homebrew.training.global_settings import configure_compiler, separate_compile_cache
 
 LAUNCH_BOUND_FLOPS = 1.5e13
 """Micro-batches of fewer FLOPs are compiled into CUDA graphs. An H200 runs this many in 30 ms, which is about
@@ -66,7 +66,10 @@ def compile_model(
         How the model is compiled.
     """
     on_cuda = accelerator.device.type == "cuda"
-    if not (on_cuda if wanted == "auto" else wanted) or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        separate_compile_cache()
+        return "none"
+    if not (on_cuda if wanted == "auto" else wanted):
         return "none"
     interface = interface_of(model)
     use_graphs = (

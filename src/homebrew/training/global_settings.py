@@ -66,23 +66,27 @@ def configure_compiler() -> None:
     - Dynamo's limit of compiled variants becomes `RECOMPILE_LIMIT`.
     - Dynamo sees the hooks of modules. By default it does not compare them: those on one block would be left out,
       because it runs the code of another block, and so would backward hooks.
-    - Cached graphs are only used with the operators they were traced with. Another version of homebrew may have
-      operators of the same name with other outputs.
+    - See `separate_compile_cache`.
     - Graphs in which an attention kernel is selected are cached over processes. PyTorch does not know that its
       functions for that can be cached, and would spend 6 s per process on GPT-2 small.
     """
     from torch._dynamo import config  # takes a second to import
     from torch._inductor import config as inductor_config
-    from torch.compiler import config as compiler_config
 
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     config.skip_nnmodule_hook_guards = False
-    if (tag := f"homebrew {_hash_of_operators()}") not in compiler_config.cache_key_tag:
-        compiler_config.cache_key_tag += tag
+    separate_compile_cache()
     inductor_config.unsafe_marked_cacheable_functions |= dict.fromkeys(_CACHEABLE_FUNCTIONS, torch.__version__)
 
 
-def _hash_of_operators() -> str:
-    """Return the SHA-256 of the source code of the model's operators."""
-    folder = Path(ops.__path__[0])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()
+def separate_compile_cache() -> None:
+    """Let torch.compile use only cached graphs that were traced with the present operators of the model.
+
+    Another version of homebrew may have an operator of the same name with other outputs.
+    """
+    from torch.compiler import config
+
+    sources = sorted(Path(ops.__path__[0]).glob("*.py"))
+    tag = f"homebrew {hashlib.sha256(b''.join(file.read_bytes() for file in sources)).hexdigest()}"
+    if tag not in config.cache_key_tag:
+        config.cache_key_tag += tag
