@@ -79,16 +79,18 @@ def _tokenize(
     # before its last result (python/cpython#96995).
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         encoded = pool.map(_encode, [root / path for path, _ in candidates], chunksize=32)
-        for file, ids in zip(candidates, encoded, strict=True):
-            if ids is None:
-                continue
-            split = parts["train" if len(files) % VALIDATION_EVERY else "validation"]
-            files.append(file)
-            split.extend([separator, ids] if split else [ids])
-            num_tokens += len(ids)
-            if num_tokens >= max_tokens:
-                break
-        pool.shutdown(cancel_futures=True)
+        try:
+            for file, ids in zip(candidates, encoded, strict=True):
+                if ids is None:
+                    continue
+                split = parts["train" if len(files) % VALIDATION_EVERY else "validation"]
+                files.append(file)
+                split.extend([separator, ids] if split else [ids])
+                num_tokens += len(ids)
+                if num_tokens >= max_tokens:
+                    break
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "source-files.txt").write_bytes(_lines(files))
