@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from homebrew.model.ops.linear import apply_linear, is_plain
+from homebrew.model.ops.linear import _column_sums, apply_linear, is_plain
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +112,16 @@ def test_operations_are_counted():
     with FlopCounterMode(display=False) as counter:
         apply_linear(random_layer(), torch.randn(3, 8, requires_grad=True)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 3 * 8 * 24
+
+
+@pytest.mark.parametrize("shape", [(20_000, 24), (20_000, 5), (0, 8)])
+def test_column_sums_are_those_of_float64(shape):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    for matrix in (x, x[:, :1].expand(-1, 3)):
+        sums = _column_sums(matrix)
+        assert sums.dtype == torch.float32
+        torch.testing.assert_close(sums.double(), matrix.double().sum(0), rtol=1e-5, atol=0)
 
 
 def test_an_empty_batch():

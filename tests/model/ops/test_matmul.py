@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from homebrew.model.ops import matmul as module
-from homebrew.model.ops.cublaslt import Layout, is_available
+from homebrew.model.ops.cublaslt import Epilogue, Layout, is_available
 from homebrew.model.ops.matmul import is_tunable, matmul_gelu_backward_into, matmul_gelu_into, matmul_into
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,6 +63,16 @@ def test_gelu_and_its_gradient_match_pytorch(size, dtype):
         matmul_gelu_backward_into(d_pre, c, d, pre)
         for actual, expected in ((pre, pre_gelu), (out, post_gelu), (d_pre, gradient)):
             assert (actual.double() - expected).norm() < 2e-2 * expected.norm()
+    if DEVICE.type == "cuda" and size == (64, 32, 48) and dtype != torch.float32:
+        assert all(module._products.values())
+        assert {key[-1] for key in module._products} == {Epilogue.GELU, Epilogue.GELU_GRADIENT}
+
+
+@pytest.mark.parametrize("layout", ["expanded", "strided", "not aligned"])
+def test_any_vector_may_be_the_bias(layout):
+    bias = {"expanded": random(1).expand(48), "strided": random(96)[::2], "not aligned": random(49)[1:]}[layout]
+    a, b = random(64, 32), random(32, 48)
+    assert_is_product(matmul_into(torch.empty(64, 48, device=DEVICE, dtype=a.dtype), a, b, bias), a, b, bias)
 
 
 def test_rows_of_a_larger_matrix():

@@ -30,7 +30,7 @@ _PREF_MAX_WORKSPACE_BYTES, _PREF_MIN_ALIGNMENTS = 1, (5, 6, 7, 8)  # alignments 
 
 
 class Epilogue(IntEnum):
-    """What a kernel does with a product before writing it, cublasLtEpilogue_t. It may use a vector and a matrix."""
+    """Operation on a product before it is written, cublasLtEpilogue_t. Some operations use a vector and a matrix."""
 
     NOTHING = 1
     ADD_BIAS = 4

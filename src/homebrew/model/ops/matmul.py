@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from homebrew.model.ops.cublaslt import Algorithm, Epilogue, Layout, Product, is_available
+from homebrew.model.ops.cublaslt import ALIGNMENT, Algorithm, Epilogue, Layout, Product, is_available
 
 _ROUNDS = 5
 """Number of times that each algorithm is timed. The shortest time counts."""
@@ -41,7 +41,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -
 def matmul_gelu_into(out: Tensor, pre_gelu: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """Write a @ b + bias into `pre_gelu` and its tanh GELU into `out`, and return `out`.
 
-    The arguments are as in `matmul_into`, and `pre_gelu` is as `out`.
+    `pre_gelu` is a contiguous matrix, (n, m), of the same dtype. The other arguments are as in `matmul_into`.
     """
     if not _compute(out, a, b, Epilogue.GELU, bias, pre_gelu):
         torch.ops.aten.gelu.out(torch.addmm(bias, a, b, out=pre_gelu), approximate="tanh", out=out)
@@ -49,9 +49,9 @@ def matmul_gelu_into(out: Tensor, pre_gelu: Tensor, a: Tensor, b: Tensor, bias: 
 
 
 def matmul_gelu_backward_into(out: Tensor, a: Tensor, b: Tensor, pre_gelu: Tensor) -> Tensor:
-    """Write the gradient for `pre_gelu`, if a @ b is the gradient for its tanh GELU, into `out`, and return it.
+    """Write the gradient for `pre_gelu` into `out`, and return it.
 
-    The arguments are as in `matmul_gelu_into`.
+    The product a @ b is the gradient for the tanh GELU of `pre_gelu`. The arguments are as in `matmul_gelu_into`.
     """
     if not _compute(out, a, b, Epilogue.GELU_GRADIENT, None, pre_gelu):
         torch.ops.aten.gelu_backward.grad_input(a @ b, pre_gelu, approximate="tanh", grad_input=out)
@@ -72,6 +72,8 @@ def _compute(
     out: Tensor, a: Tensor, b: Tensor, epilogue: Epilogue, vector: Tensor | None = None, matrix: Tensor | None = None
 ) -> bool:
     """Compute the product if cuBLASLt can, and return whether it can."""
+    if vector is not None and (not vector.is_contiguous() or vector.data_ptr() % ALIGNMENT):
+        return False
     product = _product_for(a, b, epilogue)
     if product is not None:
         with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
