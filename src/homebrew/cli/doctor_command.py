@@ -147,7 +147,7 @@ def _check_precision(accelerator: "Accelerator") -> Finding:
 
 
 def check_compilation(device: "torch.device") -> Finding:
-    """Check what torch.compile and the Triton kernels need: the triton package and a C compiler."""
+    """Check what torch.compile and the Triton kernel need: the triton package and a C compiler."""
     if device.type != "cuda":
         return Finding("compilation", "off (--compile auto compiles on CUDA only)")
     if importlib.util.find_spec("triton") is None:
@@ -155,7 +155,7 @@ def check_compilation(device: "torch.device") -> Finding:
             "compilation", "fails: no triton package", "Install triton, or train with --compile no (slower)."
         )
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        # The loss and the MLP use Triton kernels even without compilation.
+        # The loss uses a Triton kernel even without compilation.
         return Finding("compilation", "fails, also with --compile no: no C compiler", "Install one, such as gcc.")
     return Finding("compilation", "on")
 
@@ -171,7 +171,7 @@ def check_attention(device: "torch.device") -> Iterator[Finding]:
     package, install = "nvidia-cudnn-frontend", "in the cloned repository: pip install -e '.[hopper]'"
     version = installed_version(package)
     if version is None:
-        yield Finding("attention", f"{package} not installed", f"Optional, about 1 % faster, {install}")
+        yield Finding("attention", f"{package} not installed", f"Optional, 1.6 % faster for GPT-2 small, {install}")
     elif is_available(device.index or 0):
         yield Finding("attention", f"{package} {version}")
     else:
