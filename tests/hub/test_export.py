@@ -200,6 +200,8 @@ def test_files_are_replaced_atomically_with_default_permissions(tmp_path):
     [
         ("manifest.json", False, "a checkpoint"),
         ("manifest.json", True, "a checkpoint"),
+        ("run.json", False, "a run"),
+        ("run.json", True, "a run"),
         ("adapter_config.json", False, "an adapter"),
         ("config.json", True, "a model"),
     ],
@@ -212,6 +214,24 @@ def test_folders_with_other_content_are_not_overwritten(tmp_path, file, is_adapt
     with pytest.raises(ModelError, match=rf"contains {description} \({file}\)\. Choose another folder"):
         save_adapter(model, tmp_path) if is_adapter else model.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("vocab.json", "{}"), ("model.safetensors", ""), ("config.json", '{"model_type": "llama"}')],
+)
+def test_files_of_others_are_not_replaced(tmp_path, file, content):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ModelError, match=rf"{file} would be replaced.*Choose another folder"):
+        tiny_gpt(vocab_size=256).save_pretrained(tmp_path, get_tokenizer("bytes"))
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+    assert (tmp_path / file).read_text() == content
+
+
+def test_a_tokenizer_that_is_kept_does_not_prevent_an_export(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    tiny_gpt().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "vocab.json"}
 
 
 def test_a_full_disk_raises_a_model_error(tmp_path):

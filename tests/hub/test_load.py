@@ -51,6 +51,13 @@ def test_a_run_is_loaded_from_its_newest_checkpoint(trainer):
     assert not torch.equal(earlier.lm_head.weight, trainer.model.lm_head.weight.cpu())
 
 
+@pytest.mark.parametrize("source", [".", "checkpoints/step-00000004"])
+def test_from_pretrained_names_the_function_that_opens_a_run(trainer, source):
+    folder = trainer.config.output_dir / source
+    with pytest.raises(ModelError, match=re.escape(f"Open it with load_model({str(folder)!r})")):
+        GPT.from_pretrained(folder)
+
+
 def save_checkpoint(folder, edit=lambda tensors: None, state=None, file="model"):
     """Save a checkpoint of an untrained model, with tensors and state edited."""
     tensors = {name: t.clone() for name, t in GPT(GPTConfig(**CONFIG)).state_dict().items() if name != "lm_head.weight"}

@@ -1,6 +1,6 @@
 """Export of a model and its tokenizer for transformers' AutoModelForCausalLM and AutoTokenizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from homebrew.data.tokenizer import Tokenizer, check_tokenizer
 from homebrew.errors import ModelError
 from homebrew.hub.from_pretrained import CONV1D_WEIGHT, INDEX_FILE, WEIGHTS_FILE
 from homebrew.hub.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, to_hf_config
-from homebrew.hub.model_folder import output_folder
+from homebrew.hub.model_folder import find_file, output_folder, read_json
 from homebrew.hub.peft import ADAPTER_CONFIG_FILE
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, TOKENIZER_FILES, to_json, tokenizer_files, write_tokenizer_files
 from homebrew.io import absolute_path, atomic_replace
@@ -48,7 +48,8 @@ def export_model(
     Raises:
         ConfigError: The tokenizer is not a `Tokenizer`.
         ModelError: The model has no weights, a weight is not finite, the tokenizer does not match the model, or the
-            folder is not writable or contains a checkpoint or an adapter.
+            folder is not writable or contains a run, a checkpoint, an adapter, another model, or other files that the
+            export would replace.
     """
     folder = absolute_path(folder)
     if any(tensor.is_meta for tensor in state_dict.values()):
@@ -70,8 +71,8 @@ def export_model(
             )
         texts = tokenizer_files(tokenizer, model_max_length=config["block_size"], is_gpt=True)
     hf_config = to_json(to_hf_config(config, next(iter(weights.values())).dtype, tokenizer))
-    forbidden_files = {"manifest.json": "a checkpoint", ADAPTER_CONFIG_FILE: "an adapter"}
-    with output_folder(folder, forbidden_files=forbidden_files):
+    with output_folder(folder, forbidden_files={ADAPTER_CONFIG_FILE: "an adapter"}):
+        _check_replaced_files(folder, (*_MODEL_FILES, *(TOKENIZER_FILES if texts else ())))
         with atomic_replace(folder / WEIGHTS_FILE) as path:
             save_file(weights, path, metadata={"format": "pt"})
         with atomic_replace(folder / CONFIG_FILE) as path:
@@ -82,6 +83,17 @@ def export_model(
             for path in folder.glob(pattern):
                 if path.name not in (CONFIG_FILE, WEIGHTS_FILE):
                     path.unlink()
+
+
+def _check_replaced_files(folder: Path, patterns: Sequence[str]) -> None:
+    """Raise ModelError if the folder has files that an export replaces, but no GPT-2."""
+    replaced = [path for pattern in patterns for path in folder.glob(pattern)]
+    config = find_file(folder, CONFIG_FILE)
+    if replaced and (config is None or read_json(config).get("model_type") != "gpt2"):
+        raise ModelError(
+            f"{replaced[0]} would be replaced, but {folder} does not contain an earlier export. Choose another folder, "
+            f"or delete the file."
+        )
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -87,14 +88,16 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 @contextmanager
-def output_folder(folder: Path, *, forbidden_files: Mapping[str, str]) -> Iterator[None]:
+def output_folder(folder: Path, *, forbidden_files: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     """Create a folder, and convert errors in writing its files to ModelError.
 
-    `forbidden_files` maps names of files that the folder must not contain to a description of a folder with such a
-    file. The new files would overwrite its content, or readers would find that content instead of the new files.
+    `forbidden_files` maps names of files that the folder must not contain, besides those of runs and checkpoints, to a
+    description of a folder with such a file. The new files would overwrite its content, or readers would find that
+    content instead of the new files.
     """
+    forbidden = {"run.json": "a run", "manifest.json": "a checkpoint", **forbidden_files}
     try:
-        for name, description in forbidden_files.items():
+        for name, description in forbidden.items():
             if (folder / name).exists():
                 raise ModelError(f"{folder} contains {description} ({name}). Choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)

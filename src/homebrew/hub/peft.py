@@ -66,7 +66,7 @@ def save_adapter(
 
     Raises:
         ConfigError: The tokenizer is not a `Tokenizer`.
-        ModelError: The model has no adapter, or the folder is not writable or contains a checkpoint or a model.
+        ModelError: The model has no adapter, or the folder is not writable or contains a run, a checkpoint or a model.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer)
@@ -91,7 +91,7 @@ def save_adapter(
         for name, tensor in adapter_state_dict(model).items()
     }
     folder = absolute_path(folder)
-    with output_folder(folder, forbidden_files={"manifest.json": "a checkpoint", "config.json": "a model"}):
+    with output_folder(folder, forbidden_files={"config.json": "a model"}):
         with atomic_replace(folder / ADAPTER_WEIGHTS_FILE) as path:
             save_file(tensors, path, metadata={"format": "pt"})
         with atomic_replace(folder / ADAPTER_CONFIG_FILE) as path:

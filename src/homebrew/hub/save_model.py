@@ -27,7 +27,7 @@ def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:  
         tokenizer: Tokenizer the model was trained with, or None. For a custom tokenizer, a warning is issued instead.
 
     Raises:
-        ModelError: The folder cannot be written, or holds a checkpoint.
+        ModelError: The folder cannot be written, or contains a run or a checkpoint.
     """
     if tokenizer is not None and not is_built_in(tokenizer.to_json()):
         warn(f"The custom tokenizer {tokenizer.name!r} is not saved with the model. Save it to {folder} yourself.")
@@ -38,7 +38,7 @@ def save_model(model: Any, folder: Path, tokenizer: Tokenizer | None) -> None:  
     texts: dict[str, str] = {}
     if tokenizer is not None:
         texts = tokenizer_files(tokenizer, model_max_length=interface_of(model).block_size, is_gpt=False)
-    with output_folder(folder, forbidden_files={"manifest.json": "a checkpoint"}):
+    with output_folder(folder):
         _save_weights(model, folder)
         if texts:
             write_tokenizer_files(folder, texts)
