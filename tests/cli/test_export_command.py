@@ -19,6 +19,11 @@ def test_an_export_that_keeps_an_earlier_tokenizer_does_not_ask_for_one(run, inv
     assert "--tokenizer" not in invoke("export", run, tmp_path, "--no-tokenizer")
 
 
+def test_a_model_without_adapter_has_none_to_export(run, invoke_error, tmp_path):
+    assert "Remove --adapter" in invoke_error("export", run, tmp_path / "adapter", "--adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.fixture
 def bare_base(run, tmp_path):
     """Folder of a model without a tokenizer."""

@@ -1,4 +1,4 @@
-"""From which checkpoint a finished run with the schedule "wsd" can be extended."""
+"""How a finished run can be extended, and with the schedule "wsd" from which checkpoint."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -46,3 +46,9 @@ def test_the_advice_names_the_last_checkpoint_before_the_decay(run_with, max_ste
 def test_a_checkpoint_whose_rate_has_decayed_before_an_accepted_change_is_not_named(run_with):
     config = run_with(20, 0.5, past=10)  # was a run of 10 steps, whose decay began at step 5
     assert "continue from step 6," in extension_advice(config, 20)
+
+
+def test_other_schedules_are_extended_from_the_end(tmp_path):
+    config = TrainerConfig(output_dir=tmp_path / "my run", max_steps=10)
+    command = f"homebrew train --resume --output-dir '{tmp_path}/my run' --max-steps 20 --accept-changes schedule"
+    assert extension_advice(config, 10).endswith(command)

@@ -65,9 +65,7 @@ class ProgressDisplay(Callback):
         else:
             self._view = _Lines(self._console, summary, waiting)
         if is_finished:
-            is_stable = trainer.config.lr_schedule == "wsd"
-            how = "resume a checkpoint from before the decay" if is_stable else 'accept the change of "schedule"'
-            self._print(f"The run is already finished. To train longer, raise max_steps and {how}.")
+            self._print("The run is already finished. To train longer, resume it with more steps.")
 
     def on_step_end(self, trainer: "Trainer") -> None:
         """Show that steps are taken before the first one is logged."""

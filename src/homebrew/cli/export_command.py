@@ -46,8 +46,11 @@ class Export:
             raise ConfigError(f"{self.folder} is the folder of a run. Choose another folder for the export.")
         from homebrew.hub.load import load_model
         from homebrew.hub.peft import save_adapter
+        from homebrew.model.lora import lora_layers
 
         model, tokenizer = load_model(self.checkpoint, base=self.base)
+        if self.adapter and not lora_layers(model):
+            raise ConfigError(f"{self.checkpoint} has no adapter. Remove --adapter to export the model.")
         if self.no_tokenizer:
             tokenizer = None
         if self.folder is not None and self.adapter:

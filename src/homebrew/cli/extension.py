@@ -1,4 +1,4 @@
-"""How to train a run with the schedule "wsd" for longer, after its decay has begun."""
+"""How to train a run for longer."""
 
 import shlex
 from contextlib import suppress
@@ -23,7 +23,7 @@ def recorded_max_steps(output_dir: str | Path) -> int:
 
 
 def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
-    """Return how to extend the run in `config.output_dir`, from a checkpoint before the decay of the learning rate.
+    """Return how to extend the run in `config.output_dir`, with "wsd" from a checkpoint before the decay.
 
     Args:
         config: Options of the run. `config.max_steps` is the number of steps to extend the run to, if it is above
@@ -36,8 +36,12 @@ def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
     from homebrew.training.schedule import WarmupStableDecay
 
     longer = config.max_steps if config.max_steps > max_steps else 2 * max_steps
+    old, new = (shlex.quote(f"{config.output_dir}{suffix}") for suffix in ("", "-longer"))
+    changed = f"homebrew train --resume --output-dir {old} --max-steps {longer} --accept-changes schedule"
     schedule = replace(config, max_steps=max_steps).schedule()
-    decay_start = schedule.decay_start if isinstance(schedule, WarmupStableDecay) else 0
+    if not isinstance(schedule, WarmupStableDecay):
+        return f"To train longer, with a learning rate that rises again: {changed}"
+    decay_start = schedule.decay_start
     store = CheckpointStore(Path(config.output_dir))
     schedule = replace(config, max_steps=longer).schedule()
     kept = []
@@ -45,12 +49,10 @@ def extension_advice(config: "TrainerConfig", max_steps: int) -> str:
         with suppress(CheckpointError):  # invalid checkpoints are skipped
             if step <= decay_start and has_past(open_checkpoint(store.path(step)).identity, schedule, step):
                 kept.append(step)
-    old, new = (shlex.quote(f"{config.output_dir}{suffix}") for suffix in ("", "-longer"))
     if not kept:
         return (
             f"No checkpoint from before the decay of the learning rate, which began at step {decay_start}, is kept "
-            f"(see --keep-every). To train longer all the same, with a learning rate that rises again: homebrew train "
-            f"--resume --output-dir {old} --max-steps {longer} --accept-changes schedule"
+            f"(see --keep-every). To train longer all the same, with a learning rate that rises again: {changed}"
         )
     return (
         f"To train longer, continue from step {kept[-1]}, before the decay of the learning rate, in a new folder: "

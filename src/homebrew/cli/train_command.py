@@ -101,7 +101,7 @@ class Train:
             output_dir = self.trainer.output_dir
             sample = sample_command(output_dir, train_dataset.tokenizer)
             _print(f"The model is saved in {output_dir}. Try it: {sample}")
-            if is_finished and config.lr_schedule == "wsd":
+            if is_finished:
                 _print(extension_advice(config, config.max_steps))
 
     def _check_options(self, config: "TrainerConfig") -> None:
