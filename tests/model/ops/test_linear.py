@@ -10,10 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from homebrew.model.ops.linear import _column_sums, apply_linear, is_plain
 
-
-@pytest.fixture(autouse=True)
-def operators_on_cpu(kernels_on_cpu):
-    """Use the layer's operators on a CPU too."""
+pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 
 
 def random_layer(frozen=""):

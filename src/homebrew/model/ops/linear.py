@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from homebrew.model.hooks import has_global_hooks, module_hooks
-from homebrew.model.ops import cublaslt
 from homebrew.model.ops.autocast import compute_dtype
 from homebrew.model.ops.matmul import is_tunable, matmul_into
 
@@ -74,34 +73,30 @@ def linear_backward(
         The gradients, the first two in the dtype of `d_y`, that of the bias in float32. A gradient that is not needed
         is an empty tensor.
     """
-    d_x, d_weight, d_bias = _allocate_grads(d_y, weight, needs_x, needs_weight, needs_bias)
+    d_x, d_weight = _allocate_grads(d_y, weight, needs_x, needs_weight)
     if needs_x:
         matmul_into(d_x, d_y, weight.to(d_y.dtype))
     if needs_weight and x is not None:
         matmul_into(d_weight, d_y.T, x)
-    if needs_bias:
-        d_bias = _column_sums(d_y)
-    return d_x, d_weight, d_bias
+    return d_x, d_weight, _column_sums(d_y) if needs_bias else d_y.new_empty(0, dtype=torch.float32)
 
 
 @linear_backward.register_fake
 def _(
     d_y: Tensor, _x: Tensor | None, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_grads(d_y, weight, needs_x, needs_weight, needs_bias)
+    d_bias = d_y.new_empty(weight.shape[0] if needs_bias else 0, dtype=torch.float32)
+    return *_allocate_grads(d_y, weight, needs_x, needs_weight), d_bias
 
 
-def _allocate_grads(
-    d_y: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_grads(d_y: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
     d_x = d_y.new_empty((d_y.shape[0], weight.shape[1]) if needs_x else (0,))
-    d_weight = d_y.new_empty(weight.shape if needs_weight else (0,))
-    return d_x, d_weight, d_y.new_empty(weight.shape[0] if needs_bias else 0, dtype=torch.float32)
+    return d_x, d_y.new_empty(weight.shape if needs_weight else (0,))
 
 
 def _column_sums(x: Tensor) -> Tensor:
     """Sum a matrix over its rows, (n, F) to (F,), in float32."""
-    if x.is_cuda and cublaslt.is_available():  # a product with a row of ones is faster than PyTorch's sum
+    if x.is_cuda:  # a product with a row of ones is faster than PyTorch's sum
         return torch.mm(x.new_ones(1, x.shape[0]), x, out_dtype=torch.float32).flatten()
     return x.sum(0, dtype=torch.float32)
 
