@@ -1,6 +1,6 @@
 """Export of a model and its tokenizer for transformers' AutoModelForCausalLM and AutoTokenizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ def export_model(
         texts = tokenizer_files(tokenizer, model_max_length=config["block_size"], is_gpt=True)
     hf_config = to_json(to_hf_config(config, next(iter(weights.values())).dtype, tokenizer))
     with output_folder(folder, forbidden_files={ADAPTER_CONFIG_FILE: "an adapter"}):
-        _check_replaced_files(folder, (*_MODEL_FILES, *(TOKENIZER_FILES if texts else ())))
+        _check_replaced_files(folder, with_tokenizer=bool(texts))
         with atomic_replace(folder / WEIGHTS_FILE) as path:
             save_file(weights, path, metadata={"format": "pt"})
         with atomic_replace(folder / CONFIG_FILE) as path:
@@ -85,9 +85,14 @@ def export_model(
                     path.unlink()
 
 
-def _check_replaced_files(folder: Path, patterns: Sequence[str]) -> None:
+def _replaced_files(*, with_tokenizer: bool) -> list[str]:
+    """Return names and patterns of the files that an export replaces or removes."""
+    return [*_MODEL_FILES, *(TOKENIZER_FILES if with_tokenizer else ())]
+
+
+def _check_replaced_files(folder: Path, *, with_tokenizer: bool) -> None:
     """Raise ModelError if the folder has files that an export replaces, but no GPT-2."""
-    replaced = [path for pattern in patterns for path in folder.glob(pattern)]
+    replaced = [path for pattern in _replaced_files(with_tokenizer=with_tokenizer) for path in folder.glob(pattern)]
     config = find_file(folder, CONFIG_FILE)
     if replaced and (config is None or read_json(config).get("model_type") != "gpt2"):
         raise ModelError(
@@ -139,8 +144,7 @@ def upload_folder(folder: str | Path, repository: str, *, private: bool | None =
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        has_tokenizer = Path(folder, HOMEBREW_FILE).exists()
-        replaced = [*_MODEL_FILES, *(TOKENIZER_FILES if has_tokenizer else ())]
+        replaced = _replaced_files(with_tokenizer=Path(folder, HOMEBREW_FILE).exists())
         return str(api.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=replaced).commit_url)
     except Exception as error:  # from the Hub client or the HTTP library that it uses
         reason = next(iter(str(error).split("\n")), "") or type(error).__name__

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -88,14 +87,14 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 @contextmanager
-def output_folder(folder: Path, *, forbidden_files: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+def output_folder(folder: Path, *, forbidden_files: Mapping[str, str] | None = None) -> Iterator[None]:
     """Create a folder, and convert errors in writing its files to ModelError.
 
     `forbidden_files` maps names of files that the folder must not contain, besides those of runs and checkpoints, to a
     description of a folder with such a file. The new files would overwrite its content, or readers would find that
     content instead of the new files.
     """
-    forbidden = {"run.json": "a run", "manifest.json": "a checkpoint", **forbidden_files}
+    forbidden = {"run.json": "a run", "manifest.json": "a checkpoint", **(forbidden_files or {})}
     try:
         for name, description in forbidden.items():
             if (folder / name).exists():

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_MODEL_MARKS = ("checkpoints", "manifest.json", "config.json", "adapter_config.json")
-"""Files by which to recognize a run, a checkpoint, a model in transformers' format or an adapter in PEFT's format."""
-_MODELS_OF_LOAD_MODEL = {"checkpoints": "a run", "manifest.json": "a checkpoint", "adapter_config.json": "an adapter"}
+_OPENED_BY_LOAD_MODEL = {"checkpoints": "a run", "manifest.json": "a checkpoint", "adapter_config.json": "an adapter"}
+"""Files by which to recognize what `load_model` opens, but `GPT.from_pretrained` does not."""
+_MODEL_MARKS = ("config.json", *_OPENED_BY_LOAD_MODEL)
+"""Files by which to recognize a model of any kind."""
 _MAX_LISTED = 8
 
 
@@ -21,7 +22,7 @@ def no_folder(name: str) -> str:
 
 def not_a_model(folder: Path) -> str:
     """Return the message for a folder without a `config.json`. It lists the models in it, two levels deep."""
-    for mark, description in _MODELS_OF_LOAD_MODEL.items():
+    for mark, description in _OPENED_BY_LOAD_MODEL.items():
         if os.path.exists(folder / mark):  # noqa: PTH110 - never raises
             shown = _shown(folder)
             return f"{shown} is {description}. Open it with load_model({shown!r}), which also returns its tokenizer."
