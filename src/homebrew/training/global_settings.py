@@ -66,7 +66,7 @@ def configure_compiler() -> None:
     - Dynamo's limit of compiled variants becomes `RECOMPILE_LIMIT`.
     - Dynamo sees the hooks of modules. By default it does not compare them: those on one block would be left out,
       because it runs the code of another block, and so would backward hooks.
-    - See `separate_compile_cache`.
+    - Cached graphs are separate for each version of the operators; see `separate_compile_cache`.
     - Graphs in which an attention kernel is selected are cached over processes. PyTorch does not know that its
       functions for that can be cached, and would spend 6 s per process on GPT-2 small.
     """
