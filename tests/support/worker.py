@@ -111,6 +111,9 @@ class Recorder(Callback):
         if trainer.step == 7 and trainer.accelerator.process_index == 1 and "signal" in self.task:
             os.kill(os.getpid(), getattr(signal, self.task["signal"]))
 
+    def on_train_end(self, trainer):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)  # the log must hold all tracebacks
+
     def on_evaluate(self, trainer, metrics):
         self.evaluations.append([metrics.loss, metrics.num_tokens])
 
