@@ -5,7 +5,7 @@
 - `corpora`, `download`, `text_file`: texts by name, cached downloads, text files.
 - `preparation`: tokenize texts of any size into token files; `fast_tokenizer` makes it faster.
 - `token_file`, `token_metadata`, `token_ids`: write and check token files (`.npy`).
-- `token_formats`, `binary_kinds`: token files of homebrew, nanoGPT and llm.c; kinds of binary files.
+- `token_formats`: token files of homebrew, nanoGPT and llm.c.
 - `dataset`, `window_dataset`, `windows`, `token_source`: `TokenDataset`, windows over tokens in memory or token files.
 - `samples`, `dict_dataset`, `text_column`: what samples of other datasets may be, their labels and texts.
 - `sampler`, `sample_rng`, `collate`, `loader`, `validation`: sample order, reading, padding, batches, checks.

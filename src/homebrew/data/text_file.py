@@ -10,27 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from homebrew.data.binary_kinds import describe_binary, is_known_kind
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 """Suffixes of the files that `homebrew prepare` reads as JSON Lines."""
-
-_CONTROL_BYTES = bytes(code for code in (*range(1, 32), 127) if chr(code) not in "\a\b\t\n\v\f\r\x1b")
-"""Control characters that do not occur in texts, other than NUL."""
-
-_MAX_CONTROL_CHARACTERS = 0.1
-"""Share of control characters above which a file is binary. Texts extracted from other formats have a few."""
-
-_MAX_CONTROL_BYTES = 0.05
-"""Share of control bytes above which a file that is not UTF-8 is binary. Compressed data has about 0.1."""
-
-_HEAD_BYTES = 8192
-"""Number of bytes at the start of a file from which its kind is recognized."""
-
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-"""The first bytes of most UTF-16 files."""
 
 _BLOCK_BYTES = 2**20
 """Number of bytes to read and check at a time. A device without an end, such as /dev/zero, fails the check."""
@@ -81,23 +65,20 @@ def decode_text(
         DataError: If the text is not UTF-8, or is binary.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    num_bytes = num_characters = num_control = num_lines = 0
-    head, data = b"", b"-"
+    num_bytes = num_lines = 0
+    data = b"-"
     while data:
         data = file.read(_BLOCK_BYTES if stop is None else min(_BLOCK_BYTES, stop - start - num_bytes))
-        head = head or data[:_HEAD_BYTES]
         try:
             block = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             position = start + num_bytes + len(data) - len(error.object) + error.start
             line = num_lines + 1 + error.object[: error.start].count(b"\n") + count_lines(path, start)
-            raise _decode_error(path, error, head, f"line {line}, byte {position}") from error
+            raise _decode_error(path, error, f"line {line}, byte {position}") from error
+        if b"\0" in data:
+            raise _binary_error(path)
         num_bytes += len(data)
         num_lines += data.count(b"\n")
-        num_characters += len(block)
-        num_control += _num_control(data)
-        if b"\0" in data or num_control > _MAX_CONTROL_CHARACTERS * num_characters:
-            raise _binary_error(path, head)
         if block:
             yield block
 
@@ -115,10 +96,9 @@ def count_lines(path: str | Path, stop: int) -> int:
 def is_text(start: bytes) -> bool:
     """Return whether a file's first bytes are UTF-8 text. The last character may be incomplete."""
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(start)
+        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
         return False
-    return "\0" not in text and _num_control(start) <= _MAX_CONTROL_CHARACTERS * len(text)
 
 
 def check_regular_file(path: str | Path) -> None:
@@ -136,28 +116,22 @@ def read_error(path: str | Path, error: OSError) -> DataError:
     return DataError(f"{str(path)!r} cannot be read: {error.strerror}. Check the path and its permissions.")
 
 
-def _decode_error(path: str | Path, error: UnicodeDecodeError, start: bytes, place: str) -> DataError:
-    """Build the error for a file, with the first bytes `start`, that is not UTF-8."""
-    if is_known_kind(start) or _has_binary_bytes(error.object):
-        return _binary_error(path, start)
-    # Most text files that are not in Unicode are in Latin-1.
-    encoding = "utf-16" if error.object.startswith(_UTF16_MARKS) else "latin1"
+def _decode_error(path: str | Path, error: UnicodeDecodeError, place: str) -> DataError:
+    """Build the error for a file that is not UTF-8."""
+    is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if b"\0" in error.object and not is_utf16:
+        return _binary_error(path)
+    encoding = "utf-16" if is_utf16 else "latin1"  # most text files that are not in Unicode are in Latin-1
     return DataError(
-        f"{str(path)!r} cannot be read as UTF-8 text: {place}: {error.reason}. If it is text in another encoding, such "
-        f"as {encoding}, convert it: iconv -f {encoding} -t utf-8 {shlex.quote(str(path))} > converted.txt"
+        f"{str(path)!r} cannot be read as UTF-8 text: {place}: {error.reason}. If it is compressed, decompress it. "
+        f"If it is text in another encoding, such as {encoding}, convert it: iconv -f {encoding} -t utf-8 "
+        f"{shlex.quote(str(path))} > converted.txt"
     )
 
 
-def _has_binary_bytes(data: bytes) -> bool:
-    """Return whether bytes that are not UTF-8 are not text in another encoding either."""
-    if data.startswith(_UTF16_MARKS):
-        return False  # UTF-16 has NUL bytes
-    return 0 in data or _num_control(data) > _MAX_CONTROL_BYTES * len(data)
-
-
-def _num_control(data: bytes) -> int:
-    return len(data) - len(data.translate(None, _CONTROL_BYTES))
-
-
-def _binary_error(path: str | Path, start: bytes) -> DataError:
-    return DataError(f"{str(path)!r} is a binary file: {describe_binary(start)}")
+def _binary_error(path: str | Path) -> DataError:
+    return DataError(
+        f"{str(path)!r} is a binary file: it has NUL bytes. Extract its text, as UTF-8, into another file. If it has "
+        f"token ids, train on it with `homebrew train`, or open it with TokenDataset.from_file; without a header, as "
+        f"nanoGPT's train.bin, its name must end in .bin."
+    )

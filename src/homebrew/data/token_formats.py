@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from homebrew.bounded_readers import open_file
-from homebrew.data.binary_kinds import LLMC_GPT2, LLMC_LLAMA3, NPY_MAGIC, is_known_kind
 from homebrew.data.text_file import check_regular_file, is_text, read_error
 from homebrew.data.token_ids import TokenIds
 from homebrew.data.token_metadata import REMEDY, TokenMetadata, metadata_path
@@ -25,10 +24,12 @@ from homebrew.io import absolute_path
 
 NPY_HEADER_BYTES = 128
 
+_NPY_MAGIC = b"\x93NUMPY"
+_ZIP_MAGIC = b"PK\x03\x04"
 _LLMC_HEADER_BYTES = 1024
 _LLMC_FORMATS: dict[bytes, tuple[str, tuple[int, ...], int, dict[str, Any] | None]] = {
-    LLMC_GPT2: ("<u2", (1,), 50_257, {"name": "gpt2"}),
-    LLMC_LLAMA3: ("<u4", (1, 7), 128_256, None),
+    (20240520).to_bytes(4, "little"): ("<u2", (1,), 50_257, {"name": "gpt2"}),
+    (20240801).to_bytes(4, "little"): ("<u4", (1, 7), 128_256, None),
 }
 """dtype, versions, size of the vocabulary and tokenizer by magic number."""
 
@@ -36,12 +37,12 @@ _LLMC_FORMATS: dict[bytes, tuple[str, tuple[int, ...], int, dict[str, Any] | Non
 def is_token_file(path: str | Path) -> bool:
     """Return whether a file's first bytes and name are those of a token file. `open_tokens` validates its content."""
     start = _read_start(path)
-    return start.startswith((NPY_MAGIC, *_LLMC_FORMATS)) or _is_headerless(Path(path), start)
+    return start.startswith((_NPY_MAGIC, *_LLMC_FORMATS)) or _is_headerless(Path(path), start)
 
 
 def named_tokenizer(path: str | Path) -> dict[str, Any] | None:
     """Return the description of the tokenizer that a file names, or None: texts and nanoGPT's files name none."""
-    if _read_start(path).startswith((NPY_MAGIC, *_LLMC_FORMATS)):
+    if _read_start(path).startswith((_NPY_MAGIC, *_LLMC_FORMATS)):
         return open_tokens(absolute_path(path))[1].tokenizer
     return None
 
@@ -61,7 +62,7 @@ def open_tokens(path: Path, vocab_size: int | None = None) -> tuple[TokenIds, To
         DataError: If the file is not a valid token file, or its vocabulary is unknown.
     """
     start = _read_start(path)
-    if start.startswith(NPY_MAGIC):
+    if start.startswith(_NPY_MAGIC):
         return _open_npy(path)
     if start.startswith(tuple(_LLMC_FORMATS)) or (_is_headerless(path, start) and _has_header(start)):
         return _open_llmc(path, start)
@@ -84,7 +85,7 @@ def npy_header(dtype: np.dtype[Any], num_tokens: int) -> bytes:
     The header has the same length for any number of tokens, so the number can be filled in when it is known.
     """
     text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({num_tokens},), }}"
-    start = NPY_MAGIC + b"\x01\x00" + (NPY_HEADER_BYTES - 10).to_bytes(2, "little")
+    start = _NPY_MAGIC + b"\x01\x00" + (NPY_HEADER_BYTES - 10).to_bytes(2, "little")
     return start + text.ljust(NPY_HEADER_BYTES - len(start) - 1).encode() + b"\n"
 
 
@@ -178,8 +179,8 @@ def _map(file: BufferedReader, dtype: np.dtype[Any], offset: int, num_tokens: in
 
 
 def _is_headerless(path: Path, start: bytes) -> bool:
-    """Return whether a file may be nanoGPT's: a `.bin` file that looks neither like text nor like a known format."""
-    return path.suffix == ".bin" and not is_known_kind(start) and not is_text(start)
+    """Return whether a file may be nanoGPT's: a `.bin` file that is neither text nor a `pytorch_model.bin`."""
+    return path.suffix == ".bin" and not start.startswith(_ZIP_MAGIC) and not is_text(start)
 
 
 def _has_header(start: bytes) -> bool:
