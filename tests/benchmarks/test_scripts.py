@@ -171,12 +171,6 @@ def test_profile_step(run):
 
 
 @pytest.mark.slow
-def test_prepare(run):
-    (rows,) = run("prepare", megabytes=0.1, workers=2)
-    assert [row["implementation"] for row in rows] == ["homebrew", "nanoGPT's way: tiktoken in datasets.map"]
-
-
-@pytest.mark.slow
 def test_ablation(run):
     sizes = {"block_size": 16, "tokens": 64, "micro_batch": 2, "rounds": 1, "steps": 1}
     (rows,) = run("ablation", **sizes, without=("GELU in matrix products", "compile"))
