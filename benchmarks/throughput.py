@@ -40,15 +40,11 @@ def main(options: Options) -> None:
         use_cpu_time()
     report = Report(options.json)
     for model in options.models:
-        measure(model_config(model, block_size=options.block_size), options, report, name=model)
+        config = model_config(model, block_size=options.block_size)
+        title = f"{model} on {DEVICE.type}: {options.tokens:,} tokens per step, sequences of {config.block_size}"
+        flops = GPT(config).flops_per_token()
+        report.measure(title, implementations(config, options), options, tokens=options.tokens, flops=flops)
     report.finish()
-
-
-def measure(config: GPTConfig, options: Options, report: Report, *, name: str) -> None:
-    """Add the table of one model to the report."""
-    title = f"{name} on {DEVICE.type}: {options.tokens:,} tokens per step, sequences of {config.block_size}"
-    flops = GPT(config).flops_per_token()
-    report.measure(title, implementations(config, options), options, tokens=options.tokens, flops=flops)
 
 
 def implementations(config: GPTConfig, options: Options) -> list[Implementation]:

@@ -115,25 +115,11 @@ def test_padded_vocabulary_of_transformers_is_a_multiple_of_64(vocab_size):
 
 
 @pytest.mark.slow
-def test_small_model(run, nanogpt, tmp_path):
+def test_time_to_loss(run, nanogpt, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch": 2}
-    steps, runs = run(
-        "small_model",
-        **shape,
-        rounds=1,
-        steps=2,
-        nanogpt=nanogpt,
-        to_loss=10.0,
-        text=tmp_path / "text.txt",
-        max_steps=2,
-        eval_every=1,
-    )
-    assert [row["implementation"] for row in steps] == [
-        "homebrew Trainer",
-        "nanoGPT, bias=True",
-        "nanoGPT, bias=False",
-    ]
+    steps = {"loss": 10.0, "max_steps": 2, "eval_every": 1}
+    (runs,) = run("time_to_loss", **shape, **steps, nanogpt=nanogpt, text=tmp_path / "text.txt")
     assert [(row["implementation"], row["at step"]) for row in runs] == [("homebrew", "1"), ("nanoGPT's train.py", "2")]
     assert float(runs[0]["seconds to 10.0"]) > 0
 

@@ -1,7 +1,6 @@
-"""nanoGPT's shakespeare_char, a model so small that launching its kernels takes longer than running them.
+"""Time from process start to a validation loss on nanoGPT's shakespeare_char: homebrew and nanoGPT's train.py.
 
-Measures steps per second of homebrew and nanoGPT's loop. With `--to-loss 1.4697` (the loss in nanoGPT's README), also
-measures the wall time from process start, including compilation and evaluation, until a validation loss is reached.
+The wall time includes compilation and evaluations. The default loss is the one in nanoGPT's README.
 """
 
 import os
@@ -17,17 +16,16 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import throughput
 from command_line import command_of, parse_settings, run_script
-from harness import ON_GPU, Report, RoundOptions, format_number
+from harness import ON_GPU, Report, format_number
 from training_data import shakespeare
 
 from homebrew import Callback, EvalMetrics, GPTConfig, Trainer, TrainerConfig
 
 
 @dataclass
-class Options(RoundOptions):
-    """Measure nanoGPT's shakespeare_char: 6 layers, width 384, 6 heads."""
+class Options:
+    """Measure complete runs of nanoGPT's shakespeare_char: 6 layers, width 384, 6 heads."""
 
     n_layer: int = 6
     n_head: int = 6
@@ -39,12 +37,8 @@ class Options(RoundOptions):
     """Dropout probability."""
     nanogpt: Path | None = None
     """Folder with a clone of nanoGPT. Default: only homebrew is measured."""
-    rounds: int = 7
-    """Number of rounds in which throughput is measured. 0 skips this."""
-    steps: int = 200
-    warmup: int = 10
-    to_loss: float | None = None
-    """Also measure complete runs until this validation loss."""
+    loss: float = 1.4697
+    """Validation loss to reach."""
     text: Path | None = None
     """Tiny Shakespeare as a text file. Default: downloaded and cached."""
     max_steps: int = 5000
@@ -55,6 +49,8 @@ class Options(RoundOptions):
     """Steps between evaluations: of 200 random batches of each split in nanoGPT, of all validation data in homebrew."""
     runs: int = 1
     """Complete runs per implementation."""
+    json: Path | None = None
+    """JSON file for tables and raw times."""
     train_homebrew: Path | None = None
     """Internal: run homebrew's training in this process, with this output folder."""
 
@@ -71,18 +67,6 @@ def main(options: Options) -> None:
         train_homebrew(options, options.train_homebrew)
         return
     report = Report(options.json)
-    if options.rounds:
-        step = {"tokens": options.batch * options.block_size, "micro_batch": options.batch}
-        rounds = {name: getattr(options, name) for name in ("nanogpt", "rounds", "steps", "warmup")}
-        rows = throughput.Options(only=("homebrew", "nanogpt", "nanogpt-no-bias"), **step, **rounds)
-        throughput.measure(GPTConfig(vocab_size=65, **options.named()), rows, report, name="shakespeare_char")
-    if options.to_loss is not None:
-        time_runs(options, report, options.to_loss)
-    report.finish()
-
-
-def time_runs(options: Options, report: Report, target: float) -> None:
-    """Measure wall time from process start to the evaluation that reaches the target."""
     commands = {"homebrew": homebrew_command}
     if options.nanogpt is not None:
         commands["nanoGPT's train.py"] = nanogpt_command
@@ -91,15 +75,16 @@ def time_runs(options: Options, report: Report, target: float) -> None:
         for name, command in commands.items():
             with tempfile.TemporaryDirectory() as folder:
                 evaluations, seconds = watch(*command(options, Path(folder)), folder=Path(folder))
-            reached = next((each for each in evaluations if each[1] <= target), None)
+            reached = next((each for each in evaluations if each[1] <= options.loss), None)
             best = min(evaluations, key=lambda each: each[1])
             row = {"implementation": name, "run": str(run + 1)}
-            row[f"seconds to {target}"] = "not reached" if reached is None else f"{reached[2]:.1f}"
+            row[f"seconds to {options.loss}"] = "not reached" if reached is None else f"{reached[2]:.1f}"
             row["at step"] = "" if reached is None else str(reached[0])
             row |= {"best": f"{best[1]:.4f}", "best at step": str(best[0]), "total seconds": format_number(seconds)}
             rows.append(row)
             print(", ".join(f"{key}: {value}" for key, value in row.items()), file=sys.stderr)
     report.add(f"Complete runs of at most {options.max_steps} steps, empty compile cache", rows)
+    report.finish()
 
 
 def watch(command: list[str], working_directory: Path, *, folder: Path) -> tuple[list[tuple[int, float, float]], float]:
