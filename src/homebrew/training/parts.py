@@ -30,7 +30,6 @@ from homebrew.training.batch_size import BatchPlan
 from homebrew.training.compile import CompileMode
 from homebrew.training.nan_guard import NanGuard
 from homebrew.training.optimizer import adamw, check_trainable, muon_and_adamw
-from homebrew.training.optimizer_probe import check_future_state
 from homebrew.training.schedule import Schedule, WarmupStableDecay, multiplier_at
 from homebrew.training.step_logger import StepLogger
 from homebrew.training.trainer_config import TrainerConfig
@@ -89,11 +88,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Check the user's optimizer, or build those that the config names, and let it average weights if wanted."""
     check_trainable(model, custom)
-    if custom is None:
-        optimizers = _optimizers_of(config, model)
-    else:
-        check_future_state(custom)
-        optimizers = members(custom)
+    optimizers = _optimizers_of(config, model) if custom is None else members(custom)
     for member in optimizers:
         if isinstance(member, Muon) and accelerator.mixed_precision == "bf16" and "cpu_dtype" not in vars(member):
             member.cpu_dtype = torch.bfloat16

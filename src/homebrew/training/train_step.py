@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from homebrew.checkpoint.optimizer_state import check_state
 from homebrew.data.loader import Batch
 from homebrew.distributed.collectives import micro_batch_weights
 from homebrew.distributed.fsdp import full_tensor, keeps_weights_gathered, uses_fsdp
@@ -78,6 +79,7 @@ class TrainStep:
             else self._apply
         )
         self._is_incomplete = False  # True while gradients of an unfinished step may exist
+        self._is_state_checked = False
         self._ddp_needs_all_gradients = _ddp_needs_all_gradients(accelerator)
 
     def reset(self) -> None:
@@ -106,7 +108,8 @@ class TrainStep:
 
         Raises:
             TrainingError: The parameters are not those of the Trainer's construction, or the optimizer's step failed.
-            ConfigError: A parameter has been unfrozen that the optimizer does not hold.
+            ConfigError: A parameter has been unfrozen that the optimizer does not hold; or, in the first step, the
+                optimizer has state that a checkpoint cannot hold.
         """
         self.check_parameters()
         self._is_incomplete = True
@@ -241,6 +244,9 @@ class TrainStep:
                     f"{class_names(self._guard.optimizer)}.step() failed: {error!r}. Use options that the optimizer "
                     f"supports for these parameters, for example fused=False, or another optimizer."
                 ) from error
+            if not self._is_state_checked:  # now, and not only at the first save, which may be hours later
+                check_state(self._guard.optimizer)
+                self._is_state_checked = not self._accelerator.optimizer_step_was_skipped  # by the gradient scaler
         return result
 
     def _apply_with_device_learning_rates(self, loss: Tensor) -> Tensor:

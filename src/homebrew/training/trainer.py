@@ -156,7 +156,8 @@ class Trainer:
         Raises:
             ConfigError: `output_dir` is not writable, is used by another run, or holds a run and neither `resume` nor
                 `overwrite` is given, or `resume` names a checkpoint older than the newest. Or the checkpoint's step is
-                above `max_steps`. Or this Trainer, or another thread of this process, is training already.
+                above `max_steps`. Or this Trainer, or another thread of this process, is training already. Or the
+                optimizer has state that a checkpoint cannot hold, which the first step shows.
             LaunchError: The ranks have different settings.
             CheckpointError: The checkpoint does not exist, is corrupt or belongs to another run.
             NonFiniteError: A loss or gradient was not finite, and `config.non_finite` does not allow it.
