@@ -125,15 +125,8 @@ def test_launch_trains_on_cpu_processes(config_file, tmp_path, world_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("config_file", "message"),
-    [
-        ("fsdp2", "LaunchError: The launcher asked for FSDP, but Accelerate runs"),
-        ("fsdp2_multi_node", "LaunchError: The launcher's parallelism_config is for 2 × 8 processes"),
-    ],
-    indirect=["config_file"],
-)
-def test_launch_of_fsdp_without_gpus_is_an_error(config_file, tmp_path, message):
-    results = launch(config_file, tmp_path, num_processes=2)
-    assert {code for code, _, _ in results} == {1}
-    assert message in results[0][2]
+@pytest.mark.parametrize("config_file", ["fsdp2"], indirect=True)
+def test_launch_of_fsdp_without_gpus_is_an_error(config_file, tmp_path):
+    [(code, _, errors)] = launch(config_file, tmp_path, num_processes=2)
+    assert code == 1
+    assert "LaunchError: The launcher asked for FSDP, but Accelerate runs" in errors

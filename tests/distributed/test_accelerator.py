@@ -85,14 +85,6 @@ def test_world_size_differs_from_the_launcher(tmp_path, monkeypatch):
         build_accelerator(output_dir=tmp_path)
 
 
-def test_parallelism_sizes_differ_from_the_world_size(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
-    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "8")
-    with pytest.raises(LaunchError, match=r"is for 2 × 8 processes .* but the launcher started 1"):
-        build_accelerator(output_dir=tmp_path)
-
-
 @pytest.fixture
 def only_tensorboard(monkeypatch):
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])

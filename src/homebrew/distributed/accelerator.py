@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, LoggerType, ProjectConfiguration
 
-from homebrew.distributed.launch import check_environment, check_launch, check_parallelism_sizes, set_num_threads
+from homebrew.distributed.launch import check_launch, set_num_threads
 from homebrew.distributed.precision import resolve_mixed_precision
 from homebrew.errors import ConfigError, LaunchError
 
@@ -36,8 +36,6 @@ def build_accelerator(
         ConfigError: If this process already has an Accelerator with another precision, or the tracker is unavailable.
         LaunchError: If the launch is inconsistent or not supported, see `check_accelerator`.
     """
-    check_environment()
-    check_parallelism_sizes()
     if log_with is not None:
         _check_tracker(log_with)
     precision = resolve_mixed_precision(mixed_precision)  # raises before Accelerate fixes the precision
@@ -93,7 +91,6 @@ def check_accelerator(
             f"log_with={log_with!r} has no effect on an Accelerator that is already built. Build it as "
             f"Accelerator(log_with={log_with!r}, project_dir=…), and leave the config's log_with at None."
         )
-    check_environment()
     check_launch(accelerator)
     _register_exit_delay(accelerator)
     return accelerator

@@ -5,29 +5,13 @@ import os
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ParallelismConfig
+from accelerate.utils import DistributedType
 
 from homebrew.cores import num_available_cores
 from homebrew.distributed.precision import check_precision
 from homebrew.errors import LaunchError
 
 _UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
-
-
-def check_environment() -> None:
-    """Check the launcher's environment variables before Accelerate reads them.
-
-    Raises:
-        LaunchError: A variable is not an integer.
-    """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        try:
-            int(os.environ.get(name, "0"))
-        except ValueError:
-            raise LaunchError(
-                f"The environment variable {name} is {os.environ[name]!r}, but must be an integer, which the launcher "
-                f"sets. Unset {name} to run one process, or use accelerate launch."
-            ) from None
 
 
 def check_launch(accelerator: Accelerator) -> None:
@@ -68,25 +52,6 @@ def check_launch(accelerator: Accelerator) -> None:
             f"(DDP), or FSDP where the model does not fit on one GPU."
         )
     check_precision(str(accelerator.mixed_precision), accelerator.device.type)
-
-
-def check_parallelism_sizes() -> None:
-    """Check that the product of the launch file's parallelism sizes is the world size.
-
-    Accelerate checks this as well, but its error names neither the sizes nor the world size.
-
-    Raises:
-        LaunchError: The product of the sizes is not the world size.
-    """
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
-        return
-    sizes, world_size = ParallelismConfig(), int(os.environ.get("WORLD_SIZE", "1"))
-    if sizes.total_size != world_size:
-        raise LaunchError(
-            f"The launcher's parallelism_config is for {sizes.dp_replicate_size} × {sizes.dp_shard_size} processes "
-            f"(dp_replicate_size × dp_shard_size), but the launcher started {world_size}. Set the sizes so that their "
-            f"product is num_processes."
-        )
 
 
 def set_num_threads(accelerator: Accelerator) -> None:
