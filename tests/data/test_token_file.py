@@ -434,10 +434,8 @@ def test_truncated_files_and_flipped_bits_raise(valid):
             TokenFile(path).verify()
 
 
-@pytest.mark.parametrize(
-    "ids", [None, 5, torch.ones(3, dtype=torch.int64, device="meta"), torch.ones(3, dtype=torch.int64).to_sparse()]
-)
-def test_ids_without_values_raise(tmp_path, ids):
+@pytest.mark.parametrize("ids", [None, 5])
+def test_ids_that_are_no_sequence_raise(tmp_path, ids):
     for use in (lambda: write_tokens(tmp_path / "a.npy", ids, vocab_size=5), lambda: TokenDataset.from_tokens(ids, 2)):
         with pytest.raises(DataError, match="Token ids"):
             use()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from homebrew.errors import DataError, HomebrewError
+from homebrew.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,24 +28,11 @@ def is_tensor(value: object) -> "TypeGuard[Tensor]":
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def check_dense(ids: "Tensor", name: str, error: type[HomebrewError]) -> None:
-    """Raise `error` for a sparse, nested or quantized tensor."""
-    import torch
-
-    if ids.layout != torch.strided or ids.is_nested or ids.is_quantized:
-        kind = "nested" if ids.is_nested else "quantized" if ids.is_quantized else str(ids.layout)
-        raise error(f"{name} must be a dense tensor of integers, but are {kind}. Use a tensor of dtype torch.int64.")
-
-
 def as_token_ids(ids: "Tensor | TokenIds | Sequence[int]") -> TokenIds:
     """Convert token ids to a NumPy array (num_tokens,) without changing their integer dtype."""
     rule = "must be a one-dimensional sequence of integers. Convert them first."
     if isinstance(ids, Mapping):
         raise DataError(f"Token ids are a dictionary with the keys {sorted(map(str, ids))}. Pass its input_ids.")
-    if is_tensor(ids):
-        check_dense(ids, "Token ids", DataError)
-        if ids.is_meta:
-            raise DataError("Token ids are on the device meta, so they have no values. Give them on a real device.")
     try:
         array = ids.cpu().numpy() if is_tensor(ids) else np.asarray(ids)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor that requires a gradient

@@ -7,7 +7,6 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from homebrew.data.token_ids import check_dense
 from homebrew.errors import ConfigError, ModelError
 from homebrew.generation.decoder import Decoder
 from homebrew.generation.sampling import Sampling
@@ -142,9 +141,6 @@ def stream_tokens(
 def _to_lists(prompts: Prompts, vocab_size: int) -> list[list[int]]:
     if not isinstance(prompts, Tensor):
         return _as_integers(prompts)
-    check_dense(prompts, "The prompts", ModelError)
-    if prompts.is_meta:
-        raise ModelError("The prompts are on the device meta, so they have no values. Give them on a real device.")
     dtype = prompts.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise ModelError(f"The prompts are a tensor of {dtype}, not of token ids. Use torch.int64.")
@@ -199,8 +195,6 @@ def _check_options(
     overflow: str,
 ) -> None:
     """Validate the arguments of `stream_tokens` other than the prompts."""
-    if model.device.type == "meta":
-        raise ModelError("The model is on the meta device, so it has no weights. Load or initialize it on a device.")
     if not isinstance(sampling, Sampling | None):
         raise ConfigError(f"sampling={sampling!r} is not valid. Use a Sampling, such as Sampling(top_k=50), or None.")
     if overflow not in ("slide", "stop"):

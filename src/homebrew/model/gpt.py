@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from homebrew.constants import IGNORE_INDEX
-from homebrew.data.token_ids import check_dense
 from homebrew.errors import ConfigError, ModelError
 from homebrew.integers import SEED_RANGE, as_integer
 from homebrew.io import local_path_or_name
@@ -81,9 +80,9 @@ class GPT(nn.Module):
             float32 scalar.
 
         Raises:
-            ModelError: The sequence is longer than `block_size`, a shape is not (B, T), a dtype is not an integer
-                dtype, a tensor is on another device than the weights, or an id is outside the vocabulary. Ids on a
-                GPU are not checked, because that would wait for the device.
+            ModelError: The sequence is longer than `block_size`, a shape is not (B, T), a tensor is on another device
+                than the weights, the targets are not int64, or an id is outside the vocabulary. Ids on a GPU are not
+                checked, because that would wait for the device.
         """
         self._check_inputs(input_ids, targets)
         hidden = self.transformer(input_ids)  # (B, T, C)
@@ -92,20 +91,7 @@ class GPT(nn.Module):
         return linear_cross_entropy(hidden, self.lm_head.weight, targets, self.config.vocab_size)
 
     def _check_inputs(self, input_ids: Tensor, targets: Tensor | None) -> None:
-        if not isinstance(input_ids, Tensor) or not isinstance(targets, Tensor | None):
-            raise ModelError(
-                f"input_ids and targets must be tensors, but are {type(input_ids).__name__} and "
-                f"{type(targets).__name__}. Use torch.tensor(ids)."
-            )
-        for name, ids in (("input_ids", input_ids), ("targets", targets)):
-            if ids is None:
-                continue
-            check_dense(ids, name, ModelError)
-            if ids.device != self.device:
-                raise ModelError(
-                    f"{name} are on the device {ids.device}, but the model is on {self.device}. Move one of them "
-                    f"with .to(device)."
-                )
+        """Check what would be computed wrongly or read out of bounds. PyTorch raises errors for all other inputs."""
         if input_ids.dim() != 2 or (targets is not None and targets.shape != input_ids.shape):
             shapes = " and ".join(str(tuple(ids.shape)) for ids in (input_ids, targets) if ids is not None)
             raise ModelError(f"input_ids and targets must have the same shape (B, T), but got {shapes}.")
@@ -115,9 +101,11 @@ class GPT(nn.Module):
                 f"The input has {T} tokens, but the model's block_size is {self.config.block_size}. "
                 f"Shorten the input, or build the model with a larger block_size."
             )
-        if input_ids.dtype not in (torch.int32, torch.int64) or (targets is not None and targets.dtype != torch.int64):
-            dtypes = " and ".join(str(ids.dtype) for ids in (input_ids, targets) if ids is not None)
-            raise ModelError(f"input_ids and targets must be token ids of dtype torch.int64, but got {dtypes}.")
+        for name, ids in (("input_ids", input_ids), ("targets", targets)):  # meta ids would be read as any ids
+            if ids is not None and ids.device != self.device:
+                raise ModelError(f"{name} are on {ids.device}, but the model is on {self.device}. Move one of them.")
+        if targets is not None and targets.dtype != torch.int64:  # the loss's kernel reads any dtype
+            raise ModelError(f"targets have the dtype {targets.dtype}. Convert them with targets.to(torch.int64).")
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_range("input_ids", input_ids, (input_ids < 0) | (input_ids >= self.config.vocab_size))
             if targets is not None:
