@@ -17,7 +17,6 @@ from homebrew import (
     EarlyStopping,
     LoRAConfig,
     ProgressDisplay,
-    RunLogger,
     TokenDataset,
     Trainer,
     TrainerConfig,
@@ -157,13 +156,10 @@ class TransformersCallback(TrainerCallback):
         [lambda trainer: None],
         [None],
         "progress",
-        [ProgressDisplay(), ProgressDisplay()],
-        [RunLogger(), RunLogger()],
-        2 * [Callback()],
     ],
 )
-def test_callbacks_must_be_different_callbacks(tmp_path, callbacks):
-    with pytest.raises(ConfigError, match=r"^callbacks(\[0\])? (is|has more|has the same) "):
+def test_callbacks_must_be_callbacks(tmp_path, callbacks):
+    with pytest.raises(ConfigError, match=r"^callbacks(\[0\])? is "):
         make_trainer(tmp_path, callbacks=callbacks)
 
 
@@ -182,7 +178,6 @@ def half():
         ("model", nn.Sequential(GPT(ONE_LAYER))),
         ("model", torch.compile(GPT(ONE_LAYER))),
         ("model", LoRAConfig()),
-        ("model", GPT(ONE_LAYER).to("meta")),
         ("model", half()),
         ("config", None),
         ("config", {"max_steps": 1}),
@@ -234,18 +229,6 @@ def test_training_without_a_dataset_is_an_error(tmp_path):
     config = TrainerConfig(output_dir=tmp_path, max_steps=1, mixed_precision="no")
     with pytest.raises(DataError, match="train_dataset is of type NoneType"):
         Trainer(ONE_LAYER, None, config=config)
-
-
-@pytest.mark.parametrize("resume", [None, 1, "", b"runs/first", ["runs/first"]])
-def test_resume_must_be_a_bool_or_a_path(tmp_path, resume):
-    with pytest.raises(ConfigError, match="resume="):
-        make_trainer(tmp_path).train(resume=resume)
-
-
-@pytest.mark.parametrize("overwrite", [None, "no", 1])
-def test_overwrite_must_be_a_bool(tmp_path, overwrite):
-    with pytest.raises(ConfigError, match="overwrite="):
-        make_trainer(tmp_path).train(overwrite=overwrite)
 
 
 @pytest.mark.parametrize("accepted", ["optimizer", None, ["weather"], [3]])

@@ -178,13 +178,6 @@ def test_training_without_gradients_is_an_error(tmp_path, disabled):
     torch.set_grad_enabled(True)
 
 
-def test_a_model_built_under_inference_mode_is_an_error(tmp_path):
-    with torch.inference_mode():
-        model = GPT(ONE_LAYER)
-    with pytest.raises(ConfigError, match="inference_mode"):
-        make_trainer(tmp_path, model=model)
-
-
 def test_eval_every_without_an_eval_dataset_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"eval_every=2.*eval_dataset"):
         make_trainer(tmp_path, eval_every=2)

@@ -515,18 +515,6 @@ class AttentionMask(ReturnsLoss):
         return super().forward(input_ids, attention_mask)
 
 
-class Sparse(ReturnsLoss):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(50, 8, sparse=True)
-
-
-class Lazy(ReturnsLoss):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.LazyLinear(50)
-
-
 def device_map():
     model = transformers_model("llama")
     model.hf_device_map = {"model": 0, "lm_head": 1}
@@ -571,10 +559,7 @@ WRONG_MODELS = {
     "is attention_mask.*rename": lambda: MaskBeforeTargets(CONFIGS["llama"]()),
     "OptimizedModule": lambda: torch.compile(ReturnsLoss()),
     "DataParallel": lambda: nn.DataParallel(ReturnsLoss()),
-    "meta": lambda: ReturnsLoss().to("meta"),
     "float16": lambda: transformers_model("llama").half(),
-    "sparse": Sparse,
-    "shape": Lazy,
     "ignore_index is '-1'": lambda: with_ignore_index("-1"),
     "ignore_index is 0,": lambda: with_ignore_index(0),
     "ignore_index is 49,": lambda: with_ignore_index(49),

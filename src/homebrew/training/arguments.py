@@ -11,13 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from homebrew.callbacks.base import Callback
-from homebrew.callbacks.progress import ProgressDisplay
-from homebrew.callbacks.run_logger import RunLogger
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.data.validation import check_dataset
 from homebrew.errors import ConfigError
@@ -92,29 +89,12 @@ def check_model(model: nn.Module) -> None:
     """Check that a model can be called by the Trainer, and has weights that can be trained.
 
     Raises:
-        ConfigError: The model is wrapped, or of a kind that cannot be trained. Or a weight has no data, is
-            in float16, or was created under inference_mode.
+        ConfigError: The model is wrapped, is of a kind that cannot be trained, or has a weight in float16.
     """
     if wrapper := next((c.__name__ for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None):
         raise ConfigError(f"The model is wrapped in {wrapper}. Pass the model itself: the Trainer wraps it.")
     interface_of(model).check()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise ConfigError(f"The model's {name} has sparse gradients. Build it with sparse=False.")
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(parameter, UninitializedParameter | UninitializedBuffer):
-            raise ConfigError(f"The model's {name} has no shape yet. Call the model once before you build the Trainer.")
-        if parameter.is_meta:
-            raise ConfigError(
-                f"The model's {name} is on the meta device and has no values. Build it on another device."
-            )
-        if not isinstance(parameter, nn.Parameter):
-            continue
-        if parameter.is_inference():
-            raise ConfigError(
-                f"The model's {name} was created under torch.inference_mode() and cannot have gradients. Build the "
-                f"model outside of it."
-            )
+    for name, parameter in model.named_parameters():
         if parameter.dtype == torch.float16:
             raise ConfigError(
                 f"The model's {name} is float16, in which small updates are lost. Call model.float(); with "
@@ -188,10 +168,10 @@ def check_schedule(schedule: Schedule) -> None:
 
 
 def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Check the types of callbacks, and reject duplicates.
+    """Check the types of callbacks.
 
     Raises:
-        ConfigError: An item is not a Callback, or occurs twice.
+        ConfigError: An item is not a Callback.
     """
     for index, callback in enumerate(callbacks):
         if not isinstance(callback, Callback):
@@ -199,11 +179,6 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
                 f"callbacks[{index}] is {_describe(callback)}, but must be a Callback. Derive the class from "
                 f"homebrew.Callback, and pass an instance."
             )
-    if len({id(callback) for callback in callbacks}) < len(callbacks):
-        raise ConfigError("callbacks has the same Callback twice. Pass it once.")
-    for kind in (ProgressDisplay, RunLogger):
-        if sum(isinstance(callback, kind) for callback in callbacks) > 1:
-            raise ConfigError(f"callbacks has more than one {kind.__name__}. Pass one.")
 
 
 def check_datasets(
@@ -267,15 +242,10 @@ def check_start(resume: bool | str | Path, *, overwrite: bool) -> None:
     """Check the arguments of `Trainer.train`.
 
     Raises:
-        ConfigError: `resume` is neither a bool nor a path, `overwrite` is not a bool, or both are given; or gradients
-            are disabled.
+        ConfigError: `resume` and `overwrite` are both given, or gradients are disabled.
     """
     if not torch.is_grad_enabled():
         raise ConfigError("train() was called under torch.no_grad() or torch.inference_mode(). Call it outside.")
-    if not isinstance(resume, bool | str | Path) or resume == "":
-        raise ConfigError(f"resume={resume!r}: must be True, False, or the path of a checkpoint.")
-    if not isinstance(overwrite, bool):
-        raise ConfigError(f"overwrite={overwrite!r}: must be True or False.")
     if overwrite and resume:
         raise ConfigError(
             f"overwrite=True starts a new run, and resume={str(resume)!r} continues one. Pass only one of them."
