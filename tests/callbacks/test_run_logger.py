@@ -257,11 +257,3 @@ def test_run_json_says_how_the_weights_were_drawn(tmp_path):
     for name, model, init in (("drawn", drawn, "local"), ("loaded", loaded, None)):
         tiny_runs.make_trainer(tmp_path / name, model=model, progress=False, max_steps=1).train()
         assert json.loads((tmp_path / name / "run.json").read_text())["model"]["init"] == init
-
-
-def test_a_resumed_run_keeps_how_its_weights_were_drawn(tmp_path):
-    config = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=1, n_embd=8)
-    stopped = {"progress": False, "callbacks": [tiny_runs.StopAt(2)]}
-    tiny_runs.make_trainer(tmp_path, model=GPT(config, init="local"), **stopped).train()
-    tiny_runs.make_trainer(tmp_path, model=GPT(config), progress=False).train(resume=True)
-    assert json.loads((tmp_path / "run.json").read_text())["model"]["init"] == "local"

@@ -98,7 +98,6 @@ class RunLogger(Callback):
     def _start(self, trainer: "Trainer", description: dict[str, Any]) -> None:
         folder, accelerator = Path(trainer.config.output_dir), trainer.accelerator
         earlier = _earlier_description(folder) if trainer.step else None
-        description["model"]["init"] = _recorded_init(earlier, default=description["model"]["init"])
         description = {"command": self._command, "run_id": _run_id(folder, earlier)} | description
         self._log = self._open_files(folder, description)
         self._log.write("resume" if trainer.step else "begin", step=trainer.step)
@@ -189,11 +188,3 @@ def _run_id(folder: Path, earlier: Any) -> str:  # noqa: ANN401 - as above
             if not is_copy and _RUN_ID.fullmatch(run_id):
                 return run_id
     return secrets.token_hex(4)
-
-
-def _recorded_init(earlier: Any, *, default: str | None) -> str | None:  # noqa: ANN401 - as above
-    """Return how the weights of the earlier run were drawn, which is not how those of a resuming model were."""
-    match earlier:
-        case {"model": {"init": str(init)}}:
-            return init
-    return default
