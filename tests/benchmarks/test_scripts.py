@@ -222,7 +222,6 @@ def test_unknown_optimization_is_an_error(run):
         ("learning --output new --variants", "no runs in new"),
         ("learning --output file", "file"),
         ("learning --output earlier --variants a", "not a run"),
-        ("learning --output new --model baby:depth=3", "Did you mean n_layer?"),
         ("throughput --models foo", "preset 'foo'"),
         ("throughput --only homebrew foo", "Unknown implementations: foo"),
         ("throughput --json missing/report.json", "missing/report.json"),

@@ -23,15 +23,6 @@ from homebrew.data.window_dataset import WindowDataset
 from homebrew.data.windows import check_not_empty, window_starts
 from homebrew.errors import DataError
 from homebrew.integers import as_integer
-from homebrew.unknown_arguments import ArgumentNames
-
-_NAMES = ArgumentNames(
-    {
-        "block_size": "context_length max_length max_seq_len max_seq_length seq_len seq_length sequence_length",
-        "text_column": "column dataset_text_field text_field",
-        "tokenizer": "encoding processing_class",
-    }
-)
 
 
 class TokenDataset(WindowDataset):
@@ -41,7 +32,6 @@ class TokenDataset(WindowDataset):
     """
 
     @classmethod
-    @_NAMES.explain_unknown_arguments
     def from_text(
         cls,
         text: str | Iterable[str],
@@ -96,7 +86,6 @@ class TokenDataset(WindowDataset):
         )
 
     @classmethod
-    @_NAMES.explain_unknown_arguments
     def from_file(
         cls,
         path: Paths,
@@ -132,7 +121,6 @@ class TokenDataset(WindowDataset):
         return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=describe_files(files))
 
     @classmethod
-    @_NAMES.explain_unknown_arguments
     def from_dataset(
         cls,
         dataset: Dataset[Any] | Iterable[Mapping[str, Any]],
@@ -162,7 +150,6 @@ class TokenDataset(WindowDataset):
         return cls.from_text(texts, block_size, tokenizer=tokenizer, stride=stride, source=source)
 
     @classmethod
-    @_NAMES.explain_unknown_arguments
     def from_tokens(
         cls,
         ids: Tensor | NDArray[np.integer] | Sequence[int],
@@ -222,7 +209,6 @@ class TokenDataset(WindowDataset):
         )
 
     @classmethod
-    @_NAMES.explain_unknown_arguments
     def from_shards(
         cls,
         paths: Paths,

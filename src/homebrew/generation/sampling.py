@@ -9,7 +9,6 @@ from torch import Tensor
 
 from homebrew.errors import ConfigError
 from homebrew.integers import is_integer
-from homebrew.unknown_arguments import ArgumentNames
 
 
 def _is_number(value: object) -> bool:
@@ -21,19 +20,6 @@ def _factor(value: float) -> float:
     return float(min(max(value, 1e-20), 1e20))
 
 
-_CALL = "It is an argument of generate, generate_text and trainer.sample."
-_NAMES = ArgumentNames(
-    {"temperature": "temp t", "repetition_penalty": "repeat_penalty frequency_penalty presence_penalty"},
-    advice={
-        "do_sample": "Use temperature=0 for greedy decoding, and a value above 0 to sample.",
-        "max_new_tokens": _CALL,
-        "num_beams": "Beam search is not supported.",
-        "seed": _CALL,
-    },
-)
-
-
-@_NAMES.explain_unknown_fields
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to choose the next token.

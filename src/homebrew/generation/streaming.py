@@ -10,10 +10,8 @@ from homebrew.errors import ConfigError
 from homebrew.generation.generate import FINISHED, Overflow, stream_tokens
 from homebrew.generation.sampling import Sampling
 from homebrew.model.gpt import GPT, check_gpt
-from homebrew.model.other_names import GENERATE_NAMES
 
 
-@GENERATE_NAMES.explain_unknown_arguments
 def generate_text(
     model: GPT,
     tokenizer: Tokenizer,

@@ -17,7 +17,6 @@ from homebrew.model.gpt_config import GPTConfig, Init
 from homebrew.model.initial_weights import UninitializedWeights, initialize
 from homebrew.model.lora import LoRAConfig, add_lora, merged_state_dict
 from homebrew.model.ops.chunked_loss import linear_cross_entropy
-from homebrew.model.other_names import GENERATE_NAMES, MODEL_NAMES
 from homebrew.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ class GPT(nn.Module):
         ConfigError: `config` is not a `GPTConfig`, or `seed` or `init` is not valid.
     """
 
-    @MODEL_NAMES.explain_unknown_arguments
     def __init__(self, config: GPTConfig, *, seed: int = 42, init: Init = "gpt2") -> None:
         if not isinstance(config, GPTConfig):
             raise ConfigError(
@@ -194,7 +192,6 @@ class GPT(nn.Module):
             self.save_pretrained(folder, tokenizer)
             return upload_folder(folder, repository, private=private)
 
-    @GENERATE_NAMES.explain_unknown_arguments
     def generate(
         self,
         input_ids: "Prompts",

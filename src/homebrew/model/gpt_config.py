@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from homebrew.errors import ConfigError
-from homebrew.model.other_names import CONFIG_NAMES
 
 if TYPE_CHECKING:
     from homebrew.data.tokenizer import Tokenizer
@@ -40,7 +39,6 @@ _PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-@CONFIG_NAMES.explain_unknown_fields
 @dataclass(frozen=True)
 class GPTConfig:
     """The configuration of a GPT. The defaults are those of GPT-2 small.

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from homebrew.errors import ConfigError, ModelError
 from homebrew.integers import SEED_RANGE, as_integer
 from homebrew.model.gpt_config import check_dropout
-from homebrew.model.other_names import LORA_NAMES
 
 MAX_RANK = 2**16
 """Maximum rank, far above any useful one. A larger rank, such as a typo, would need more memory than available."""
@@ -32,7 +31,6 @@ _BLOCK_TARGET = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c
 """Values of `LoRAConfig.target_modules` for a layer of one block."""
 
 
-@LORA_NAMES.explain_unknown_fields
 @dataclass(frozen=True)
 class LoRAConfig:
     """Configuration of a LoRA adapter.

@@ -29,7 +29,6 @@ from homebrew.metrics.step_metrics import EvalMetrics
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LanguageModel
-from homebrew.model.other_names import GENERATE_NAMES
 from homebrew.training.argument_names import explain_unknown_arguments
 from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.device_errors import explain_device_asserts, explain_out_of_memory
@@ -276,7 +275,6 @@ class Trainer:
         """
         return self.model if self._meta_copy is None else gather_full_model(self._meta_copy, self._wrapped)
 
-    @GENERATE_NAMES.explain_unknown_arguments
     def sample(
         self, text: str = "", max_new_tokens: int = 100, *, sampling: Sampling | None = None, seed: int | None = None
     ) -> str:
