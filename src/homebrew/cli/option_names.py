@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from tyro.conf import Positional, Suppress
 
 from homebrew.training.argument_names import OTHER_NAMES
-from homebrew.unknown_arguments import similar_names
+from homebrew.training.unknown_arguments import similar_names
 
 _OTHER_NAMES = {name.replace("_", "-"): others.replace("_", "-") for name, others in OTHER_NAMES.items()} | {
     "block-size": "context context-length context-size ctx seq-len sequence-length max-length",

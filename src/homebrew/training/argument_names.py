@@ -1,7 +1,5 @@
 """Names of the Trainer's arguments and settings in other programs, such as nanoGPT and transformers."""
 
-from homebrew.unknown_arguments import ArgumentNames
-
 OTHER_NAMES = {
     "activation_checkpointing": "gradient_checkpointing",
     "betas": "beta1 beta2 adam_beta1 adam_beta2",
@@ -29,7 +27,7 @@ OTHER_NAMES = {
 }
 """Names of the settings of `TrainerConfig` in other programs, such as nanoGPT and transformers."""
 
-_OTHER_ARGUMENTS = {
+OTHER_ARGUMENTS = {
     "model": "model_init",
     "config": "args",
     "train_dataset": "train_data data",
@@ -43,7 +41,7 @@ _OTHER_ARGUMENTS = {
 _FSDP2 = "use FSDP2, with accelerate launch --config_file accelerate_configs/fsdp2.yaml."
 _LORA = "Add an adapter to the model: add_lora(model, LoRAConfig(...)), or PEFT's get_peft_model."
 
-_ADVICE = {
+ADVICE = {
     **dict.fromkeys(OTHER_NAMES, "It is a setting of TrainerConfig."),
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "dropout", "vocab_size"), "It is a setting of GPTConfig."),
     "backend": "Accelerate chooses it.",
@@ -73,7 +71,3 @@ _ADVICE = {
     "wandb_run_name": 'Use log_with="wandb", and set the environment variable WANDB_NAME.',
 }
 """What to do instead, for arguments without an equal counterpart."""
-
-_NAMES = ArgumentNames(OTHER_NAMES | _OTHER_ARGUMENTS, _ADVICE)
-explain_unknown_arguments = _NAMES.explain_unknown_arguments
-explain_unknown_fields = _NAMES.explain_unknown_fields

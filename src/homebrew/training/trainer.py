@@ -29,7 +29,6 @@ from homebrew.metrics.step_metrics import EvalMetrics
 from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LanguageModel
-from homebrew.training.argument_names import explain_unknown_arguments
 from homebrew.training.arguments import check_arguments, check_start
 from homebrew.training.device_errors import explain_device_asserts, explain_out_of_memory
 from homebrew.training.global_settings import exclusive_training
@@ -39,6 +38,7 @@ from homebrew.training.run_requests import RunRequests
 from homebrew.training.schedule import Schedule
 from homebrew.training.setup import build_parts
 from homebrew.training.trainer_config import TrainerConfig
+from homebrew.training.unknown_arguments import explain_unknown_arguments
 from homebrew.user_warnings import warn
 
 

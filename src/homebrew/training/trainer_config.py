@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeGuard, get_args, get_type_hints
 
 from homebrew.errors import ConfigError
 from homebrew.io import absolute_path
-from homebrew.training.argument_names import explain_unknown_fields
 from homebrew.training.schedule import Schedule, warmup_cosine, warmup_stable_decay
+from homebrew.training.unknown_arguments import explain_unknown_fields
 
 NonFinitePolicy = Literal["raise", "skip"]
 
