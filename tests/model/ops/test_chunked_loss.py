@@ -132,6 +132,13 @@ def test_loss_and_gradients_are_zero_if_all_targets_are_ignored(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_targets_may_be_a_view_with_gaps(device):
+    hidden, weight, targets = random_inputs(1, 12, 16, 65, 128, device=device)
+    loss = linear_cross_entropy(hidden[:, ::2], weight, targets[:, ::2], 65)
+    assert loss == linear_cross_entropy(hidden[:, ::2], weight, targets[:, ::2].clone(), 65)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_padding_rows_affect_neither_loss_nor_gradients(device):
     hidden, weight, targets = random_inputs(2, 5, 16, 65, 128, device=device)
     value = linear_cross_entropy(hidden, weight, targets, 65)

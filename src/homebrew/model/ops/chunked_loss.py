@@ -46,7 +46,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     total, _, _ = _chunked_loss_and_grads(
         hidden.flatten(0, 1).to(compute_dtype(hidden)),
         weight,
-        targets.flatten(),
+        targets.flatten().contiguous(),  # as the kernel reads them
         vocab_size,
         grad_enabled and hidden.requires_grad,
         grad_enabled and weight.requires_grad,
