@@ -1,11 +1,9 @@
 import re
-import warnings
 
 import pytest
 
 from homebrew.cli.main import COMMANDS, main
-from homebrew.cli.option_names import _OTHER_NAMES, explain_unknown_name, in_terms_of_options, option_names
-from homebrew.cli.train_command import Train
+from homebrew.cli.option_names import _OTHER_NAMES, explain_unknown_name, option_names
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -80,52 +78,3 @@ def test_an_unknown_name_is_answered_by_the_one_that_was_meant(arguments, sugges
 )
 def test_known_names_pass(arguments):
     assert explain_unknown_name(arguments, COMMANDS) is None
-
-
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        ("max_steps=0: must be 1.", "--max-steps 0: must be 1."),
-        ("seed=-1: wrong.", "--seed -1: wrong."),
-        ("output_dir='runs/r' holds a run.", "--output-dir 'runs/r' holds a run."),
-        ("Needs global_batch_tokens.", "Needs --global-batch-tokens."),
-        ("Use a larger block_size, or less.", "Use a larger --block-size, or less."),
-        ("Resume it with train(resume=True), or not.", "Resume it with --resume, or not."),
-        ("Start over with train(overwrite=True).", "Start over with --overwrite."),
-        ("Use resume=True.", "Use --resume."),
-        (
-            "Call train(resume=True, accept_changes=('seed', 'global_batch_size')).",
-            "Call --resume --accept-changes seed --accept-changes global_batch_size.",
-        ),
-        ("train(resume=True, accept_changes=('seed',))", "--resume --accept-changes seed"),
-        ('train(resume=True, accept_changes=["seed"])', "--resume --accept-changes seed"),
-        ("accept_changes=['x']: must be known.", "--accept-changes ['x']: must be known."),
-        # Python code stays.
-        (
-            "Open it with TokenDataset.from_file('a.bin', …, tokenizer='gpt2'), or set tokenizer='gpt2'.",
-            "Open it with TokenDataset.from_file('a.bin', …, tokenizer='gpt2'), or set --tokenizer 'gpt2'.",
-        ),
-        ("The batch (micro_batch_size=4) is too large.", "The batch (--micro-batch-size 4) is too large."),
-        # None, which the command line does not take.
-        ("eval_every=0: must be at least 1, or None.", "--eval-every 0: must be at least 1."),
-        ("seed=0: must be 1, or None; betas=1: bad.", "--seed 0: must be 1; --betas 1: bad."),
-        ("Use a number of at most 1, or None to keep all tokens.", "Use a number of at most 1."),
-        # Names in paths, in other words and of other things stay.
-        ("/data/seed=1/max_steps/x.txt cannot be read", "/data/seed=1/max_steps/x.txt cannot be read"),
-        ("'max_steps' in my_max_steps and max_steps.txt", "'max_steps' in my_max_steps and max_steps.txt"),
-        ("The model, its seed and the tokenizer differ.", "The model, its seed and the tokenizer differ."),
-        ("global_batch_size: was 8, is 4", "global_batch_size: was 8, is 4"),
-    ],
-)
-def test_errors_speak_of_options(message, expected):
-    assert in_terms_of_options(message, Train) == expected
-
-
-def test_a_warning_names_the_options(text, tmp_path, invoke, tiny):
-    options = ["--output-dir", tmp_path / "run", "--max-steps", 8, "--lr-schedule", "wsd", "--tokenizer", "bytes"]
-    with pytest.warns(UserWarning, match="does not reach its peak") as caught:
-        invoke("train", text, *options, *tiny)
-    shown = warnings.formatwarning(caught[0].message, UserWarning, __file__, 1)
-    assert shown.startswith("homebrew: ")
-    assert all(option in shown for option in ("--lr-schedule 'wsd'", "--max-steps 8", "Set --warmup-steps"))
-    assert not re.search(r"\w=", shown)

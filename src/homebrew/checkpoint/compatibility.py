@@ -202,11 +202,12 @@ def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_cha
         # The optimizer of another model has other parameters, which says nothing new.
         is_implied = has_other_weights and differing_keys(saved.get("optimizer"), ours["optimizer"]) == ["parameters"]
         lines = _differences([name for name in differing if name != "optimizer" or not is_implied], saved, ours)
+        options = "".join(f" --accept-changes {name}" for name in differing)
         remedy = (
             "or choose a new output_dir: the saved weights do not fit this model."
             if has_other_weights
             else f"choose a new output_dir, or accept the changes: train(resume=True, "
-            f"accept_changes={tuple(differing)!r})."
+            f"accept_changes={tuple(differing)!r}), or on the command line --resume{options}."
         )
         raise ResumeMismatch(
             f"The checkpoint belongs to another run:\n  {lines}.\nUse the settings of that run, {remedy}"

@@ -69,8 +69,9 @@ class CheckpointStore:
         """Raise ConfigError if there are checkpoints: a new run must not be mixed with an earlier one."""
         if self.steps():
             raise ConfigError(
-                f"output_dir={str(self.folder.parent)!r} already holds a run. Resume it with train(resume=True), move "
-                f"it aside and start over with train(overwrite=True), or choose another output_dir."
+                f"output_dir={str(self.folder.parent)!r} already holds a run. Resume it with train(resume=True) or "
+                f"`homebrew train --resume`, move it aside and start over with train(overwrite=True) or --overwrite, "
+                f"or choose another output_dir."
             )
 
     def path(self, step: int) -> Path:

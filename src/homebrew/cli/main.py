@@ -13,7 +13,7 @@ import homebrew
 from homebrew.cli.doctor_command import Doctor
 from homebrew.cli.eval_command import Eval
 from homebrew.cli.export_command import Export
-from homebrew.cli.option_names import explain_unknown_name, in_terms_of_options
+from homebrew.cli.option_names import explain_unknown_name
 from homebrew.cli.option_types import OPTION_TYPES
 from homebrew.cli.plot_command import Plot
 from homebrew.cli.prepare_command import Prepare
@@ -84,19 +84,20 @@ def _run(arguments: Sequence[str]) -> int:
     name, *words = arguments
     command = COMMANDS[name]
 
-    def as_line(problem: Warning | HomebrewError | str) -> str:
-        return f"homebrew: {' '.join(in_terms_of_options(str(problem), command).split())}"
-
-    warnings.formatwarning = lambda message, *_, **__: f"{as_line(message)}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"{_as_line(message)}\n"
     try:
         default = saved_options(arguments) or tyro.MISSING_NONPROP
         # Parse only this command's options, so that errors refer to the command's help.
         prog = f"homebrew {name}"
         tyro.cli(command, prog=prog, args=words, default=default, config=_CONFIG, registry=OPTION_TYPES).run()
     except HomebrewError as error:
-        print(as_line(error), file=sys.stderr)
+        print(_as_line(error), file=sys.stderr)
         return 1
     return 0
+
+
+def _as_line(problem: Warning | HomebrewError | str) -> str:
+    return f"homebrew: {' '.join(str(problem).split())}"
 
 
 def _exit_with_help(arguments: Sequence[str]) -> None:

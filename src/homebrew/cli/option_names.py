@@ -1,4 +1,4 @@
-"""Names of a command's options: suggestions for unknown names, and translation of the library's error messages."""
+"""Names of a command's options, and suggestions for unknown names."""
 
 import dataclasses
 import difflib
@@ -80,34 +80,3 @@ def explain_unknown_name(arguments: Sequence[str], commands: Mapping[str, type])
             hint = f"Did you mean {' or '.join(f'--{known}' for known in similar)}? " if similar else ""
             return f"`homebrew {name}` has no option {option}. {hint}To list all options: homebrew {name} --help"
     return None
-
-
-def in_terms_of_options(message: str, command: type) -> str:
-    """Replace argument names in an error message by option names: "max_steps=0" becomes "--max-steps 0".
-
-    "or None" is removed from lists of allowed values, because the command line does not accept None. Python code, such
-    as "from_file('a.bin', tokenizer='gpt2')", stays as it is.
-    """
-    message = re.sub(r",? or None\b[^.;]*", "", message)
-    call = r"train\((resume|overwrite)=True(?:, accept_changes=[(\[]([^)\]]*)[)\]])?\)"
-    message = re.sub(call, _options_of_call, message)
-    parts = re.split(r"(\b\w+\([^()]*\))", message)  # every second part is a call
-    options = option_names(command)
-    parts[::2] = [_replace_names(part, options) for part in parts[::2]]
-    return "".join(parts)
-
-
-def _replace_names(message: str, options: Sequence[str]) -> str:
-    for option in options:
-        name = rf"(?<![\w/.'\"-]){option[2:].replace('-', '_')}"  # not within a path or a quotation
-        message = re.sub(rf"{name}=True\b", option, message)
-        message = re.sub(rf"{name}=(?=[\w'\"(\[-])", f"{option} ", message)
-        message = re.sub(rf"{name}=", option, message)
-        if "-" in option[2:]:  # a single word, such as "text", may be meant literally
-            message = re.sub(rf"{name}(?![\w/'\"]|\.\w)", option, message)
-    return message
-
-
-def _options_of_call(call: re.Match[str]) -> str:
-    aspects = re.findall(r"\w+", call[2] or "")
-    return " ".join([f"--{call[1]}", *(f"--accept-changes {aspect}" for aspect in aspects)])
