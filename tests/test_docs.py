@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,7 +79,9 @@ def commands(block):
 
 
 def run_command(line, capsys):
-    """Run a `homebrew` command; of another command, check that the files of this repository exist."""
+    """Run a command of `homebrew`, `mkdir` or `cp`; of another, check that the files of this repository exist."""
+    if line[0] in ("cp", "mkdir"):
+        subprocess.run(line, check=True)
     if line[0] == "homebrew":
         assert main(line[1:]) == 0, capsys.readouterr().err
     for word in line:

@@ -110,50 +110,6 @@ def test_a_run_in_its_stable_phase_is_extended_by_max_steps_alone(
     assert "--accept-changes schedule" in invoke_error(*resume, "--max-steps", 50)
 
 
-@pytest.mark.parametrize("max_steps", [[], ["--max-steps", 9]])
-def test_a_finished_run_with_a_stable_phase_says_how_to_extend_it(text, tmp_path, capsys, tiny, max_steps):
-    options = [
-        "--lr-schedule",
-        "wsd",
-        "--warmup-steps",
-        0,
-        "--tokenizer",
-        "char",
-        "--save-every",
-        2,
-        "--keep-every",
-        2,
-        *tiny,
-    ]
-    folder = tmp_path / "a run"
-    run_main("train", text, "--output-dir", folder, "--max-steps", 6, *options)
-    run_main("train", "--resume", "--output-dir", folder, *max_steps)
-    output = "".join(capsys.readouterr())
-    command = output[output.rindex("mkdir -p") :]
-    assert "step 4, before the decay" in output
-    assert "--max-steps 9" in command or not max_steps
-    *copies, resume = command.split(" && ")
-    for copy in copies:
-        subprocess.run(shlex.split(copy), check=True)
-    assert run_main(*shlex.split(resume)[1:]) == 0
-    assert "resumes at step 4/" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("max_steps", [[], ["--max-steps", 9]])
-def test_a_finished_run_without_a_checkpoint_from_before_the_decay_says_so(text, tmp_path, capsys, tiny, max_steps):
-    options = ["--lr-schedule", "wsd", "--warmup-steps", 0, "--decay-fraction", 0.9, "--tokenizer", "char", *tiny]
-    run_main("train", text, "--output-dir", tmp_path / "run", "--max-steps", 6, *options)
-    run_main("train", "--resume", "--output-dir", tmp_path / "run", *max_steps)
-    output = "".join(capsys.readouterr())
-    assert "No checkpoint from before the decay of the learning rate, which began at step 0, is kept" in output
-    words = output[output.rindex("homebrew train --resume") :].split()
-    assert run_main(*words[1:]) == 0
-
-
-def run_main(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
 def test_values_given_again_may_agree(small_run, text, invoke, tiny):
     arguments = [text, "--tokenizer", "char", "--seed", 5, *tiny, "--max-steps", 2, "--learning-rate", 6e-4]
     assert "step 2/2" in invoke("train", "--resume", "--output-dir", small_run, *arguments)

@@ -19,6 +19,7 @@ SMALLER = [
     (r"block_size=(128|256|1024)", "block_size=16"),
     (r"(TrainerConfig\([^)]*)max_steps=[\d_]+", r"\1max_steps=2, micro_batch_size=2"),
     (r"(homebrew train book\.\w+)(?!.*--init-from)", r"\1 --n-layer 1 --n-head 1 --n-embd 8 --block-size 64"),
+    (r"step-\d{8}", "step-00000002"),
     (r"--max-steps \d+", "--max-steps 2 --micro-batch-size 2"),
     (r"--vocab-size \d+", "--vocab-size 260"),
     (r"warmup_steps=[\d_]+", "warmup_steps=1"),

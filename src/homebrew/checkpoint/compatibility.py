@@ -87,12 +87,6 @@ def _learning_rates(schedule: Schedule, peaks: Sequence[float], num_steps: int) 
     }
 
 
-def has_past(identity: Mapping[str, Any], schedule: Schedule, num_steps: int) -> bool:
-    """Return whether a schedule has the multipliers that a checkpoint's run used in its first `num_steps` steps."""
-    ours = _learning_rates(schedule, (), num_steps)
-    return "multipliers" not in differing_keys(identity.get("schedule"), ours)
-
-
 def _evenly_spaced(num_steps: int, number: int) -> list[int]:
     """Return the first and the last of `num_steps` steps, and up to `number` - 1 steps between them."""
     return sorted({(num_steps - 1) * i // number for i in range(number + 1)}) if num_steps else []
@@ -203,11 +197,12 @@ def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_cha
         is_implied = has_other_weights and differing_keys(saved.get("optimizer"), ours["optimizer"]) == ["parameters"]
         lines = _differences([name for name in differing if name != "optimizer" or not is_implied], saved, ours)
         options = "".join(f" --accept-changes {name}" for name in differing)
+        guide = ' See "Train for longer" in docs/guides/checkpoints.md.' if differing == ["schedule"] else ""
         remedy = (
             "or choose a new output_dir: the saved weights do not fit this model."
             if has_other_weights
             else f"choose a new output_dir, or accept the changes: train(resume=True, "
-            f"accept_changes={tuple(differing)!r}), or on the command line --resume{options}."
+            f"accept_changes={tuple(differing)!r}), or on the command line --resume{options}.{guide}"
         )
         raise ResumeMismatch(
             f"The checkpoint belongs to another run:\n  {lines}.\nUse the settings of that run, {remedy}"

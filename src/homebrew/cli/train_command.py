@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from homebrew.callbacks.background_stream import BackgroundStream
-from homebrew.cli.extension import extension_advice, recorded_max_steps
 from homebrew.cli.open_datasets import (
     are_token_files,
     data_files,
@@ -23,7 +22,7 @@ from homebrew.cli.open_datasets import (
 from homebrew.cli.open_model import resolve_tokenizer, sample_command
 from homebrew.cli.train_options import DataOptions, ModelOptions, SampleOptions, TrainerOptions
 from homebrew.constants import Aspect
-from homebrew.errors import ConfigError, DataError, ResumeMismatch
+from homebrew.errors import ConfigError, DataError
 from homebrew.io import local_path_or_name
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ class Train:
     def run(self) -> None:
         """Run the command."""
         from homebrew import GPT, RunLogger, Trainer
-        from homebrew.checkpoint.store import CheckpointStore
         from homebrew.cli.saved_command import command_line
         from homebrew.data.text_paths import describe_files
         from homebrew.model.lora import add_lora
@@ -82,7 +80,6 @@ class Train:
                 _print(f"Data: {describe_files(files)}.")
             if choice is not None:
                 _print(choice)
-        is_finished = self.resume and config.max_steps in CheckpointStore(Path(config.output_dir)).steps()
         try:
             trainer.train(resume=self.resume, accept_changes=self.accept_changes, overwrite=self.overwrite)
         except (SystemExit, KeyboardInterrupt):
@@ -90,19 +87,10 @@ class Train:
                 resume = shlex.join(["homebrew", "train", "--resume", "--output-dir", str(self.trainer.output_dir)])
                 _print(f"To resume: {resume}")
             raise
-        except ResumeMismatch as error:
-            if (
-                config.lr_schedule == "wsd"
-                and 0 < (recorded := recorded_max_steps(config.output_dir)) < config.max_steps
-            ):
-                raise ResumeMismatch(f"{error} {extension_advice(config, recorded)}") from error
-            raise
         if trainer.is_main_process:
             output_dir = self.trainer.output_dir
             sample = sample_command(output_dir, train_dataset.tokenizer)
             _print(f"The model is saved in {output_dir}. Try it: {sample}")
-            if is_finished:
-                _print(extension_advice(config, config.max_steps))
 
     def _check_options(self, config: "TrainerConfig") -> None:
         """Check combinations of options before anything is loaded."""
