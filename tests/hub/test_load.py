@@ -53,9 +53,8 @@ def test_a_run_is_loaded_from_its_newest_checkpoint(trainer):
 
 @pytest.mark.parametrize("source", [".", "checkpoints/step-00000004"])
 def test_from_pretrained_names_the_function_that_opens_a_run(trainer, source):
-    folder = trainer.config.output_dir / source
-    with pytest.raises(ModelError, match=re.escape(f"Open it with load_model({str(folder)!r})")):
-        GPT.from_pretrained(folder)
+    with pytest.raises(ModelError, match="with load_model"):
+        GPT.from_pretrained(trainer.config.output_dir / source)
 
 
 def save_checkpoint(folder, edit=lambda tensors: None, state=None, file="model"):
@@ -153,50 +152,23 @@ def test_a_missing_folder_raises_a_model_error(tmp_path):
         load_model(tmp_path / "none")
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """Folder with two runs, an export and something else, which is the working directory's `runs`."""
-    for name in ("first", "second"):
-        save_checkpoint(tmp_path / "runs" / name)
-    GPT(GPTConfig(**CONFIG)).save_pretrained(tmp_path / "runs" / "exported")
-    (tmp_path / "runs" / "plots").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "runs"
-
-
 @pytest.mark.parametrize("open_model", [load_model, GPT.from_pretrained])
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("runs", "runs/exported, runs/first, runs/second."),
-        (Path("runs"), "runs/exported, runs/first, runs/second."),
-        ("runs/first/checkpoints", "runs/first/checkpoints/step-00000001."),
-        (".", "runs/exported, runs/first, runs/second."),
-        ("runs/plots", "no checkpoints"),
-    ],
-)
-def test_a_folder_that_is_no_model_names_the_models_in_it(runs, open_model, source, expected):
-    with pytest.raises(ModelError, match=re.escape(expected)) as caught:
+@pytest.mark.parametrize("source", [".", "notes"])
+def test_a_folder_without_a_model_is_an_error_that_names_what_can_be_opened(tmp_path, monkeypatch, open_model, source):
+    (tmp_path / "notes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    message = rf"^{re.escape(str(Path(source).absolute()))} has no config\.json\..* a run, a checkpoint or an adapter"
+    with pytest.raises(ModelError, match=message):
         open_model(source)
-    assert str(caught.value).startswith((str(Path(source)), str(Path(source).absolute())))
-    assert "plots," not in str(caught.value)
 
 
-def test_the_current_folder_names_the_models_in_it(runs, monkeypatch):
-    monkeypatch.chdir(runs)
-    with pytest.raises(ModelError, match="Pass one of exported, first, second"):
-        load_model(".")
-
-
-@pytest.mark.parametrize(
-    ("source", "meant"),
-    [("runs/frist", "runs/first"), ("./runs/secnd", "runs/second"), ("rnus", "runs"), ("runs/zzz", None)],
-)
-def test_a_mistyped_folder_is_named_before_the_hub(runs, monkeypatch, source, meant):
+@pytest.mark.parametrize("source", ["runs/frist", "./runs/frist", "rnus"])
+def test_a_mistyped_folder_is_named_before_the_hub(tmp_path, monkeypatch, source):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=rf"^There is no folder {re.escape(source)}\.") as caught:
+    with pytest.raises(ModelError, match=rf"^There is no folder {re.escape(source)}\."):
         load_model(source)
-    assert (f"Did you mean {meant}?" in str(caught.value)) == (meant is not None)
 
 
 @pytest.fixture

@@ -92,7 +92,6 @@ def test_a_folder_of_runs_stands_for_the_runs_in_it(record, tmp_path):
     ("path", "message"),
     [
         ("rums/a", "There is no folder"),
-        ("runs/aa", "Did you mean .*runs/a"),
         ("runs/a/metrics.jsonl", "is a file"),
         ("empty", "no metrics.jsonl"),
     ],

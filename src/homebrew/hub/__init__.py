@@ -11,5 +11,4 @@ read_tokenizer.py      reads a folder's tokenizer
 tokenizer_settings.py  checks a tokenizer's settings other than vocabulary and merges
 tokenizer_files.py     writes a tokenizer's files
 model_folder.py        Hub downloads, and bounded reads of JSON, text and safetensors files
-wrong_folder.py        errors that name the folders that may have been meant
 """

@@ -9,7 +9,6 @@ import torch
 from homebrew.data.tokenizer import Tokenizer
 from homebrew.errors import ModelError
 from homebrew.hub.model_folder import find_file, read_json
-from homebrew.hub.wrong_folder import not_a_model
 from homebrew.model.gpt_config import NO_EOS, GPTConfig
 
 CONFIG_FILE = "config.json"
@@ -96,7 +95,10 @@ def read_config(folder: Path) -> PretrainedConfig:
     """
     path, generation_path = find_file(folder, CONFIG_FILE), find_file(folder, GENERATION_CONFIG_FILE)
     if path is None:
-        raise ModelError(not_a_model(folder))
+        raise ModelError(
+            f"{folder.absolute()} has no config.json. Pass the folder of a model in transformers' format, or open the "
+            f"folder of a run, a checkpoint or an adapter with load_model."
+        )
     values = read_json(path)
     if values.get("model_type") != "gpt2":
         raise ModelError(

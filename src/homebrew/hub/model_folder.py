@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from homebrew import bounded_readers
 from homebrew.bounded_readers import Shapes, read_bytes
 from homebrew.errors import ModelError
-from homebrew.hub.wrong_folder import no_folder
 from homebrew.io import local_path_or_name
 
 
@@ -35,13 +34,13 @@ def local_folder(
     if os.path.isfile(name):  # noqa: PTH113
         raise ModelError(f"{name} is a file. Pass the folder that contains it.")
     if isinstance(name_or_folder, Path) or name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise ModelError(f"{no_folder(name)} Pass an existing folder or a Hub repository id.")
+        raise ModelError(f"There is no folder {name}. Pass an existing folder or a Hub repository id.")
     parent = os.path.dirname(name)  # noqa: PTH120
     if revision is None and parent and os.path.isdir(parent):  # noqa: PTH112
         # Most likely a typo in a local path: without a network, asking the Hub would take half a minute.
         raise ModelError(
-            f"{no_folder(name)} It was not looked up on the Hub, because there is a folder {parent}. To download a "
-            f"repository of this name, start in another folder."
+            f"There is no folder {name}. It was not looked up on the Hub, because there is a folder {parent}. To "
+            f"download a repository of this name, start in another folder."
         )
     return _download_snapshot(name, filenames, revision, local_files_only=local_files_only)
 
@@ -59,15 +58,15 @@ def _download_snapshot(
     except LocalEntryNotFoundError as error:
         reason = "local_files_only is set" if local_files_only else "the Hub could not be reached"
         raise ModelError(
-            f"{no_folder(repository)} As a Hub repository, it is not complete in the cache, and {reason}. Check the "
-            f"name and the network connection."
+            f"There is no folder {repository}. As a Hub repository, it is not complete in the cache, and {reason}. "
+            f"Check the name and the network connection."
         ) from error
     except Exception as error:  # from the Hub client or the HTTP library that it uses
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"{no_folder(repository)} As a Hub repository, it could not be downloaded ({type(error).__name__}: "
-            f"{reason}). Check the name, the revision, the network connection and the disk; for a private or gated "
-            f"repository, log in with `hf auth login`."
+            f"There is no folder {repository}. As a Hub repository, it could not be downloaded "
+            f"({type(error).__name__}: {reason}). Check the name, the revision, the network connection and the disk; "
+            f"for a private or gated repository, log in with `hf auth login`."
         ) from error
     return Path(snapshot)
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from homebrew.bounded_readers import read_json
 from homebrew.errors import DataError
-from homebrew.hub.wrong_folder import no_folder
 from homebrew.io import absolute_path
 from homebrew.metrics.metrics_log import MAX_BYTES, read_events
 from homebrew.metrics.run_settings import Settings, flatten_settings
@@ -123,7 +122,7 @@ def find_runs(folders: Iterable[str | Path]) -> list[Path]:
         if os.path.isfile(folder):  # noqa: PTH113 - os.path never raises
             raise DataError(f"{folder} is a file. Pass the folder of a run.")
         if not os.path.isdir(folder):  # noqa: PTH112
-            raise DataError(f"{no_folder(str(folder))} Pass the folder of a run.")
+            raise DataError(f"There is no folder {folder}. Pass the folder of a run.")
         try:
             runs = [folder] if _is_run(folder) else sorted(filter(_is_run, folder.iterdir()))
         except OSError as error:
