@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from homebrew.errors import ConfigError, ModelError
-from homebrew.hub.from_pretrained import CAUSAL_MASK, WRAPPERS, summarize
+from homebrew.hub.from_pretrained import CAUSAL_MASK, WRAPPERS
 from homebrew.model.gpt import GPT
 from homebrew.model.gpt_config import EMBEDDING, LM_HEAD, GPTConfig
 
@@ -30,29 +30,21 @@ def load_nanogpt(checkpoint: Mapping[str, Any]) -> GPT:
     state, config = _contents(checkpoint)
     with torch.device("meta"):
         model = GPT(config)
-    expected = model.state_dict()
-    for name, tensor in expected.items():
-        if name.endswith(".bias") and name not in state and not checkpoint["model_args"].get("bias", True):
-            state[name] = torch.zeros(tensor.shape)
-    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or unknown:
-        raise ModelError(
-            f"The checkpoint's weights do not fit its model_args: missing {summarize(missing)}; unknown "
-            f"{summarize(unknown)}. Pass what torch.load returns for nanoGPT's ckpt.pt, unchanged."
-        )
-    for name, tensor in expected.items():
-        shape = (config.vocab_size, config.n_embd) if name in (EMBEDDING, LM_HEAD) else tuple(tensor.shape)
-        if state[name].shape != shape:
-            raise ModelError(
-                f"The checkpoint's {name} has shape {tuple(state[name].shape)}, but its model_args require {shape}. "
-                f"Pass what torch.load returns for nanoGPT's ckpt.pt, unchanged."
-            )
-    if not torch.equal(state[LM_HEAD], state[EMBEDDING]):
-        raise ModelError(f"{LM_HEAD} and {EMBEDDING} differ. Only models with a tied head are supported.")
+    if not checkpoint["model_args"].get("bias", True):
+        for name, tensor in model.state_dict().items():
+            if name.endswith(".bias"):
+                state.setdefault(name, torch.zeros(tensor.shape))
     num_padding = config.padded_vocab_size - config.vocab_size
-    state[EMBEDDING] = F.pad(state[EMBEDDING], (0, 0, 0, num_padding))
-    state[LM_HEAD] = state[EMBEDDING]
-    model.load_state_dict(state, assign=True)
+    try:
+        if not torch.equal(state[LM_HEAD], state[EMBEDDING]):
+            raise ModelError(f"{LM_HEAD} and {EMBEDDING} differ. Only models with a tied head are supported.")
+        state[LM_HEAD] = state[EMBEDDING] = F.pad(state[EMBEDDING], (0, 0, 0, num_padding))
+        model.load_state_dict(state, assign=True)
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"The checkpoint's weights do not fit its model_args. Pass what torch.load returns for nanoGPT's ckpt.pt, "
+            f"unchanged. {error}"
+        ) from error
     model.lm_head.weight = model.transformer.wte.weight
     return model.eval()
 
