@@ -19,7 +19,6 @@ from homebrew.hub.model_folder import find_file, local_folder, open_tensors, out
 from homebrew.hub.tokenizer_files import HOMEBREW_FILE, to_json, write_tokenizer_files
 from homebrew.io import absolute_path, atomic_replace, local_path_or_name, strict_json
 from homebrew.model.lora import (
-    TARGET_MODULES,
     LoRAConfig,
     adapter_state_dict,
     add_lora,
@@ -39,6 +38,7 @@ _SUPPORTED_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 _KNOWN_FIELDS = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "lora_dropout", "init_lora_weights"),
+        # Selection of layers, which the names of the tensors show.
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         # No effect on the computation: descriptions, and options of initializations and of other model types.
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
@@ -129,7 +129,7 @@ def load_adapter(
             f"unpickling can execute code: load the adapter with PEFT, and save it again with save_pretrained."
         )
     values, tensors = _read_values(config_path), _read_tensors(weights_path)
-    config = _to_lora_config(values, _target_modules(model, values, tensors, config_path), config_path)
+    config = _to_lora_config(values, _target_modules(model, tensors), config_path)
     check_adapter_fits(model, config, tensors)
     add_lora(model, config)
     load_adapter_state_dict(model, tensors)
@@ -142,8 +142,6 @@ def _read_values(path: Path) -> dict[str, Any]:
     unsupported = [name for name, value in values.items() if name not in _KNOWN_FIELDS and value not in _DISABLED]
     if values.get("init_lora_weights", True) not in _SUPPORTED_INITIALIZATIONS:
         unsupported.append("init_lora_weights")
-    if values.get("layers_pattern") not in (*_DISABLED, "", "h", ["h"]):
-        unsupported.append("layers_pattern")
     if unsupported:
         listed = ", ".join(f"{name}={values[name]!r:.200}" for name in unsupported)
         raise ModelError(
@@ -173,38 +171,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _target_modules(
-    model: nn.Module, values: Mapping[str, Any], tensor_names: Iterable[str], path: Path
-) -> tuple[str, ...]:
-    """Return the `LoRAConfig.target_modules` that select exactly the layers that the adapter has."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    targets, excluded = values.get("target_modules"), values.get("exclude_modules") or []
-    blocks: Any = values.get("layers_to_transform")
-    blocks = [] if blocks is None else [blocks] if isinstance(blocks, int) else blocks
-    if not (isinstance(blocks, list) and all(isinstance(block, int) for block in blocks)):
-        raise ModelError(f"{path} has layers_to_transform={blocks!r:.200}. It must be a list of integers.")
-    if targets and _is_string_list(targets) and _is_string_list(excluded):
-        prefixes = tuple(f"transformer.h.{block}." for block in blocks) or ("",)
-        selected = [  # as in PEFT, layers_to_transform does not apply to a full name
-            layer
-            for layer in layers
-            if layer in targets or (ends_with_any(layer, targets) and layer.startswith(prefixes))
-        ]
-        adapted = {layer for layer in selected if not ends_with_any(layer, excluded)}
-    else:  # a regular expression, which may never finish matching, or PEFT's default: use the tensors' names
-        adapted = {name.rpartition(".")[0] for name in tensor_names}
-        targets = []
-    if not adapted:
-        raise ModelError(f"{path} selects no layer of the model. Use an adapter of a GPT-2.")
-    in_all_blocks = {".".join(layer.split(".")[-2:]) for layer in adapted}
-    for names in (set(targets), in_all_blocks):
-        if names <= set(TARGET_MODULES) and adapted == {layer for layer in layers if ends_with_any(layer, names)}:
-            return tuple(sorted(names))
+def _target_modules(model: nn.Module, tensor_names: Iterable[str]) -> tuple[str, ...]:
+    """Return the `LoRAConfig.target_modules` that select exactly the layers of an adapter's tensors.
+
+    PEFT's settings that select layers are not read, because the adapter has tensors of every selected layer.
+    """
+    adapted = {name.rpartition(".")[0] for name in tensor_names}
+    kinds = {".".join(layer.split(".")[-2:]) for layer in adapted}
+    if adapted == {name for name, _ in model.named_modules() if ends_with_any(name, kinds)}:  # in all blocks
+        return tuple(sorted(kinds))
     return tuple(sorted(layer.removeprefix("transformer.") for layer in adapted))
-
-
-def _is_string_list(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _to_lora_config(values: Mapping[str, Any], target_modules: tuple[str, ...], path: Path) -> LoRAConfig:
