@@ -44,27 +44,6 @@ FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 """Fields of GPT2Config that change the computation, with their supported values. The first is the default."""
 
-_FOREIGN_FIELDS: dict[str, tuple[Any, ...]] = {
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-    "hidden_act": (None, *FIXED_FIELDS["activation_function"]),
-    "layer_norm_eps": (None, *FIXED_FIELDS["layer_norm_epsilon"]),
-    "intermediate_size": (None,),
-    "num_key_value_heads": (None,),
-    "multi_query": (None, False),
-    "position_embedding_type": (None, "absolute"),
-    "rope_theta": (None,),
-    "rope_scaling": (None,),
-    "rope_parameters": (None,),
-    "rotary_dim": (None,),
-    "alibi": (None, False),
-    "sliding_window": (None,),
-}
-"""Fields of other architectures and older versions that change the computation, with their supported values.
-
-transformers' GPT-2 ignores these fields, but a model that was trained with them is not a GPT-2.
-"""
-
 _DEFAULT_EOS_TOKEN_ID = 50_256
 _DEFAULT_DROPOUT = 0.1
 """Defaults of GPT2Config."""
@@ -140,7 +119,7 @@ def _unsupported(
     """Describe the values that `GPT` does not support."""
     unsupported = [
         f"{name}={values[name]!r:.100} (must be {' or '.join(map(repr, supported))})"
-        for name, supported in (FIXED_FIELDS | _FOREIGN_FIELDS).items()
+        for name, supported in FIXED_FIELDS.items()
         if name in values and values[name] not in supported
     ]
     unsupported += [f"{name}={size!r} (must be an integer)" for name, size in sizes.items() if type(size) is not int]
