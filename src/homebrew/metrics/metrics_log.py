@@ -1,7 +1,6 @@
 """The files `metrics.jsonl` and `samples.jsonl`: their writer, their reader, and a reader of past evaluation losses."""
 
 import contextlib
-import errno
 import math
 import os
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ from homebrew.errors import DataError
 from homebrew.io import open_regular, strict_json
 from homebrew.user_warnings import warn
 
-MAX_BYTES = 1 << 30
-"""Maximum size of a log that a run appends to, about four million events."""
 _MAX_LINE_BYTES = 1 << 16
 _LINE_START = b'{"event": '
 
@@ -26,24 +23,17 @@ class MetricsLog:
     warning instead of stopping the run.
 
     Args:
-        path: File to append to. An incomplete last line, left by a killed run, is removed.
+        path: File to append to. An incomplete last event, left by a killed run, is removed.
 
     Raises:
-        OSError: The file cannot be opened for writing, is not a regular file, has another name (a hard link), or is
-            not a metrics log.
+        OSError: The file cannot be opened for writing, or is not a regular file.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._has_warned = False
         self._file = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        try:
-            if os.fstat(self._file).st_nlink > 1:
-                raise OSError(errno.EMLINK, "Has a hard link, so another file would change too: copy it", str(path))
-            self._remove_incomplete_line()
-        except BaseException:
-            self.close()
-            raise
+        self._remove_incomplete_event()
 
     def write(self, event: str, **values: Any) -> None:  # noqa: ANN401 - any JSON value
         """Append one event.
@@ -77,19 +67,14 @@ class MetricsLog:
                 os.ftruncate(self._file, end)  # a partial line would corrupt the next one
             raise
 
-    def _remove_incomplete_line(self) -> None:
-        size = os.fstat(self._file).st_size
-        if size > MAX_BYTES:
-            raise OSError(errno.EFBIG, f"{size:,} bytes are too many for a metrics log", str(self._path))
-        start = max(0, size - _MAX_LINE_BYTES)
-        end = os.pread(self._file, _MAX_LINE_BYTES, start)
-        if b"\n" not in end and len(end) == _MAX_LINE_BYTES:
-            raise OSError(errno.EINVAL, "Its last line is too long: not a metrics log", str(self._path))
-        last_newline = end.rfind(b"\n")
-        last_line = end[last_newline + 1 :].strip(b"\0")  # a power failure can leave zeros
-        if not _LINE_START.startswith(last_line[: len(_LINE_START)]):
-            raise OSError(errno.EINVAL, "Its last line is not an event: not a metrics log", str(self._path))
-        os.ftruncate(self._file, start + last_newline + 1)
+    def _remove_incomplete_event(self) -> None:
+        start = max(0, os.fstat(self._file).st_size - _MAX_LINE_BYTES)
+        *_, last_line = os.pread(self._file, _MAX_LINE_BYTES, start).rpartition(b"\n")
+        event = last_line.strip(b"\0")  # a power failure can leave zeros
+        if _LINE_START.startswith(event[: len(_LINE_START)]):
+            os.ftruncate(self._file, os.fstat(self._file).st_size - len(last_line))
+        else:  # not written by a run
+            os.write(self._file, b"\n")
 
 
 def past_eval_losses(path: Path, step: int) -> dict[int, float]:

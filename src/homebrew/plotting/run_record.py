@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from homebrew.bounded_readers import read_json
 from homebrew.errors import DataError
 from homebrew.io import absolute_path
-from homebrew.metrics.metrics_log import MAX_BYTES, read_events
+from homebrew.metrics.metrics_log import read_events
 from homebrew.metrics.run_settings import Settings, flatten_settings
 from homebrew.metrics.step_metrics import TextSample
 from homebrew.user_warnings import warn
@@ -158,7 +158,6 @@ def _is_run(folder: Path) -> bool:
 
 
 def _read_metrics(run: RunRecord, path: Path) -> None:
-    _check_size(path)
     seconds = 0.0  # training time in earlier processes of this run
     for event in read_events(path):
         match event:
@@ -179,19 +178,12 @@ def _read_metrics(run: RunRecord, path: Path) -> None:
 def _read_samples(run: RunRecord, path: Path) -> None:
     if not os.path.lexists(path):
         return
-    _check_size(path)
     for event in read_events(path):
         match event:
             case {"event": "begin" | "resume", "step": int(start)}:
                 run.samples[:] = [sample for sample in run.samples if sample.step <= start]
             case {"event": "sample", "step": int(step), "prompt": str(prompt), "text": str(text)} if _is_step(step):
                 run.samples.append(TextSample(step, prompt, text))
-
-
-def _check_size(path: Path) -> None:
-    size = path.lstat().st_size
-    if size > MAX_BYTES:
-        raise DataError(f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are expected.")
 
 
 def _is_step(step: int) -> bool:
