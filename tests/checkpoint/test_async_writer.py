@@ -51,11 +51,15 @@ WAITS = {
 def test_an_interrupted_wait_neither_loses_the_write_nor_lets_another_overlap_it(wait, interrupts):
     """Ctrl-C raises KeyboardInterrupt in the middle of the wait."""
     writer, proceed, done = AsyncWriter(), threading.Event(), []
+
+    def interrupted_wait():
+        threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()
+        WAITS[wait](writer)
+
     writer.start(lambda: (proceed.wait(60), done.append("first")), name="first")
     for _ in range(interrupts):
-        threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
-            WAITS[wait](writer)
+            interrupted_wait()
         assert writer.is_writing(0)
     threading.Timer(0.05, proceed.set).start()
     writer.start(lambda: done.append("second"), name="second")
