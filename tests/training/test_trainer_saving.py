@@ -150,6 +150,7 @@ class SlowWriter(Callback):
         def slow_save(*args, **kwargs):
             self.overlap = self.overlap or self.running > 0
             self.running += 1
+            self.interrupt()
             self.proceed.wait(60)
             try:
                 return save(*args, **kwargs)
@@ -161,6 +162,9 @@ class SlowWriter(Callback):
     def on_step_end(self, trainer):
         if trainer.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupt(self):
+        if not self.proceed.is_set():
             for i in range(self.num_interrupts):
                 threading.Timer(0.1 * (i + 1), os.kill, [os.getpid(), signal.SIGINT]).start()
             threading.Timer(0.1 * (self.num_interrupts + 1), self.proceed.set).start()
