@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -23,6 +24,9 @@ from homebrew.training.cuda_graph import CudaGraph
 # A shell starts background jobs with SIGINT ignored, and nohup with SIGHUP ignored. Child processes inherit both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# The same examples in each run, without a deadline: tests do not depend on timing.
+hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

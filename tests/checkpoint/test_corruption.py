@@ -3,12 +3,11 @@
 import itertools
 import json
 import random
-from datetime import timedelta
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from homebrew.bounded_readers import parse_tensors
@@ -23,9 +22,7 @@ from homebrew.checkpoint.rng_state import restore_rng, rng_state
 from homebrew.checkpoint.tensor_check import find_non_finite
 from homebrew.errors import CheckpointError, CorruptCheckpoint
 
-MANY = settings(
-    max_examples=1000, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck)
-)
+MANY = settings(max_examples=1000)
 
 
 def content(path):

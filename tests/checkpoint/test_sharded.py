@@ -236,7 +236,7 @@ def test_other_files_beside_shards_are_ignored(store):
 OFFSETS = st.lists(st.integers(-3, 8) | st.sampled_from([1 << 40, (1 << 63) - 1, -(1 << 63)]), max_size=3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shards=st.lists(st.tuples(OFFSETS, st.integers(0, 4), st.sampled_from([(2,), (), (0,), (0, 1 << 40)]))))
 def test_any_shards_are_loaded_completely_or_refused(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("shards")

@@ -4,7 +4,7 @@ import sys
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from homebrew import get_tokenizer
@@ -27,7 +27,6 @@ TEXTS = st.text(st.sampled_from("a'sthe —\n\r\t é,🙂1<|\0\x85\u3000"), max_
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(deadline=None)
 @given(texts=st.lists(TEXTS | st.just(END_OF_TEXT), min_size=1, max_size=5), marker=st.sampled_from(["", END_OF_TEXT]))
 def test_ids_are_those_of_tiktoken(name, texts, marker):
     tokenizer, fast = TOKENIZERS[name], FAST[name]

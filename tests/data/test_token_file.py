@@ -7,13 +7,12 @@ import resource
 import signal
 import stat
 import tracemalloc
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from token_files import npy
 
@@ -404,7 +403,7 @@ def edited(data, edits):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=timedelta(seconds=20), database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300)
 @given(array_edits=EDITS, metadata_edits=EDITS)
 @example(array_edits=[], metadata_edits=[])
 def test_a_corrupt_file_gives_the_right_tokens_or_an_error(valid, bounded_memory, array_edits, metadata_edits):

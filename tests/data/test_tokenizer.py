@@ -52,7 +52,7 @@ def empty_cache(monkeypatch, tmp_path):
     gpt2_tokenizer._gpt2_encoding.cache_clear()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=30) | WORDS)
 def test_gpt2_matches_transformers_and_decodes(hf_tokenizer, text):
     gpt2 = get_tokenizer("gpt2")
@@ -89,7 +89,7 @@ RUNS = [
 """Alphabets of each class of characters in GPT-2's regular expression, and of mixtures."""
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     alphabet=st.sampled_from(RUNS),
     length=st.integers(1, 1500),
@@ -105,7 +105,7 @@ def test_encoding_in_chunks_gives_the_ids_of_the_entire_text(alphabet, length, s
     assert ids.tolist() == gpt2_tokenizer._gpt2_encoding().encode_ordinary(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), num_held_back=st.integers(8, 12))
 def test_few_tokens_need_to_be_held_back(data, num_held_back):
     alphabet = data.draw(st.sampled_from(RUNS) | st.text(min_size=2, max_size=6))

@@ -47,7 +47,7 @@ def path(reference, tmp_path_factory):
     return path
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=40) | WORDS)
 def test_ids_are_those_of_the_tokenizers_library(reference, path, text):
     tokenizer = get_tokenizer(path)
@@ -67,7 +67,7 @@ def test_any_bytes_can_be_decoded(path, data):
     assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(text=st.text("ab", min_size=300, max_size=2000) | st.text("aAbc 中'1\n", min_size=300, max_size=2000))
 def test_encoding_in_chunks_gives_the_ids_of_the_entire_text(reference, path, text):
     chunks = (text[i : i + 100] for i in range(0, len(text), 100))

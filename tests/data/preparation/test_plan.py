@@ -37,7 +37,7 @@ def cut(path, *, split=False):
     ]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=TEXTS, size=st.integers(1, 20))
 def test_cutting_a_text_does_not_change_its_ids(path, text, size):
     path.write_bytes(text.encode())

@@ -27,7 +27,7 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("prepare") / "text.txt"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=TEXTS, chunk_characters=st.integers(1, 12))
 def test_preparing_in_chunks_equals_encoding_at_once(path, text, chunk_characters):
     path.write_bytes(text.encode())
