@@ -202,13 +202,13 @@ def test_a_stop_signal_during_the_last_save_stops_all_ranks(runner, tmp_path, pr
 
 @pytest.mark.slow
 def test_a_long_run_does_not_leak(runner, tmp_path):
-    config = {"max_steps": 2400, "save_every": 30, "eval_every": 300, "log_every": 30}
+    config = {"max_steps": 1200, "save_every": 30, "eval_every": 300, "log_every": 30}
     codes, result = runner.run(tmp_path, measure_every=300, **config)
     assert codes == [0], runner.log.read_text()
-    first, *rest = result["resources"]
-    assert [record["step"] for record in rest] == list(range(600, 2401, 300))
+    _, first, *rest = result["resources"]  # caches grow in the first steps
+    assert [record["step"] for record in rest] == [900, 1200]
     grown = max(record["rss"] for record in rest) - first["rss"]
-    assert grown <= 2 * 2**20, result["resources"]
+    assert grown <= 2**20, result["resources"]
     assert len({record["descriptors"] for record in result["resources"]}) == 1, result["resources"]
     assert result["after"]["threads"] <= result["before"]["threads"], result
     assert sorted(names(tmp_path)) == [f"step-{step:08}" for step in CheckpointStore(tmp_path).steps()]

@@ -127,6 +127,9 @@ class Resources(Callback):
 
     def on_step_end(self, trainer):
         if self.every and trainer.step % self.every == 0:
+            for thread in threading.enumerate():
+                if thread.name.startswith("checkpoint-"):  # has open files
+                    thread.join()
             gc.collect()
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             rss = pages * os.sysconf("SC_PAGE_SIZE")
