@@ -383,7 +383,7 @@ class Stopping(torch.utils.data.Dataset):
 options = dict(global_batch_size=2, micro_batch_size=2, rank=0, num_ranks=1, device=torch.device("cpu"),
     collate=Collate(9, 8))
 try:
-    next(StepLoader(Stopping(), seed=0, num_workers=1, timeout_seconds=0.5, **options).steps(0))
+    next(StepLoader(Stopping(), seed=0, num_workers=1, timeout_seconds=3, **options).steps(0))
 except DataError:
     print("error", flush=True)
 """
