@@ -6,6 +6,7 @@ from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
+from child_processes import exit_code, fork
 from platforms import needs_linux
 
 from homebrew.callbacks import background_stream
@@ -100,10 +101,5 @@ def test_a_forked_process_can_print(pipe):
     """Workers of a data loader are forked, and have no copy of the thread."""
     reader, file = pipe
     with closing(BackgroundStream(file)) as stream:
-        if (pid := os.fork()) == 0:
-            try:
-                stream.write("from the worker\n")
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
+        assert exit_code(fork(lambda: stream.write("from the worker\n"))) == 0
     assert reader.readline() == b"from the worker\n"

@@ -4,12 +4,12 @@ import ctypes
 import json
 import os
 import resource
-import traceback
-import warnings
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from child_processes import exit_code, fork
 from platforms import needs_linux
 
 from homebrew.checkpoint.store import CheckpointStore
@@ -17,7 +17,7 @@ from homebrew.errors import CheckpointError
 from homebrew.metrics.metrics_log import MetricsLog
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-FAILED, CANNOT_MOUNT = 1, 77
+CANNOT_MOUNT = 77
 
 
 def big_files(step):
@@ -100,21 +100,14 @@ def fill_at_every_size(folder):
 
 @needs_linux
 def test_a_small_disk_with_any_number_of_free_pages(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside torch's idle threads
-        child = os.fork()
-    if child == 0:
+    def mount_and_fill():
         try:
-            code = CANNOT_MOUNT
             mount_small_disk(tmp_path, 60 * PAGE)
-            code = FAILED
-            fill_at_every_size(tmp_path)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        except OSError:
+            sys.exit(CANNOT_MOUNT)
+        fill_at_every_size(tmp_path)
+
+    code = exit_code(fork(mount_and_fill))
     if code == CANNOT_MOUNT:
         pytest.skip("this system does not allow unprivileged mounts")
     assert code == 0

@@ -6,10 +6,10 @@ import os
 import shutil
 import signal
 import tempfile
-import warnings
 from pathlib import Path
 
 import pytest
+from child_processes import exit_code, fork
 from platforms import needs_linux
 from safetensors.torch import save
 from shards import sharding_info
@@ -57,26 +57,19 @@ def watched(on_event):
 
 def killed_at(moment, work):
     """Call `work` in a child that kills itself at the given event; return whether it was killed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside torch's idle threads
-        child = os.fork()
-    if child == 0:
-        counter = itertools.count()
+    counter = itertools.count()
 
-        def on_event(*_):
-            if next(counter) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def on_event(*_):
+        if next(counter) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        code = 1
-        try:
-            with watched(on_event):
-                work()
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL)
-    return status != 0
+    def watched_work():
+        with watched(on_event):
+            work()
+
+    code = exit_code(fork(watched_work))
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 class Scene:

@@ -3,11 +3,11 @@
 import os
 import pickle
 import sys
-import traceback
 import warnings
 
 import pytest
 import torch
+from child_processes import exit_code, fork
 
 from homebrew import GPT, GPTConfig, HomebrewError, TokenDataset, Trainer, TrainerConfig
 from homebrew.checkpoint.store import CheckpointStore
@@ -90,25 +90,21 @@ def test_no_function_unpickles(tmp_path, monkeypatch, how):
         lambda: TokenDataset.from_shards(tmp_path / "bytes", 8),
     ]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # a child cannot use a GPU that its parent has used
-    child = os.fork()
-    if child == 0:  # an audit hook cannot be removed
-        code = 1
-        try:
-            opened, refused = [], 0
-            sys.addaudithook(lambda event, args: opened.append(event) if event == "pickle.find_class" else None)
-            warnings.simplefilter("ignore")
-            for load in loaders:
-                try:
-                    load()
-                except HomebrewError:
-                    refused += 1
-            clean = (opened, mark.exists(), refused) == ([], False, len(loaders))
-            (torch.load if how == "torch" else lambda path, **_: pickle.loads(path.read_bytes()))(
-                tmp_path / "bytes", weights_only=False
-            )
-            code = 0 if clean and opened and mark.exists() else 1  # the hook works
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def load_all():
+        opened, refused = [], 0
+        sys.addaudithook(lambda event, args: opened.append(event) if event == "pickle.find_class" else None)
+        warnings.simplefilter("ignore")
+        for load in loaders:
+            try:
+                load()
+            except HomebrewError:
+                refused += 1
+        assert (opened, mark.exists(), refused) == ([], False, len(loaders))
+        (torch.load if how == "torch" else lambda path, **_: pickle.loads(path.read_bytes()))(
+            tmp_path / "bytes", weights_only=False
+        )
+        assert opened  # the hook works
+        assert mark.exists()
+
+    assert exit_code(fork(load_all)) == 0  # in a child, because an audit hook cannot be removed

@@ -9,9 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-import warnings
 
 import pytest
+from child_processes import fork
 
 from homebrew.checkpoint.run_folder import LOCK_FILE, RunLock, move_run_aside
 from homebrew.errors import ConfigError
@@ -21,16 +21,13 @@ from homebrew.errors import ConfigError
 def child(work):
     """Fork a process that calls `work`, says so through a pipe, and then waits until it is killed."""
     ready, says = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside torch's idle threads
-        pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os.write(says, b"x")
-            signal.pause()
-        finally:
-            os._exit(1)
+
+    def say_and_wait():
+        work()
+        os.write(says, b"x")
+        signal.pause()
+
+    pid = fork(say_and_wait)
     os.close(says)
     try:
         assert os.read(ready, 1) == b"x"

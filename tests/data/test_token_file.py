@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from child_processes import exit_code, fork
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from token_files import npy
@@ -194,10 +195,8 @@ def test_a_full_disk_raises_and_keeps_the_old_files(path):
 
 
 def test_a_killed_write_keeps_the_old_files(path):
-    child = os.fork()
-    if child == 0:
-        write_tokens(path, (os.kill(os.getpid(), signal.SIGKILL) for _ in range(1)), vocab_size=9)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    kill = (os.kill(os.getpid(), signal.SIGKILL) for _ in range(1))
+    assert exit_code(fork(lambda: write_tokens(path, kill, vocab_size=9))) == -signal.SIGKILL
     assert read_all(path) == IDS.tolist()
 
 

@@ -2,10 +2,11 @@
 
 import os
 import re
-import warnings
+from functools import partial
 
 import pytest
 import torch
+from child_processes import exit_code, fork
 from tiny_runs import (
     CONFIG,
     RaiseAt,
@@ -144,29 +145,22 @@ def test_a_callback_can_save_and_a_dataset_can_fork_during_the_run(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a forked process cannot use the GPU")
 def test_of_runs_started_at_once_one_trains_and_the_others_say_which(tmp_path):
     start, let_start = os.pipe()
-    torch.set_num_threads(1)
-    children = []
-    for number in range(5):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside torch's idle threads
-            pid = os.fork()
-        if pid == 0:
-            try:
-                trainer = make_trainer(tmp_path / "run", max_steps=4, save_every=1, progress=False)
-                os.close(let_start)
-                os.read(start, 1)  # until the parent closes its end
-                trainer.train()
-                result = "done"
-            except BaseException as error:
-                result = str(error)
-            finally:
-                (tmp_path / str(number)).write_text(result)
-                os._exit(0)
-        children.append(pid)
+
+    def train(number):
+        result = tmp_path / str(number)
+        try:
+            trainer = make_trainer(tmp_path / "run", max_steps=4, save_every=1, progress=False)
+            os.close(let_start)
+            os.read(start, 1)  # until the parent closes its end
+            trainer.train()
+            result.write_text("done")
+        except ConfigError as error:
+            result.write_text(str(error))
+
+    children = [fork(partial(train, number)) for number in range(5)]
     os.close(start)
     os.close(let_start)
-    for pid in children:
-        os.waitpid(pid, 0)
+    assert [exit_code(pid) for pid in children] == [0] * 5
     results = [(tmp_path / str(number)).read_text() for number in range(5)]
     assert results.count("done") == 1, results
     winner = children[results.index("done")]
