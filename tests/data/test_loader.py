@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import signal
@@ -359,6 +360,7 @@ def test_a_killed_worker_raises():
     dataset = CustomDataset(transform=lambda i, sample: kill(i, sample) if i == 7 else sample)
     with pytest.raises(DataError, match="worker died or took over 30 seconds"):
         steps(9, dataset=dataset, num_workers=2, timeout_seconds=30)
+    gc.collect()  # the socket, here rather than in another test
 
 
 def test_a_hanging_worker_raises_after_the_timeout(monkeypatch):
