@@ -1,5 +1,7 @@
 """Environment and ports for several processes on one machine."""
 
+import contextlib
+import random
 import socket
 import sys
 
@@ -13,7 +15,9 @@ ON_CPUS = {
 
 
 def free_port():
-    """Return a TCP port that is currently free."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a free TCP port that the system does not use for outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)  # the system uses 32768 and higher
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
