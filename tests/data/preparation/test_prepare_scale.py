@@ -276,7 +276,7 @@ def run_and_kill(inputs, output, number, workers=1):
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("number", [1, 4, 9, *(pytest.param(i, marks=pytest.mark.slow) for i in range(10, 110, 5))])
+@pytest.mark.parametrize("number", [1, 4, 9, *(pytest.param(i, marks=pytest.mark.slow) for i in (15, 40, 65, 90, 105))])
 def test_a_killed_run_is_continued(inputs, tmp_path, number):
     prepare(inputs, tmp_path / "expected" / "book.npy", workers=1, **OPTIONS)
     output = tmp_path / "out" / "book.npy"
