@@ -41,8 +41,7 @@ def test_several_runs_have_a_legend_of_what_differs(record):
     assert [text.strip() for text in drawn if "seed" in text] == [f"_{seed}: seed={seed}" for seed in range(3)]
 
 
-@pytest.mark.parametrize("lowest", [0.012, 0.3, 1.05, 1.3, 2.5])
-@pytest.mark.parametrize("ratio", [2.1, 7, 20, 1e5])
+@pytest.mark.parametrize(("lowest", "ratio"), [(0.012, 20), (0.3, 1e5), (1.05, 2.1), (1.3, 7), (2.5, 2.1)])
 def test_a_logarithmic_axis_has_a_few_ticks(record, lowest, ratio):
     folder = record("a", [{"event": "step", "step": i + 1, "loss": lowest * ratio ** (1 - i)} for i in range(2)])
     picture = ET.fromstring(curves_image([read_run(folder)], kind="svg"))
