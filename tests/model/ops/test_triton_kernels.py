@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_kernels_in_triton_interpreter():
     """Run this module in a subprocess, because Triton reads TRITON_INTERPRET when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-m", "pytest", __file__], env=environment, check=True, timeout=200)
+    subprocess.run([sys.executable, "-m", "pytest", "-n0", __file__], env=environment, check=True, timeout=200)
 
 
 needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="runs in the interpreter")
