@@ -194,8 +194,7 @@ def test_warmup_stable_decay_of_unusual_lengths(name):
 @pytest.mark.parametrize(
     ("lr_schedule", "decay_fraction"), [("cosine", None), ("linear", None), ("wsd", 0.2), ("wsd", None), ("wsd", 1.0)]
 )
-@pytest.mark.parametrize("warmup_steps", [1, 30, 100])
-@pytest.mark.parametrize("min_lr_ratio", [None, 0.0, 0.3])
+@pytest.mark.parametrize(("warmup_steps", "min_lr_ratio"), [(1, None), (30, 0.3), (100, 0.0)])
 def test_no_schedule_jumps(tmp_path, lr_schedule, warmup_steps, min_lr_ratio, decay_fraction):
     """From one step to the next, the multiplier changes by no more than the steepest line of the warm-up or decay."""
     config = TrainerConfig(
@@ -234,9 +233,10 @@ def test_the_defaults_of_each_schedule(tmp_path, lr_schedule, max_steps):
     assert list(map(config.schedule(), steps)) == list(map(DEFAULTS[lr_schedule, max_steps], steps))
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("warmup_steps", [None, 4])
-@pytest.mark.parametrize(("short", "long"), [(8, 16), (15, 40), (20, 21), (30, 400), (400, 3000)])
+@pytest.mark.parametrize(
+    ("fraction", "warmup_steps", "short", "long"),
+    [(0.0, None, 15, 40), (0.3, 4, 15, 40), (0.3, None, 30, 400), (0.3, None, 400, 3000), (1.0, None, 20, 21)],
+)
 def test_until_its_decay_a_wsd_schedule_does_not_depend_on_the_number_of_steps(
     tmp_path, fraction, warmup_steps, short, long
 ):
