@@ -1,6 +1,5 @@
 """Resuming with `accept_changes`: which state of the checkpoint is used, and which is not."""
 
-import itertools
 import shutil
 from functools import cache
 
@@ -133,7 +132,12 @@ def runs(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("old", "new"), list(itertools.permutations(OPTIMIZERS, 2)))
+NAMES = list(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [*zip(NAMES, NAMES[1:] + NAMES[:1], strict=True), ("AdamW, Muon", "Muon, AdamW")]
+)
 def test_another_optimizer_starts_without_the_old_state(tmp_path, runs, old, new):
     checkpoint, _ = runs(old)
     _, fresh = runs(new)

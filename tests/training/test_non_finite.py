@@ -89,12 +89,15 @@ def averaging(optimizer):
     return {"ema_decay": 0.9} if optimizer.startswith("averaged") else {}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+PLACES = [("loss", math.nan), ("micro-batch", math.inf), ("gradient", math.nan), ("gradient", math.inf)]
+
+
 @pytest.mark.parametrize(
-    ("where", "value"),
-    [("loss", math.nan), ("micro-batch", math.inf), ("gradient", math.nan), ("gradient", math.inf)],
+    ("policy", "where", "value", "optimizer"),
+    [(policy, *place, "adamw") for policy in ("raise", "skip") for place in PLACES]
+    + [("skip", "gradient", math.nan, optimizer) for optimizer in OPTIMIZERS if optimizer != "adamw"]
+    + [("raise", "gradient", math.nan, "averaged muon")],
 )
-@pytest.mark.parametrize("policy", ["raise", "skip"])
 def test_a_non_finite_step_changes_no_weight_and_no_optimizer_state(tmp_path, policy, where, value, optimizer):
     model = GPT(CONFIG)
     snapshots, recorder = Snapshots(), Recorder()

@@ -161,15 +161,18 @@ class ReadEverything(Callback):
             self.on_train_begin(trainer)
 
 
+SOME_OPTIMIZERS = ["AdamW", "Adagrad", "plain numbers", "own dtypes", "Muon", "schedule-free and fused"]
+
+
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", SOME_OPTIMIZERS)
 def test_reading_the_state_does_not_change_it(tmp_path, optimizer):
     expected = train_with(tmp_path / "not read", optimizer)
     assert equal(train_with(tmp_path / "read", optimizer, ReadEverything()), expected)
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", SOME_OPTIMIZERS)
 def test_a_checkpoint_of_step_0_is_the_state_before_training(tmp_path, optimizer):
     expected = train_with(tmp_path / "run", optimizer, ReadEverything())
     assert equal(train_with(tmp_path / "resumed", optimizer, resume=checkpoint_path(tmp_path / "run", 0)), expected)
