@@ -40,8 +40,14 @@ def test_preparing_in_chunks_equals_encoding_at_once(path, text, chunk_character
         assert ids == tokenizer.encode(text).tolist()
 
 
-@pytest.mark.parametrize("text", ["a", "ACGT", "中文没有空格", "0123456789", "!?", " ", "\n", "A text of one line. "])
-@pytest.mark.parametrize(("tokenizer", "is_fast"), [("gpt2", False), ("gpt2", True), ("bytes", False), ("char", False)])
+REPEATED = ["a", "ACGT", "中文没有空格", "0123456789", "!?", " ", "\n", "A text of one line. "]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "is_fast", "text"),
+    [("gpt2", is_fast, text) for is_fast in (False, True) for text in REPEATED]
+    + [("bytes", False, "ACGT"), ("char", False, "ACGT")],
+)
 def test_memory_does_not_depend_on_white_space(path, tmp_path, monkeypatch, tokenizer, is_fast, text):
     monkeypatch.setattr(prepare_module, "_MIN_FAST_BYTES", 0)
     monkeypatch.setattr(prepare_module, "has_fast_tokenizer", lambda *_: is_fast)
