@@ -227,8 +227,10 @@ def own_loss(model, input_ids, targets):
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 2])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox", "gpt2", "mamba", "bart", "nanogpt"])
+@pytest.mark.parametrize(
+    ("name", "micro_batch_size"),
+    [(name, 2) for name in ("llama", "gpt_neox", "gpt2", "mamba", "bart", "nanogpt")] + [("llama", 8), ("nanogpt", 8)],
+)
 def test_twenty_steps_equal_a_plain_loop(tmp_path, name, micro_batch_size):
     recorder = Recorder()
     trainer = make_trainer(
@@ -248,8 +250,9 @@ def test_twenty_steps_equal_a_plain_loop(tmp_path, name, micro_batch_size):
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("averaged", [False, True])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "averaged"), [(name, False) for name in ALL] + [("llama", True), ("nanogpt", True), ("mixed", True)]
+)
 def test_a_stopped_run_resumes_bitwise(tmp_path, name, averaged):
     optimizer = "adamw" if name == "mixed" else "muon"  # it has no blocks for Muon
     options = {"optimizer": optimizer, "ema_decay": 0.9} if averaged else {}
@@ -297,8 +300,10 @@ def test_a_module_is_exported_as_safetensors(tmp_path, model):
         trainer.save_pretrained(checkpoint_path(tmp_path / "run", 2))
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "bytes", "own"])
-@pytest.mark.parametrize("name", [*TRANSFORMERS, "module"])
+@pytest.mark.parametrize(
+    ("name", "tokenizer"),
+    [(name, "own") for name in (*TRANSFORMERS, "module")] + [("llama", "char"), ("llama", "bytes")],
+)
 def test_every_model_is_saved_with_its_tokenizer(tmp_path, name, tokenizer):
     text = "It's  a cab, don't!\n\n 12345 bags\n" * 20
     if tokenizer == "own":
@@ -796,7 +801,7 @@ def test_muon_trains_the_matrices_of_the_blocks(tmp_path, name):
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["llama", "mixtral", "nanogpt", "mixed"])
 def test_auto_micro_batch_size_changes_no_buffer(tmp_path, name):
     options = {"micro_batch_size": "auto", "global_batch_tokens": 8 * 16, "progress": False, "max_steps": 2}
     make_trainer(tmp_path / "auto", model=build_model(name), **options).train()
