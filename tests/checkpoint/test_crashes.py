@@ -144,7 +144,7 @@ def test_a_stop_signal_to_loader_workers_too_saves_and_exits(runner, tmp_path, n
     codes, result = runner.run(tmp_path, signals=signals, num_workers=2, data={"slow": 0.01})  # waits for data
     assert codes == [code], runner.log.read_text()
     assert result["raised"] == "SystemExit"
-    assert newest(tmp_path)[0] in (6, 7)
+    assert 5 <= newest(tmp_path)[0] < MAX_STEPS
 
 
 def test_three_resumes_with_loader_workers_and_random_data(runner, tmp_path):
