@@ -490,9 +490,14 @@ def test_adapter_that_does_not_fit_is_rejected_without_changing_the_model(tmp_pa
         assert all(parameter.requires_grad for parameter in model.parameters())
     config.write_text(json.dumps(good))
     head = {f"base_model.model.lm_head.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
-    for changed in ({}, head, tensors | head):
+    llama = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)}
+    for changed in ({}, head, tensors | head, llama):
         save_file(changed, weights)
-        with pytest.raises(ModelError, match="target_modules"):
+        with pytest.raises(ModelError, match="which the model does not have"):
+            load_adapter(base_model(), tmp_path)
+    for lost in ("h.1.", "h.0.attn.c_attn"):  # as in an adapter of a model with fewer blocks
+        save_file({name: tensor for name, tensor in tensors.items() if lost not in name}, weights)
+        with pytest.raises(ModelError, match=rf"selects transformer\.{lost}.*no tensors"):
             load_adapter(base_model(), tmp_path)
     save_file({name: tensor for name, tensor in tensors.items() if "h.1.attn.c_attn.lora_B" not in name}, weights)
     with pytest.raises(ModelError, match=r"h\.1\.attn\.c_attn\.lora_B"):

@@ -35,11 +35,11 @@ _PREFIX = "base_model.model."
 _SUPPORTED_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base's weights unchanged. Others move a part of them to the adapter."""
 
+_SELECTIONS_OF_BLOCKS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _KNOWN_FIELDS = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "lora_dropout", "init_lora_weights"),
-        # Selection of layers, which the names of the tensors show.
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("target_modules", *_SELECTIONS_OF_BLOCKS),  # the names of the tensors show what they select
         # No effect on the computation: descriptions, and options of initializations and of other model types.
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         *("fan_in_fan_out", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -129,7 +129,7 @@ def load_adapter(
             f"unpickling can execute code: load the adapter with PEFT, and save it again with save_pretrained."
         )
     values, tensors = _read_values(config_path), _read_tensors(weights_path)
-    config = _to_lora_config(values, _target_modules(model, tensors), config_path)
+    config = _to_lora_config(values, _target_modules(model, values, tensors, config_path), config_path)
     check_adapter_fits(model, config, tensors)
     add_lora(model, config)
     load_adapter_state_dict(model, tensors)
@@ -171,14 +171,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _target_modules(model: nn.Module, tensor_names: Iterable[str]) -> tuple[str, ...]:
-    """Return the `LoRAConfig.target_modules` that select exactly the layers of an adapter's tensors.
-
-    PEFT's settings that select layers are not read, because the adapter has tensors of every selected layer.
-    """
+def _target_modules(
+    model: nn.Module, values: Mapping[str, Any], tensor_names: Iterable[str], path: Path
+) -> tuple[str, ...]:
+    """Return the `LoRAConfig.target_modules` that select exactly the layers of an adapter's tensors."""
+    blocks = model.get_submodule("transformer.h")
+    layers = {f"transformer.h.{name}" for name, layer in blocks.named_modules() if isinstance(layer, nn.Linear)}
     adapted = {name.rpartition(".")[0] for name in tensor_names}
+    if not adapted <= layers or not adapted:
+        example = min(adapted - layers, default="no layer")
+        raise ModelError(f"{path} is for {example}, which the model does not have. Use an adapter of this GPT-2.")
+    targets = values.get("target_modules")
+    if isinstance(targets, list) and all(values.get(name) in (None, []) for name in _SELECTIONS_OF_BLOCKS):
+        missing = {name for name in layers if ends_with_any(name, targets)} - adapted
+        if missing:  # it is the adapter of a GPT-2 with fewer blocks
+            raise ModelError(f"{path} selects {min(missing)}, but has no tensors of it. Use the adapter's base model.")
     kinds = {".".join(layer.split(".")[-2:]) for layer in adapted}
-    if adapted == {name for name, _ in model.named_modules() if ends_with_any(name, kinds)}:  # in all blocks
+    if adapted == {name for name in layers if ends_with_any(name, kinds)}:  # in all blocks
         return tuple(sorted(kinds))
     return tuple(sorted(layer.removeprefix("transformer.") for layer in adapted))
 
