@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import ClassVar
 
 import torch
@@ -64,12 +64,6 @@ class StepTimer:
             self.seconds = (StepTimer.now() - self.started_at) / self.steps
             return True
         return False
-
-
-def use_cpu_time() -> None:
-    """Measure CPU time of a single thread instead of wall time, for a CPU that other processes use."""
-    torch.set_num_threads(1)
-    StepTimer.now = process_time
 
 
 RunSteps = Callable[[StepTimer], None]
@@ -186,10 +180,9 @@ def describe_machine() -> str:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     if ON_GPU:
         return f"{torch.cuda.get_device_name()}, {versions}"
-    clock = "CPU time of one thread" if StepTimer.now is process_time else f"{torch.get_num_threads()} threads"
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.machine()}, {clock}, {versions}"
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, {versions}"
 
 
 @dataclass

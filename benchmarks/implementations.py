@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from homebrew import GPT, Callback, GPTConfig, TokenDataset, Trainer, TrainerConfig
 from homebrew.distributed.precision import has_native_bf16
+from homebrew.errors import ConfigError
 from homebrew.training.global_settings import separate_compile_cache
 from homebrew.training.optimizer import decay_groups
 
@@ -36,7 +37,10 @@ SETTINGS: dict[str, Any] = {"lr": 6e-4, "betas": (0.9, 0.95)}
 def model_config(text: str, **changes: Any) -> GPTConfig:
     """Return the configuration of a model: a preset with changes, such as "gpt2:n_layer=6,n_head=6,n_embd=384"."""
     preset, _, text = text.partition(":")
-    return GPTConfig.preset(preset, **(parse_settings(text) | changes))
+    try:
+        return GPTConfig.preset(preset, **(parse_settings(text) | changes))
+    except TypeError as error:
+        raise ConfigError(f"{text!r} has a setting that GPTConfig does not have: {error}.") from error
 
 
 def random_ids(count: int, vocab_size: int, seed: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import run_script
-from harness import DEVICE, Implementation, Report, RoundOptions, use_cpu_time
+from harness import DEVICE, Implementation, Report, RoundOptions
 from implementations import bare_loop, hf_trainer, homebrew_trainer, llmc, model_config, nanogpt, random_ids
 
 from homebrew import GPT, GPTConfig
@@ -31,13 +31,9 @@ class Options(RoundOptions):
     """Folder with a built train_gpt2cu of llm.c. Default: skip llm.c."""
     llmc_flags: str = "-r 0"
     """Flags of llm.c. "-r 0" recomputes nothing, "-ge 2" fuses GELU."""
-    processor_time: bool = False
-    """Measure CPU time of one thread instead of wall time, for a CPU that other processes use."""
 
 
 def main(options: Options) -> None:
-    if options.processor_time:
-        use_cpu_time()
     report = Report(options.json)
     for model in options.models:
         config = model_config(model, block_size=options.block_size)
@@ -49,8 +45,10 @@ def main(options: Options) -> None:
 
 def implementations(config: GPTConfig, options: Options) -> list[Implementation]:
     """Return homebrew first, then the alternatives."""
-    micro_batch = options.micro_batch
-    sizes = {"micro_batch": micro_batch, "accumulation": options.tokens // (micro_batch * config.block_size)}
+    accumulation, rest = divmod(options.tokens, options.micro_batch * config.block_size)
+    if not accumulation or rest:
+        raise ConfigError(f"--tokens {options.tokens}: must be a multiple of --micro-batch × --block-size.")
+    sizes = {"micro_batch": options.micro_batch, "accumulation": accumulation}
     ids = random_ids(max(8 * options.tokens, 200_000), config.vocab_size)
     padding = f"defaults, which pad the vocabulary to {config.padded_vocab_size:,}"
     unpadded = f"Hugging Face Trainer, vocabulary of {config.vocab_size:,}"

@@ -20,7 +20,7 @@ from command_line import command_of, parse_settings, run_script
 from harness import ON_GPU, Report, format_number
 from training_data import shakespeare
 
-from homebrew import Callback, EvalMetrics, GPTConfig, Trainer, TrainerConfig
+from homebrew import Callback, ConfigError, EvalMetrics, GPTConfig, Trainer, TrainerConfig
 
 
 @dataclass
@@ -69,6 +69,8 @@ def main(options: Options) -> None:
     report = Report(options.json)
     commands = {"homebrew": homebrew_command}
     if options.nanogpt is not None:
+        if not (options.nanogpt / "train.py").exists():
+            raise ConfigError(f"--nanogpt {options.nanogpt}: has no train.py. Pass a clone of nanoGPT.")
         commands["nanoGPT's train.py"] = nanogpt_command
     rows = []
     for run in range(options.runs):
