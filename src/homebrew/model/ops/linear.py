@@ -34,7 +34,7 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """
     dtype = compute_dtype(x)
     y: Tensor
-    if torch.is_grad_enabled() and is_plain(layer) and is_tunable(x.device, dtype):
+    if torch.is_grad_enabled() and is_tunable(x.device, dtype) and is_plain(layer):
         y = _linear(x.to(dtype).flatten(0, -2), layer.weight, layer.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
     y = layer(x)
