@@ -53,7 +53,7 @@ def test_a_run_is_loaded_from_its_newest_checkpoint(trainer):
 
 @pytest.mark.parametrize("source", [".", "checkpoints/step-00000004"])
 def test_from_pretrained_names_the_function_that_opens_a_run(trainer, source):
-    with pytest.raises(ModelError, match="with load_model"):
+    with pytest.raises(ModelError, match="load_model"):
         GPT.from_pretrained(trainer.config.output_dir / source)
 
 
@@ -157,7 +157,7 @@ def test_a_missing_folder_raises_a_model_error(tmp_path):
 def test_a_folder_without_a_model_is_an_error_that_names_what_can_be_opened(tmp_path, monkeypatch, open_model, source):
     (tmp_path / "notes").mkdir()
     monkeypatch.chdir(tmp_path)
-    message = rf"^{re.escape(str(Path(source).absolute()))} has no config\.json\..* a run, a checkpoint or an adapter"
+    message = rf"^{re.escape(str(Path(source).absolute()))} .* no config\.json\..* a run, a checkpoint or an adapter"
     with pytest.raises(ModelError, match=message):
         open_model(source)
 

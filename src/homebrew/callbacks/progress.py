@@ -66,10 +66,11 @@ class ProgressDisplay(Callback):
             self._view = _Lines(self._console, summary, waiting)
         if is_finished:
             self._print(
-                "The run is already finished. To train longer, resume it with a larger max_steps (--max-steps) and "
-                "accept_changes=['schedule'] (--accept-changes schedule), or, with the schedule 'wsd', resume from "
-                'before the decay: see "Train for longer" in docs/guides/checkpoints.md.'
+                f"The run is already finished. To train longer, resume it with max_steps (--max-steps) above "
+                f"{max_steps} and accept_changes=['schedule'] (--accept-changes schedule)."
             )
+            if trainer.config.lr_schedule == "wsd":
+                self._print("To resume it from before the decay, see Train for longer in the guide on checkpoints.")
 
     def on_step_end(self, trainer: "Trainer") -> None:
         """Show that steps are taken before the first one is logged."""

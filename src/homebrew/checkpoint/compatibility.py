@@ -197,7 +197,8 @@ def check_identity(saved: Mapping[str, Any], ours: Mapping[str, Any], accept_cha
         is_implied = has_other_weights and differing_keys(saved.get("optimizer"), ours["optimizer"]) == ["parameters"]
         lines = _differences([name for name in differing if name != "optimizer" or not is_implied], saved, ours)
         options = "".join(f" --accept-changes {name}" for name in differing)
-        guide = ' See "Train for longer" in docs/guides/checkpoints.md.' if differing == ["schedule"] else ""
+        is_longer = "max_steps" in differing_keys(saved.get("schedule"), ours["schedule"])
+        guide = " See Train for longer in the guide on checkpoints." if is_longer else ""
         remedy = (
             "or choose a new output_dir: the saved weights do not fit this model."
             if has_other_weights

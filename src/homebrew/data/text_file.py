@@ -131,7 +131,7 @@ def _decode_error(path: str | Path, error: UnicodeDecodeError, place: str) -> Da
 
 def _binary_error(path: str | Path) -> DataError:
     return DataError(
-        f"{str(path)!r} is a binary file: it has NUL bytes. Extract its text, as UTF-8, into another file. If it has "
-        f"token ids, train on it with `homebrew train`, or open it with TokenDataset.from_file; without a header, as "
-        f"nanoGPT's train.bin, its name must end in .bin."
+        f"{str(path)!r} is a binary file: it has NUL bytes. Extract its text, as UTF-8, into another file; "
+        f"`homebrew prepare` reads .gz, .zst and .parquet. Token ids are read by `homebrew train` and "
+        f"TokenDataset.from_file; without a header, as in nanoGPT's train.bin, the file's name must end in .bin."
     )

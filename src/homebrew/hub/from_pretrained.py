@@ -76,8 +76,8 @@ class PretrainedWeights:
         missing, unknown = names - self.locations.keys(), self.locations.keys() - names - {LM_HEAD}
         if missing or unknown:
             raise ModelError(
-                f"The weights in {self.folder} do not match its {CONFIG_FILE}: missing {summarize(missing)}; unknown "
-                f"{summarize(unknown)}. Copy or download the folder again."
+                f"The weights in {self.folder} do not match its {CONFIG_FILE}: missing {_summarize(missing)}; unknown "
+                f"{_summarize(unknown)}. Copy or download the folder again."
             )
         with ExitStack() as stack:  # each file is opened once, because checking its header takes time
             paths = {location.path for location in self.locations.values()}
@@ -230,11 +230,11 @@ def _unknown_names(folder: Path, keys: Iterable[str]) -> ModelError:
                 f"again without it."
             )
     return ModelError(
-        f"{folder} has no {EMBEDDING}, but tensors such as {summarize(keys)}. They are not the weights of a GPT-2."
+        f"{folder} has no {EMBEDDING}, but tensors such as {_summarize(keys)}. They are not the weights of a GPT-2."
     )
 
 
-def summarize(names: Iterable[str]) -> str:
+def _summarize(names: Iterable[str]) -> str:
     """Return the first names in alphabetical order, and how many more there are."""
     ordered = sorted(names)
     return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "") or "none"

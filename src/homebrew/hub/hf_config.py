@@ -75,8 +75,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     path, generation_path = find_file(folder, CONFIG_FILE), find_file(folder, GENERATION_CONFIG_FILE)
     if path is None:
         raise ModelError(
-            f"{folder.absolute()} has no config.json. Pass the folder of a model in transformers' format, or open the "
-            f"folder of a run, a checkpoint or an adapter with load_model."
+            f"{folder.absolute()} is not a model: it has no config.json. Pass the folder of a model in transformers' "
+            f"format or, to load_model and on the command line, also that of a run, a checkpoint or an adapter."
         )
     values = read_json(path)
     if values.get("model_type") != "gpt2":

@@ -35,12 +35,15 @@ def load_nanogpt(checkpoint: Mapping[str, Any]) -> GPT:
             if name.endswith(".bias"):
                 state.setdefault(name, torch.zeros(tensor.shape))
     num_padding = config.padded_vocab_size - config.vocab_size
+    embedding, head = state.get(EMBEDDING), state.get(LM_HEAD)
+    if embedding is None or head is None or not torch.equal(embedding, head):
+        raise ModelError(f"{LM_HEAD} and {EMBEDDING} are missing or differ. Only tied heads are supported.")
+    if embedding.shape != (config.vocab_size, config.n_embd):
+        raise ModelError(f"{EMBEDDING} has the shape {tuple(embedding.shape)}, which does not fit model_args.")
+    state[LM_HEAD] = state[EMBEDDING] = F.pad(embedding, (0, 0, 0, num_padding))
     try:
-        if not torch.equal(state[LM_HEAD], state[EMBEDDING]):
-            raise ModelError(f"{LM_HEAD} and {EMBEDDING} differ. Only models with a tied head are supported.")
-        state[LM_HEAD] = state[EMBEDDING] = F.pad(state[EMBEDDING], (0, 0, 0, num_padding))
         model.load_state_dict(state, assign=True)
-    except (KeyError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ModelError(
             f"The checkpoint's weights do not fit its model_args. Pass what torch.load returns for nanoGPT's ckpt.pt, "
             f"unchanged. {error}"

@@ -239,13 +239,15 @@ def check_guard_settings(config: TrainerConfig, *, uses_scaler: bool) -> None:
 
 
 def check_start(resume: bool | str | Path, *, overwrite: bool) -> None:
-    """Check the arguments of `Trainer.train`.
+    """Check that `Trainer.train` can start with these arguments.
 
     Raises:
-        ConfigError: `resume` and `overwrite` are both given, or gradients are disabled.
+        ConfigError: `resume` is empty, `resume` and `overwrite` are both given, or gradients are disabled.
     """
     if not torch.is_grad_enabled():
         raise ConfigError("train() was called under torch.no_grad() or torch.inference_mode(). Call it outside.")
+    if resume == "":
+        raise ConfigError("resume='' is not a path. Pass True, False, or the path of a checkpoint.")
     if overwrite and resume:
         raise ConfigError(
             f"overwrite=True starts a new run, and resume={str(resume)!r} continues one. Pass only one of them."
