@@ -497,9 +497,11 @@ def processes_of(folder):
 
 
 @pytest.mark.slow
-def test_launcher_ends_the_job_when_a_rank_dies(tmp_path):
-    [(code, text)] = launch(tmp_path, "ddp2", run={"signal": "SIGKILL", "max_steps": 12})
+@pytest.mark.parametrize(("stop", "timeout"), [("SIGSTOP", 20), ("SIGKILL", 120)])
+def test_launcher_ends_the_job_when_a_rank_hangs_or_dies(tmp_path, stop, timeout):
+    [(code, text)] = launch(tmp_path, "ddp2", run={"signal": stop, "max_steps": 12, "timeout": timeout})
     assert code != 0
+    assert '"step": 5' in (tmp_path / "run" / "metrics.jsonl").read_text()  # the ranks had started
     # Rank 0's collective fails, unless the launcher has ended rank 0 before.
     assert error_lines(text)[0].startswith(("RuntimeError: ", "torch.distributed.elastic.")), text
     assert processes_of(tmp_path) == []
