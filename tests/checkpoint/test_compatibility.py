@@ -228,7 +228,7 @@ def test_an_unknown_aspect_is_refused(accepted):
 
 def test_an_adapter_with_another_base_is_another_run():
     saved, ours = (make(model=gpt(lora=LoRAConfig(rank=2), seed=seed)) for seed in (1, 2))
-    with pytest.raises(ResumeMismatch, match="adapter: base_sha256 was"):
+    with pytest.raises(ResumeMismatch, match="adapter: base_sha256 differs"):
         check_identity(saved, ours, ())
 
 

@@ -1,6 +1,7 @@
 """Checks whether a run may resume from a checkpoint: the identity of a run, and the comparison of two identities."""
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
@@ -246,6 +247,8 @@ def _difference(saved: object, ours: object) -> str:
         return ", ".join(shown or [f"{key} differ" for key in differences])
     if isinstance(ours, str) and ours.startswith("#"):
         return ""  # a hash does not help the user
+    if isinstance(ours, str) and re.fullmatch("[0-9a-f]{64}", ours):
+        return "differs"  # a fingerprint
     if _is_curve(saved) and _is_curve(ours):
         return _curve_difference(saved, ours)  # type: ignore[arg-type]
     return f"was {saved!r}, is {ours!r}"

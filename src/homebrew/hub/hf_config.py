@@ -75,8 +75,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     path, generation_path = find_file(folder, CONFIG_FILE), find_file(folder, GENERATION_CONFIG_FILE)
     if path is None:
         raise ModelError(
-            f"{folder.absolute()} is not a model: it has no config.json. Pass the folder of a model in transformers' "
-            f"format or, to load_model and on the command line, also that of a run, a checkpoint or an adapter."
+            f"{folder.absolute()} is not a model: it has no config.json. load_model and the command line open the "
+            f"folder of a model in transformers' format, a run, a checkpoint or an adapter; GPT.from_pretrained opens "
+            f"only the first."
         )
     values = read_json(path)
     if values.get("model_type") != "gpt2":
