@@ -13,6 +13,7 @@ import homebrew
 from homebrew.cli.doctor_command import Doctor
 from homebrew.cli.eval_command import Eval
 from homebrew.cli.export_command import Export
+from homebrew.cli.help_texts import set_help_texts
 from homebrew.cli.option_names import explain_unknown_name
 from homebrew.cli.option_types import OPTION_TYPES
 from homebrew.cli.plot_command import Plot
@@ -83,6 +84,7 @@ def _run(arguments: Sequence[str]) -> int:
         _exit_with_help(arguments)
     name, *words = arguments
     command = COMMANDS[name]
+    set_help_texts(command)
 
     warnings.formatwarning = lambda message, *_, **__: f"{_as_line(message)}\n"
     try:
