@@ -351,6 +351,13 @@ def test_a_stop_token_that_is_text_is_a_warning(tmp_path, tokenizer, stops, warn
         make_trainer(tmp_path, model=model, train_dataset=dataset)
 
 
+@pytest.mark.parametrize("vocab_size", [8, 10_000])
+def test_a_vocabulary_that_is_much_larger_than_the_datasets_is_a_warning(tmp_path, vocab_size):
+    dataset = TokenDataset.from_text("a cab in a bag\n" * 40, block_size=16, tokenizer="char")
+    with pytest.warns(UserWarning, match=r"10,000.* only 8\..*vocab_size") if vocab_size > 8 else nullcontext():
+        make_trainer(tmp_path, model=GPT(replace(CONFIG, vocab_size=vocab_size)), train_dataset=dataset)
+
+
 def test_a_custom_tokenizer_is_not_saved_as_another_one(tmp_path):
     dataset = TokenDataset.from_text("a cab in a bag\n" * 40, block_size=16, tokenizer=ReversedBytes())
     trainer = make_trainer(tmp_path / "run", model=NanoGPT(vocab_size=256), train_dataset=dataset, progress=False)

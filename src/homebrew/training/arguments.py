@@ -196,10 +196,19 @@ def check_datasets(
     return lengths[0] if len(lengths) == 1 else model.ragged_length or lengths[-1]
 
 
-def warn_of_stop_tokens(model: ModelInterface, tokenizer: Tokenizer | None) -> None:
-    """Warn if a model's `generate` stops at a token that is text to the dataset's tokenizer."""
+def warn_of_tokenizer(model: ModelInterface, tokenizer: Tokenizer | None) -> None:
+    """Warn if the dataset's tokenizer does not seem to be the model's.
+
+    Either the model's large vocabulary is at least ten times as large, or its `generate` stops at a token that is text.
+    """
     if tokenizer is None:
         return
+    if (model.vocab_size or 0) >= max(10_000, 10 * tokenizer.vocab_size):
+        warn(
+            f"The model has {model.vocab_size:,} tokens, but the tokenizer {tokenizer.name!r} of train_dataset only "
+            f"{tokenizer.vocab_size:,}. The others take time and memory: build the model with "
+            f"vocab_size=train_dataset.vocab_size."
+        )
     for stop in model.stop_ids:
         if stop != tokenizer.end_of_text_id and 0 <= stop < tokenizer.vocab_size:
             text = tokenizer.decode([stop])

@@ -22,7 +22,7 @@ from homebrew.model.gpt_config import GPTConfig
 from homebrew.model.interfaces import interface_of
 from homebrew.model.language_model import LanguageModel
 from homebrew.optim.combined import combine
-from homebrew.training.arguments import check_datasets, warn_of_stop_tokens
+from homebrew.training.arguments import check_datasets, warn_of_tokenizer
 from homebrew.training.batch_size import BatchPlan, plan_batch_for_device
 from homebrew.training.compile import EAGER_EVALUATION_FLOPS, CompileMode, compile_model, warm_up_compiled
 from homebrew.training.global_settings import allow_tf32
@@ -94,7 +94,7 @@ def build_parts(
     bare = GPT(model, seed=config.seed) if isinstance(model, GPTConfig) else cast("nn.Module", model)
     interface = interface_of(bare)
     sequence_length = check_datasets(interface, train_dataset, eval_dataset, eval_every=config.eval_every)
-    warn_of_stop_tokens(interface, dataset_tokenizer(train_dataset))
+    warn_of_tokenizer(interface, dataset_tokenizer(train_dataset))
     bare.to(accelerator.device)
     meta = meta_copy(bare) if uses_fsdp(accelerator) else None
     if configure_fsdp(accelerator, bare) or config.activation_checkpointing:
