@@ -9,9 +9,10 @@ import json
 import os
 import signal
 import sys
-import traceback
+from functools import partial
 
 import torch._dynamo  # noqa: F401 - imported by the first optimizer of a process
+from child_processes import fork
 from worlds import free_port
 
 
@@ -20,7 +21,8 @@ def serve(work):
     for line in sys.stdin:
         request = json.loads(line)
         port = free_port()
-        running, codes = {fork(work, request, port, rank) for rank in range(request["processes"])}, []
+        ranks = range(request["processes"])
+        running, codes = {fork(partial(run_rank, work, request, port, rank)) for rank in ranks}, []
         while running:
             pid, status = os.wait()
             running.remove(pid)
@@ -32,16 +34,8 @@ def serve(work):
         print(json.dumps(codes), flush=True)
 
 
-def fork(work, request, port, rank):
-    """Fork one rank and return its process id."""
-    pid = os.fork()
-    if pid == 0:
-        run_rank(work, request, port, rank)
-    return pid
-
-
 def run_rank(work, request, port, rank):
-    """Run the job in this process with the environment that a launcher would set, and exit."""
+    """Run the job in this process with the environment that a launcher would set."""
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
@@ -50,14 +44,7 @@ def run_rank(work, request, port, rank):
         world = {"WORLD_SIZE": request["processes"], "LOCAL_WORLD_SIZE": request["processes"]}
         world |= {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in world.items()}
-    code = 1
     try:
         work(request["job"])
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    except BaseException:
-        traceback.print_exc()
     finally:
         sys.stdout.flush()
-        os._exit(code)
