@@ -8,10 +8,7 @@ from homebrew.cli.main import main
     [
         ("train", "or start from step 0 if there is none. Options that are not given are taken from the run."),
         ("train", "Required for nanoGPT's token files, which do not name it."),  # an option of a group
-        (
-            "train",
-            "Evaluation, samples and checkpoints use the average instead of the last weights.",
-        ),  # TrainerConfig's
+        ("train", "Evaluation, samples and checkpoints use the average instead of the last weights."),  # inherited
         ("tokenizer train", "File to write, such as tokenizer.json, or a folder to write tokenizer.json to."),
     ],
 )

@@ -35,11 +35,13 @@ _PREFIX = "base_model.model."
 _SUPPORTED_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base's weights unchanged. Others move a part of them to the adapter."""
 
-_SELECTIONS_OF_BLOCKS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_LAYER_FILTERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Fields that leave out some of the layers which `target_modules` names."""
+
 _KNOWN_FIELDS = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "lora_dropout", "init_lora_weights"),
-        *("target_modules", *_SELECTIONS_OF_BLOCKS),  # the names of the tensors show what they select
+        *("target_modules", *_LAYER_FILTERS),  # the names of the tensors show what they select
         # No effect on the computation: descriptions, and options of initializations and of other model types.
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         *("fan_in_fan_out", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -182,7 +184,7 @@ def _target_modules(
         example = min(adapted - layers, default="no layer")
         raise ModelError(f"{path} is for {example}, which the model does not have. Use an adapter of this GPT-2.")
     targets = values.get("target_modules")
-    if isinstance(targets, list) and all(values.get(name) in (None, []) for name in _SELECTIONS_OF_BLOCKS):
+    if isinstance(targets, list) and all(values.get(name) in (None, []) for name in _LAYER_FILTERS):
         missing = {name for name in layers if ends_with_any(name, targets)} - adapted
         if missing:  # it is the adapter of a GPT-2 with fewer blocks
             raise ModelError(f"{path} selects {min(missing)}, but has no tensors of it. Use the adapter's base model.")
